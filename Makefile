@@ -1,0 +1,51 @@
+# Every target makes what it needs: on a bare checkout `make train-lm` or `make test` is enough.
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.ready
+
+CONFIG ?= configs/lm/default.yaml
+ARGS ?=
+
+.PHONY: help setup train-lm test test-slow lint format typecheck bench-core bench-lm clean
+
+help:  ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# The stamp is written last, so that an interrupted installation is done again.
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"Python 3.11 or newer is needed, {sys.executable} is {v.major}.{v.minor}: make PYTHON=/path/to/python3.11 ...")'
+	@echo "Setting up $(VENV) (torch with CUDA is some gigabytes: a few minutes, once) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $(READY)
+
+setup: $(READY)  ## Make the virtual environment (.venv)
+
+train-lm: $(READY)  ## Train a RevDEQ language model: CONFIG=configs/lm/NAME.yaml ARGS="--trainer.max_steps=100"
+	@$(RUN) -m revdeq_lightning fit --config $(CONFIG) $(ARGS)
+
+test: $(READY)  ## Run the tests
+	@$(RUN) -m pytest $(ARGS)
+
+lint: $(READY)  ## Check style
+	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check .
+
+format: $(READY)  ## Apply the style
+	@$(RUN) -m ruff check --fix . && $(RUN) -m ruff format .
+
+typecheck: $(READY)  ## Check types (strict on the core)
+	@$(RUN) -m mypy
+
+bench-core: $(READY)  ## Measure the core: exactness, convergence, cost, memory (about 15 minutes on two cores)
+	@$(RUN) -m benchmarks.core $(ARGS)
+
+bench-lm: $(READY)  ## Train the tiny Shakespeare table: DATA=tinyshakespeare.txt (hours on two cores)
+	@$(RUN) -m benchmarks.language_model $(ARGS)
+
+clean:  ## Remove the virtual environment and caches (never runs/)
+	@rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info

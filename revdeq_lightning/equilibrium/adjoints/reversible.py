@@ -1,0 +1,338 @@
+"""The reversible adjoint: runs the solver backwards, so that no iterate is stored.
+
+For the two-step family, from g_cur = dL/du_K, g_prev = 0, and for k = K-1 .. 0 with (u_k, u_{k+1}) at hand:
+
+    v = f(u_k, x), evaluated once, with grad: it gives u_{k-1} by the inverse and the products with b * g_cur
+    g_cur, g_prev = g_prev + c * g_cur + b * (df/du)^T g_cur,   a * g_cur
+
+and the products for x and the parameters are added up. At the end dL/dz_0 = g_cur + g_prev, as u_0 and u_{-1} both are z_0.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..function import EquilibriumFunction, Leaves, call_with_parameters, is_compiled, named_parameters
+from ..remainders import Remainders
+from ..solution import SolverStats
+from ..solvers.base import AbstractSolver, iterate_to_fixed_point, select
+from ..solvers.reversible import AbstractTwoStepSolver, TwoStepState
+from .base import AbstractAdjoint
+
+MISMATCH_POLICIES = ("warn", "raise", "ignore")
+
+
+class ReconstructionWarning(UserWarning):
+    """The backward pass did not come back to the initial state: its gradient is not that of the forward pass."""
+
+
+class ReconstructionError(RuntimeError):
+    """As `ReconstructionWarning`, where asked to raise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReversibleAdjoint(AbstractAdjoint):
+    """Gradient by reconstruction: exact with arithmetic "exact", and no memory in the number of steps.
+
+    Carries `ReversibleSolver` and `MomentumSolver`. f must be the same function in both passes; after each backward pass the
+    reconstructed initial state is compared with the true one, bit for bit. A difference is counted in
+    `stats.reconstruction_mismatch`, and with arithmetic "exact" it means that f was not the same: dropout outside torch's
+    generators, data changed in place, a kernel chosen differently. (With "float64" and "float32" states it is there by
+    construction, and only counted.)
+
+    Every tensor that f uses and that needs a gradient must be a parameter of the module f, or in x, or the state.
+
+    Args:
+        mismatch: With arithmetic "exact", what to do when elements differ: "warn", "raise" or "ignore".
+        forward_with_grad: Whether the forward pass evaluates f with autograd recording too (and drops the record), so that a
+            compiled f runs one and the same program in both passes. None: only where torch.compile is found in f.
+    """
+
+    mismatch: str = "warn"
+    forward_with_grad: bool | None = None
+
+    def __post_init__(self) -> None:
+        if self.mismatch not in MISMATCH_POLICIES:
+            raise ValueError(
+                f"mismatch must be one of {', '.join(map(repr, MISMATCH_POLICIES))}, got {self.mismatch!r}"
+            )
+
+    def solve(
+        self, f: EquilibriumFunction, z0: Leaves, x: Sequence[Any], solver: AbstractSolver
+    ) -> tuple[Leaves, SolverStats]:
+        if not isinstance(solver, AbstractTwoStepSolver):
+            raise ValueError(
+                f"ReversibleAdjoint cannot run {type(solver).__name__} backwards: use ReversibleSolver or MomentumSolver,"
+                " or BackpropAdjoint"
+            )
+        parameters = named_parameters(f.f)
+        refuse_unsuitable(f.f, parameters)
+        x_is_tensor = [isinstance(leaf, Tensor) for leaf in x]
+        inputs = (*z0, *(leaf for leaf in x if isinstance(leaf, Tensor)), *parameters.values())
+        if not (torch.is_grad_enabled() and any(t.requires_grad for t in inputs)):
+            iteration = iterate_to_fixed_point(solver, f, z0, x)
+            return iteration.value, iteration.stats
+        with_grad = is_compiled(f.f) if self.forward_with_grad is None else self.forward_with_grad
+        constants = [None if isinstance(leaf, Tensor) else leaf for leaf in x]
+        solve = _Solve(f, solver, self.mismatch, with_grad, len(z0), constants, x_is_tensor, list(parameters))
+        value = _ReversibleFunction.apply(solve, *inputs)
+        assert solve.stats is not None
+        return list(value), solve.stats
+
+
+@dataclass
+class _Solve:
+    """What one solve hands from its forward to its backward pass, besides tensors."""
+
+    f: EquilibriumFunction
+    solver: AbstractTwoStepSolver
+    mismatch: str
+    forward_with_grad: bool
+    num_leaves: int
+    x: list[Any]
+    """Leaves of x; tensors are None, they pass through autograd."""
+    x_is_tensor: list[bool]
+    names: list[str]
+    stats: SolverStats | None = None
+    num_evaluations: int = 0
+    remainder_counts: list[tuple[int, int, int] | None] | None = None
+    """Of each leaf: radix, digits and spilled words; None in arithmetics without remainders."""
+    dtypes: list[torch.dtype] | None = None
+    is_consumed: bool = False
+
+    def split(self, inputs: Sequence[Tensor]) -> tuple[Leaves, list[Any], dict[str, Tensor]]:
+        """z0, x and the parameters out of the autograd Function's flat inputs."""
+        end = self.num_leaves + sum(self.x_is_tensor)
+        tensors = iter(inputs[self.num_leaves : end])
+        x = [next(tensors) if is_tensor else leaf for is_tensor, leaf in zip(self.x_is_tensor, self.x, strict=True)]
+        return list(inputs[: self.num_leaves]), x, dict(zip(self.names, inputs[end:], strict=True))
+
+    def flatten(self, state: TwoStepState) -> Leaves:
+        """The tensors of a state, for autograd to save; their arrangement is kept here."""
+        self.dtypes = state.dtypes
+        self.remainder_counts = [(r.radix, r.count, len(r.spilled)) if r else None for r in state.remainders]
+        words = [tensor for r in state.remainders if r for tensor in (*r.words, *r.spilled)]
+        return [*state.previous, *state.current, *words]
+
+    def unflatten(self, tensors: Sequence[Tensor]) -> TwoStepState:
+        """Inverse of `flatten`."""
+        assert self.dtypes is not None
+        assert self.remainder_counts is not None
+        rest = iter(tensors)
+        previous, current = ([next(rest) for _ in range(self.num_leaves)] for _ in range(2))
+        remainders: list[Remainders | None] = []
+        for counts in self.remainder_counts:
+            if counts is None:
+                remainders.append(None)
+                continue
+            radix, count, num_spilled = counts
+            words, spilled = [next(rest), next(rest)], [next(rest) for _ in range(num_spilled)]
+            remainders.append(Remainders(words, spilled, radix, count))
+        return TwoStepState(previous, current, remainders, self.dtypes)
+
+
+class _ReversibleFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, solve: _Solve, *inputs: Tensor) -> tuple[Tensor, ...]:
+        z0, x, _ = solve.split(inputs)
+        if solve.forward_with_grad:
+            leaves = _as_leaves(inputs, ctx.needs_input_grad[1:])
+            iteration = call_with_parameters(
+                solve.f.f,
+                solve.split(leaves)[2],
+                lambda: iterate_to_fixed_point(
+                    solve.solver, _Recorded(solve.f), z0, solve.split(leaves)[1], reversible=True
+                ),
+            )
+        else:
+            iteration = iterate_to_fixed_point(solve.solver, solve.f, z0, x, reversible=True)
+        solve.stats, solve.num_evaluations = iteration.stats, iteration.num_evaluations
+        ctx.solve = solve
+        # Everything large goes through autograd's own saving: so saved-tensor hooks (checkpoint, offloading) see it, and an
+        # input that is changed in place before the backward pass is noticed.
+        ctx.save_for_backward(*inputs, *solve.flatten(iteration.state))
+        return tuple(iteration.value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        solve: _Solve = ctx.solve
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "ReversibleAdjoint has no double backward, and create_graph=True was asked for: use BackpropAdjoint() for"
+                " second derivatives"
+            )
+        if solve.is_consumed:
+            raise RuntimeError(
+                "second backward through one solve: its states were consumed by the first. Add the losses up and call backward"
+                " once, or solve again, or use BackpropAdjoint()"
+            )
+        saved = ctx.saved_tensors
+        solve.is_consumed = True
+        needs_grad = ctx.needs_input_grad[1:]
+        inputs = _as_leaves(saved[: len(needs_grad)], needs_grad)
+        state = solve.unflatten(saved[len(needs_grad) :])
+        parameters = solve.split(inputs)[2]
+        with solve.f.randomness.untouched():
+            gradients = call_with_parameters(
+                solve.f.f, parameters, lambda: _run_backwards(solve, state, inputs, needs_grad, grads)
+            )
+        return None, *gradients
+
+
+class _Recorded:
+    """Evaluates f in the forward pass as the backward pass will: with autograd recording, the record dropped."""
+
+    def __init__(self, f: EquilibriumFunction) -> None:
+        self.f = f
+
+    @property
+    def nfe(self) -> int:
+        return self.f.nfe
+
+    def __call__(self, z: Leaves, x: Sequence[Any]) -> Leaves:
+        return [v.detach() for v in _evaluate_recorded(self.f, z, x)[1]]
+
+
+def _run_backwards(
+    solve: _Solve, state: TwoStepState, inputs: Leaves, needs_grad: Sequence[bool], grads: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Undo every evaluation, newest first, and return the gradients of the inputs."""
+    f, solver, stats = solve.f, solve.solver, solve.stats
+    assert stats is not None
+    a, c, b = float(solver.recurrence.a), solver.recurrence.c, solver.recurrence.b
+    z0, x, _ = solve.split(inputs)
+    differentiated = [i for i, needed in enumerate(needs_grad) if needed and i >= solve.num_leaves]
+    sums: dict[int, Tensor] = {}
+    # Their rounding errors add up over the evaluations as the state's do: they are held as precisely as the state.
+    g_current = [g.to(torch.promote_types(g.dtype, solver.state_arithmetic.dtype), copy=True) for g in grads]
+    g_previous = [torch.zeros_like(g) for g in g_current]
+    num_evaluations, nfe_before = solve.num_evaluations, f.nfe
+    if solver.has_tolerance:  # the host asks only every few steps: after the last sample's stop there may be idle ones
+        num_evaluations = int(stats.num_steps.max()) * solver.evaluations_per_step
+    for k in reversed(range(solve.num_evaluations)):
+        active = stats.num_steps > k // solver.evaluations_per_step if solver.has_tolerance else None
+        iterate = solver.iterate_before(state, active)
+        if k >= num_evaluations:
+            state = solver.invert_step(state, iterate, active)
+            continue
+        z, value = _evaluate_recorded(f, iterate, x)
+        sources = [*z, *(inputs[i] for i in differentiated)]
+        if f.nfe == nfe_before + 1:
+            _refuse_foreign_leaves(value, sources)
+        weighted = [(b * g).to(v.dtype) for g, v in zip(g_current, value, strict=True)]
+        if active is not None:
+            weighted = select(active, weighted, [torch.zeros_like(w) for w in weighted])
+        products = _products(value, sources, weighted)
+        state = solver.invert_step(state, [v.detach() for v in value], active)
+        for i, product in zip(differentiated, products[solve.num_leaves :], strict=True):
+            if product is not None and i in sums:
+                sums[i].add_(product)
+            elif product is not None:
+                sums[i] = product.to(_accumulation_dtype(product), copy=True)
+        for i, product in enumerate(products[: solve.num_leaves]):
+            before = g_previous[i] if active is None else g_previous[i].clone()
+            if product is not None:
+                before.add_(product)
+            if c:
+                before.add_(g_current[i], alpha=c)
+            if active is None:
+                g_current[i], g_previous[i] = before, g_current[i].mul_(a)
+            else:
+                scaled = a * g_current[i]
+                g_current[i : i + 1] = select(active, [before], [g_current[i]])
+                g_previous[i : i + 1] = select(active, [scaled], [g_previous[i]])
+    stats.backward_nfe = f.nfe - nfe_before
+    stats.reconstruction_mismatch = solver.reconstruction_mismatch(state, z0)
+    _report_mismatch(solve, stats.reconstruction_mismatch, sum(z.numel() for z in z0))
+    for i in range(solve.num_leaves):
+        sums[i] = g_current[i].add_(g_previous[i])
+    return [sums[i].to(inputs[i].dtype) if needed and i in sums else None for i, needed in enumerate(needs_grad)]
+
+
+def _evaluate_recorded(f: EquilibriumFunction, z: Leaves, x: Sequence[Any]) -> tuple[Leaves, Leaves]:
+    """Fresh leaves with the values of z, and f of them with autograd recording."""
+    with torch.enable_grad():
+        leaves = [leaf.detach().requires_grad_() for leaf in z]
+        return leaves, f(leaves, x)
+
+
+def _products(value: Leaves, sources: Leaves, weights: Leaves) -> list[Tensor | None]:
+    """Vector-Jacobian products; None for a source that does not enter (`_refuse_foreign_leaves` has seen all that do)."""
+    outputs = [(v, w) for v, w in zip(value, weights, strict=True) if v.requires_grad]
+    if not outputs:
+        return [None] * len(sources)
+    tensors, weights = (list(column) for column in zip(*outputs, strict=True))
+    return list(torch.autograd.grad(tensors, sources, weights, allow_unused=True))
+
+
+def _as_leaves(inputs: Sequence[Tensor], needs_grad: Sequence[bool]) -> Leaves:
+    """The inputs cut off from the graph that made them."""
+    return [t.detach().requires_grad_(needed) for t, needed in zip(inputs, needs_grad, strict=True)]
+
+
+def _accumulation_dtype(tensor: Tensor) -> torch.dtype:
+    """float32 at least: sums of many small contributions lose them in fewer bits."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _report_mismatch(solve: _Solve, mismatch: Tensor, num_elements: int) -> None:
+    # Floating-point states never come back exactly, whatever f does: there the count says nothing of f.
+    if solve.mismatch == "ignore" or solve.solver.arithmetic != "exact" or not (count := int(mismatch)):
+        return
+    message = (
+        f"this gradient is not exact: {count} of {2 * num_elements} elements of the reconstructed initial state differ, so f was not"
+        " the same function in the forward and the backward pass. Look for random numbers that torch's generators do not make,"
+        " buffers that f updates, x or parameters changed in place, and kernels chosen anew (a part of f under torch.compile:"
+        " ReversibleAdjoint(forward_with_grad=True))"
+    )
+    if solve.mismatch == "raise":
+        raise ReconstructionError(message)
+    warnings.warn(message, ReconstructionWarning, stacklevel=2)
+
+
+def _refuse_foreign_leaves(value: Leaves, sources: Leaves) -> None:
+    """Raise if the graph of `value` ends in a tensor that is not among `sources`: its gradient would vanish."""
+    known = {id(source) for source in sources}
+    seen: set[Any] = set()
+    stack = [v.grad_fn for v in value if v.grad_fn is not None]
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None and id(variable) not in known:
+            raise RuntimeError(
+                f"f uses a tensor of shape {tuple(variable.shape)} ({variable.dtype}) that needs a gradient, or comes from one that"
+                " does, but is neither in x nor a parameter of f: its gradient would be lost. Pass it in x, make f an nn.Module"
+                " that owns it, or detach it"
+            )
+        stack.extend(parent for parent, _ in node.next_functions if parent is not None)
+
+
+def refuse_unsuitable(f: Callable[[Any, Any], Any], parameters: dict[str, Tensor]) -> None:
+    """Raise for modules that cannot be the same function in both passes, and parameters whose gradient would be lost."""
+    if not isinstance(f, nn.Module):
+        return
+    for name, module in f.named_modules():
+        # The common base of BatchNorm and InstanceNorm; batch statistics are also not the samples' own.
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.training:
+            batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+            if batch_norm or module.track_running_stats:
+                raise ValueError(
+                    f"f contains {type(module).__name__} in training mode (module {name!r}): every evaluation would update its"
+                    " statistics. Use GroupNorm or LayerNorm inside the equilibrium, or put this module into eval mode"
+                )
+    for name, parameter in parameters.items():
+        if torch.distributed.is_available():
+            from torch.distributed.tensor import DTensor
+
+            if isinstance(parameter, DTensor):
+                raise ValueError(
+                    f"parameter {name!r} of f is a DTensor: f or a part of it was sharded by itself, and its gradient would be lost."
+                    " Shard the module that owns f and the solver (fully_shard(equilibrium_layer)), or a parent of it"
+                )

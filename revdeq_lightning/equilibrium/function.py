@@ -1,0 +1,156 @@
+"""f as the solvers see it: leaves instead of pytrees, checked, counted, and the same function at every call."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+Leaves = list[Tensor]
+
+
+class EquilibriumFunction:
+    """`f(z, x)` on lists of leaves.
+
+    * One random state a solve: every call draws the same numbers (one dropout mask), in the backward pass too.
+    * The autocast state of the forward pass holds in every call. Under autocast the result may be of lower precision than the
+      state, and is cast back; otherwise a changed shape, dtype or device is an error.
+    * `nfe` counts the calls.
+    """
+
+    def __init__(
+        self, f: Callable[[Any, Any], Any], z_leaves: Sequence[Tensor], z_spec: TreeSpec, x_spec: TreeSpec
+    ) -> None:
+        self.f = f
+        self.z_spec = z_spec
+        self.x_spec = x_spec
+        self.expected = [(z.shape, z.dtype, z.device) for z in z_leaves]
+        device = z_leaves[0].device
+        self.device_type = device.type
+        self.autocast_enabled = torch.is_autocast_enabled(device.type)
+        self.autocast_dtype = torch.get_autocast_dtype(device.type)
+        self.randomness = _Randomness(device)
+        self.nfe = 0
+
+    def __call__(self, z: Leaves, x: Sequence[Any]) -> Leaves:
+        """Evaluate f once."""
+        self.nfe += 1
+        z_tree, x_tree = tree_unflatten(z, self.z_spec), tree_unflatten(x, self.x_spec)
+        with self._autocast(), self.randomness.same_draws():
+            value = self.f(z_tree, x_tree)
+        leaves, spec = tree_flatten(value)
+        if spec != self.z_spec:
+            raise ValueError(f"f must return the structure of the state, {self.z_spec}; it returned {spec}")
+        return [self._checked(leaf, i) for i, leaf in enumerate(leaves)]
+
+    def _checked(self, leaf: Any, i: int) -> Tensor:
+        if not isinstance(leaf, Tensor):
+            raise ValueError(f"f must return tensors like the state; leaf {i} is a {type(leaf).__name__}")
+        shape, dtype, device = self.expected[i]
+        if self.autocast_enabled and leaf.dtype != dtype and leaf.is_floating_point():
+            leaf = leaf.to(dtype)  # exact if the state is the wider one
+        for name, received, wanted in (
+            ("shape", tuple(leaf.shape), tuple(shape)),
+            ("dtype", leaf.dtype, dtype),
+            ("device", leaf.device, device),
+        ):
+            if received != wanted:
+                raise ValueError(
+                    f"f must keep the state's {name}: it received {wanted} and returned {received} (leaf {i});"
+                    f" change f, or give z0 that {name}"
+                )
+        return leaf  # type: ignore[no-any-return]
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        # Without the cache: a weight cast under no_grad would be handed to a later call that needs its gradient.
+        if self.autocast_enabled:
+            return torch.autocast(
+                self.device_type,
+                dtype=self.autocast_dtype,
+                cache_enabled=torch.is_grad_enabled() and torch.is_autocast_cache_enabled(),
+            )
+        if torch.is_autocast_enabled(self.device_type):
+            return torch.autocast(self.device_type, enabled=False)
+        return contextlib.nullcontext()
+
+
+class _Randomness:
+    """Gives every call of f the random numbers of the first one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda_device = device if device.type == "cuda" else None
+        self.start: list[Tensor] | None = None
+        self.is_drawn = False
+
+    def state(self) -> list[Tensor]:
+        """Generator states of the CPU and of the state's device."""
+        states = [torch.get_rng_state()]
+        if self.cuda_device is not None:
+            states.append(torch.cuda.get_rng_state(self.cuda_device))
+        return states
+
+    def restore(self, states: list[Tensor]) -> None:
+        """Set the generators."""
+        torch.set_rng_state(states[0])
+        if self.cuda_device is not None:
+            torch.cuda.set_rng_state(states[1], self.cuda_device)
+
+    @contextlib.contextmanager
+    def same_draws(self) -> Iterator[None]:
+        """Around a call of f: the first one shows whether f draws at all; only then the later ones are rewound."""
+        if self.start is None:
+            self.start = self.state()
+            yield
+            self.is_drawn = any(not torch.equal(a, b) for a, b in zip(self.start, self.state(), strict=True))
+            return
+        if self.is_drawn:
+            self.restore(self.start)
+        yield
+
+    @contextlib.contextmanager
+    def untouched(self) -> Iterator[None]:
+        """Around a backward pass: the generators are afterwards where they were."""
+        if not self.is_drawn:
+            yield
+            return
+        outside = self.state()
+        try:
+            yield
+        finally:
+            self.restore(outside)
+
+
+def named_parameters(f: Callable[[Any, Any], Any]) -> dict[str, Tensor]:
+    """Parameters of f by name; empty if f is no module."""
+    return dict(f.named_parameters()) if isinstance(f, nn.Module) else {}
+
+
+def is_compiled(f: Callable[[Any, Any], Any]) -> bool:
+    """Whether torch.compile was applied to f or to a part of it."""
+    if hasattr(f, "_torchdynamo_orig_callable"):
+        return True
+    return isinstance(f, nn.Module) and any(
+        hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in f.modules()
+    )
+
+
+class _WithParameters(nn.Module):
+    """Runs a callable while the parameters of f are exchanged: `functional_call` needs a module around both."""
+
+    def __init__(self, f: nn.Module) -> None:
+        super().__init__()
+        self.f = f
+
+    def forward(self, run: Callable[[], Any]) -> Any:
+        return run()
+
+
+def call_with_parameters(f: Callable[[Any, Any], Any], parameters: dict[str, Tensor], run: Callable[[], Any]) -> Any:
+    """`run()` with these tensors in the place of f's parameters."""
+    if not parameters:
+        return run()
+    assert isinstance(f, nn.Module)
+    exchanged = {f"f.{name}": tensor for name, tensor in parameters.items()}
+    return torch.func.functional_call(_WithParameters(f), exchanged, (run,))

@@ -1,0 +1,80 @@
+"""Storage for the remainders of the exact state: as many digits in radix q as evaluations were made."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from .norms import broadcast_to_leaf
+
+_PACKED_BYTES = 7
+
+
+class Remainders:
+    """A stack of digits in [0, radix) for every element of a state.
+
+    The digits of even and of odd pushes go to one word each, `word' = radix * word + digit`, a float64 that holds them as a
+    whole number. While the words last (22 digits each for radix 5, 52 for radix 2, 17 for radix 8) the memory does not grow;
+    a full word is put aside as 7 bytes an element, within 1.25x of the log2(radix) bits a digit that exactness needs.
+    """
+
+    def __init__(self, words: Iterable[Tensor], spilled: Iterable[Tensor], radix: int, count: int) -> None:
+        self.words = list(words)
+        self.spilled = list(spilled)
+        self.radix = radix
+        self.count = count
+        self.digits_per_word = digits_per_word(radix)
+
+    @classmethod
+    def empty(cls, state: Tensor, radix: int) -> "Remainders":
+        """An empty stack for a state of this shape."""
+        return cls([torch.zeros_like(state), torch.zeros_like(state)], [], radix, 0)
+
+    def push_(self, digits: Tensor, active: Tensor | None = None) -> None:
+        """Put one digit on every element's stack; with `active`, shape `(batch,)`, only on those of the active samples."""
+        index, depth = self.count % 2, self.count // 2
+        if depth and depth % self.digits_per_word == 0:
+            self.spilled.append(_pack(self.words[index]))
+            self.words[index].zero_()
+        word = self.words[index]
+        if active is None:
+            torch.add(digits, word, alpha=self.radix, out=word)
+        else:
+            torch.where(broadcast_to_leaf(active, word), digits.add(word, alpha=self.radix), word, out=word)
+        self.count += 1
+
+    def pop_(self, active: Tensor | None = None) -> Tensor:
+        """Take the newest digit of every element off its stack; elements of inactive samples have none, and return 0."""
+        self.count -= 1
+        index, depth = self.count % 2, self.count // 2
+        word = self.words[index]
+        shifted = torch.div(word, self.radix).floor_()
+        if active is not None:
+            mask = broadcast_to_leaf(active, word)
+            digits = torch.where(mask, word.sub(shifted, alpha=self.radix), 0.0)
+            torch.where(mask, shifted, word, out=word)
+        else:
+            digits = word.sub_(shifted, alpha=self.radix)
+            self.words[index] = shifted
+        if depth and depth % self.digits_per_word == 0:
+            self.words[index] = _unpack(self.spilled.pop())
+        return digits
+
+
+def digits_per_word(radix: int) -> int:
+    """How many digits one word holds: `radix ** digits <= 2^52`."""
+    digits = 1
+    while radix ** (digits + 1) <= 2**52:
+        digits += 1
+    return digits
+
+
+def _pack(word: Tensor) -> Tensor:
+    """The low 7 bytes of each whole number (little-endian, as every platform of PyTorch)."""
+    return word.contiguous().to(torch.int64).view(torch.uint8).view(*word.shape, 8)[..., :_PACKED_BYTES].clone()
+
+
+def _unpack(packed: Tensor) -> Tensor:
+    wide = torch.zeros(*packed.shape[:-1], 8, dtype=torch.uint8, device=packed.device)
+    wide[..., :_PACKED_BYTES] = packed
+    return wide.view(torch.int64).squeeze(-1).to(torch.float64)

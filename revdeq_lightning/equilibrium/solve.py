@@ -1,0 +1,71 @@
+"""The one entry point: a fixed point, and its gradient."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from .adjoints.base import AbstractAdjoint
+from .function import EquilibriumFunction, Leaves
+from .solution import FixedPointSolution
+from .solvers.base import AbstractSolver
+
+
+def solve_fixed_point(
+    f: Callable[[Any, Any], Any], z0: Any, x: Any, *, solver: AbstractSolver, adjoint: AbstractAdjoint
+) -> FixedPointSolution:
+    """Find z with `f(z, x) = z` and make it differentiable.
+
+    The solver decides the iterates, the adjoint how gradients are computed.
+
+    Args:
+        f: Map `(z, x) -> z` with the structure, shapes and dtypes of `z0`, the same function in forward and backward. With
+            `ReversibleAdjoint` everything that needs a gradient must be a parameter of the module f, or in x or z0. All calls of
+            one solve draw the same random numbers: dropout has one mask a solve.
+        z0: Initial state, a tensor of shape `(batch, ...)` or a pytree of them with a common batch size. Differentiated.
+            Under autocast float16 and bfloat16 are raised to float32.
+        x: Injected input, any pytree of tensors (other leaves are passed on). Differentiated.
+        solver: Iteration and stopping rule. A step of `ReversibleSolver` is 2 evaluations of f, of the others 1.
+        adjoint: Gradient rule. Memory in the number of steps: `BackpropAdjoint` linear, `ReversibleAdjoint` none.
+
+    Returns:
+        `value`, structure and dtypes of `z0`, and `stats` (see `SolverStats`).
+
+    Raises:
+        ValueError: If the adjoint does not support the solver or f, if z0 is not as above, or if f changes the structure, shape,
+            dtype or device of z.
+        DivergenceError: If the state becomes non-finite or leaves the range of its arithmetic.
+
+    Source: McCallum et al. 2025, arXiv:2509.12917, section 3.
+    """
+    if not isinstance(solver, AbstractSolver):
+        raise ValueError(f"solver must be a solver such as ReversibleSolver(), got {solver!r}")
+    if not isinstance(adjoint, AbstractAdjoint):
+        raise ValueError(f"adjoint must be an adjoint such as ReversibleAdjoint(), got {adjoint!r}")
+    z_leaves, z_spec = tree_flatten(z0)
+    x_leaves, x_spec = tree_flatten(x)
+    z_leaves = _checked_state(z_leaves)
+    function = EquilibriumFunction(f, z_leaves, z_spec, x_spec)
+    value, stats = adjoint.solve(function, z_leaves, x_leaves, solver)
+    return FixedPointSolution(tree_unflatten(value, z_spec), stats)
+
+
+def _checked_state(leaves: list[Any]) -> Leaves:
+    if not leaves:
+        raise ValueError("z0 must hold at least one tensor, got an empty structure")
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or leaf.ndim == 0:
+            received = f"{leaf.dtype} of shape {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else repr(leaf)
+            raise ValueError(f"z0 must be floating-point tensors of shape (batch, ...), got {received}")
+    batch_sizes = [leaf.shape[0] for leaf in leaves]
+    devices = {leaf.device for leaf in leaves}
+    if len(set(batch_sizes)) > 1 or batch_sizes[0] == 0 or len(devices) > 1:
+        raise ValueError(
+            f"the tensors of z0 must share one device and one batch size of at least 1, got {batch_sizes} on {sorted(map(str, devices))}"
+        )
+    if torch.is_autocast_enabled(leaves[0].device.type):
+        # The state must not drift in half precision: f itself still computes in it.
+        return [leaf.to(torch.promote_types(leaf.dtype, torch.float32)) for leaf in leaves]
+    return leaves

@@ -1,0 +1,183 @@
+"""What every solver shares: settings, stopping rule, and the loop that evaluates f."""
+
+import abc
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ..function import Leaves
+from ..norms import Residual, broadcast_to_leaf, residual
+from ..solution import SolverStats
+
+State = Any
+"""What a solver carries from one evaluation to the next; each solver has its own type."""
+
+
+class DivergenceError(RuntimeError):
+    """The state became non-finite or left the range that its arithmetic holds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AbstractSolver(abc.ABC):
+    """An iteration for `z = f(z, x)` that makes one evaluation of f at a time, and its stopping rule.
+
+    A sample stops when `norm(f(z) - z) <= atol + rtol * (norm(f(z)) + 1e-5)`; its value then stays as it is, whatever the others
+    do. With both tolerances 0 every sample makes `max_steps` steps, and nothing is tested.
+
+    Attributes:
+        max_steps: Most steps a sample makes; one step is `evaluations_per_step` evaluations of f.
+        rtol: Relative tolerance, dimensionless.
+        atol: Absolute tolerance, in the units of the state's L2 norm.
+    """
+
+    max_steps: int = 8
+    rtol: float = 0.0
+    atol: float = 0.0
+
+    evaluations_per_step = 1
+
+    def __post_init__(self) -> None:
+        if isinstance(self.max_steps, bool) or not isinstance(self.max_steps, int) or self.max_steps < 1:
+            raise ValueError(f"max_steps must be a whole number of at least 1, got {self.max_steps!r}")
+        for name in ("rtol", "atol"):
+            tolerance = require_number(name, getattr(self, name))
+            if not 0 <= tolerance < float("inf"):
+                raise ValueError(f"{name} must be 0 (no stopping test) or positive and finite, got {tolerance!r}")
+
+    @property
+    def has_tolerance(self) -> bool:
+        """Whether samples can stop before `max_steps`."""
+        return self.rtol > 0 or self.atol > 0
+
+    @abc.abstractmethod
+    def init(self, z0: Leaves, *, reversible: bool) -> State:
+        """State before the first evaluation; `reversible`: with what is needed to undo the steps."""
+
+    @abc.abstractmethod
+    def iterate(self, state: State) -> Leaves:
+        """The newest iterate, at which f is evaluated next, in the dtypes of z0."""
+
+    @abc.abstractmethod
+    def advance(self, state: State, value: Leaves, active: Tensor | None) -> State:
+        """State after one evaluation, `value = f(iterate)`; inactive samples, mask of shape `(batch,)`, stay as they are."""
+
+    def limit(self) -> float:
+        """Magnitude that the iterates must stay below."""
+        return float("inf")
+
+
+class Evaluation(Protocol):
+    """f on leaves, with a count of its calls."""
+
+    @property
+    def nfe(self) -> int:
+        """Calls so far."""
+
+    def __call__(self, z: Leaves, x: Sequence[Any]) -> Leaves:
+        """Evaluate f once."""
+
+
+class Iteration(NamedTuple):
+    """How a forward loop ended."""
+
+    state: State
+    value: Leaves
+    num_evaluations: int
+    """Evaluations whose result entered the state."""
+    stats: SolverStats
+
+
+def iterate_to_fixed_point(
+    solver: AbstractSolver, f: Evaluation, z0: Leaves, x: Sequence[Any], *, reversible: bool = False
+) -> Iteration:
+    """Run the solver. Without a tolerance `max_steps * evaluations_per_step` calls of f, with one at most one more.
+
+    The state's magnitudes stay on the device until the end: one host synchronisation a solve, none an evaluation. With a
+    tolerance the host asks now and then whether any sample is still active.
+
+    Raises:
+        DivergenceError: If an iterate is not finite or beyond the solver's limit.
+    """
+    state = solver.init(z0, reversible=reversible)
+    per_step = solver.evaluations_per_step
+    batch = z0[0].shape[0]
+    active: Tensor | None = None
+    num_steps = torch.full((batch,), solver.max_steps, device=z0[0].device)
+    if solver.has_tolerance:
+        active = torch.ones(batch, dtype=torch.bool, device=z0[0].device)
+        num_steps = torch.zeros_like(num_steps)
+    interval = host_check_interval(z0[0].device)
+    magnitudes: list[Tensor] = []
+    last: Residual | None = None
+    num_evaluations = 0
+    for step in range(solver.max_steps):
+        for part in range(per_step):
+            iterate = solver.iterate(state)
+            magnitudes.append(_magnitude(iterate))
+            value = f(iterate, x)
+            if active is not None and part == 0 and step > 0:
+                last = residual(value, iterate, solver.rtol, solver.atol)
+                active = active & ~last.converged
+                if step % interval == 0 and not active.any():
+                    break
+            elif active is None and step == solver.max_steps - 1 and part == per_step - 1:
+                last = residual(value, iterate)
+            state = solver.advance(state, value, active)
+            num_evaluations += 1
+        else:
+            if active is not None:
+                num_steps += active
+            continue
+        break
+    iterate = solver.iterate(state)
+    magnitudes.append(_magnitude(iterate))
+    _check_magnitudes(magnitudes, solver)
+    if active is not None and num_evaluations == solver.max_steps * per_step:
+        last = residual(f(iterate, x), iterate, solver.rtol, solver.atol)
+    assert last is not None
+    return Iteration(state, iterate, num_evaluations, SolverStats(num_steps, f.nfe, last.relative))
+
+
+def host_check_interval(device: torch.device) -> int:
+    """Steps between two questions of the host whether all samples have stopped: free on a CPU, a stall elsewhere."""
+    return 1 if device.type == "cpu" else 4
+
+
+def select(active: Tensor, new: Leaves, old: Leaves) -> Leaves:
+    """The new values of the active samples, the old ones of the others."""
+    return [torch.where(broadcast_to_leaf(active, a), a, b) for a, b in zip(new, old, strict=True)]
+
+
+def require_number(name: str, value: object) -> float:
+    """The value as a float, or a ValueError that shows it."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+        raise ValueError(f"{name} must be a number, got {value!r}")
+    return float(value)
+
+
+def _magnitude(leaves: Leaves) -> Tensor:
+    with torch.no_grad():
+        largest = [torch.linalg.vector_norm(leaf, float("inf")) for leaf in leaves]
+        return largest[0] if len(largest) == 1 else torch.stack(largest).amax()
+
+
+def _check_magnitudes(magnitudes: list[Tensor], solver: AbstractSolver) -> None:
+    limit = solver.limit()
+    sizes = torch.stack(magnitudes).tolist()
+    for k, size in enumerate(sizes):
+        if math.isfinite(size) and size < limit:
+            continue
+        what = (
+            f"reached {size:.4g}, beyond the range of {limit:.4g} of its arithmetic,"
+            if math.isfinite(size)
+            else f"is not finite ({size})"
+        )
+        where = "in z0" if k == 0 else f"after {k} evaluations of f (step {(k - 1) // solver.evaluations_per_step + 1})"
+        raise DivergenceError(
+            f"the state {what} {where}; largest magnitude before: {max(sizes[:k], default=0.0):.4g}. Look for NaN in z0, x and the"
+            f" parameters; if f expands, normalise its output or lower beta or max_steps. Solver: {solver}"
+        )

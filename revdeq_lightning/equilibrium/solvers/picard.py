@@ -1,0 +1,28 @@
+"""Plain fixed-point iteration: z_{n+1} = f(z_n, x). Not reversible."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..function import Leaves
+from .base import AbstractSolver, select
+
+
+@dataclass(frozen=True, kw_only=True)
+class PicardSolver(AbstractSolver):
+    """`z_{n+1} = f(z_n, x)`, one evaluation a step.
+
+    Args:
+        max_steps: Most steps.
+        rtol: Relative tolerance.
+        atol: Absolute tolerance.
+    """
+
+    def init(self, z0: Leaves, *, reversible: bool) -> Leaves:
+        return list(z0)
+
+    def iterate(self, state: Leaves) -> Leaves:
+        return state
+
+    def advance(self, state: Leaves, value: Leaves, active: Tensor | None) -> Leaves:
+        return value if active is None else select(active, value, state)

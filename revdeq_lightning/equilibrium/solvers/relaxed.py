@@ -1,0 +1,37 @@
+"""Relaxed fixed-point iteration: z_{n+1} = (1 - beta) * z_n + beta * f(z_n, x). Not reversible in this form."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..function import Leaves
+from .base import AbstractSolver, require_number, select
+
+
+@dataclass(frozen=True, kw_only=True)
+class RelaxedSolver(AbstractSolver):
+    """`z_{n+1} = (1 - beta) * z_n + beta * f(z_n, x)`, one evaluation a step.
+
+    Args:
+        beta: Relaxation parameter, the weight of the new evaluation, in (0, 2).
+        max_steps: Most steps.
+        rtol: Relative tolerance.
+        atol: Absolute tolerance.
+    """
+
+    beta: float = 0.8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < require_number("beta", self.beta) < 2:
+            raise ValueError(f"beta must be in (0, 2), got {self.beta!r}")
+
+    def init(self, z0: Leaves, *, reversible: bool) -> Leaves:
+        return list(z0)
+
+    def iterate(self, state: Leaves) -> Leaves:
+        return state
+
+    def advance(self, state: Leaves, value: Leaves, active: Tensor | None) -> Leaves:
+        relaxed = [(1 - self.beta) * z + self.beta * f for z, f in zip(state, value, strict=True)]
+        return relaxed if active is None else select(active, relaxed, state)

@@ -1,0 +1,201 @@
+"""The reversible family: a two-step recurrence, of which the paper's solver and the momentum solver are members.
+
+    u_{k+1} = a * u_{k-1} + c * u_k + b * f(u_k, x),      a + b + c = 1,  a != 0
+    u_{k-1} = (u_{k+1} - c * u_k - b * f(u_k, x)) / a     the inverse, with the same single evaluation
+
+    RevDEQ, relaxation beta:      a = 1 - beta,  c = 0,                    b = beta     2 evaluations a step
+    momentum mu, relaxation beta: a = -mu,       c = 1 - beta + mu,        b = beta     1 evaluation a step
+
+Every member has the fixed points of f. RevDEQ: McCallum et al. 2025, arXiv:2509.12917, section 3, where u_{-1} = y_0, u_0 = z_0,
+u_1 = y_1, u_2 = z_1, ...
+"""
+
+import abc
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..arithmetic import ARITHMETICS, MAX_DENOMINATOR, AbstractArithmetic, Recurrence, advance_with_gradient
+from ..function import Leaves
+from ..remainders import Remainders
+from .base import AbstractSolver, require_number, select
+
+
+class TwoStepState(NamedTuple):
+    """The two newest states u_{k-1}, u_k in the solver's arithmetic, and what is needed to go back."""
+
+    previous: Leaves
+    current: Leaves
+    remainders: list[Remainders | None]
+    dtypes: list[torch.dtype]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AbstractTwoStepSolver(AbstractSolver):
+    """A member of the family: names its coefficients, the rest is shared.
+
+    Attributes:
+        arithmetic: How the state is held: "exact" (reversible bit for bit at any depth), "float64" (as published) or "float32".
+    """
+
+    beta: float
+    arithmetic: str = "exact"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < require_number("beta", self.beta) < 2:
+            raise ValueError(f"beta must be in (0, 2), got {self.beta!r}")
+        if self.arithmetic not in ARITHMETICS:
+            raise ValueError(f"arithmetic must be one of {', '.join(map(repr, ARITHMETICS))}, got {self.arithmetic!r}")
+
+    @property
+    @abc.abstractmethod
+    def recurrence(self) -> Recurrence:
+        """The coefficients a, c, b."""
+
+    @property
+    def state_arithmetic(self) -> AbstractArithmetic:
+        """The arithmetic that `arithmetic` names."""
+        return ARITHMETICS[self.arithmetic]
+
+    def limit(self) -> float:
+        return self.state_arithmetic.limit(self.recurrence)
+
+    def init(self, z0: Leaves, *, reversible: bool) -> TwoStepState:
+        arithmetic = self.state_arithmetic
+        previous, current = [arithmetic.encode(z) for z in z0], [arithmetic.encode(z) for z in z0]
+        remainders = [arithmetic.remainders(u, self.recurrence) if reversible else None for u in current]
+        return TwoStepState(previous, current, remainders, [z.dtype for z in z0])
+
+    def iterate(self, state: TwoStepState) -> Leaves:
+        return self._decode(state.current, state)
+
+    def iterate_before(self, state: TwoStepState, active: Tensor | None) -> Leaves:
+        """The iterate at which f was evaluated to make this state."""
+        if active is None:
+            return self._decode(state.previous, state)
+        return self._decode(select(active, state.previous, state.current), state)
+
+    def advance(self, state: TwoStepState, value: Leaves, active: Tensor | None) -> TwoStepState:
+        arithmetic, recurrence = self.state_arithmetic, self.recurrence
+        differentiated = torch.is_grad_enabled() and any(
+            u.requires_grad for u in (*state.current, *state.previous, *value)
+        )
+        following = []
+        for u_before, u, v, remainders in zip(state.previous, state.current, value, state.remainders, strict=True):
+            if differentiated:
+                following.append(advance_with_gradient(arithmetic, u_before, u, v, recurrence))
+            else:
+                memory = u_before if active is None else u_before.clone()
+                following.append(arithmetic.advance_(memory, u, v, recurrence, remainders, active))
+        if active is None:
+            return state._replace(previous=state.current, current=following)
+        return state._replace(
+            previous=select(active, state.current, state.previous), current=select(active, following, state.current)
+        )
+
+    def invert_step(self, state: TwoStepState, value: Leaves, active: Tensor | None) -> TwoStepState:
+        """Undo `advance` with the same evaluation, `value = f(iterate_before(state))`."""
+        arithmetic, recurrence = self.state_arithmetic, self.recurrence
+        before = []
+        for u, u_next, v, remainders in zip(state.previous, state.current, value, state.remainders, strict=True):
+            memory = u_next if active is None else u_next.clone()
+            before.append(arithmetic.invert_(memory, u, v, recurrence, remainders, active))
+        if active is None:
+            return state._replace(previous=before, current=state.previous)
+        return state._replace(
+            previous=select(active, before, state.previous), current=select(active, state.previous, state.current)
+        )
+
+    def reconstruction_mismatch(self, state: TwoStepState, z0: Leaves) -> Tensor:
+        """Elements in which a state that was undone to the start differs from the true start, 0-dim int64."""
+        start = self.init(z0, reversible=False)
+        pairs = zip((*state.previous, *state.current), (*start.previous, *start.current), strict=True)
+        return torch.stack([(a != b).sum() for a, b in pairs]).sum()
+
+    def _decode(self, leaves: Leaves, state: TwoStepState) -> Leaves:
+        return [self.state_arithmetic.decode(u, dtype) for u, dtype in zip(leaves, state.dtypes, strict=True)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReversibleSolver(AbstractTwoStepSolver):
+    """The paper's solver: two coupled relaxed iterations, 2 evaluations of f a step.
+
+        y_{n+1} = (1 - beta) * y_n + beta * f(z_n,     x)
+        z_{n+1} = (1 - beta) * z_n + beta * f(y_{n+1}, x)
+
+    Args:
+        beta: Relaxation parameter, the weight of the new evaluation, in (0, 2) but not 1.
+        max_steps: Most steps, of 2 evaluations each.
+        rtol: Relative tolerance; 0 with atol 0: a fixed number of steps.
+        atol: Absolute tolerance.
+        arithmetic: "exact", "float64" or "float32".
+
+    Raises:
+        ValueError: If a setting is out of its range, or "exact" cannot hold `1 - beta` (see `ExactArithmetic`).
+
+    Source: McCallum et al. 2025, arXiv:2509.12917, section 3.
+    """
+
+    beta: float = 0.8
+
+    evaluations_per_step = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.beta == 1:
+            raise ValueError(f"beta must not be 1, got {self.beta!r}: the inverse divides by 1 - beta; choose 0.8, say")
+        self.state_arithmetic.check(self.recurrence, f"beta={self.beta!r}")
+
+    @property
+    def recurrence(self) -> Recurrence:
+        return Recurrence(1 - _fraction(self.beta), 0.0, float(self.beta))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MomentumSolver(AbstractTwoStepSolver):
+    """Relaxation with momentum (the heavy ball), 1 evaluation of f a step.
+
+        u_{k+1} = u_k + beta * (f(u_k, x) - u_k) + momentum * (u_k - u_{k-1})
+
+    Comes closer to the fixed point than the paper's solver with the same evaluations. Its inverse divides by the momentum, so
+    that only arithmetic "exact" makes it reversible in practice.
+
+    Args:
+        beta: Relaxation parameter, the weight of the new evaluation, in (0, 2).
+        momentum: Weight of the last move, in (-1, 1) but not 0.
+        max_steps: Most steps, of 1 evaluation each.
+        rtol: Relative tolerance; 0 with atol 0: a fixed number of steps.
+        atol: Absolute tolerance.
+        arithmetic: "exact", "float64" or "float32".
+
+    Raises:
+        ValueError: If a setting is out of its range, or "exact" cannot hold the momentum (see `ExactArithmetic`).
+
+    Source: reversibility by momentum: Sander et al. 2021, arXiv:2102.07870.
+    """
+
+    beta: float = 1.0
+    momentum: float = 0.125
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        momentum = require_number("momentum", self.momentum)
+        if momentum == 0 or not -1 < momentum < 1:
+            raise ValueError(
+                f"momentum must be in (-1, 1) and not 0, got {self.momentum!r}: the inverse divides by it; choose 0.125, say"
+            )
+        self.state_arithmetic.check(self.recurrence, f"momentum={self.momentum!r}")
+
+    @property
+    def recurrence(self) -> Recurrence:
+        return Recurrence(-_fraction(self.momentum), 1.0 - self.beta + self.momentum, float(self.beta))
+
+
+def _fraction(number: float) -> Fraction:
+    """The simple fraction that a decimal stands for (0.8 is 4/5), else the float's own value."""
+    simple = Fraction(number).limit_denominator(MAX_DENOMINATOR)
+    return simple if float(simple) == number else Fraction(number)
