@@ -2,8 +2,9 @@
 
     u_{k+1} = a * u_{k-1} + c * u_k + b * f(u_k, x),      a + b + c = 1
 
-In floating point every inverse step divides a rounding error by `a`, so that the reconstruction goes wrong at depth. Here the
-default is `ExactArithmetic`: whole numbers and remainders, with which the inverse returns the same bits at any depth.
+In floating point every inverse step divides a rounding error by `a`, so that the reconstruction goes wrong at depth.
+Here the default is `ExactArithmetic`: whole numbers and remainders, with which the inverse returns the same bits at any
+depth.
 """
 
 import abc
@@ -43,7 +44,9 @@ class AbstractArithmetic(abc.ABC):
 
     def decode(self, state: Tensor, dtype: torch.dtype) -> Tensor:
         """The tensor that a state represents."""
-        return (state * (1 / self.scale)).to(dtype) if self.scale != 1 else state.to(dtype, copy=True)
+        # Scaling by a power of 2 commutes with rounding: convert first, and scale the smaller tensor.
+        wide = torch.promote_types(dtype, torch.float32)
+        return state.to(wide, copy=True).mul_(1 / self.scale).to(dtype)
 
     @abc.abstractmethod
     def advance_(
@@ -85,9 +88,13 @@ class AbstractArithmetic(abc.ABC):
 class ExactArithmetic(AbstractArithmetic):
     """States are whole numbers `U = round(2^32 * u)` in float64; the update is invertible bit for bit.
 
-    With `a = p / q`:  `t = p * U_{k-1}`,  `s = floor(t / q)`,  `r = t - q * s`,  `U_{k+1} = s + round(2^32 * (c * u_k + b * f(u_k)))`.
-    The remainder `r` in [0, q) is kept, log2(q) bits an element and evaluation; no scheme can keep less, as it is just what the
-    contraction destroys. The inverse `U_{k-1} = (q * (U_{k+1} - g) + r) / p` is an exact division.
+    With `a = p / q`:
+
+        t = p * U_{k-1},  s = floor(t / q),  r = t - q * s,  U_{k+1} = s + round(2^32 * (c * u_k + b * f(u_k)))
+
+    The remainder `r` in [0, q) is kept, log2(q) bits an element and evaluation; no scheme can keep less,
+    as it is just what the contraction destroys. The inverse `U_{k-1} = (q * (U_{k+1} - g) + r) / p` is an exact
+    division.
 
     All is exact while `max(|p|, q) * |U| < 2^52`: one bit less than float64 holds, so that the rounded quotient never
     reaches the next whole number. float64 rather than int64, because integer division does not vectorise on CPUs.
@@ -111,10 +118,11 @@ class ExactArithmetic(AbstractArithmetic):
         p, q = recurrence.a.numerator, recurrence.a.denominator
         if p != 1:
             previous.mul_(p)
-        quotient = torch.div(previous, q).floor_()
+        scratch = torch.empty_like(previous) if remainders is None else remainders.scratch
+        quotient = torch.div(previous, q, out=scratch).floor_()
         if remainders is not None:
             remainders.push_(previous.sub_(quotient, alpha=q), active)
-        return torch.add(quotient, self._increment(current, value, recurrence), out=previous)
+        return self._increment(current, value, recurrence, out=previous).add_(quotient)
 
     def invert_(
         self,
@@ -127,13 +135,13 @@ class ExactArithmetic(AbstractArithmetic):
     ) -> Tensor:
         assert remainders is not None, "the exact state is invertible only with its remainders"
         p, q = recurrence.a.numerator, recurrence.a.denominator
-        following.sub_(self._increment(current, value, recurrence))
+        following.sub_(self._increment(current, value, recurrence, out=remainders.scratch))
         torch.add(remainders.pop_(active), following, alpha=q, out=following)
         return following if p == 1 else following.div_(p)
 
-    def _increment(self, current: Tensor, value: Tensor, recurrence: Recurrence) -> Tensor:
+    def _increment(self, current: Tensor, value: Tensor, recurrence: Recurrence, out: Tensor) -> Tensor:
         """`round(2^32 * (c * u_k + b * f(u_k)))`: depends on u_k alone, so that both directions get the same bits."""
-        increment = value.to(torch.float64, copy=True).mul_(recurrence.b * self.scale)
+        increment = out.copy_(value).mul_(recurrence.b * self.scale)
         if recurrence.c != 0:
             increment.add_(current, alpha=recurrence.c)
         return increment.round_()
@@ -141,8 +149,9 @@ class ExactArithmetic(AbstractArithmetic):
     def check(self, recurrence: Recurrence, origin: str) -> None:
         if recurrence.a.denominator > MAX_DENOMINATOR:
             raise ValueError(
-                f"{origin} gives a = {float(recurrence.a)!r}, which is no fraction with a denominator up to {MAX_DENOMINATOR}, as the"
-                " exact state needs: round it to fewer digits (0.8, 0.125, ...) or choose arithmetic='float64'"
+                f"{origin} gives a = {float(recurrence.a)!r}, which is no fraction with a denominator up to"
+                f" {MAX_DENOMINATOR}, as the exact state needs: round it to fewer digits (0.8, 0.125, ...) or choose"
+                f" arithmetic='float64'"
             )
 
     def limit(self, recurrence: Recurrence) -> float:
@@ -155,7 +164,8 @@ class ExactArithmetic(AbstractArithmetic):
 class FloatArithmetic(AbstractArithmetic):
     """States are floating-point numbers, float64 as published or float32: reversible only up to rounding.
 
-    The reconstruction error grows by 1 / |a| and more in every step: see `benchmarks/` before you trust a gradient made with it.
+    The reconstruction error grows by 1 / |a| and more in every step: see `benchmarks/` before you trust a gradient made
+    with it.
     """
 
     scale = 1.0

@@ -15,8 +15,8 @@ class EquilibriumFunction:
     """`f(z, x)` on lists of leaves.
 
     * One random state a solve: every call draws the same numbers (one dropout mask), in the backward pass too.
-    * The autocast state of the forward pass holds in every call. Under autocast the result may be of lower precision than the
-      state, and is cast back; otherwise a changed shape, dtype or device is an error.
+    * The autocast state of the forward pass holds in every call. Under autocast the result may be of lower precision
+      than the state, and is cast back; otherwise a changed shape, dtype or device is an error.
     * `nfe` counts the calls.
     """
 

@@ -13,13 +13,16 @@ _PACKED_BYTES = 7
 class Remainders:
     """A stack of digits in [0, radix) for every element of a state.
 
-    The digits of even and of odd pushes go to one word each, `word' = radix * word + digit`, a float64 that holds them as a
-    whole number. While the words last (22 digits each for radix 5, 52 for radix 2, 17 for radix 8) the memory does not grow;
-    a full word is put aside as 7 bytes an element, within 1.25x of the log2(radix) bits a digit that exactness needs.
+    The digits of even and of odd pushes go to one word each, `word' = radix * word + digit`, a float64 that holds them
+    as a whole number. While the words last (22 digits each for radix 5, 52 for radix 2, 17 for radix 8) the memory does
+    not grow; a full word is put aside as 7 bytes an element, within 1.25x of the log2(radix) bits a digit that
+    exactness needs.
     """
 
     def __init__(self, words: Iterable[Tensor], spilled: Iterable[Tensor], radix: int, count: int) -> None:
         self.words = list(words)
+        self.scratch = torch.empty_like(self.words[0])
+        """Working memory for the update, kept so that no evaluation allocates."""
         self.spilled = list(spilled)
         self.radix = radix
         self.count = count
@@ -31,7 +34,7 @@ class Remainders:
         return cls([torch.zeros_like(state), torch.zeros_like(state)], [], radix, 0)
 
     def push_(self, digits: Tensor, active: Tensor | None = None) -> None:
-        """Put one digit on every element's stack; with `active`, shape `(batch,)`, only on those of the active samples."""
+        """Put one digit on every element's stack; with `active`, shape `(batch,)`, on the active samples' only."""
         index, depth = self.count % 2, self.count // 2
         if depth and depth % self.digits_per_word == 0:
             self.spilled.append(_pack(self.words[index]))
@@ -44,18 +47,18 @@ class Remainders:
         self.count += 1
 
     def pop_(self, active: Tensor | None = None) -> Tensor:
-        """Take the newest digit of every element off its stack; elements of inactive samples have none, and return 0."""
+        """Take the newest digit of every element off its stack; inactive samples have none, and return 0."""
         self.count -= 1
         index, depth = self.count % 2, self.count // 2
         word = self.words[index]
-        shifted = torch.div(word, self.radix).floor_()
-        if active is not None:
+        shifted = torch.div(word, self.radix, out=self.scratch).floor_()
+        if active is None:
+            digits = word.sub_(shifted, alpha=self.radix)
+            self.words[index], self.scratch = shifted, word
+        else:
             mask = broadcast_to_leaf(active, word)
             digits = torch.where(mask, word.sub(shifted, alpha=self.radix), 0.0)
-            torch.where(mask, shifted, word, out=word)
-        else:
-            digits = word.sub_(shifted, alpha=self.radix)
-            self.words[index] = shifted
+            self.words[index] = torch.where(mask, shifted, word)
         if depth and depth % self.digits_per_word == 0:
             self.words[index] = _unpack(self.spilled.pop())
         return digits

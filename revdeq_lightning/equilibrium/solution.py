@@ -8,18 +8,19 @@ from torch import Tensor
 class SolverStats:
     """Costs and quality of one solve; the last two fields are filled in by its backward pass.
 
-    A plain class, neither a tuple nor a dataclass: Lightning and FSDP2 copy those when they look for tensors, and a copy
-    made before the backward pass would never learn of it.
+    A plain class, neither a tuple nor a dataclass: Lightning and FSDP2 copy those when they look for tensors, and a
+    copy made before the backward pass would never learn of it.
 
     Attributes:
         num_steps: Solver steps that each sample made, shape `(batch,)`, int64.
         forward_nfe: Calls of f in the forward pass.
-        relative_residual: `norm(f(z) - z) / (norm(f(z)) + 1e-5)` at the last state at which f was evaluated, dimensionless,
-            shape `(batch,)`. With a tolerance that is the returned state, without one it is the state before it.
+        relative_residual: `norm(f(z) - z) / (norm(f(z)) + 1e-5)` at the last state at which f was evaluated,
+            dimensionless, shape `(batch,)`. With a tolerance that is the returned state, without one it is the state
+            before it.
         backward_nfe: Calls of f in the backward pass; None before it, and where the adjoint makes none of its own.
-        reconstruction_mismatch: Elements of the reconstructed initial states that differ from the true ones, 0-dim int64;
-            0 certifies that the gradient belongs to exactly the iterates of the forward pass. None before the backward pass,
-            and where nothing is reconstructed.
+        reconstruction_mismatch: Elements of the reconstructed initial states that differ from the true ones, 0-dim
+            int64; 0 certifies that the gradient belongs to exactly the iterates of the forward pass. None before the
+            backward pass, and where nothing is reconstructed.
     """
 
     __slots__ = ("backward_nfe", "forward_nfe", "num_steps", "reconstruction_mismatch", "relative_residual")

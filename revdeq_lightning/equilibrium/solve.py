@@ -21,11 +21,11 @@ def solve_fixed_point(
     The solver decides the iterates, the adjoint how gradients are computed.
 
     Args:
-        f: Map `(z, x) -> z` with the structure, shapes and dtypes of `z0`, the same function in forward and backward. With
-            `ReversibleAdjoint` everything that needs a gradient must be a parameter of the module f, or in x or z0. All calls of
-            one solve draw the same random numbers: dropout has one mask a solve.
-        z0: Initial state, a tensor of shape `(batch, ...)` or a pytree of them with a common batch size. Differentiated.
-            Under autocast float16 and bfloat16 are raised to float32.
+        f: Map `(z, x) -> z` with the structure, shapes and dtypes of `z0`, the same function in forward and backward.
+            With `ReversibleAdjoint` everything that needs a gradient must be a parameter of the module f, or in x or
+            z0. All calls of one solve draw the same random numbers: dropout has one mask a solve.
+        z0: Initial state, a tensor of shape `(batch, ...)` or a pytree of them with a common batch size.
+            Differentiated. Under autocast float16 and bfloat16 are raised to float32.
         x: Injected input, any pytree of tensors (other leaves are passed on). Differentiated.
         solver: Iteration and stopping rule. A step of `ReversibleSolver` is 2 evaluations of f, of the others 1.
         adjoint: Gradient rule. Memory in the number of steps: `BackpropAdjoint` linear, `ReversibleAdjoint` none.
@@ -34,8 +34,8 @@ def solve_fixed_point(
         `value`, structure and dtypes of `z0`, and `stats` (see `SolverStats`).
 
     Raises:
-        ValueError: If the adjoint does not support the solver or f, if z0 is not as above, or if f changes the structure, shape,
-            dtype or device of z.
+        ValueError: If the adjoint does not support the solver or f, if z0 is not as above, or if f changes the
+            structure, shape, dtype or device of z.
         DivergenceError: If the state becomes non-finite or leaves the range of its arithmetic.
 
     Source: McCallum et al. 2025, arXiv:2509.12917, section 3.
@@ -63,7 +63,8 @@ def _checked_state(leaves: list[Any]) -> Leaves:
     devices = {leaf.device for leaf in leaves}
     if len(set(batch_sizes)) > 1 or batch_sizes[0] == 0 or len(devices) > 1:
         raise ValueError(
-            f"the tensors of z0 must share one device and one batch size of at least 1, got {batch_sizes} on {sorted(map(str, devices))}"
+            f"the tensors of z0 must share one device and one batch size of at least 1, got {batch_sizes} on"
+            f" {sorted(map(str, devices))}"
         )
     if torch.is_autocast_enabled(leaves[0].device.type):
         # The state must not drift in half precision: f itself still computes in it.

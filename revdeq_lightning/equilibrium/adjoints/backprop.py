@@ -15,11 +15,11 @@ from .base import AbstractAdjoint
 
 @dataclass(frozen=True, kw_only=True)
 class BackpropAdjoint(AbstractAdjoint):
-    """The exact gradient of the iteration with any solver; memory linear in the evaluations. The twin of the reversible one.
+    """The exact gradient of the iteration with any solver, the reversible adjoint's twin; memory linear in evaluations.
 
     Args:
-        checkpoint: Store only the iterates and evaluate f once more in the backward pass: less memory (still linear in the
-            evaluations), a third more time.
+        checkpoint: Store only the iterates and evaluate f once more in the backward pass: less memory (still linear in
+            the evaluations), a third more time.
     """
 
     checkpoint: bool = False

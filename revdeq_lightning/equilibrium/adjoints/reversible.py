@@ -5,7 +5,8 @@ For the two-step family, from g_cur = dL/du_K, g_prev = 0, and for k = K-1 .. 0 
     v = f(u_k, x), evaluated once, with grad: it gives u_{k-1} by the inverse and the products with b * g_cur
     g_cur, g_prev = g_prev + c * g_cur + b * (df/du)^T g_cur,   a * g_cur
 
-and the products for x and the parameters are added up. At the end dL/dz_0 = g_cur + g_prev, as u_0 and u_{-1} both are z_0.
+and the products for x and the parameters are added up. At the end dL/dz_0 = g_cur + g_prev, as u_0 and u_{-1} both are
+z_0.
 """
 
 import warnings
@@ -38,18 +39,19 @@ class ReconstructionError(RuntimeError):
 class ReversibleAdjoint(AbstractAdjoint):
     """Gradient by reconstruction: exact with arithmetic "exact", and no memory in the number of steps.
 
-    Carries `ReversibleSolver` and `MomentumSolver`. f must be the same function in both passes; after each backward pass the
-    reconstructed initial state is compared with the true one, bit for bit. A difference is counted in
-    `stats.reconstruction_mismatch`, and with arithmetic "exact" it means that f was not the same: dropout outside torch's
-    generators, data changed in place, a kernel chosen differently. (With "float64" and "float32" states it is there by
-    construction, and only counted.)
+    Carries `ReversibleSolver` and `MomentumSolver`. f must be the same function in both passes; after each backward
+    pass the reconstructed initial state is compared with the true one, bit for bit. A difference is counted in
+    `stats.reconstruction_mismatch`, and with arithmetic "exact" it means that f was not the same: dropout outside
+    torch's generators, data changed in place, a kernel chosen differently. (With "float64" and "float32" states it is
+    there by construction, and only counted.)
 
     Every tensor that f uses and that needs a gradient must be a parameter of the module f, or in x, or the state.
 
     Args:
         mismatch: With arithmetic "exact", what to do when elements differ: "warn", "raise" or "ignore".
-        forward_with_grad: Whether the forward pass evaluates f with autograd recording too (and drops the record), so that a
-            compiled f runs one and the same program in both passes. None: only where torch.compile is found in f.
+        forward_with_grad: Whether the forward pass evaluates f with autograd recording too (and drops the record), so
+            that a compiled f runs one and the same program in both passes. None: only where torch.compile is found in
+            f.
     """
 
     mismatch: str = "warn"
@@ -66,8 +68,8 @@ class ReversibleAdjoint(AbstractAdjoint):
     ) -> tuple[Leaves, SolverStats]:
         if not isinstance(solver, AbstractTwoStepSolver):
             raise ValueError(
-                f"ReversibleAdjoint cannot run {type(solver).__name__} backwards: use ReversibleSolver or MomentumSolver,"
-                " or BackpropAdjoint"
+                f"ReversibleAdjoint cannot run {type(solver).__name__} backwards: use ReversibleSolver or"
+                " MomentumSolver, or BackpropAdjoint"
             )
         parameters = named_parameters(f.f)
         refuse_unsuitable(f.f, parameters)
@@ -152,8 +154,8 @@ class _ReversibleFunction(torch.autograd.Function):
             iteration = iterate_to_fixed_point(solve.solver, solve.f, z0, x, reversible=True)
         solve.stats, solve.num_evaluations = iteration.stats, iteration.num_evaluations
         ctx.solve = solve
-        # Everything large goes through autograd's own saving: so saved-tensor hooks (checkpoint, offloading) see it, and an
-        # input that is changed in place before the backward pass is noticed.
+        # Everything large goes through autograd's own saving: so saved-tensor hooks (checkpoint, offloading) see it,
+        # and an input that is changed in place before the backward pass is noticed.
         ctx.save_for_backward(*inputs, *solve.flatten(iteration.state))
         return tuple(iteration.value)
 
@@ -162,13 +164,13 @@ class _ReversibleFunction(torch.autograd.Function):
         solve: _Solve = ctx.solve
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "ReversibleAdjoint has no double backward, and create_graph=True was asked for: use BackpropAdjoint() for"
-                " second derivatives"
+                "ReversibleAdjoint has no double backward, and create_graph=True was asked for: use"
+                " BackpropAdjoint() for second derivatives"
             )
         if solve.is_consumed:
             raise RuntimeError(
-                "second backward through one solve: its states were consumed by the first. Add the losses up and call backward"
-                " once, or solve again, or use BackpropAdjoint()"
+                "second backward through one solve: its states were consumed by the first. Add the losses up and"
+                " call backward once, or solve again, or use BackpropAdjoint()"
             )
         saved = ctx.saved_tensors
         solve.is_consumed = True
@@ -261,7 +263,7 @@ def _evaluate_recorded(f: EquilibriumFunction, z: Leaves, x: Sequence[Any]) -> t
 
 
 def _products(value: Leaves, sources: Leaves, weights: Leaves) -> list[Tensor | None]:
-    """Vector-Jacobian products; None for a source that does not enter (`_refuse_foreign_leaves` has seen all that do)."""
+    """Vector-Jacobian products; None for a source that does not enter (see `_refuse_foreign_leaves`)."""
     outputs = [(v, w) for v, w in zip(value, weights, strict=True) if v.requires_grad]
     if not outputs:
         return [None] * len(sources)
@@ -284,10 +286,10 @@ def _report_mismatch(solve: _Solve, mismatch: Tensor, num_elements: int) -> None
     if solve.mismatch == "ignore" or solve.solver.arithmetic != "exact" or not (count := int(mismatch)):
         return
     message = (
-        f"this gradient is not exact: {count} of {2 * num_elements} elements of the reconstructed initial state differ, so f was not"
-        " the same function in the forward and the backward pass. Look for random numbers that torch's generators do not make,"
-        " buffers that f updates, x or parameters changed in place, and kernels chosen anew (a part of f under torch.compile:"
-        " ReversibleAdjoint(forward_with_grad=True))"
+        f"this gradient is not exact: {count} of {2 * num_elements} elements of the reconstructed initial state"
+        " differ, so f was not the same function in the forward and the backward pass. Look for random numbers that"
+        " torch's generators do not make, buffers that f updates, data changed in place, and kernels chosen anew (a"
+        " part of f under torch.compile: ReversibleAdjoint(forward_with_grad=True))"
     )
     if solve.mismatch == "raise":
         raise ReconstructionError(message)
@@ -307,15 +309,15 @@ def _refuse_foreign_leaves(value: Leaves, sources: Leaves) -> None:
         variable = getattr(node, "variable", None)
         if variable is not None and id(variable) not in known:
             raise RuntimeError(
-                f"f uses a tensor of shape {tuple(variable.shape)} ({variable.dtype}) that needs a gradient, or comes from one that"
-                " does, but is neither in x nor a parameter of f: its gradient would be lost. Pass it in x, make f an nn.Module"
-                " that owns it, or detach it"
+                f"f uses a tensor of shape {tuple(variable.shape)} ({variable.dtype}) that needs a gradient, or"
+                " comes from one that does, but is neither in x nor a parameter of f: its gradient would be lost. Pass"
+                " it in x, make f an nn.Module that owns it, or detach it"
             )
         stack.extend(parent for parent, _ in node.next_functions if parent is not None)
 
 
 def refuse_unsuitable(f: Callable[[Any, Any], Any], parameters: dict[str, Tensor]) -> None:
-    """Raise for modules that cannot be the same function in both passes, and parameters whose gradient would be lost."""
+    """Raise for modules that are not the same function in both passes, and parameters whose gradient would be lost."""
     if not isinstance(f, nn.Module):
         return
     for name, module in f.named_modules():
@@ -324,8 +326,9 @@ def refuse_unsuitable(f: Callable[[Any, Any], Any], parameters: dict[str, Tensor
             batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
             if batch_norm or module.track_running_stats:
                 raise ValueError(
-                    f"f contains {type(module).__name__} in training mode (module {name!r}): every evaluation would update its"
-                    " statistics. Use GroupNorm or LayerNorm inside the equilibrium, or put this module into eval mode"
+                    f"f contains {type(module).__name__} in training mode (module {name!r}): every evaluation would"
+                    " update its statistics. Use GroupNorm or LayerNorm inside the equilibrium, or put this module"
+                    " into eval mode"
                 )
     for name, parameter in parameters.items():
         if torch.distributed.is_available():
@@ -333,6 +336,7 @@ def refuse_unsuitable(f: Callable[[Any, Any], Any], parameters: dict[str, Tensor
 
             if isinstance(parameter, DTensor):
                 raise ValueError(
-                    f"parameter {name!r} of f is a DTensor: f or a part of it was sharded by itself, and its gradient would be lost."
-                    " Shard the module that owns f and the solver (fully_shard(equilibrium_layer)), or a parent of it"
+                    f"parameter {name!r} of f is a DTensor: f or a part of it was sharded by itself, and its"
+                    " gradient would be lost. Shard the module that owns f and the solver"
+                    " (fully_shard(equilibrium_layer)), or a parent of it"
                 )

@@ -6,8 +6,8 @@
     RevDEQ, relaxation beta:      a = 1 - beta,  c = 0,                    b = beta     2 evaluations a step
     momentum mu, relaxation beta: a = -mu,       c = 1 - beta + mu,        b = beta     1 evaluation a step
 
-Every member has the fixed points of f. RevDEQ: McCallum et al. 2025, arXiv:2509.12917, section 3, where u_{-1} = y_0, u_0 = z_0,
-u_1 = y_1, u_2 = z_1, ...
+Every member has the fixed points of f. RevDEQ: McCallum et al. 2025, arXiv:2509.12917, section 3, where u_{-1} = y_0,
+u_0 = z_0, u_1 = y_1, u_2 = z_1, ...
 """
 
 import abc
@@ -38,7 +38,8 @@ class AbstractTwoStepSolver(AbstractSolver):
     """A member of the family: names its coefficients, the rest is shared.
 
     Attributes:
-        arithmetic: How the state is held: "exact" (reversible bit for bit at any depth), "float64" (as published) or "float32".
+        arithmetic: How the state is held: "exact" (reversible bit for bit at any depth), "float64" (as published) or
+            "float32".
     """
 
     beta: float
@@ -161,8 +162,8 @@ class MomentumSolver(AbstractTwoStepSolver):
 
         u_{k+1} = u_k + beta * (f(u_k, x) - u_k) + momentum * (u_k - u_{k-1})
 
-    Comes closer to the fixed point than the paper's solver with the same evaluations. Its inverse divides by the momentum, so
-    that only arithmetic "exact" makes it reversible in practice.
+    Comes closer to the fixed point than the paper's solver with the same evaluations. Its inverse divides by the
+    momentum, so that only arithmetic "exact" makes it reversible in practice.
 
     Args:
         beta: Relaxation parameter, the weight of the new evaluation, in (0, 2).
@@ -186,7 +187,8 @@ class MomentumSolver(AbstractTwoStepSolver):
         momentum = require_number("momentum", self.momentum)
         if momentum == 0 or not -1 < momentum < 1:
             raise ValueError(
-                f"momentum must be in (-1, 1) and not 0, got {self.momentum!r}: the inverse divides by it; choose 0.125, say"
+                f"momentum must be in (-1, 1) and not 0, got {self.momentum!r}: the inverse divides by it; choose"
+                f" 0.125, say"
             )
         self.state_arithmetic.check(self.recurrence, f"momentum={self.momentum!r}")
 

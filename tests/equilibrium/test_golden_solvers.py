@@ -1,0 +1,101 @@
+"""Numbers from the paper's released code (float64). Their folder is `REVDEQ_GOLDEN`, by default tests/golden."""
+
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from blocks import relative_error
+from torch import Tensor, nn
+
+from revdeq_lightning.equilibrium import (
+    BackpropAdjoint,
+    PicardSolver,
+    RelaxedSolver,
+    ReversibleAdjoint,
+    ReversibleSolver,
+    solve_fixed_point,
+)
+
+GOLDEN = Path(os.environ.get("REVDEQ_GOLDEN", Path(__file__).parents[1] / "golden")) / "solvers_mlp.npz"
+DATA = dict(np.load(GOLDEN))
+CASES = sorted({key.split(":")[0] for key in DATA if ":" in key})
+REVERSIBLE = [case for case in CASES if case.startswith("reversible,")]
+BPTT = [case for case in CASES if re.match(r"(relaxed|simple),.*bptt", case)]
+
+
+def tensor(key: str) -> Tensor:
+    return torch.from_numpy(DATA[key])
+
+
+class Mlp(nn.Module):
+    """f(z, x) = mlp([z; x]) with tanh between the layers; sizes from the file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList()
+        while f"f.mlp.layers[{len(self.layers)}].weight" in DATA:
+            name = f"f.mlp.layers[{len(self.layers)}]"
+            layer = nn.Linear(*reversed(DATA[f"{name}.weight"].shape), dtype=torch.float64)
+            layer.weight.data, layer.bias.data = tensor(f"{name}.weight"), tensor(f"{name}.bias")
+            self.layers.append(layer)
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        h = torch.cat([z, x], dim=-1)
+        for layer in self.layers[:-1]:
+            h = torch.tanh(layer(h))
+        return self.layers[-1](h)
+
+
+def setting(case: str, name: str) -> float | None:
+    match = re.search(rf"{name}=([0-9.e+-]+)", case)
+    return float(match[1]) if match else None
+
+
+def make_solver(case: str, **arithmetic):
+    steps, tolerance = setting(case, "steps"), setting(case, "tol")
+    # A case that stops by its tolerance names no number of steps: it must stop by itself.
+    options = {"max_steps": int(steps) if steps else int(DATA[f"{case}:steps"]) + 20, "rtol": tolerance or 0.0}
+    if case.startswith("simple,"):
+        return PicardSolver(**options)
+    beta = setting(case, "beta")
+    assert beta is not None
+    solver = ReversibleSolver if case.startswith("reversible,") else RelaxedSolver
+    return solver(beta=beta, **options, **arithmetic)
+
+
+def check(case: str, solver, adjoint, tolerance: float) -> None:
+    f, x, z0 = Mlp(), tensor("x")[None].requires_grad_(), tensor("z0")[None]
+    solution = solve_fixed_point(f, z0, x, solver=solver, adjoint=adjoint)
+    (solution.value * tensor("w")).sum().backward()
+    assert relative_error(solution.value[0], tensor(f"{case}:z")) <= tolerance
+    assert int(solution.stats.num_steps) == int(DATA[f"{case}:steps"])
+    assert relative_error(x.grad[0], tensor(f"{case}:grad_x")) <= tolerance
+    for i, layer in enumerate(f.layers):
+        for name in ("weight", "bias"):
+            reference = tensor(f"{case}:grad_f.mlp.layers[{i}].{name}")
+            assert relative_error(getattr(layer, name).grad, reference) <= tolerance
+    if solver.has_tolerance:  # then the residual is that of the returned state, as in the released code
+        assert abs(float(solution.stats.relative_residual) - float(DATA[f"{case}:error"])) <= tolerance
+
+
+def test_golden_file_holds_cases_of_every_kind():
+    assert REVERSIBLE
+    assert any("tol" in case for case in REVERSIBLE)
+    assert {case.split(",")[0] for case in BPTT} == {"relaxed", "simple"}
+
+
+# "exact" holds the state to multiples of 2^-32: 1e-8.
+@pytest.mark.parametrize(("arithmetic", "tolerance"), [("float64", 1e-9), ("exact", 1e-8)])
+@pytest.mark.parametrize("adjoint", [ReversibleAdjoint(), BackpropAdjoint()], ids=["reversible", "backprop"])
+@pytest.mark.parametrize("case", REVERSIBLE)
+def test_golden_reversible(case, adjoint, arithmetic, tolerance):
+    check(case, make_solver(case, arithmetic=arithmetic), adjoint, tolerance)
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("case", BPTT)
+def test_golden_bptt(case, checkpoint):
+    check(case, make_solver(case), BackpropAdjoint(checkpoint=checkpoint), 1e-9)
