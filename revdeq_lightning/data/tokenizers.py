@@ -1,0 +1,319 @@
+"""Tokenizers: text to token ids and back, each described by plain containers.
+
+`decode(encode(text)) == text` for every text that a tokenizer accepts.
+"""
+
+import hashlib
+import json
+import os
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from typing_extensions import override
+
+TOKENIZERS = ("bytes", "characters", "bpe", "gpt2")
+_GPT2_REPOSITORY = "openai-community/gpt2"
+
+
+class AbstractTokenizer(ABC):
+    """What the data and the generation need of a tokenizer."""
+
+    vocab_size: int
+
+    @abstractmethod
+    def encode_array(self, text: str) -> NDArray[np.int64]:
+        """Token ids of `text`."""
+
+    @abstractmethod
+    def decode_bytes(self, ids: Sequence[int] | NDArray[np.int64]) -> bytes:
+        """The UTF-8 bytes that the tokens stand for (a token may end within a character)."""
+
+    @abstractmethod
+    def state(self) -> dict[str, str]:
+        """All that `tokenizer_from_state` needs, in plain containers."""
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`."""
+        ids: list[int] = self.encode_array(text).tolist()
+        return ids
+
+    def decode(self, ids: Sequence[int] | NDArray[np.int64]) -> str:
+        """Text of the tokens; bytes that are not UTF-8 (a character cut in two) become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def _checked(self, ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
+        array = np.asarray(ids, dtype=np.int64)
+        beyond = array[(array < 0) | (array >= self.vocab_size)]
+        if beyond.size:
+            raise ValueError(
+                f"token id {beyond[0]} is beyond the {self.vocab_size} tokens of the vocabulary (from 0): "
+                "use the tokenizer that made the ids, and do not sample ids that only pad the vocabulary."
+            )
+        return array
+
+
+class ByteTokenizer(AbstractTokenizer):
+    """One token per UTF-8 byte."""
+
+    vocab_size = 256
+
+    @override
+    def encode_array(self, text: str) -> NDArray[np.int64]:
+        return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int64)
+
+    @override
+    def decode_bytes(self, ids: Sequence[int] | NDArray[np.int64]) -> bytes:
+        return self._checked(ids).astype(np.uint8).tobytes()
+
+    @override
+    def state(self) -> dict[str, str]:
+        return {"kind": "bytes"}
+
+
+class CharacterTokenizer(AbstractTokenizer):
+    """One token per Unicode character, for the characters of the training text only.
+
+    Raises:
+        ValueError: In `encode`, if the text holds a character that the training text does not have.
+    """
+
+    def __init__(self, characters: str) -> None:
+        self.characters = "".join(sorted(set(characters)))
+        self.vocab_size = len(self.characters)
+        self._code_points = _code_points(self.characters)
+
+    @override
+    def encode_array(self, text: str) -> NDArray[np.int64]:
+        code_points = _code_points(text)
+        ids = np.searchsorted(self._code_points, code_points).clip(max=self.vocab_size - 1)
+        unknown = np.flatnonzero(self._code_points[ids] != code_points)
+        if unknown.size:
+            position = int(unknown[0])
+            raise ValueError(
+                f"character {text[position]!r} (position {position}) is not among the {self.vocab_size} characters "
+                'of the training text: remove it, or use tokenizer="bytes", which knows every character.'
+            )
+        return ids
+
+    @override
+    def decode_bytes(self, ids: Sequence[int] | NDArray[np.int64]) -> bytes:
+        return "".join(self.characters[i] for i in self._checked(ids)).encode("utf-8")
+
+    @override
+    def state(self) -> dict[str, str]:
+        return {"kind": "characters", "characters": self.characters}
+
+
+class BytePairTokenizer(AbstractTokenizer):
+    """Byte-level byte-pair encoding as in GPT-2: merges of bytes, so that every text can be encoded.
+
+    Args:
+        definition: JSON of the `tokenizers` library.
+
+    Raises:
+        ValueError: If the definition is not a byte-level BPE that gives every text back unchanged.
+    """
+
+    def __init__(self, definition: str) -> None:
+        from tokenizers import Tokenizer
+
+        try:
+            self._tokenizer = Tokenizer.from_str(definition)
+        except Exception as error:  # the library raises bare Exceptions
+            raise ValueError(
+                f"not the JSON of a tokenizer of the tokenizers library ({error}): give a tokenizer.json."
+            ) from None
+        self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        added = self._tokenizer.get_added_tokens_decoder()
+        tokens = [self._tokenizer.id_to_token(i) or "" for i in range(self.vocab_size)]
+        try:
+            self._bytes = [
+                token.encode("utf-8") if i in added else bytes(_BYTE_OF[c] for c in token)
+                for i, token in enumerate(tokens)
+            ]
+            reproduced = self.decode(self.encode(_ALL_KINDS))
+        except KeyError:
+            reproduced = None
+        if reproduced != _ALL_KINDS:
+            raise ValueError(
+                "this tokenizer does not give a text back unchanged, so it has no bits per byte: use a byte-level BPE "
+                'without normalizer (GPT-2\'s, or tokenizer="bpe").'
+            )
+
+    @classmethod
+    def train(cls, text: str, vocab_size: int) -> "BytePairTokenizer":
+        """Learn merges from `text` until the vocabulary has `vocab_size` tokens (fewer if the text has no more)."""
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
+        tokenizer.train_from_iterator(_pieces(text), trainer)
+        return cls(tokenizer.to_str())
+
+    @override
+    def encode_array(self, text: str) -> NDArray[np.int64]:
+        pieces = list(_pieces(text))
+        ids = [np.empty(0, dtype=np.int64)]
+        for start in range(0, len(pieces), 64):  # bounds the memory of the library's Encoding objects
+            encodings = self._tokenizer.encode_batch_fast(pieces[start : start + 64], add_special_tokens=False)
+            ids.extend(np.array(encoding.ids, dtype=np.int64) for encoding in encodings)
+        return np.concatenate(ids)
+
+    @override
+    def decode_bytes(self, ids: Sequence[int] | NDArray[np.int64]) -> bytes:
+        return b"".join(self._bytes[i] for i in self._checked(ids))
+
+    @override
+    def state(self) -> dict[str, str]:
+        return {"kind": "bpe", "definition": self._tokenizer.to_str()}
+
+
+def tokenizer_from_state(state: dict[str, str]) -> AbstractTokenizer:
+    """The tokenizer that `state()` described.
+
+    Raises:
+        ValueError: If the state is of no known kind.
+    """
+    match state:
+        case {"kind": "bytes"}:
+            return ByteTokenizer()
+        case {"kind": "characters", "characters": characters}:
+            return CharacterTokenizer(characters)
+        case {"kind": "bpe", "definition": definition}:
+            return BytePairTokenizer(definition)
+    raise ValueError(f"not the state of a tokenizer: keys {sorted(state)}, kind {state.get('kind')!r}.")
+
+
+def build_tokenizer(name: str, *, bpe_vocab_size: int, training_text: Callable[[], str]) -> AbstractTokenizer:
+    """Build the tokenizer that a configuration names.
+
+    Args:
+        name: "bytes", "characters" or "bpe" (both learnt from the training text), "gpt2" (from the hub or its
+            cache), or the path of a `tokenizer.json`, or of a folder with it or with `vocab.json` and `merges.txt`.
+        bpe_vocab_size: Tokens that "bpe" learns, the 256 bytes included.
+        training_text: Gives the text of the training split.
+
+    Raises:
+        ConnectionError: If GPT-2's files are neither stored nor to be had from the hub.
+        ValueError, FileNotFoundError: If there is no such tokenizer.
+    """
+    check_tokenizer_name(name)
+    match name:
+        case "bytes":
+            return ByteTokenizer()
+        case "characters":
+            return CharacterTokenizer(training_text())
+        case "bpe":
+            return BytePairTokenizer.train(training_text(), bpe_vocab_size)
+        case "gpt2":
+            return BytePairTokenizer(Path(_download_gpt2()).read_text(encoding="utf-8"))
+    return _tokenizer_from_path(Path(name))
+
+
+def check_tokenizer_name(name: str) -> None:
+    """Raise a ValueError if `name` is neither a known tokenizer nor an existing path."""
+    if name not in TOKENIZERS and not Path(name).exists():
+        raise ValueError(f'tokenizer must be one of {", ".join(TOKENIZERS)} or an existing path, got "{name}".')
+
+
+def tokenizer_key(name: str) -> str:
+    """What makes tokenizers of the same name differ: the content of the files, if `name` is a path."""
+    if name in TOKENIZERS:
+        return name
+    path = Path(name)
+    files = [path] if path.is_file() else [f for n in _FILES if (f := path / n).is_file()]
+    return hashlib.sha256(b"\0".join(f.read_bytes() for f in files)).hexdigest()
+
+
+def hub_is_reachable() -> bool:
+    """One quick request: the hub's own client needs 23 s of retries to find that there is no network."""
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        huggingface_hub.get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception:  # whatever the HTTP library raises, there was no answer
+        return False
+    return True
+
+
+def _download_gpt2() -> str:
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return huggingface_hub.hf_hub_download(_GPT2_REPOSITORY, "tokenizer.json", local_files_only=True)
+    except LocalEntryNotFoundError:
+        if hub_is_reachable():
+            return huggingface_hub.hf_hub_download(_GPT2_REPOSITORY, "tokenizer.json")
+    raise ConnectionError(
+        f'tokenizer "gpt2" is not stored here and the hub is not reachable ({_GPT2_REPOSITORY}/tokenizer.json): '
+        'fetch that file where there is a network and give its path as tokenizer, or use tokenizer="bpe".'
+    )
+
+
+_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
+
+
+def _tokenizer_from_path(path: Path) -> AbstractTokenizer:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    definition = path / "tokenizer.json" if path.is_dir() else path
+    if definition.is_file():
+        text = definition.read_text(encoding="utf-8")
+        try:
+            content = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{definition} is not JSON ({error}): give the tokenizer.json of a byte-level BPE."
+            ) from None
+        return tokenizer_from_state(content) if "kind" in content else BytePairTokenizer(text)
+    vocab, merges = path / "vocab.json", path / "merges.txt"
+    if not (vocab.is_file() and merges.is_file()):
+        raise FileNotFoundError(f"{path} holds neither tokenizer.json nor vocab.json and merges.txt.")
+    tokenizer = Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return BytePairTokenizer(tokenizer.to_str())
+
+
+def _code_points(text: str) -> NDArray[np.uint32]:
+    return np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+
+
+# Between a letter or digit and a line end every byte-level pre-tokenizer cuts, so cutting there changes no token.
+_CUT = re.compile(r"(?<=[^\W_])(?=\n)")
+
+
+def _pieces(text: str, min_characters: int = 1 << 18) -> Iterator[str]:
+    start = 0
+    while start < len(text):
+        cut = _CUT.search(text, start + min_characters)
+        end = cut.start() if cut else len(text)
+        yield text[start:end]
+        start = end
+
+
+def _byte_characters() -> dict[str, int]:
+    """GPT-2's table: printable bytes stand for themselves, the others for the characters from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
+
+
+_BYTE_OF = _byte_characters()
+_ALL_KINDS = " Some  words, 12 \n\n\tÄe\u0301\u00a0\u6f22\U0001f642 \r\n"
+# The library's threads do not survive a fork: a forked child must tokenize alone or it hangs. The library sees to
+# that itself, but with a warning in each DataLoader worker, although those never tokenize.
+if "TOKENIZERS_PARALLELISM" not in os.environ and hasattr(os, "register_at_fork"):
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    os.register_at_fork(after_in_child=lambda: os.environ.update(TOKENIZERS_PARALLELISM="false"))

@@ -1,0 +1,556 @@
+import json
+import logging
+import multiprocessing
+import pickle
+import re
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+import datasets
+import huggingface_hub.constants
+import numpy as np
+import pytest
+import recorded_fit
+import torch
+from lightning.pytorch.cli import LightningCLI
+from recorded_fit import Recorder, SaveAt, data_module, fit, recorded
+
+from revdeq_lightning.data import text as text_module
+from revdeq_lightning.data.text import SplitStatistics, TextDataModule
+from revdeq_lightning.data.tokenizers import BytePairTokenizer
+from revdeq_lightning.data.windows import IGNORE_INDEX, window_starts
+
+# Lightning 2.6 uses what PyTorch 2.15 deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec:FutureWarning")
+PROSE = "".join(f"Line {i}: the {i * i}th caf\u00e9,\tand so on.\n\n" for i in range(60))
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+
+@pytest.fixture
+def module(tmp_path):
+    """Builds a data module on the file text.txt, which holds PROSE unless another text is given."""
+
+    def build(text=PROSE, **arguments):
+        if isinstance(text, str):
+            text = text.encode("utf-8")
+        (tmp_path / "text.txt").write_bytes(text)
+        defaults = {"source": "files", "cache_dir": str(tmp_path / "cache"), "context_length": 8, "batch_size": 4}
+        if arguments.get("source", "files") == "files":
+            defaults["path"] = str(tmp_path / "text.txt")
+        return TextDataModule(**defaults | arguments)
+
+    return build
+
+
+def split_ids(data, split):
+    return data._prepared().splits[split].array.tolist()
+
+
+def split_text(data, split):
+    return data.tokenizer.decode(split_ids(data, split))
+
+
+# Sources and splits
+
+
+def test_python_source_is_the_library_split_by_file(tmp_path):
+    data = TextDataModule(cache_dir=str(tmp_path), max_train_bytes=None)
+    texts = {split: split_text(data, split) for split in data.splits}
+    assert sorted(texts) == ["test", "train", "validation"]
+    assert 5e6 < sum(map(len, texts.values())) < 40e6
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for name in ("argparse.py", "json/decoder.py", "os.py", "typing.py", "heapq.py", "email/message.py"):
+        source = (root / name).read_text(encoding="utf-8")
+        assert sum(source in text for text in texts.values()) == 1, name
+    assert not any("class TestHeap(" in text for text in texts.values())  # from test/test_heapq.py
+    fraction = {split: len(text) / sum(map(len, texts.values())) for split, text in texts.items()}
+    assert 0.6 < fraction["train"] < 0.95
+    assert min(fraction["validation"], fraction["test"]) > 0.02
+
+
+def test_last_tenth_is_cut_like_nanogpt_does(module):
+    data = module(tokenizer="characters", validation_fraction=0.1, test_fraction=0.0)
+    cut = int(0.9 * len(PROSE))
+    assert data.splits == ("train", "validation")
+    assert (split_text(data, "train"), split_text(data, "validation")) == (PROSE[:cut], PROSE[cut:])
+
+
+def test_fractions_cut_contiguous_parts_that_make_up_the_text(module):
+    data = module(validation_fraction=0.2, test_fraction=0.1)
+    parts = [split_text(data, split) for split in ("train", "validation", "test")]
+    assert "".join(parts) == PROSE
+    assert [round(len(part) / len(PROSE), 2) for part in parts] == [0.7, 0.2, 0.1]
+
+
+def test_files_and_folders_are_concatenated_in_order_of_names(module, tmp_path):
+    folder = tmp_path / "folder"
+    (folder / "sub").mkdir(parents=True)
+    for name in ("b.txt", "a.txt", "sub/c.txt", ".hidden"):
+        (folder / name).write_text(f"content of {name}\n")
+    data = module(path=[str(tmp_path / "text.txt"), str(folder)], validation_fraction=0.0, test_fraction=0.0)
+    assert split_text(data, "train") == PROSE + "".join(f"content of {n}\n" for n in ("a.txt", "b.txt", "sub/c.txt"))
+
+
+def test_explicit_files_are_the_splits_whatever_the_fractions(module, tmp_path):
+    for split in ("validation", "test"):
+        (tmp_path / split).write_text(f"the {split} text")
+    data = module(validation_path=str(tmp_path / "validation"), test_path=[str(tmp_path / "test")])
+    assert split_text(data, "train") == PROSE
+    assert split_text(data, "validation") == "the validation text"
+    assert split_text(data, "test") == "the test text"
+    assert module(validation_path=str(tmp_path / "validation")).splits == ("train", "validation")
+
+
+@pytest.mark.parametrize("form", ["parquet", "save_to_disk"])
+def test_local_huggingface_dataset(module, tmp_path, form):
+    rows = {"train": ["", " = Title = \n", "", " one two \n"], "validation": ["three\n"], "test": ["four"]}
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    parts = {split: datasets.Dataset.from_dict({"text": texts}) for split, texts in rows.items()}
+    if form == "parquet":
+        for split, part in parts.items():
+            part.to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    else:
+        datasets.DatasetDict(parts).save_to_disk(folder)
+    data = module(source="huggingface", path=str(folder), context_length=4)
+    assert split_text(data, "train") == "\n = Title = \n\n one two \n"
+    assert (split_text(data, "validation"), split_text(data, "test")) == ("three\n", "four\n")
+
+
+def test_unreachable_hub_is_told_within_seconds(module, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    start = time.monotonic()
+    with pytest.raises(
+        ConnectionError, match=r"cannot fetch the dataset a/b from the hub .* path=FOLDER.*HF_HUB_OFFLINE"
+    ):
+        module(source="huggingface", path="a/b").prepare_data()
+    assert time.monotonic() - start < 8
+
+
+def test_a_hub_dataset_that_was_tokenized_needs_no_hub(module, monkeypatch):
+    monkeypatch.setattr(text_module.open_source.__globals__["_load_dataset"], "__code__", _fake_dataset.__code__)
+    first = module(source="huggingface", path="a/b", context_length=4)
+    assert split_text(first, "train") == "once upon a time\n"
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert module(source="huggingface", path="a/b", context_length=4).vocab_size == 256
+
+
+def _fake_dataset(folder, path, name):
+    import datasets
+
+    return {s: datasets.Dataset.from_dict({"text": ["once upon a time"]}) for s in ("train", "test")}
+
+
+def test_byte_caps_cut_each_split_at_a_character(module):
+    data = module("\u00e9" * 300, max_train_bytes=101, max_eval_bytes=33)
+    assert split_text(data, "train") == "\u00e9" * 50
+    assert split_text(data, "validation") == split_text(data, "test") == "\u00e9" * 16
+
+
+# Cache
+
+
+def cached_file(data):
+    (file,) = Path(data.hparams["cache_dir"]).glob("*.safetensors")
+    return file
+
+
+def test_tokens_are_stored_once_and_read_as_a_memory_map(module, monkeypatch):
+    first = module(tokenizer="bpe", bpe_vocab_size=280)
+    assert first.vocab_size == 280
+    monkeypatch.setattr(TextDataModule, "_tokenize", lambda *_: pytest.fail("tokenized twice"))
+    again = module(tokenizer="bpe", bpe_vocab_size=280)
+    assert split_ids(again, "train") == split_ids(first, "train")
+    assert isinstance(again._prepared().splits["train"].array, np.memmap)
+    assert again._prepared().splits["train"].array.dtype == np.uint16
+    assert again.tokenizer_state() == first.tokenizer_state()
+
+
+@pytest.mark.parametrize("change", [{"text": PROSE + "!"}, {"tokenizer": "characters"}, {"validation_fraction": 0.2}])
+def test_other_content_or_settings_are_other_tokens(module, change):
+    before = module()
+    ids = split_ids(before, "train")
+    assert split_ids(module(**change), "train") != ids
+    assert split_ids(module(), "train") == ids
+
+
+@pytest.mark.parametrize("damage", ["truncated", "short", "flipped", "overwritten"])
+def test_damaged_tokens_are_noticed_and_built_anew(module, damage):
+    expected = split_ids(module(), "train")
+    file = cached_file(module())
+    content = bytearray(file.read_bytes())
+    if damage == "flipped":
+        content[-5] ^= 1
+    damaged = {"truncated": content[:-100], "short": content[:3], "overwritten": b"\xff" * 500}.get(damage, content)
+    file.write_bytes(damaged)
+    with pytest.warns(UserWarning, match="are damaged: they are built anew"):
+        assert split_ids(module(), "train") == expected
+    assert split_ids(module(), "train") == expected
+
+
+def test_an_interrupted_write_leaves_nothing(module, monkeypatch):
+    data = module()
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        data.prepare_data()
+    assert [f.suffix for f in Path(data.hparams["cache_dir"]).iterdir()] in ([], [".lock"])
+    monkeypatch.undo()
+    data.prepare_data()
+
+
+def _prepare_and_count(folder, start, builds):
+    data = data_module(folder, tokenizer="bpe", bpe_vocab_size=270)
+    tokenize = TextDataModule._tokenize
+
+    def counted(self, *arguments):
+        with builds.get_lock():
+            builds.value += 1
+        time.sleep(0.2)
+        return tokenize(self, *arguments)
+
+    TextDataModule._tokenize = counted
+    start.wait()
+    assert data.vocab_size == 270
+    assert len(data._prepared().splits["train"].array) > 0
+
+
+def test_processes_that_prepare_at_the_same_time_build_once(tmp_path):
+    data_module(tmp_path)
+    context = multiprocessing.get_context("fork")
+    start, builds = context.Barrier(4), context.Value("i", 0)
+    processes = [context.Process(target=_prepare_and_count, args=(tmp_path, start, builds)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=60)
+    assert [process.exitcode for process in processes] == [0] * 4
+    assert builds.value == 1
+
+
+# Windows
+
+
+@pytest.mark.parametrize("order", ["shuffled", "random"])
+@pytest.mark.parametrize(("num_tokens", "context_length"), [(9, 8), (16, 8), (17, 8), (24, 8), (200, 7), (1000, 64)])
+def test_training_windows_lie_within_the_text(order, num_tokens, context_length):
+    sizes = {"num_tokens": num_tokens, "context_length": context_length, "order": order}
+    epochs = [window_starts(epoch, seed=1, **sizes) for epoch in range(1000)]
+    assert len({len(starts) for starts in epochs}) == 1
+    assert min(starts.min() for starts in epochs) == 0
+    assert max(starts.max() for starts in epochs) == num_tokens - context_length - 1  # the last token is predicted too
+    if order == "shuffled":
+        for starts in epochs:
+            assert set(np.diff(np.sort(starts))) <= {context_length}
+        assert len(epochs[0]) >= (num_tokens - 1) // context_length - 1
+    assert not np.array_equal(window_starts(0, seed=1, **sizes | {"num_tokens": 500}), epochs[0])
+
+
+@pytest.mark.parametrize("order", ["shuffled", "random"])
+def test_training_batches_are_windows_of_the_text_with_targets_shifted_by_one(module, order):
+    data = module(window_order=order)
+    text = bytes(split_ids(data, "train"))
+    batches = list(data.train_dataloader())
+    for batch in batches:
+        assert batch.tokens.dtype == batch.targets.dtype == torch.int64
+        assert batch.tokens.shape == batch.targets.shape == (4, 8)
+        for tokens, targets in zip(batch.tokens.tolist(), batch.targets.tolist(), strict=True):
+            assert tokens[1:] == targets[:-1]
+            assert bytes([tokens[0], *targets]) in text
+    assert len(batches) == len(data.train_dataloader())
+
+
+def test_training_order_depends_on_seed_and_epoch_only(module):
+    def epochs(seed):
+        loader = module(seed=seed).train_dataloader()
+        return [torch.cat([batch.tokens for batch in loader]).tolist() for _ in range(2)]
+
+    first, second = epochs(0)
+    assert epochs(0) == [first, second]
+    assert len({json.dumps(order) for order in (first, second, *epochs(1))}) == 4
+
+
+@pytest.mark.parametrize("context_length", [1, 7, 8, 500])
+def test_evaluation_predicts_every_token_but_the_first_exactly_once(module, context_length):
+    data = module(context_length=context_length)
+    for split, loader in (("validation", data.val_dataloader()), ("test", data.test_dataloader())):
+        batches = list(loader)
+        targets = torch.cat([batch.targets.flatten() for batch in batches])
+        tokens = torch.cat([batch.tokens.flatten() for batch in batches])
+        ids = split_ids(data, split)
+        assert targets[targets != IGNORE_INDEX].tolist() == ids[1:]
+        assert tokens[targets != IGNORE_INDEX].tolist() == ids[:-1]
+        assert int((targets == IGNORE_INDEX).sum()) == -(len(ids) - 1) % context_length
+        assert data.split_statistics(split).num_tokens == len(ids) - 1
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_evaluation_over_ranks_predicts_the_same_targets_in_equal_batches(module, monkeypatch, world_size):
+    data = module()
+    expected = sorted(t for batch in data.test_dataloader() for t in batch.targets.flatten().tolist() if t >= 0)
+    ranks = []
+    for rank in range(world_size):
+        monkeypatch.setattr(TextDataModule, "_rank_and_world_size", lambda _, rank=rank: (rank, world_size))
+        ranks.append(list(data.test_dataloader()))
+    assert len({tuple(batch.tokens.shape for batch in batches) for batches in ranks}) == 1
+    targets = [t for batches in ranks for batch in batches for t in batch.targets.flatten().tolist()]
+    assert sorted(t for t in targets if t != IGNORE_INDEX) == expected
+
+
+def test_statistics_count_bytes_and_words_of_the_predicted_text(module):
+    text = "\u00e9a b\n\n c d\u00a0e\tf\n" * 10
+    for tokenizer, first_bytes in (("bytes", 1), ("characters", 2), ("bpe", None)):
+        data = module(text, tokenizer=tokenizer, bpe_vocab_size=258, validation_fraction=0.0, test_fraction=0.0)
+        statistics = data.split_statistics("train")
+        ids = split_ids(data, "train")
+        covered = data.tokenizer.decode_bytes(ids[1:])
+        num_words = sum(len(line.split()) + 1 for line in covered.decode(errors="replace").split("\n")) - 1
+        assert statistics == SplitStatistics(len(ids) - 1, len(covered), num_words)
+        assert num_words == 90
+        if first_bytes:
+            assert statistics.num_bytes == len(text.encode()) - first_bytes
+
+
+def test_vocabulary_is_known_at_once_and_can_be_padded(module):
+    assert module(tokenizer="characters").vocab_size == len(set(PROSE[: int(0.8 * len(PROSE))]))
+    assert module(tokenizer="bpe", bpe_vocab_size=270, pad_vocab_size_to_multiple=64).vocab_size == 320
+    assert module(pad_vocab_size_to_multiple=64).vocab_size == 256
+
+
+def test_a_large_vocabulary_is_stored_in_32_bits(module, monkeypatch):
+    monkeypatch.setattr("revdeq_lightning.data.tokenizers.ByteTokenizer.vocab_size", 2**16 + 1)
+    data = module()
+    assert data._prepared().splits["train"].array.dtype == np.uint32
+    assert bytes(split_ids(data, "train") + split_ids(data, "validation") + split_ids(data, "test")).decode() == PROSE
+
+
+def test_dataset_pickles_as_a_path_for_spawned_workers(module):
+    loader = module().train_dataloader()
+    starts = next(iter(loader.batch_sampler))
+    expected = loader.dataset[starts].tokens
+    pickled = pickle.dumps(loader.dataset)
+    assert len(pickled) < 1000
+    assert torch.equal(pickle.loads(pickled)[starts].tokens, expected)
+
+
+# Resuming with Lightning
+
+STOPS = {
+    "middle of the first epoch": ("on_train_batch_end", 5, {}),
+    "middle of the second epoch": ("on_train_batch_end", 40, {}),
+    "last batch of an epoch": ("on_train_batch_end", 29, {}),
+    "validation in mid-epoch": ("on_validation_end", 4, {"val_check_interval": 10}),
+    "validation at the end of an epoch": ("on_validation_end", 2, {}),
+    "end of an epoch": ("on_train_epoch_end", 1, {}),
+    "end of an epoch, limited by steps": ("on_train_epoch_end", 1, {"max_steps": 70, "max_epochs": -1}),
+    "failed step": ("on_exception", 1, {"fail_at": 40}),
+    "between accumulated gradients": ("on_train_batch_end", 34, {"accumulate_grad_batches": 4}),
+    "part of the batches": ("on_train_batch_end", 13, {"limit_train_batches": 10}),
+    "workers": ("on_train_batch_end", 40, {"num_workers": 2}),
+    "new loaders every epoch": ("on_train_batch_end", 40, {"reload_dataloaders_every_n_epochs": 1}),
+    "random windows": ("on_train_batch_end", 40, {"window_order": "random"}),
+}
+
+
+@pytest.mark.parametrize("stop", STOPS)
+@pytest.mark.filterwarnings("ignore:Starting from v1.9.0")
+def test_resumed_run_sees_the_batches_of_the_uninterrupted_run(tmp_path, stop):
+    hook, nth, options = STOPS[stop]
+    options = dict(options)
+    fail_at = options.pop("fail_at", None)
+    window_order = options.pop("window_order", "shuffled")
+    num_workers = options.pop("num_workers", 0)
+
+    def data(workers=num_workers):
+        return data_module(tmp_path, num_workers=workers, window_order=window_order)
+
+    fit(tmp_path, "whole", data=data(0), **options)
+    save = SaveAt(hook, nth, tmp_path / "run.ckpt")
+    with pytest.raises(InterruptedError):
+        fit(tmp_path, "begin", callbacks=[save], fail_at=fail_at, data=data(), **options)
+    before = recorded(tmp_path, "begin")
+    state = torch.load(tmp_path / "run.ckpt", weights_only=True)["TextDataModule"]
+    per_epoch = options.get("limit_train_batches", 29)
+    assert state["position"] == {"epoch": len(before) // per_epoch, "batch": len(before) % per_epoch}
+    fit(tmp_path, "rest", ckpt_path=tmp_path / "run.ckpt", data=data(), **options)
+    assert before + recorded(tmp_path, "rest") == recorded(tmp_path, "whole")
+
+
+def test_two_ranks_share_each_batch_and_resume_exactly_with_and_without_workers(tmp_path):
+    subprocess.run([sys.executable, recorded_fit.__file__, tmp_path], check=True, capture_output=True, timeout=120)
+    whole = [recorded(tmp_path, "whole", rank) for rank in (0, 1)]
+    fit(tmp_path, "joined", data=data_module(tmp_path, batch_size=6))
+    assert [a + b for a, b in zip(*whole, strict=True)] == recorded(tmp_path, "joined")
+    for workers in (0, 2):
+        for rank in (0, 1):  # rank 1 may have recorded one batch more when rank 0 stopped
+            begin = recorded(tmp_path, f"begin{workers}", rank)[:20]
+            assert len(begin) == 20
+            assert begin + recorded(tmp_path, f"rest{workers}", rank) == whole[rank]
+
+
+def test_overfit_batches_gives_the_same_batches_every_epoch(tmp_path):
+    fit(tmp_path, "run", data=data_module(tmp_path), overfit_batches=2)
+    batches = recorded(tmp_path, "run")
+    assert batches == batches[:2] * 3
+    assert batches[0] != batches[1]
+
+
+def test_every_fit_starts_at_the_first_epoch_and_ends_its_workers(tmp_path):
+    data = data_module(tmp_path, num_workers=1)
+    fit(tmp_path, "first", data=data, max_epochs=1)
+    assert not multiprocessing.active_children()
+    fit(tmp_path, "second", data=data, max_epochs=1)
+    assert recorded(tmp_path, "first") == recorded(tmp_path, "second")
+
+
+def test_position_survives_without_lightning(module):
+    interrupted, resumed = module(), module()
+    batches = list(interrupted.train_dataloader())
+    used = interrupted.train_dataloader()
+    for _, _ in zip(range(3), used, strict=False):
+        pass
+    resumed.load_state_dict(interrupted.state_dict())
+    rest = list(resumed.train_dataloader())
+    assert torch.equal(torch.stack([b.tokens for b in rest]), torch.stack([b.tokens for b in batches[3:]]))
+
+
+def test_resuming_in_another_order_warns_and_in_another_vocabulary_fails(module):
+    state = module().state_dict() | {"position": {"epoch": 0, "batch": 1}}
+    other = module(seed=7, batch_size=2)
+    other.load_state_dict(state)
+    with pytest.warns(UserWarning, match=r"seed 0 -> 7, global_batch_size 4 -> 2"):
+        other.train_dataloader()
+    with pytest.raises(ValueError, match=r"another vocabulary .*tokenizer=\"characters\""):
+        module(tokenizer="characters").load_state_dict(state)
+
+
+def test_a_missing_split_is_told_and_training_without_validation_works(tmp_path):
+    data = data_module(tmp_path, validation_fraction=0.0)
+    fit(tmp_path, "run", data=data, max_epochs=1, limit_val_batches=0)
+    with pytest.raises(ValueError, match=r"no validation split: set validation_fraction above 0 .*limit_val_batches=0"):
+        fit(tmp_path, "run", data=data)
+    with pytest.raises(ValueError, match=r"no test split: set test_fraction above 0"):
+        data.test_dataloader()
+    with pytest.raises(ValueError, match='split must be one of train, validation, test, got "val"'):
+        data.split_statistics("val")
+
+
+def test_printing_it_shows_the_settings_and_reads_no_batches(module):
+    assert str(module()).startswith("TextDataModule(source='files', path=")
+
+
+def test_interrupted_fit_leaves_no_workers(tmp_path):
+    with pytest.raises(InterruptedError):
+        fit(tmp_path, "run", data=data_module(tmp_path, num_workers=1), fail_at=3)
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of jsonargparse, about what LightningCLI calls
+def test_a_command_line_builds_it_from_yaml(tmp_path, monkeypatch):
+    (tmp_path / "text.txt").write_text(PROSE)
+    (tmp_path / "run.yaml").write_text(
+        f"data:\n  source: files\n  path: [{tmp_path}/text.txt]\n  context_length: 8\n  cache_dir: {tmp_path}/cache\n"
+    )
+    monkeypatch.setattr(sys, "argv", ["run"])
+    cli = LightningCLI(
+        _Sized, TextDataModule, run=False, seed_everything_default=False, save_config_callback=None,
+        args=["--config", str(tmp_path / "run.yaml"), "--data.tokenizer=characters"],
+        parser_kwargs={"parser_mode": "omegaconf+"}, trainer_defaults={"logger": False, "accelerator": "cpu"},
+    )  # fmt: skip
+    assert cli.datamodule.hparams["path"] == [f"{tmp_path}/text.txt"]
+    assert cli.datamodule.vocab_size == len(set(PROSE))
+
+
+class _Sized(Recorder):
+    def __init__(self):
+        super().__init__(Path("unused"))
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"source": "web"}, 'source must be one of python, files, huggingface, got "web"'),
+        ({"source": "python", "path": "x"}, "source \"python\" takes no path, got 'x'"),
+        ({"source": "huggingface"}, 'source "huggingface" needs a path, got None'),
+        ({"source": "python", "test_path": "x"}, 'are for source "files", the source is "python"'),
+        ({"tokenizer": "words"}, 'tokenizer must be one of .* got "words"'),
+        ({"window_order": "sorted"}, 'window_order must be one of shuffled, random, got "sorted"'),
+        ({"validation_fraction": -0.1}, "must not be negative .*got -0.1 and 0.1"),
+        ({"validation_fraction": 0.6, "test_fraction": 0.4}, "leave something to train on, got 0.6 and 0.4"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"context_length": 0}, "context_length must be at least 1, got 0"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"num_workers": -1}, "num_workers must be at least 0, got -1"),
+        ({"bpe_vocab_size": 256}, "bpe_vocab_size must be at least 257, got 256"),
+        ({"max_train_bytes": 0}, "max_train_bytes must be at least 1, got 0"),
+    ],
+)
+def test_wrong_arguments_are_refused_at_construction(module, arguments, message):
+    with pytest.raises(ValueError, match=message) as error:
+        module(**arguments)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments", "message"),
+    [
+        ("", {}, "the train text is empty"),
+        (b"good\xe9bad", {}, r"text.txt is not UTF-8: byte 0xe9 at offset 4: convert it"),
+        ("short", {"test_fraction": 0.0}, "the train text has 4 tokens, a window needs 9.*context_length than 8"),
+        (PROSE, {"validation_fraction": 0.0003}, "the validation text has 1 tokens, a window needs 2"),
+        (
+            PROSE,
+            {"batch_size": 1000},
+            r"batch_size 1000 on 1 rank\(s\) needs 1000 items, the data has \d+: lower batch",
+        ),
+        (
+            "a" * 500 + "z" * 50,
+            {"tokenizer": "characters", "test_fraction": 0.0},
+            "validation text: character 'z' .position 5.*tokenizer=",
+        ),
+    ],
+)
+def test_texts_that_do_not_fit_are_told(module, text, arguments, message):
+    data = module(text, **arguments)
+
+    def start():
+        data.setup("fit")
+        data.train_dataloader()
+
+    with pytest.raises(ValueError, match=message) as error:
+        start()
+    assert "\n" not in str(error.value)
+
+
+def test_missing_files_are_told(module, tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"no such text file or folder: {re.escape(str(tmp_path))}/none"):
+        module(path=str(tmp_path / "none")).prepare_data()
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"no files under .*folder: give a text file"):
+        module(path=str(tmp_path / "folder")).prepare_data()
+
+
+def test_datasets_without_text_or_training_split_are_told(module, tmp_path):
+    datasets.DatasetDict({"train": datasets.Dataset.from_dict({"words": ["a"]})}).save_to_disk(tmp_path / "words")
+    with pytest.raises(ValueError, match=r"has the columns \['words'\], \"text\" is not among them"):
+        module(source="huggingface", path=str(tmp_path / "words")).prepare_data()
+    datasets.DatasetDict({"test": datasets.Dataset.from_dict({"text": ["a"]})}).save_to_disk(tmp_path / "test")
+    with pytest.raises(ValueError, match=r"has the splits \['test'\], \"train\" is not among them"):
+        module(source="huggingface", path=str(tmp_path / "test")).prepare_data()
+
+
+def test_a_library_without_source_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    with pytest.raises(FileNotFoundError, match=r"no source of its standard library .*use source=\"files\""):
+        TextDataModule(cache_dir=str(tmp_path)).prepare_data()
+
+
+def test_a_tokenizer_file_is_part_of_the_key(module, tmp_path):
+    for size in (260, 270):
+        (tmp_path / "tokenizer.json").write_text(BytePairTokenizer.train(PROSE, size).state()["definition"])
+        assert module(tokenizer=str(tmp_path / "tokenizer.json")).vocab_size == size

@@ -1,0 +1,184 @@
+import json
+import subprocess
+import sys
+import time
+
+import huggingface_hub
+import huggingface_hub.constants
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from revdeq_lightning.data import tokenizers as ours
+from revdeq_lightning.data.tokenizers import (
+    BytePairTokenizer,
+    ByteTokenizer,
+    CharacterTokenizer,
+    build_tokenizer,
+    tokenizer_from_state,
+)
+
+TEXT = "def f(x):\n    return x  # caf\u00e9, \u6f22\u5b57\n\n\nprint('the the then there', 123)\n" * 20
+BPE = BytePairTokenizer.train(TEXT, 280)
+
+
+def build(name, **options):
+    return build_tokenizer(name, **{"bpe_vocab_size": 280, "training_text": lambda: TEXT} | options)
+
+
+@pytest.fixture
+def no_hub(monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
+
+
+@given(st.text())
+def test_bytes_are_the_utf8_encoding(text):
+    tokenizer = ByteTokenizer()
+    assert bytes(tokenizer.encode(text)) == text.encode() == tokenizer.decode_bytes(tokenizer.encode(text))
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@given(st.text(alphabet=sorted(set(TEXT))))
+def test_characters_are_positions_in_the_sorted_alphabet(text):
+    tokenizer = CharacterTokenizer(TEXT)
+    alphabet = sorted(set(TEXT))
+    assert tokenizer.encode(text) == [alphabet.index(character) for character in text]
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert tokenizer.vocab_size == len(alphabet)
+
+
+@given(st.text() | st.text(alphabet="ab \n\t\u00e9\u6f22\U0001f642'1") | st.sampled_from([TEXT]))
+def test_bpe_gives_every_text_back(text):
+    ids = BPE.encode(text)
+    assert BPE.decode(ids) == text
+    assert b"".join(BPE.decode_bytes([i]) for i in ids) == text.encode()
+    assert BPE.vocab_size == 280 > max(ids, default=0)
+
+
+def test_bpe_shortens_the_text_and_agrees_with_the_library_however_it_is_cut(monkeypatch):
+    library = Tokenizer.from_str(BPE.state()["definition"])
+    expected = library.encode(TEXT).ids
+    assert len(expected) < 0.7 * len(TEXT.encode())
+    pieces = ours._pieces
+    monkeypatch.setattr(ours, "_pieces", lambda text: pieces(text, min_characters=10))
+    assert len(list(ours._pieces(TEXT))) > 20
+    assert "".join(ours._pieces(TEXT)) == TEXT
+    assert BPE.encode(TEXT) == expected
+
+
+def test_bpe_training_is_deterministic_across_processes():
+    code = "; ".join(  # the file alone: importing the package would cost seconds
+        [
+            "import sys, runpy",
+            "module = runpy.run_path(sys.argv[1])",
+            "print(module['BytePairTokenizer'].train(sys.argv[2], 280).state()['definition'])",
+        ]
+    )
+    for _ in range(2):
+        run = subprocess.run([sys.executable, "-c", code, ours.__file__, TEXT], capture_output=True, check=True)
+        assert json.loads(run.stdout) == json.loads(BPE.state()["definition"])
+
+
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), CharacterTokenizer(TEXT), BPE], ids=["bytes", "chars", "bpe"])
+def test_state_is_plain_and_survives_a_weights_only_checkpoint(tokenizer, tmp_path):
+    torch.save(tokenizer.state(), tmp_path / "state.pt")
+    restored = tokenizer_from_state(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert restored.encode(TEXT) == tokenizer.encode(TEXT)
+    assert restored.vocab_size == tokenizer.vocab_size
+
+
+def test_tokenizer_from_files_equals_the_trained_one(tmp_path):
+    definition = json.loads(BPE.state()["definition"])
+    (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
+    (tmp_path / "state.json").write_text(json.dumps(BPE.state()))
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "vocab.json").write_text(json.dumps(definition["model"]["vocab"]))
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in definition["model"]["merges"]]
+    (tmp_path / "two" / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+    for path in (tmp_path, tmp_path / "tokenizer.json", tmp_path / "state.json", tmp_path / "two"):
+        assert build(str(path)).encode(TEXT) == BPE.encode(TEXT)
+
+
+def test_special_tokens_stand_for_their_text():
+    library = Tokenizer.from_str(BPE.state()["definition"])
+    library.add_special_tokens(["<|endoftext|>"])
+    tokenizer = BytePairTokenizer(library.to_str())
+    assert tokenizer.vocab_size == 281
+    assert tokenizer.encode("a<|endoftext|>") == [*BPE.encode("a"), 280]
+    assert tokenizer.decode([280]) == "<|endoftext|>"
+
+
+def test_gpt2_is_read_from_the_hub_cache_without_any_network(no_hub, monkeypatch, tmp_path):
+    stored = tmp_path / "tokenizer.json"
+    stored.write_text(BPE.state()["definition"])
+
+    def cached_only(repository, file, local_files_only=False):
+        assert (repository, file, local_files_only) == ("openai-community/gpt2", "tokenizer.json", True)
+        return str(stored)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", cached_only)
+    assert build("gpt2").encode(TEXT) == BPE.encode(TEXT)
+
+
+def test_an_unreachable_hub_is_told_within_seconds(no_hub):
+    start = time.monotonic()
+    with pytest.raises(ConnectionError, match=r"gpt2.* hub is not reachable .*tokenizer.json.* path"):
+        build("gpt2")
+    assert time.monotonic() - start < 8
+
+
+def test_offline_mode_asks_no_hub(no_hub, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub, "get_session", lambda: pytest.fail("asked the hub"))
+    with pytest.raises(ConnectionError, match="not reachable"):
+        build("gpt2")
+
+
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), CharacterTokenizer("abc"), BPE], ids=["bytes", "chars", "bpe"])
+def test_ids_beyond_the_vocabulary_are_named(tokenizer):
+    for bad in (tokenizer.vocab_size, -1):
+        with pytest.raises(ValueError, match=f"token id {bad} is beyond the {tokenizer.vocab_size} tokens"):
+            tokenizer.decode([0, bad])
+
+
+def test_an_unknown_character_is_named_with_its_position():
+    with pytest.raises(ValueError, match=r"character '\u00e9' \(position 3\) .* 3 characters .*tokenizer=\"bytes\""):
+        CharacterTokenizer("abc").encode("aba\u00e9")
+    with pytest.raises(ValueError, match="character 'z'"):  # beyond the last known one
+        CharacterTokenizer("abc").encode("z")
+
+
+def test_a_tokenizer_that_changes_texts_is_refused(tmp_path):
+    library = Tokenizer.from_str(BPE.state()["definition"])
+    library.normalizer = normalizers.Lowercase()
+    (tmp_path / "lower.json").write_text(library.to_str())
+    library = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    library.pre_tokenizer, library.decoder = pre_tokenizers.Whitespace(), decoders.Fuse()
+    (tmp_path / "words.json").write_text(library.to_str())
+    for name in ("lower", "words"):
+        with pytest.raises(ValueError, match="does not give a text back unchanged"):
+            build(str(tmp_path / f"{name}.json"))
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "message"),
+    [
+        ("not json", ValueError, "is not JSON"),
+        ('{"a": 1}', ValueError, "not the JSON of a tokenizer"),
+        ('{"kind": "words"}', ValueError, "kind 'words'"),
+        (None, FileNotFoundError, "neither tokenizer.json nor vocab.json"),
+    ],
+)
+def test_unusable_files_are_told(tmp_path, content, error, message):
+    if content is not None:
+        (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(error, match=message):
+        build(str(tmp_path))
+
+
+def test_an_unknown_tokenizer_is_told():
+    with pytest.raises(ValueError, match='one of bytes, characters, bpe, gpt2 or an existing path, got "words"'):
+        build("words")
