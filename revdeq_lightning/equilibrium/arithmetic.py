@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .remainders import Remainders
+from .remainders import Remainders, divisor
 
 MAX_DENOMINATOR = 4096
 """Largest denominator of `a` that the exact state takes: its range is 2^20 / denominator, here still 256."""
@@ -119,7 +119,7 @@ class ExactArithmetic(AbstractArithmetic):
         if p != 1:
             previous.mul_(p)
         scratch = torch.empty_like(previous) if remainders is None else remainders.scratch
-        quotient = torch.div(previous, q, out=scratch).floor_()
+        quotient = torch.div(previous, divisor(q, previous), out=scratch).floor_()
         if remainders is not None:
             remainders.push_(previous.sub_(quotient, alpha=q), active)
         return self._increment(current, value, recurrence, out=previous).add_(quotient)
@@ -137,7 +137,7 @@ class ExactArithmetic(AbstractArithmetic):
         p, q = recurrence.a.numerator, recurrence.a.denominator
         following.sub_(self._increment(current, value, recurrence, out=remainders.scratch))
         torch.add(remainders.pop_(active), following, alpha=q, out=following)
-        return following if p == 1 else following.div_(p)
+        return following if p == 1 else following.div_(divisor(p, following))
 
     def _increment(self, current: Tensor, value: Tensor, recurrence: Recurrence, out: Tensor) -> Tensor:
         """`round(2^32 * (c * u_k + b * f(u_k)))`: depends on u_k alone, so that both directions get the same bits."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 Leaves = list[Tensor]
@@ -38,7 +39,7 @@ class EquilibriumFunction:
         """Evaluate f once."""
         self.nfe += 1
         z_tree, x_tree = tree_unflatten(z, self.z_spec), tree_unflatten(x, self.x_spec)
-        with self._autocast(), self.randomness.same_draws():
+        with self._autocast(), _parametrizations_uncached(), self.randomness.same_draws():
             value = self.f(z_tree, x_tree)
         leaves, spec = tree_flatten(value)
         if spec != self.z_spec:
@@ -74,6 +75,17 @@ class EquilibriumFunction:
         if torch.is_autocast_enabled(self.device_type):
             return torch.autocast(self.device_type, enabled=False)
         return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _parametrizations_uncached() -> Iterator[None]:
+    """As autocast's cache: under `parametrize.cached()` a weight made under no_grad would be handed to a later call."""
+    enabled = parametrize._cache_enabled
+    parametrize._cache_enabled = 0
+    try:
+        yield
+    finally:
+        parametrize._cache_enabled = enabled
 
 
 class _Randomness:

@@ -30,7 +30,8 @@ def residual(value: Sequence[Tensor], state: Sequence[Tensor], rtol: float = 0.0
         difference = torch.linalg.vector_norm((f - z).flatten(1), dim=1)
         scale = torch.linalg.vector_norm(f.flatten(1), dim=1) + EPSILON
         relatives.append(difference / scale)
-        converged.append(difference <= atol + rtol * scale)
+        # An infinite f would be within any share of itself.
+        converged.append((difference <= atol + rtol * scale) & difference.isfinite())
     return Residual(torch.stack(relatives).amax(0), torch.stack(converged).all(0))
 
 

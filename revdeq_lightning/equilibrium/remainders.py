@@ -36,10 +36,9 @@ class Remainders:
     def push_(self, digits: Tensor, active: Tensor | None = None) -> None:
         """Put one digit on every element's stack; with `active`, shape `(batch,)`, on the active samples' only."""
         index, depth = self.count % 2, self.count // 2
-        if depth and depth % self.digits_per_word == 0:
-            self.spilled.append(_pack(self.words[index]))
-            self.words[index].zero_()
         word = self.words[index]
+        if depth and depth % self.digits_per_word == 0:
+            self.spilled.append(_take_bytes_(word))
         if active is None:
             torch.add(digits, word, alpha=self.radix, out=word)
         else:
@@ -51,7 +50,10 @@ class Remainders:
         self.count -= 1
         index, depth = self.count % 2, self.count // 2
         word = self.words[index]
-        shifted = torch.div(word, self.radix, out=self.scratch).floor_()
+        num_spilled = (len(self.spilled) + 1 - index) // 2  # of this word: the two take turns
+        if num_spilled > depth // self.digits_per_word:
+            _put_bytes_(word, self.spilled.pop())
+        shifted = torch.div(word, divisor(self.radix, word), out=self.scratch).floor_()
         if active is None:
             digits = word.sub_(shifted, alpha=self.radix)
             self.words[index], self.scratch = shifted, word
@@ -59,9 +61,12 @@ class Remainders:
             mask = broadcast_to_leaf(active, word)
             digits = torch.where(mask, word.sub(shifted, alpha=self.radix), 0.0)
             self.words[index] = torch.where(mask, shifted, word)
-        if depth and depth % self.digits_per_word == 0:
-            self.words[index] = _unpack(self.spilled.pop())
         return digits
+
+
+def divisor(number: int, dividend: Tensor) -> Tensor:
+    """The number beside `dividend`: by a plain one CUDA multiplies with its rounded inverse, and 49 * (1 / 49) < 1."""
+    return dividend.new_full((), number)
 
 
 def digits_per_word(radix: int) -> int:
@@ -72,12 +77,22 @@ def digits_per_word(radix: int) -> int:
     return digits
 
 
-def _pack(word: Tensor) -> Tensor:
-    """The low 7 bytes of each whole number (little-endian, as every platform of PyTorch)."""
-    return word.contiguous().to(torch.int64).view(torch.uint8).view(*word.shape, 8)[..., :_PACKED_BYTES].clone()
+def _take_bytes_(word: Tensor) -> Tensor:
+    """The low 7 bytes of each whole number, `(numel, 7)`; the word is zero afterwards. In place but for the result."""
+    memory = _memory(word)
+    memory.view(torch.int64).copy_(memory)
+    taken = memory.view(torch.uint8).view(-1, 8)[:, :_PACKED_BYTES].clone()  # little-endian, as PyTorch's platforms are
+    word.zero_()
+    return taken
 
 
-def _unpack(packed: Tensor) -> Tensor:
-    wide = torch.zeros(*packed.shape[:-1], 8, dtype=torch.uint8, device=packed.device)
-    wide[..., :_PACKED_BYTES] = packed
-    return wide.view(torch.int64).squeeze(-1).to(torch.float64)
+def _put_bytes_(word: Tensor, taken: Tensor) -> None:
+    """Inverse of `_take_bytes_` on a word that is zero."""
+    memory = _memory(word)
+    memory.view(torch.uint8).view(-1, 8)[:, :_PACKED_BYTES] = taken
+    memory.copy_(memory.view(torch.int64))
+
+
+def _memory(word: Tensor) -> Tensor:
+    """The elements in the order in which they lie in memory, whatever the layout."""
+    return word.as_strided((word.numel(),), (1,))

@@ -59,13 +59,13 @@ def _checked_state(leaves: list[Any]) -> Leaves:
         if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or leaf.ndim == 0:
             received = f"{leaf.dtype} of shape {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else repr(leaf)
             raise ValueError(f"z0 must be floating-point tensors of shape (batch, ...), got {received}")
+        if leaf.numel() == 0:
+            raise ValueError(f"z0 must not be empty: batch and other sizes at least 1, got shape {tuple(leaf.shape)}")
     batch_sizes = [leaf.shape[0] for leaf in leaves]
     devices = {leaf.device for leaf in leaves}
-    if len(set(batch_sizes)) > 1 or batch_sizes[0] == 0 or len(devices) > 1:
-        raise ValueError(
-            f"the tensors of z0 must share one device and one batch size of at least 1, got {batch_sizes} on"
-            f" {sorted(map(str, devices))}"
-        )
+    if len(set(batch_sizes)) > 1 or len(devices) > 1:
+        received = f"{batch_sizes} on {sorted(map(str, devices))}"
+        raise ValueError(f"the tensors of z0 must share one device and one batch size, got {received}")
     if torch.is_autocast_enabled(leaves[0].device.type):
         # The state must not drift in half precision: f itself still computes in it.
         return [leaf.to(torch.promote_types(leaf.dtype, torch.float32)) for leaf in leaves]

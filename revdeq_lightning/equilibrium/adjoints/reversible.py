@@ -77,6 +77,7 @@ class ReversibleAdjoint(AbstractAdjoint):
         inputs = (*z0, *(leaf for leaf in x if isinstance(leaf, Tensor)), *parameters.values())
         if not (torch.is_grad_enabled() and any(t.requires_grad for t in inputs)):
             iteration = iterate_to_fixed_point(solver, f, z0, x)
+            _refuse_foreign_leaves(iteration.value, [])
             return iteration.value, iteration.stats
         with_grad = is_compiled(f.f) if self.forward_with_grad is None else self.forward_with_grad
         constants = [None if isinstance(leaf, Tensor) else leaf for leaf in x]
@@ -209,8 +210,9 @@ def _run_backwards(
     z0, x, _ = solve.split(inputs)
     differentiated = [i for i, needed in enumerate(needs_grad) if needed and i >= solve.num_leaves]
     sums: dict[int, Tensor] = {}
-    # Their rounding errors add up over the evaluations as the state's do: they are held as precisely as the state.
-    g_current = [g.to(torch.promote_types(g.dtype, solver.state_arithmetic.dtype), copy=True) for g in grads]
+    # Both are carried times b, so that they are the products' weights as they stand, and as precisely as the state:
+    # their rounding errors add up over the evaluations just as the state's do.
+    g_current = [b * g.to(torch.promote_types(g.dtype, solver.state_arithmetic.dtype)) for g in grads]
     g_previous = [torch.zeros_like(g) for g in g_current]
     num_evaluations, nfe_before = solve.num_evaluations, f.nfe
     if solver.has_tolerance:  # the host asks only every few steps: after the last sample's stop there may be idle ones
@@ -225,10 +227,10 @@ def _run_backwards(
         sources = [*z, *(inputs[i] for i in differentiated)]
         if f.nfe == nfe_before + 1:
             _refuse_foreign_leaves(value, sources)
-        weighted = [(b * g).to(v.dtype) for g, v in zip(g_current, value, strict=True)]
+        weights = [g.to(v.dtype, copy=True) for g, v in zip(g_current, value, strict=True)]
         if active is not None:
-            weighted = select(active, weighted, [torch.zeros_like(w) for w in weighted])
-        products = _products(value, sources, weighted)
+            weights = select(active, weights, [torch.zeros_like(w) for w in weights])
+        products = _products(value, sources, weights)
         state = solver.invert_step(state, [v.detach() for v in value], active)
         for i, product in zip(differentiated, products[solve.num_leaves :], strict=True):
             if product is not None and i in sums:
@@ -238,20 +240,22 @@ def _run_backwards(
         for i, product in enumerate(products[: solve.num_leaves]):
             before = g_previous[i] if active is None else g_previous[i].clone()
             if product is not None:
-                before.add_(product)
+                before.add_(product, alpha=b)
             if c:
                 before.add_(g_current[i], alpha=c)
             if active is None:
                 g_current[i], g_previous[i] = before, g_current[i].mul_(a)
             else:
                 scaled = a * g_current[i]
-                g_current[i : i + 1] = select(active, [before], [g_current[i]])
+                # A sample that had stopped still entered the evaluation, and the others' results if f mixes samples.
+                held = g_current[i] if product is None else g_current[i].add(product, alpha=b)
+                g_current[i : i + 1] = select(active, [before], [held])
                 g_previous[i : i + 1] = select(active, [scaled], [g_previous[i]])
     stats.backward_nfe = f.nfe - nfe_before
     stats.reconstruction_mismatch = solver.reconstruction_mismatch(state, z0)
     _report_mismatch(solve, stats.reconstruction_mismatch, sum(z.numel() for z in z0))
     for i in range(solve.num_leaves):
-        sums[i] = g_current[i].add_(g_previous[i])
+        sums[i] = g_current[i].add_(g_previous[i]).div_(b)
     return [sums[i].to(inputs[i].dtype) if needed and i in sums else None for i, needed in enumerate(needs_grad)]
 
 

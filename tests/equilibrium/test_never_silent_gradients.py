@@ -1,0 +1,256 @@
+"""Gradients that would be wrong or vanish: errors (or a warning) that say what to change."""
+
+import re
+import warnings
+
+import pytest
+import torch
+from against_bptt import BPTT, REVERSIBLE, SOLVERS, attention_layer, project, sequence
+from torch import nn
+
+from revdeq_lightning.equilibrium import (
+    BackpropAdjoint,
+    EquilibriumLayer,
+    PicardSolver,
+    ReconstructionError,
+    ReconstructionWarning,
+    RelaxedSolver,
+    ReversibleAdjoint,
+    ReversibleSolver,
+    solve_fixed_point,
+)
+
+SOLVER = SOLVERS["reversible"]
+
+
+def refuses(error, *fragments):
+    """All fragments, in this order, must be in the message."""
+    return pytest.raises(error, match="(?s)" + ".*".join(map(re.escape, fragments)))
+
+
+def solve(f, z0=None, x=None, solver=SOLVER, adjoint=REVERSIBLE):
+    x = sequence() if x is None else x
+    return solve_fixed_point(f, torch.zeros_like(x) if z0 is None else z0, x, solver=solver, adjoint=adjoint)
+
+
+# What f uses
+
+
+@pytest.mark.parametrize("x_needs_grad", [True, False])
+@pytest.mark.parametrize("origin", ["leaf", "other", "parameter", "x_itself", "attribute", "sum_only"])
+@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+def test_closure_over_a_tensor_that_needs_a_gradient(origin, x_needs_grad, solver):
+    x = sequence().detach().requires_grad_(x_needs_grad)
+    leaf = torch.full((16,), 0.5, requires_grad=True)
+    linear = nn.Linear(16, 16)
+
+    class WithAttribute(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.own = nn.Parameter(torch.ones(16))
+            self.scale = leaf
+
+        def forward(self, z, x):
+            return torch.tanh(self.own * z + self.scale * x)
+
+    if origin == "x_itself" and not x_needs_grad:
+        pytest.skip("there is no gradient to lose")
+    derived = leaf.exp() * 2
+    f = {
+        "leaf": lambda z, x: torch.tanh(z * leaf + x),
+        "other": lambda z, x: torch.tanh(z * derived + x),
+        "parameter": lambda z, x: torch.tanh(linear(z) + x),
+        "x_itself": lambda z, _: torch.tanh(z + x),
+        "attribute": WithAttribute(),
+        "sum_only": lambda z, x: z + leaf,
+    }[origin]
+    shape = re.escape(str(tuple(x.shape if origin == "x_itself" else (16, 16) if origin == "parameter" else (16,))))
+    if origin == "parameter":
+        shape = r"\(16(, 16|,)\)"  # its weight or its bias
+    with pytest.raises(RuntimeError, match=f"(?s){shape}.*float32.*lost.*Pass it in x.*detach"):
+        project(solve(f, x=x, solver=solver).value).backward()
+
+
+def test_closure_without_a_gradient_to_lose_is_fine():
+    leaf = torch.full((16,), 0.5, requires_grad=True)
+    for f in (lambda z, x: torch.tanh(z * leaf.detach() + x), lambda z, x: torch.tanh(z * torch.ones(16) + x)):
+        project(solve(f).value).backward()
+    with torch.no_grad():
+        solve(lambda z, x: torch.tanh(z * leaf + x))
+    with torch.inference_mode():
+        solve(lambda z, x: torch.tanh(z * leaf + x))
+
+
+class Normed(nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.blocks = nn.Sequential(nn.Linear(16, 16), nn.Sequential(norm))
+
+    def forward(self, z, x):
+        return self.blocks((z + x).transpose(1, 2).transpose(1, 2).flatten(0, 1)).view_as(z)
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d(16), nn.BatchNorm1d(16, affine=False), nn.SyncBatchNorm(16)])
+def test_batch_norm_in_training_mode(norm):
+    name = type(norm).__name__
+    layer, x = EquilibriumLayer(Normed(norm), solver=SOLVER, adjoint=REVERSIBLE), sequence()
+    for context in (torch.enable_grad, torch.no_grad):
+        with context(), refuses(ValueError, name, "'blocks.1.0'", "GroupNorm", "eval"):
+            layer(x)
+    layer.f.blocks[1].eval()
+    solution = layer(x)
+    project(solution.value).backward()
+    assert solution.stats.reconstruction_mismatch == 0
+
+
+# Not the same function
+
+
+class Counting(nn.Module):
+    """Another function in every call: torch's generators are not asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, z, x):
+        self.calls = self.calls + 1
+        return torch.tanh(self.weight * z + x + self.calls)
+
+
+def test_f_that_is_not_the_same_in_both_passes():
+    for solver in SOLVERS.values():
+        x = sequence()
+        solution = solve(Counting(), x=x, solver=solver, adjoint=ReversibleAdjoint())
+        loss = project(solution.value)
+        with pytest.warns(ReconstructionWarning, match=r"of 640 elements.*not the same function.*Look for") as record:
+            loss.backward()
+        count = solution.stats.reconstruction_mismatch
+        assert count.dtype == torch.int64
+        assert count.ndim == 0
+        assert 0 < count <= 2 * x.numel()
+        assert f"{int(count)} of" in str(record[0].message)
+        assert len(record) == 1
+        with pytest.raises(ReconstructionError, match="of 640 elements"):
+            project(solve(Counting(), solver=solver).value).backward()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            solution = solve(Counting(), solver=solver, adjoint=ReversibleAdjoint(mismatch="ignore"))
+            project(solution.value).backward()
+        assert solution.stats.reconstruction_mismatch > 0
+
+
+def test_mismatch_counts_just_the_elements_that_differ():
+    """Elementwise f, disturbed at 3 elements in the backward pass: its last inversion makes u_{-1} of them wrong."""
+
+    class Disturbed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(()))
+            self.calls = 0
+
+        def forward(self, z, x):
+            self.calls += 1
+            disturbance = torch.zeros_like(x)
+            if self.calls == 16:  # 8 forward, 8 backward
+                disturbance[0, 0, :3] = 1
+            return torch.tanh(self.weight * z + x) + disturbance
+
+    solution = solve(Disturbed(), adjoint=ReversibleAdjoint(mismatch="ignore"))
+    project(solution.value).backward()
+    assert solution.stats.backward_nfe == 8
+    assert solution.stats.reconstruction_mismatch == 3
+
+
+def test_float_states_are_counted_without_a_warning():
+    layer, x = attention_layer(ReversibleSolver(beta=0.8, arithmetic="float32"), REVERSIBLE), sequence()
+    solution = layer(x)
+    project(solution.value).backward()
+    assert solution.stats.reconstruction_mismatch > 0
+
+
+@pytest.mark.parametrize("changed", ["x", "z0", "parameter"])
+def test_input_changed_in_place_between_the_passes(changed):
+    layer, leaf = attention_layer(SOLVER, REVERSIBLE), sequence()
+    x, z0 = leaf * 1, leaf * 2
+    solution = layer(x, z0)
+    with torch.no_grad():
+        {"x": x, "z0": z0, "parameter": layer.f.up.weight}[changed].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        project(solution.value).backward()
+
+
+def test_parameter_changed_behind_autograd_is_a_mismatch():
+    layer, x = attention_layer(SOLVER, REVERSIBLE), sequence()
+    solution = layer(x)
+    layer.f.up.weight.data.add_(0.1)
+    with pytest.raises(ReconstructionError):
+        project(solution.value).backward()
+
+
+def test_mode_changed_between_the_passes_is_a_mismatch():
+    layer, x = attention_layer(SOLVER, REVERSIBLE, dropout=0.5), sequence()
+    solution = layer(x)
+    layer.eval()
+    with pytest.raises(ReconstructionError):
+        project(solution.value).backward()
+
+
+def test_weights_that_change_with_every_call_are_a_mismatch():
+    layer, x = attention_layer(SOLVER, REVERSIBLE), sequence()
+    nn.utils.parametrizations.spectral_norm(layer.f.up)  # in training mode every use updates its vectors
+    with pytest.raises(ReconstructionError):
+        project(layer(x).value).backward()
+
+
+# Backward again
+
+
+@pytest.mark.parametrize("retain_graph", [True, False])
+@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+def test_second_backward(solver, retain_graph):
+    layer, x = attention_layer(solver, REVERSIBLE), sequence()
+    loss = project(layer(x).value)
+    loss.backward(retain_graph=retain_graph)
+    gradient = x.grad.clone()
+    with pytest.raises(RuntimeError, match=r"second backward.*call backward once.*BackpropAdjoint|second time"):
+        loss.backward()
+    assert torch.equal(x.grad, gradient)
+    value = layer(x).value
+    value.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second backward through one solve"):
+        value.mean().backward()
+
+
+@pytest.mark.parametrize("grad_output_needs_grad", [True, False])
+def test_double_backward(grad_output_needs_grad):
+    layer, x = attention_layer(SOLVER, REVERSIBLE), sequence()
+    value = layer(x).value
+    loss = value.square().sum() if grad_output_needs_grad else value.sum()
+    with pytest.raises(RuntimeError, match=r"double backward.*create_graph=True.*BackpropAdjoint\(\)"):
+        torch.autograd.grad(loss, x, create_graph=True)
+
+
+@pytest.mark.parametrize("solver", [*SOLVERS.values(), PicardSolver(max_steps=3), RelaxedSolver(max_steps=3)])
+def test_the_advice_for_double_backward_works(solver):
+    if solver.has_tolerance:
+        solver = ReversibleSolver(max_steps=3, rtol=1e-9)
+    x = torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    weight = torch.full((3,), 0.7, dtype=torch.float64, requires_grad=True)
+
+    def value(x, weight):
+        return solve(lambda z, x: torch.tanh(z * x[1] + x[0]), x[:0].new_zeros(2, 3), (x, weight), solver, BPTT).value
+
+    # Differences over 1e-4 and not less: the exact state is rounded to 2^-32.
+    assert torch.autograd.gradgradcheck(value, (x, weight), eps=1e-4, atol=1e-4)
+
+
+def test_bptt_allows_a_second_backward():
+    for adjoint in (BPTT, BackpropAdjoint(checkpoint=True)):
+        layer, x = attention_layer(SOLVER, adjoint), sequence()
+        loss = project(layer(x).value)
+        loss.backward(retain_graph=True)
+        first = x.grad.clone()
+        loss.backward()
+        assert torch.equal(x.grad, 2 * first)

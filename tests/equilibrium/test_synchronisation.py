@@ -1,0 +1,176 @@
+"""The host must not wait for the device in every evaluation: counted by a spy on the operations that make it wait."""
+
+import warnings
+
+import pytest
+import torch
+from against_bptt import BPTT, REVERSIBLE, assert_equal_gradients, attention_layer, gradients_of, project, sequence
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from revdeq_lightning.equilibrium import BackpropAdjoint, MomentumSolver, PicardSolver, ReversibleSolver
+from revdeq_lightning.equilibrium.solvers import base
+
+SYNCHRONISING = ("_local_scalar_dense", "is_nonzero", "item", "nonzero", "equal", "masked_select", "_unique2")
+METHODS = ("tolist", "numpy", "cpu")
+
+
+class Spy(TorchDispatchMode):
+    """Counts what reads a tensor's values on the host; the states of the random generators are always there."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __enter__(self):
+        self.methods = {name: getattr(torch.Tensor, name) for name in METHODS}
+        for name, method in self.methods.items():
+            setattr(torch.Tensor, name, self._counted(method))
+        return super().__enter__()
+
+    def __exit__(self, *exception):
+        for name, method in self.methods.items():
+            setattr(torch.Tensor, name, method)
+        return super().__exit__(*exception)
+
+    def _counted(self, method):
+        def counted(tensor, *args, **kwargs):
+            self.count += 1
+            return method(tensor, *args, **kwargs)
+
+        return counted
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__.split(".")[0]
+        if name in SYNCHRONISING and args[0].dtype != torch.uint8:
+            self.count += 1
+        if name in ("index", "index_put", "index_put_"):
+            self.count += any(i is not None and i.dtype == torch.bool for i in args[1])
+        return func(*args, **(kwargs or {}))
+
+
+def synchronisations(solver, adjoint=REVERSIBLE, make_layer=attention_layer, **settings):
+    """In the forward and in the backward pass, and the solution."""
+    layer, x = make_layer(solver, adjoint, **settings), sequence()
+    with Spy() as forward:
+        solution = layer(x)
+    loss = project(solution.value)
+    with Spy() as backward:
+        loss.backward()
+    return forward.count, backward.count, solution
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda tensor: tensor.sum().item(),
+        lambda tensor: bool(tensor.any()),
+        lambda tensor: int(tensor.max()),
+        lambda tensor: tensor.tolist(),
+        lambda tensor: tensor.numpy(),
+        lambda tensor: tensor.nonzero(),
+        lambda tensor: torch.equal(tensor, tensor),
+        lambda tensor: tensor[tensor > 1],
+        lambda tensor: tensor.unique(),
+    ],
+)
+def test_the_spy_sees_what_waits(wait):
+    tensor = torch.arange(3.0)
+    with Spy() as spy:
+        wait(tensor)
+    assert spy.count == 1
+
+
+FIXED = {
+    "exact": lambda steps: ReversibleSolver(beta=0.8, max_steps=steps),
+    "float64": lambda steps: ReversibleSolver(beta=0.8, max_steps=steps, arithmetic="float64"),
+    "momentum": lambda steps: MomentumSolver(momentum=0.125, max_steps=2 * steps),
+}
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("make_solver", FIXED.values(), ids=FIXED)
+def test_without_a_tolerance_the_host_looks_once_a_pass(make_solver, dropout):
+    for steps in (2, 30):  # 60 evaluations: words of remainders are put aside, too
+        forward, backward, solution = synchronisations(make_solver(steps), dropout=dropout)
+        assert solution.stats.forward_nfe == solution.stats.backward_nfe == 2 * steps
+        assert forward == 1  # at all magnitudes together
+        assert backward <= 1  # at the mismatch
+
+
+def test_without_a_tolerance_bptt_and_others_look_once():
+    for adjoint in (BPTT, BackpropAdjoint(checkpoint=True)):
+        forward, backward, _ = synchronisations(PicardSolver(max_steps=20), adjoint)
+        assert (forward, backward) == (1, 0)
+
+
+@pytest.mark.parametrize("interval", [1, 4])
+@pytest.mark.parametrize("max_steps", [24, 23])
+@pytest.mark.parametrize("rtol", [0.5, 0.05, 1e-9])
+def test_with_a_tolerance_the_host_looks_every_few_steps(monkeypatch, interval, max_steps, rtol):
+    """And the idle evaluations between the last sample's stop and the host's look do not change the gradient."""
+    monkeypatch.setattr(base, "host_check_interval", lambda device: interval)
+    solver = ReversibleSolver(beta=0.5, max_steps=max_steps, rtol=rtol)
+    forward, backward, solution = synchronisations(solver, make_layer=contracting_layer)
+    num_steps = solution.stats.num_steps
+    steps_made = max_steps if num_steps.max() == max_steps else -(-int(num_steps.max()) // interval) * interval
+    assert forward <= 1 + steps_made // interval
+    assert backward <= 2
+    assert solution.stats.forward_nfe <= 2 * steps_made + 1
+    assert solution.stats.backward_nfe == 2 * num_steps.max()
+
+    def run(adjoint):
+        layer, x = contracting_layer(solver, adjoint), sequence()
+        solution = layer(x)
+        project(solution.value).backward()
+        return gradients_of(layer, x), solution
+
+    (ours, solution), (reference, bptt_solution) = run(REVERSIBLE), run(BPTT)
+    assert_equal_gradients(ours, reference)
+    assert solution.stats.reconstruction_mismatch == 0
+    assert torch.equal(solution.value, bptt_solution.value)
+    monkeypatch.setattr(base, "host_check_interval", lambda device: 1)
+    patient = run(REVERSIBLE)[1]
+    assert torch.equal(solution.value, patient.value)
+    assert torch.equal(solution.stats.num_steps, patient.stats.num_steps)
+    if rtol == 0.05:
+        assert 1 < solution.stats.num_steps.max() < max_steps
+
+
+def contracting_layer(solver, adjoint):
+    """A layer whose samples converge, at different rates."""
+    layer = attention_layer(solver, adjoint)
+    layer.f = Damped(layer.f)
+    return layer
+
+
+class Damped(nn.Module):
+    def __init__(self, f):
+        super().__init__()
+        self.f = f
+
+    def forward(self, z, x):
+        rate = torch.linspace(0.1, 0.7, len(z)).view(-1, 1, 1)
+        return rate * torch.tanh(self.f(z, x)) + x
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; the tests above are its CPU twins")
+@pytest.mark.parametrize("make_solver", FIXED.values(), ids=FIXED)
+def test_cuda_reports_no_synchronisation_in_an_evaluation(make_solver):
+    layer = attention_layer(make_solver(2), REVERSIBLE).cuda()
+    project(layer(sequence().detach().cuda()).value).backward()  # libraries that start up may wait
+    counts = []
+    for steps in (2, 20):
+        layer.solver = make_solver(steps)
+        x = sequence().detach().cuda().requires_grad_()
+        torch.cuda.synchronize()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                project(layer(x).value).backward()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        counts.append(sum("synchroniz" in str(w.message) for w in caught))
+    assert counts[0] == counts[1] <= 4

@@ -1,0 +1,88 @@
+"""torch.compile of f with the real inductor: the same program in both passes, gradients as BPTT's."""
+
+import pytest
+import torch
+from against_bptt import BPTT, REVERSIBLE, assert_equal_gradients, gradients_of, project
+from torch import nn
+
+from revdeq_lightning.equilibrium import EquilibriumLayer, MomentumSolver, ReversibleSolver
+
+
+def cpp_compiler():
+    """Name of the C++ compiler that inductor would take; None if there is none."""
+    from torch._inductor import cpp_builder, exc
+
+    try:
+        return cpp_builder.get_cpp_compiler()
+    except exc.InvalidCxxCompiler:
+        return None
+
+
+pytestmark = [
+    pytest.mark.skipif(cpp_compiler() is None, reason="torch.compile needs a C++ compiler, and none was found"),
+    # The compiler's own warnings, of itself and of the leaves that it looks at.
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+]
+
+
+class Gated(nn.Module):
+    """Small, but with what inductor fuses: a norm, exponentials and products."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+        self.gate, self.up = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, z, x):
+        h = self.norm(z + x)
+        return torch.tanh(z) + torch.sigmoid(self.gate(h)) * torch.nn.functional.gelu(self.up(h))
+
+
+class Outer(nn.Module):
+    """An f of which only a part is compiled."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = torch.compile(Gated())
+
+    def forward(self, z, x):
+        return self.inner(z, x).clone()
+
+
+def compiled_f(way):
+    torch.manual_seed(0)
+    if way == "part":
+        return Outer()
+    f = Gated()
+    if way == "torch.compile":
+        return torch.compile(f)
+    f.compile()
+    return f
+
+
+@pytest.mark.parametrize("way", ["torch.compile", "f.compile", "part"])
+def test_compiled_f(way):
+    torch.compiler.reset()
+    inputs = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
+    for solver in (ReversibleSolver(beta=0.8, max_steps=8), MomentumSolver(beta=0.8, momentum=0.125, max_steps=12)):
+        gradients = []
+        for adjoint in (REVERSIBLE, BPTT):
+            f = compiled_f(way)
+            layer = EquilibriumLayer(f, solver=solver, adjoint=adjoint)
+            for _ in range(2):  # a second training step must meet the programs of the first
+                layer.zero_grad()
+                x = inputs.clone().requires_grad_()
+                solution = layer(x)
+                project(solution.value).backward()
+            if adjoint is REVERSIBLE:
+                assert solution.stats.reconstruction_mismatch == 0
+            gradients.append(gradients_of(layer, x))
+        assert_equal_gradients(*gradients)
+        eager = EquilibriumLayer(Gated(), solver=solver, adjoint=BPTT)
+        names = (name.replace("_orig_mod.", "").replace("inner.", "") for name in layer.state_dict())
+        eager.load_state_dict(dict(zip(names, layer.state_dict().values(), strict=True)))
+        x = inputs.clone().requires_grad_()
+        project(eager(x).value).backward()
+        assert_equal_gradients(gradients[0], gradients_of(eager, x), 1e-4)  # inductor rounds otherwise than eager does
