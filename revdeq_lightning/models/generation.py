@@ -1,0 +1,181 @@
+"""Text from a language model, with a key-value cache for every evaluation of f.
+
+A solve with a fixed number of steps is a deep causal network whose layers share their weights: the state of a token,
+after each evaluation, depends on earlier tokens only, through their keys and values in that same evaluation. So a cache
+with one slot per attention in each evaluation is exact, and a new token costs a solve over one token, however long the
+prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from revdeq_lightning.models.transformer import AbstractLanguageModel
+
+
+class KeyValueCache:
+    """Keys, values and whatever else the tokens seen so far left behind, one slot per call of `extend` in a pass.
+
+    A pass is one run of the model over new tokens. Every pass makes the same calls in the same order (the layers of
+    evaluation 1, those of evaluation 2, ...), so that slots need no names. Memory is that of `context_length` tokens
+    from the start: nothing is copied as the text grows.
+
+    Attributes:
+        length: Number of tokens in the cache: the position of the next one.
+    """
+
+    def __init__(self, context_length: int) -> None:
+        self.context_length = context_length
+        self.length = 0
+        self._slots: list[tuple[Tensor, ...]] = []
+        self._next_slot = 0
+
+    def extend(self, *new: Tensor) -> tuple[Tensor, ...]:
+        """Append to the next slot, along dimension -2, and return views of all that it holds."""
+        num_new = new[0].shape[-2]
+        if num_new > 1 and self.length:
+            raise ValueError(f"a cache that holds tokens takes one at a time, got {num_new}")
+        if self._next_slot == len(self._slots):
+            if self.length:
+                raise RuntimeError(
+                    f"a pass used the cache more often than the first one, {len(self._slots)} times: "
+                    "the cache needs a fixed number of evaluations"
+                )
+            self._slots.append(tuple(t.new_empty(*t.shape[:-2], self.context_length, t.shape[-1]) for t in new))
+        slot = self._slots[self._next_slot]
+        self._next_slot += 1
+        end = self.length + num_new
+        for stored, t in zip(slot, new, strict=True):
+            stored[..., self.length : end, :] = t
+        return tuple(stored[..., :end, :] for stored in slot)
+
+    def bind(self, f: Callable[..., Any]) -> Callable[[Any, Any], Any]:
+        """`f(z, x)` whose evaluations use the cache in turn."""
+        return lambda z, x: f(z, x, self)
+
+    def end_pass(self, num_new: int) -> None:
+        """Count the tokens of this pass as seen."""
+        if self._next_slot != len(self._slots):
+            raise RuntimeError(
+                f"a pass used the cache {self._next_slot} times, the first one {len(self._slots)} times: "
+                "the cache needs a fixed number of evaluations"
+            )
+        self._next_slot = 0
+        self.length += num_new
+
+
+@torch.no_grad()
+def generate(
+    model: AbstractLanguageModel,
+    tokens_BT: Tensor,
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+    use_cache: bool = True,
+) -> Tensor:
+    """Continue a text.
+
+    When the context is full, the model goes on from the later half of it, which is read anew: one pass over half a
+    context every half a context, a constant cost per token.
+
+    Args:
+        model: The language model, evaluated in eval mode.
+        tokens_BT: Prompts of one length, at least one token.
+        max_new_tokens: How many tokens to add.
+        temperature: Divides the logits; 0 takes the most likely token.
+        top_k: Draw from the k most likely tokens.
+        top_p: Draw from the fewest most likely tokens that have this probability together.
+        generator: Source of randomness, on the device of the model; the default one if None.
+        use_cache: False reads the whole context for each token: slow, for any solver.
+
+    Returns:
+        Prompt and continuation, shape `(B, T + max_new_tokens)`.
+
+    Raises:
+        ValueError: If an argument is out of its range, the prompt is empty, longer than the context or not of the
+            vocabulary, or the solver stops by a tolerance: a cache is exact only with a fixed number of evaluations.
+    """
+    _check_sampling(max_new_tokens, temperature, top_k, top_p)
+    context_length = model.config.context_length
+    if tokens_BT.dim() != 2 or not 1 <= tokens_BT.shape[1] <= context_length:
+        raise ValueError(
+            f"the prompt must have shape (B, T) with 1 <= T <= {context_length} (the context), "
+            f"got {tuple(tokens_BT.shape)}"
+        )
+    model.config.check_tokens(tokens_BT)
+    if use_cache:
+        _check_fixed_steps(model)
+
+    cache = KeyValueCache(context_length) if use_cache else None
+    window_BT = new_BT = tokens_BT
+    text = [tokens_BT]
+    with _eval_mode(model):
+        for _ in range(max_new_tokens):
+            h_BTD, _ = model.hidden(new_BT if use_cache else window_BT, cache)
+            logits_BV = model.head(h_BTD[:, -1])
+            token_B1 = sample(logits_BV, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+            text.append(token_B1)
+            if window_BT.shape[1] < context_length:
+                window_BT, new_BT = torch.cat([window_BT, token_B1], 1), token_B1
+            else:
+                kept = max(1, context_length // 2)
+                window_BT = new_BT = torch.cat([window_BT, token_B1], 1)[:, -kept:]
+                cache = KeyValueCache(context_length) if use_cache else None
+    return torch.cat(text, 1)
+
+
+def sample(
+    logits_BV: Tensor, *, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
+) -> Tensor:
+    """Draw one token per row, `(B, 1)`."""
+    if temperature == 0:
+        return logits_BV.argmax(-1, keepdim=True)
+    probs_BV = (logits_BV.float() / temperature).softmax(-1)
+    probs_BV, tokens_BV = torch.sort(probs_BV, dim=-1, descending=True, stable=True)
+    if top_k is not None:
+        probs_BV[:, top_k:] = 0
+        probs_BV /= probs_BV.sum(-1, keepdim=True)
+    if top_p is not None:
+        # A token stays if those before it fall short of top_p: the first always does.
+        probs_BV[probs_BV.cumsum(-1) - probs_BV >= top_p] = 0
+    return tokens_BV.gather(-1, torch.multinomial(probs_BV, 1, generator=generator))
+
+
+def _check_sampling(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must not be negative, got {max_new_tokens}")
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature must be 0 (most likely token) or positive and finite, got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+
+
+def _check_fixed_steps(model: AbstractLanguageModel) -> None:
+    solver = getattr(getattr(model, "equilibrium", None), "solver", None)
+    rtol, atol = getattr(solver, "rtol", 0), getattr(solver, "atol", 0)
+    if rtol or atol:
+        raise ValueError(
+            f"generation with a cache needs a fixed number of steps, got a solver with rtol={rtol}, atol={atol}: "
+            "set both to 0, or pass use_cache=False"
+        )
+
+
+@contextmanager
+def _eval_mode(model: AbstractLanguageModel) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

@@ -1,0 +1,328 @@
+"""The language model: embed the tokens, solve for a fixed point over the whole sequence, read out the next tokens.
+
+    x = embedding(tokens),    z = f(z, x) by a solver from z_0 = 0,    logits = head(norm(z))
+
+f is one of two blocks: `paper`, the released architecture of arXiv:2509.12917 weight for weight, and `modern`, ours.
+
+Shape suffixes: B batch, T tokens, D d_model, H heads, K size of a head (half of it in the tables of rotations), J taps,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from revdeq_lightning.equilibrium import BackpropAdjoint, EquilibriumLayer, SolverStats, solve_fixed_point
+from revdeq_lightning.models.config import TransformerConfig
+from revdeq_lightning.models.cross_entropy import IGNORE_INDEX, chunked_cross_entropy
+from revdeq_lightning.models.generation import KeyValueCache
+
+PAPER_NORM_EPS, MODERN_NORM_EPS = 1e-5, 1e-6
+
+
+class LMOutput(NamedTuple):
+    """Logits of every position and how the fixed point was reached (None without a solver)."""
+
+    logits_BTV: Tensor
+    stats: SolverStats | None
+
+
+class LMLoss(NamedTuple):
+    """Mean nats per target, the number of targets, and how the fixed point was reached (None without a solver)."""
+
+    loss: Tensor
+    num_targets: Tensor
+    stats: SolverStats | None
+
+
+def split_heads(x_BTD: Tensor, num_heads: int) -> Tensor:
+    """`(B, T, D) -> (B, H, T, K)`."""
+    return x_BTD.view(*x_BTD.shape[:-1], num_heads, -1).transpose(-3, -2)
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """Root mean square 1 over the last dimension."""
+    return F.rms_norm(x, x.shape[-1:], eps=MODERN_NORM_EPS)
+
+
+def causal_attention(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, cache: KeyValueCache | None) -> Tensor:
+    """Attend to this and earlier tokens, those in the cache included; `(B, T, D)`."""
+    if cache is not None:
+        k_BHTK, v_BHTK = cache.extend(k_BHTK, v_BHTK)
+    # A single new token may see everything; the mask is for whole sequences, which begin at an empty cache.
+    is_causal = q_BHTK.shape[-2] > 1
+    return F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, is_causal=is_causal).transpose(-3, -2).flatten(-2)
+
+
+class PaperAttention(nn.Module):
+    """Multi-head attention; with `double_projection` the projected q, k, v are projected once more, without bias."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        d = config.d_model
+        self.num_heads = config.num_heads
+        self.query, self.key, self.value = (nn.Linear(d, d) for _ in range(3))
+        self.inner = nn.ModuleList(nn.Linear(d, d, bias=False) for _ in range(3)) if config.double_projection else None
+        self.output = nn.Linear(d, d, bias=False)
+
+    def forward(self, h_BTD: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """Causal self-attention."""
+        qkv = [self.query(h_BTD), self.key(h_BTD), self.value(h_BTD)]
+        if self.inner is not None:
+            qkv = [project(t_BTD) for project, t_BTD in zip(self.inner, qkv, strict=True)]
+        q_BHTK, k_BHTK, v_BHTK = (split_heads(t_BTD, self.num_heads) for t_BTD in qkv)
+        out_BTD: Tensor = self.output(causal_attention(q_BHTK, k_BHTK, v_BHTK, cache))
+        return out_BTD
+
+
+class PaperBlock(nn.Module):
+    """`h = z + attention(norm1(z + x));  f(z, x) = h + mlp(norm2(h))`: nothing bounds the state.
+
+    Source: github.com/sammccallum/reversible-deq, experiments/language.
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        d, d_mlp = config.d_model, config.mlp_width
+        self.norm1, self.norm2 = nn.LayerNorm(d, PAPER_NORM_EPS), nn.LayerNorm(d, PAPER_NORM_EPS)
+        self.attention = PaperAttention(config)
+        self.mlp = nn.Sequential(
+            nn.Linear(d, d_mlp), nn.GELU("tanh"), nn.Linear(d_mlp, d_mlp), nn.GELU("tanh"), nn.Linear(d_mlp, d)
+        )
+
+    def forward(self, z_BTD: Tensor, x_BTD: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """Evaluate f."""
+        h_BTD = z_BTD + self.attention(self.norm1(z_BTD + x_BTD), cache)
+        out_BTD: Tensor = h_BTD + self.mlp(self.norm2(h_BTD))
+        return out_BTD
+
+
+class ModernAttention(nn.Module):
+    """Attention with normed, rotated queries and keys, no biases, and an output that starts at zero."""
+
+    cos_TK: Tensor
+    sin_TK: Tensor
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        d = config.d_model
+        self.num_heads = config.num_heads
+        self.query, self.key, self.value, self.output = (nn.Linear(d, d, bias=False) for _ in range(4))
+        wavelengths = config.rope_base ** torch.linspace(0, 1, config.head_size // 2 + 1, dtype=torch.float64)[:-1]
+        angles_TK = torch.arange(config.context_length)[:, None] / wavelengths
+        self.register_buffer("cos_TK", angles_TK.cos().float(), persistent=False)
+        self.register_buffer("sin_TK", angles_TK.sin().float(), persistent=False)
+
+    def forward(self, h_BTD: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """Causal self-attention."""
+        q_BHTK, k_BHTK, v_BHTK = (
+            split_heads(project(h_BTD), self.num_heads) for project in (self.query, self.key, self.value)
+        )
+        start = 0 if cache is None else cache.length
+        q_BHTK, k_BHTK = (self.rotate(rms_norm(t), start).to(v_BHTK) for t in (q_BHTK, k_BHTK))
+        out_BTD: Tensor = self.output(causal_attention(q_BHTK, k_BHTK, v_BHTK, cache))
+        return out_BTD
+
+    def rotate(self, t_BHTK: Tensor, start: int) -> Tensor:
+        """Rotate pairs of channels by angles proportional to the position, so that products depend on distances."""
+        positions = slice(start, start + t_BHTK.shape[-2])
+        cos_TK, sin_TK = self.cos_TK[positions], self.sin_TK[positions]
+        a, b = t_BHTK.chunk(2, dim=-1)
+        return torch.cat([a * cos_TK - b * sin_TK, a * sin_TK + b * cos_TK], dim=-1)
+
+
+class GatedMLP(nn.Module):
+    """`down(silu(gate(h)) * up(h))`, zero at the start."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        d, d_mlp = config.d_model, config.mlp_width
+        self.gate, self.up = nn.Linear(d, d_mlp, bias=False), nn.Linear(d, d_mlp, bias=False)
+        self.down = nn.Linear(d_mlp, d, bias=False)
+
+    def forward(self, h_BTD: Tensor) -> Tensor:
+        """Apply the MLP to each token."""
+        out_BTD: Tensor = self.down(F.silu(self.gate(h_BTD)) * self.up(h_BTD))
+        return out_BTD
+
+
+class ModernLayer(nn.Module):
+    """`h = h + attention(norm1(h));  h = h + mlp(norm2(h))`."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = (nn.RMSNorm(config.d_model, MODERN_NORM_EPS) for _ in range(2))
+        self.attention = ModernAttention(config)
+        self.mlp = GatedMLP(config)
+
+    def forward(self, h_BTD: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """Apply the layer."""
+        h_BTD = h_BTD + self.attention(self.norm1(h_BTD), cache)
+        out_BTD: Tensor = h_BTD + self.mlp(self.norm2(h_BTD))
+        return out_BTD
+
+
+class ModernBlock(nn.Module):
+    """`f(z, x) = norm(layers(z + x))`: the norm keeps the state at unit scale, so that it contracts."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(ModernLayer(config) for _ in range(config.num_layers))
+        self.norm = nn.RMSNorm(config.d_model, MODERN_NORM_EPS)
+        for name, parameter in self.named_parameters():
+            if name.endswith(("output.weight", "down.weight")):
+                nn.init.zeros_(parameter)
+            elif parameter.dim() == 2:
+                nn.init.normal_(parameter, std=1 / math.sqrt(parameter.shape[1]))
+
+    def forward(self, z_BTD: Tensor, x_BTD: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """Evaluate f."""
+        h_BTD = z_BTD + x_BTD
+        for layer in self.layers:
+            h_BTD = layer(h_BTD, cache)
+        out_BTD: Tensor = self.norm(h_BTD)
+        return out_BTD
+
+
+class ShortConvolution(nn.Module):
+    """`sum_j taps[j] * x[t - j]` for each channel; the identity at the start."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.taps_JD = nn.Parameter(torch.eye(config.num_taps, 1).repeat(1, config.d_model))
+
+    def forward(self, x_BTD: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """Convolve over time."""
+        num_taps, num_new = self.taps_JD.shape[0], x_BTD.shape[1]
+        if cache is not None:
+            (x_BTD,) = cache.extend(x_BTD)
+        recent_BTD = x_BTD[:, -(num_new + num_taps - 1) :]
+        recent_BTD = F.pad(recent_BTD, (0, 0, num_new + num_taps - 1 - recent_BTD.shape[1], 0))
+        windows_BTDJ = recent_BTD.unfold(1, num_taps, 1)
+        # Not as a convolution or einsum: autocast would take x, the input of every evaluation, to half precision.
+        return (windows_BTDJ * self.taps_JD.flip(0).T).sum(-1)
+
+
+class PaperEmbedding(nn.Module):
+    """Token plus learned position."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.token = nn.Embedding(config.vocab_size, config.d_model)
+        self.position = nn.Embedding(config.context_length, config.d_model)
+
+    def forward(self, tokens_BT: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """Input injection x."""
+        start = 0 if cache is None else cache.length
+        x_BTD: Tensor = self.token(tokens_BT) + self.position.weight[start : start + tokens_BT.shape[1]]
+        return x_BTD
+
+
+class ModernEmbedding(nn.Module):
+    """A short convolution over normed tokens."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.token = nn.Embedding(config.vocab_size, config.d_model)
+        nn.init.normal_(self.token.weight, std=0.02)  # the norm takes its scale away; it sets how fast Adam turns it
+        self.convolution = ShortConvolution(config)
+
+    def forward(self, tokens_BT: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """Input injection x."""
+        x_BTD: Tensor = self.convolution(rms_norm(self.token(tokens_BT)), cache)
+        return x_BTD
+
+
+class AbstractLanguageModel(nn.Module):
+    """Embedding, readout and loss, around whatever maps embedded tokens to hidden states."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        is_paper = config.block == "paper"
+        self.embedding = PaperEmbedding(config) if is_paper else ModernEmbedding(config)
+        self.norm = nn.Identity() if is_paper else nn.RMSNorm(config.d_model, MODERN_NORM_EPS)
+        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        if not is_paper:
+            nn.init.zeros_(self.head.weight)
+
+    @abstractmethod
+    def transform(self, x_BTD: Tensor, cache: KeyValueCache | None) -> tuple[Tensor, SolverStats | None]:
+        """Map embedded tokens to hidden states; with a cache, of tokens that follow those in it."""
+
+    def embed(self, tokens_BT: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """Input injection x.
+
+        Raises:
+            ValueError: If the tokens reach beyond the context, or (on CPU) beyond the vocabulary. On CUDA, where
+                looking would wait for the device in every step, the embedding's kernel stops on such a token.
+        """
+        if tokens_BT.dim() != 2 or tokens_BT.is_floating_point():
+            raise ValueError(
+                f"tokens must be integers of shape (B, T), got {tokens_BT.dtype} of shape {tuple(tokens_BT.shape)}"
+            )
+        end = tokens_BT.shape[1] + (0 if cache is None else cache.length)
+        if end > self.config.context_length:
+            raise ValueError(f"{end} tokens do not fit the model's context_length {self.config.context_length}")
+        if tokens_BT.device.type == "cpu" and not torch.compiler.is_compiling():
+            self.config.check_tokens(tokens_BT)
+        x_BTD: Tensor = self.embedding(tokens_BT, cache)
+        return x_BTD
+
+    def hidden(self, tokens_BT: Tensor, cache: KeyValueCache | None = None) -> tuple[Tensor, SolverStats | None]:
+        """Input of the output projection and statistics; with a cache, of tokens that follow those in it."""
+        h_BTD, stats = self.transform(self.embed(tokens_BT, cache), cache)
+        if cache is not None:
+            cache.end_pass(tokens_BT.shape[1])
+        return self.norm(h_BTD), stats
+
+    @property
+    def output_weight_VD(self) -> Tensor:
+        """Weight of the output projection."""
+        return self.head.weight
+
+    def forward(self, tokens_BT: Tensor, cache: KeyValueCache | None = None) -> LMOutput:
+        """Logits of the token that follows each token."""
+        h_BTD, stats = self.hidden(tokens_BT, cache)
+        return LMOutput(self.head(h_BTD), stats)
+
+    def loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> LMLoss:
+        """Mean nats per target that is not -100, without the logits of all tokens at once."""
+        h_BTD, stats = self.hidden(tokens_BT)
+        loss = chunked_cross_entropy(
+            h_BTD.flatten(0, 1), self.output_weight_VD, targets_BT.flatten(), chunk_size=self.config.loss_chunk_size
+        )
+        return LMLoss(loss, (targets_BT != IGNORE_INDEX).sum(), stats)
+
+
+class TransformerLM(AbstractLanguageModel):
+    """The equilibrium language model: the hidden state is a fixed point of one block.
+
+    Args:
+        config: Sizes and block.
+        solver: Solver of the fixed point, such as `ReversibleSolver(beta=0.8, max_steps=8)`.
+        adjoint: Gradient rule, such as `ReversibleAdjoint()`.
+    """
+
+    def __init__(self, config: TransformerConfig, solver: Any, adjoint: Any) -> None:
+        super().__init__(config)
+        block = PaperBlock(config) if config.block == "paper" else ModernBlock(config)
+        self.equilibrium = EquilibriumLayer(block, solver=solver, adjoint=adjoint)
+
+    def transform(self, x_BTD: Tensor, cache: KeyValueCache | None) -> tuple[Tensor, SolverStats | None]:
+        """Solve `z = f(z, x)` from zero."""
+        if cache is None:
+            solution = self.equilibrium(x_BTD)
+        else:
+            # Not through a compiled f: it would be compiled anew for every length.
+            f = cache.bind(getattr(self.equilibrium.f, "_orig_mod", self.equilibrium.f).forward)
+            solution = solve_fixed_point(
+                f, torch.zeros_like(x_BTD), x_BTD, solver=self.equilibrium.solver, adjoint=BackpropAdjoint()
+            )
+        return solution.value, solution.stats
