@@ -10,8 +10,10 @@ READY := $(VENV)/.ready
 
 CONFIG ?= configs/lm/default.yaml
 ARGS ?=
+CKPT ?=
+PROMPT ?= def
 
-.PHONY: help setup train-lm test test-slow lint format typecheck bench-core bench-lm clean
+.PHONY: help setup train-lm generate test test-slow lint format typecheck bench-core bench-lm clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +30,9 @@ setup: $(READY)  ## Make the virtual environment (.venv)
 
 train-lm: $(READY)  ## Train a RevDEQ language model: CONFIG=configs/lm/NAME.yaml ARGS="--trainer.max_steps=100"
 	@$(RUN) -m revdeq_lightning fit --config $(CONFIG) $(ARGS)
+
+generate: $(READY)  ## Continue a text: CKPT=runs/lm/NAME/DATE/checkpoints/best.ckpt PROMPT="def "
+	@$(RUN) -m revdeq_lightning generate --ckpt_path '$(CKPT)' --prompt '$(PROMPT)' $(ARGS)
 
 test: $(READY)  ## Run the tests
 	@$(RUN) -m pytest $(ARGS)

@@ -1,0 +1,1 @@
+"""Measurements of what the project claims; `README.md` says what they mean."""

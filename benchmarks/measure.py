@@ -1,0 +1,193 @@
+"""Instruments: bytes held by tensors, peak of a process, interleaved timing, and where a result was measured."""
+
+import csv
+import gc
+import multiprocessing
+import os
+import platform
+import random
+import resource
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import quantiles
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+Row = Mapping[str, Any]
+
+MEASURED_PATHS = ("revdeq_lightning/equilibrium", "benchmarks/*.py", "tests/helpers/blocks.py")
+"""What a result depends on; changes elsewhere do not make it doubtful."""
+
+
+def peak_tensor_bytes(run: Callable[[], Any]) -> int:
+    """Most bytes that the tensors made by `run` held at one moment, in storages, each counted once.
+
+    A whole number, the same in every repetition. Tensors that were there before do not count, nor does the working
+    memory inside one operator, which does not depend on how many are run.
+    """
+    gc.collect()
+    with _StorageTracker() as tracker:
+        run()
+    return int(tracker.peak_bytes)
+
+
+class _StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees the result of every operator, in backward passes too, and when its storage is released."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.held_bytes: int = 0
+        self.peak_bytes: int = 0
+        self._tracked = weakref.WeakSet[torch.UntypedStorage]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given: set[int] | None = None
+        for tensor in _tensors(result):
+            storage = tensor.untyped_storage()
+            if storage in self._tracked or not storage.nbytes():
+                continue
+            if given is None:
+                given = {t.untyped_storage().data_ptr() for t in _tensors((args, kwargs))}
+            if storage.data_ptr() not in given:
+                self._track(storage)
+        return result
+
+    def _track(self, storage: torch.UntypedStorage) -> None:
+        self._tracked.add(storage)
+        self.held_bytes += storage.nbytes()
+        self.peak_bytes = max(self.peak_bytes, self.held_bytes)
+        weakref.finalize(storage, self._release, storage.nbytes())
+
+    def _release(self, num_bytes: int) -> None:
+        self.held_bytes -= num_bytes
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def process_peak_bytes(function: Callable[..., Callable[[], Any]], *arguments: Any, threads: int = 1) -> int:
+    """How far the resident memory of a fresh process rises while it runs `function(*arguments)()`.
+
+    The base is the peak after `function(*arguments)` has made its tensors. `function` must be importable.
+    """
+    context = multiprocessing.get_context("forkserver")
+    # Imported once: each process is then a fork of one that has not computed anything yet.
+    context.set_forkserver_preload(["torch", function.__module__])
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_report_peak, args=(sender, function, arguments, threads))
+    process.start()
+    sender.close()
+    try:
+        return int(receiver.recv())
+    except EOFError:
+        process.join()
+        raise RuntimeError(f"the measuring process ended with exit code {process.exitcode}") from None
+    finally:
+        process.join()
+
+
+def _report_peak(
+    sender: Any, function: Callable[..., Callable[[], Any]], arguments: Sequence[Any], threads: int
+) -> None:
+    torch.set_num_threads(threads)
+    run = function(*arguments)
+    base = _peak_resident_bytes()
+    run()
+    sender.send(_peak_resident_bytes() - base)
+
+
+def _peak_resident_bytes() -> int:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class Timing(NamedTuple):
+    """Seconds of every repetition of one competitor, in the order of the rounds."""
+
+    process_seconds: list[float]
+    wall_seconds: list[float]
+
+
+def time_interleaved(competitors: Mapping[str, Callable[[], Any]], num_rounds: int, seed: int = 0) -> dict[str, Timing]:
+    """Run all competitors once per round, in a new random order each, after one round to warm up.
+
+    `process_seconds` is CPU time of this process: what others do on the machine is not in it, but for the caches they
+    share.
+    """
+    generator = random.Random(seed)
+    timings = {name: Timing([], []) for name in competitors}
+    for i in range(num_rounds + 1):
+        for name in generator.sample(list(competitors), len(competitors)):
+            gc.collect()
+            process_start, wall_start = time.process_time(), time.perf_counter()
+            competitors[name]()
+            process, wall = time.process_time() - process_start, time.perf_counter() - wall_start
+            if i > 0:
+                timings[name].process_seconds.append(process)
+                timings[name].wall_seconds.append(wall)
+    return timings
+
+
+class Quartiles(NamedTuple):
+    """Lower quartile, median and upper quartile."""
+
+    lower: float
+    median: float
+    upper: float
+
+
+def paired_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Quartiles:
+    """Quartiles of the ratios within each round."""
+    ratios = [a / b for a, b in zip(numerator, denominator, strict=True)]
+    return Quartiles(*quantiles(ratios, n=4, method="inclusive")) if len(ratios) > 1 else Quartiles(*ratios * 3)
+
+
+def provenance(command: str) -> dict[str, Any]:
+    """What a reader needs to judge, or repeat, a measurement."""
+    return {
+        "command": command,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "hardware": {
+            "cpu": _cpu_name(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "load_average": round(os.getloadavg()[0], 2),
+        },
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "commit": _git("rev-parse", "HEAD") or "unknown",
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--", *MEASURED_PATHS)),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _git(*arguments: str) -> str:
+    root = Path(__file__).resolve().parent.parent
+    result = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
+    return result.stdout.strip() if result.returncode == 0 else ""
+
+
+def write_csv(path: Path, rows: Iterable[Row]) -> None:
+    """One line a row, the keys of the first row as header."""
+    rows = list(rows)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)

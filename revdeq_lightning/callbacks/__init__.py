@@ -1,0 +1,1 @@
+"""Callbacks, one a file: what a run shows, keeps and resumes."""

@@ -1,0 +1,76 @@
+"""An exponential moving average of the weights."""
+
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+
+
+class AveragedWeights(Callback):
+    """Keeps `average = d * average + (1 - d) * weights`, updated at each optimizer step, and validates with it.
+
+    `d = min(decay, step / (step + 9))`, so that the start of the run is forgotten. A checkpoint's `state_dict` holds
+    the average, so that whatever loads it evaluates the average; the weights in training lie under `trained_weights`,
+    and a resumed fit goes on with them.
+
+    Args:
+        decay: In (0, 1); 0.999 averages over about the last thousand steps.
+    """
+
+    def __init__(self, decay: float) -> None:
+        if not 0 < decay < 1:
+            raise ValueError(f"decay must be in (0, 1), got {decay}")
+        self.decay = decay
+        self.average: dict[str, Tensor] = {}
+        self.num_updates = 0
+
+    @torch.no_grad()
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin with the weights, unless a checkpoint brought an average."""
+        if not self.average:
+            self.average = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Take in the new weights if the optimizer made a step."""
+        self._update(trainer, pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the average into the model."""
+        self._swap(pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the weights back; checkpoints are written after this."""
+        self._swap(pl_module)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Put the average in the place of the weights."""
+        if self.average:
+            self._update(trainer, pl_module)  # a callback that saves may come before this one
+            weights = checkpoint["state_dict"]
+            checkpoint["trained_weights"] = {name: weights[name] for name in self.average}
+            checkpoint["state_dict"] = {**weights, **self.average}
+
+    @torch.no_grad()
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Resume: the average from `state_dict`, the weights from `trained_weights`, if there is an average."""
+        if "trained_weights" not in checkpoint:
+            return
+        self.num_updates = checkpoint["global_step"]
+        for name, p in pl_module.named_parameters():
+            self.average[name] = checkpoint["state_dict"][name].to(p.device, copy=True)
+            p.copy_(checkpoint["trained_weights"][name])
+
+    @torch.no_grad()
+    def _update(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step > self.num_updates:
+            self.num_updates = trainer.global_step
+            weight = 1 - min(self.decay, self.num_updates / (self.num_updates + 9))
+            new = [p.detach() for p in pl_module.parameters()]
+            torch._foreach_lerp_(list(self.average.values()), new, weight)
+
+    def _swap(self, pl_module: LightningModule) -> None:
+        for name, p in pl_module.named_parameters() if self.average else ():
+            p.data, self.average[name] = self.average[name], p.data

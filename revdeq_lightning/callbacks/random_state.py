@@ -1,0 +1,69 @@
+"""The random states of every process in the checkpoint: a resumed run draws what the whole run would have drawn."""
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import Callback, LightningModule, Trainer
+
+
+class ResumableRandomState(Callback):
+    """Stores the states of Python's, NumPy's and PyTorch's global generators, one set a process.
+
+    They are set when training starts again. With another number of processes than at the time of the checkpoint
+    the new processes keep their own.
+    """
+
+    def __init__(self) -> None:
+        self._loaded: list[dict[str, Any]] = []
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Gather the states; Lightning calls this on all processes."""
+        states: list[Any] = [random_state()]
+        if trainer.world_size > 1:
+            states = [None] * trainer.world_size
+            torch.distributed.all_gather_object(states, random_state())
+        checkpoint["random_states"] = states
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep the states until training starts."""
+        self._loaded = checkpoint.get("random_states", [])
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Set this process's state."""
+        if len(self._loaded) == trainer.world_size:
+            set_random_state(self._loaded[trainer.global_rank])
+        self._loaded = []
+
+
+def random_state() -> dict[str, Any]:
+    """The global generators' states as plain containers and tensors, which load without code (`weights_only=True`)."""
+    name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002
+    position, has_gauss, gauss = rest
+    numpy_keys = torch.from_numpy(np.asarray(keys, dtype=np.int64))
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": (
+            name,
+            numpy_keys,
+            int(position),
+            int(has_gauss),
+            float(gauss),
+        ),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Set what `random_state` gave."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
+    torch.set_rng_state(state["torch"].cpu())
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())

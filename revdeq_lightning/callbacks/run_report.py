@@ -1,0 +1,85 @@
+"""What a run says at its beginning and its end, and its curves."""
+
+from pathlib import Path
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+
+from revdeq_lightning.callbacks.csv_logger import ContinuedCSVLogger
+from revdeq_lightning.callbacks.curves import draw_curves
+from revdeq_lightning.runs import BEST, CHECKPOINTS, CONFIG, CURVES, LAST, METRICS, command
+
+
+class RunReport(Callback):
+    """Says what is trained and where, draws the curves, and says after Ctrl-C where things lie and how to go on."""
+
+    def __init__(self) -> None:
+        self.folder: Path | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Learn the folder from the first process; later not all processes ask at once."""
+        if stage == "fit":
+            self.folder = Path(str(trainer.log_dir))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """One line each on model, run and folder; drop what an interrupted run logged after its checkpoint."""
+        for logger in trainer.loggers:
+            if isinstance(logger, ContinuedCSVLogger):
+                logger.rewind(trainer.global_step)
+        if trainer.is_global_zero:
+            model: Any = pl_module.model
+            num_parameters = sum(p.numel() for p in model.parameters())
+            batches = trainer.num_training_batches
+            begin = f"resumed at step {trainer.global_step}" if trainer.global_step else "new"
+            print(f"Model: {num_parameters:,} parameters, {describe_solver(model)}")
+            steps = trainer.estimated_stepping_batches
+            print(f"Run ({begin}): {steps:,} steps, {batches:,} batches an epoch, in {self.folder}")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the curves."""
+        self._draw(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """After Ctrl-C or an error: where things lie and how to go on."""
+        if self.folder and trainer.is_global_zero:
+            self._draw(trainer)
+            if isinstance(exception, KeyboardInterrupt):
+                print(f"\nInterrupted after step {trainer.global_step}.")
+            print_closing_lines(self.folder)
+
+    def _draw(self, trainer: Trainer) -> None:
+        if self.folder and trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.save()
+            metrics = self.folder / METRICS
+            if metrics.is_file():
+                draw_curves(metrics, metrics.with_name(CURVES))
+
+
+def describe_solver(model: Any) -> str:
+    """Solver and evaluations of f in words."""
+    equilibrium = getattr(model, "equilibrium", None)
+    if equilibrium is None:
+        return "an explicit stack of layers without equilibrium"
+    solver = equilibrium.solver
+    evaluations = solver.max_steps * solver.evaluations_per_step
+    num_f = sum(p.numel() for p in equilibrium.f.parameters())
+    at_most = "at most " if solver.has_tolerance else ""
+    return f"{num_f:,} of them in f; {type(solver).__name__}, {at_most}{evaluations} evaluations of f"
+
+
+def print_closing_lines(folder: Path) -> None:
+    """Where things lie and the commands to go on, for what is there."""
+    best, last = (folder / CHECKPOINTS / name for name in (BEST, LAST))
+    print(f"\nRun folder    {folder}")
+    for label, path in (("metrics", folder / METRICS), ("curves", folder / CURVES), ("settings", folder / CONFIG)):
+        if path.is_file():
+            print(f"  {label:<11} {path}")
+    if last.is_file():
+        print(f"  {'checkpoints':<11} {', '.join(str(p) for p in (best, last) if p.is_file())}")
+        newest = best if best.is_file() else last
+        print(f"Go on         {command('fit', last)}")
+        print(f"Test          {command('test', newest)}")
+        print(f"Generate      {command('generate', newest, '--prompt', 'TEXT')}", flush=True)
+    else:
+        print("There is no checkpoint yet: the first is written after the first validation, or at Ctrl-C.", flush=True)

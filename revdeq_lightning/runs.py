@@ -1,0 +1,87 @@
+"""A run's folder: where it lies, how a checkpoint or a command line names it."""
+
+import shlex
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+CHECKPOINTS, CONFIG, METRICS, CURVES = "checkpoints", "config.yaml", "metrics.csv", "curves.png"
+BEST, LAST = "best.ckpt", "last.ckpt"
+
+
+@dataclass
+class RunConfig:
+    """Where a run keeps its files, `FOLDER/NAME/VERSION`, and what it does at its end.
+
+    Attributes:
+        folder: Folder of all runs.
+        name: Name of the run; null: that of the configuration's file.
+        version: Names one run of this name; null: date and time.
+        wandb: Log to Weights & Biases too: off, online (needs a key), offline, or auto: online if there is a key.
+        wandb_project: Project there.
+        test: After training, evaluate the best checkpoint on the test text.
+        sample_tokens: Length of the sample at the end; 0 for none.
+        sample_prompt: What the sample continues.
+        sample_temperature: Of the sample.
+    """
+
+    folder: str = "runs/lm"
+    name: str | None = None
+    version: str | None = None
+    wandb: Literal["off", "auto", "online", "offline"] = "off"
+    wandb_project: str = "revdeq"
+    test: bool = True
+    sample_tokens: int = 200
+    sample_prompt: str = "\n"
+    sample_temperature: float = 0.8
+
+    @property
+    def path(self) -> Path:
+        """Folder of this run."""
+        return Path(self.folder) / str(self.name) / str(self.version)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of its checkpoints."""
+        return self.path / CHECKPOINTS
+
+
+def new_version() -> str:
+    """Date and time, sorted as the runs began."""
+    return time.strftime("%Y%m%d-%H%M%S")
+
+
+def run_of_checkpoint(checkpoint: str | Path) -> Path | None:
+    """Folder of the run that wrote this checkpoint, if it lies in one."""
+    folder = Path(checkpoint).parent.parent
+    return folder if Path(checkpoint).parent.name == CHECKPOINTS and (folder / CONFIG).is_file() else None
+
+
+def find_checkpoint(alias: str, run: RunConfig) -> Path:
+    """`last.ckpt` or `best.ckpt` of the run, or of the newest run of this name if the run has no version.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
+    pattern = f"{run.version or '*'}/{CHECKPOINTS}/{alias}.ckpt"
+    found = list((Path(run.folder) / str(run.name)).glob(pattern))
+    if not found:
+        raise FileNotFoundError(
+            f"no {alias}.ckpt under {Path(run.folder) / str(run.name)}: give its path as --ckpt_path"
+        )
+    return max(found, key=lambda path: path.stat().st_mtime)
+
+
+def command(subcommand: str, checkpoint: Path, *arguments: str) -> str:
+    """The command line that goes on from a checkpoint in a run's folder, which knows its configuration."""
+    return shlex.join(
+        [_interpreter(), "-m", "revdeq_lightning", subcommand, "--ckpt_path", str(checkpoint), *arguments]
+    )
+
+
+def _interpreter() -> str:
+    """The interpreter as one would type it: that of the project's virtual environment need not be active."""
+    executable = Path(sys.executable)
+    return str(executable.relative_to(Path.cwd())) if executable.is_relative_to(Path.cwd()) else "python"

@@ -1,0 +1,35 @@
+"""What every task shares: optimizer, schedule and averaged weights from one dataclass."""
+
+from typing import Any
+
+from lightning import Callback, LightningModule
+from torch import nn
+
+from revdeq_lightning.callbacks.averaged_weights import AveragedWeights
+from revdeq_lightning.optimizers import OptimizerConfig, WindowedPlateau, build_optimizer, build_scheduler
+
+
+class AbstractTask(LightningModule):
+    """A model, its loss and its optimizer."""
+
+    model: nn.Module
+
+    def __init__(self, optimizer: OptimizerConfig) -> None:
+        super().__init__()
+        self.optimizer_config = optimizer
+
+    def configure_optimizers(self) -> Any:
+        """Build the optimizer, and the schedule over the whole run, stepped after each optimizer step."""
+        optimizer = build_optimizer(self.model, self.optimizer_config)
+        scheduler = build_scheduler(optimizer, self.optimizer_config, self.trainer.estimated_stepping_batches)
+        if scheduler is None:
+            return optimizer
+        schedule: dict[str, Any] = {"scheduler": scheduler, "interval": "step"}
+        if isinstance(scheduler, WindowedPlateau):
+            schedule |= {"monitor": "train/loss", "reduce_on_plateau": True}
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Average the weights during a fit, if asked to; checkpoints hold the average in place of the weights."""
+        averaging = self.optimizer_config.ema_decay > 0 and self.trainer.state.fn == "fit"
+        return [AveragedWeights(self.optimizer_config.ema_decay)] if averaging else []

@@ -1,0 +1,270 @@
+"""The language model's command line: LightningCLI with short errors and a folder for each run."""
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import Logger
+
+from revdeq_lightning.callbacks.checkpoint_io import AtomicCheckpointIO
+from revdeq_lightning.callbacks.csv_logger import ContinuedCSVLogger
+from revdeq_lightning.callbacks.last_checkpoint import LastCheckpoint
+from revdeq_lightning.callbacks.monitors import EquilibriumMonitor, ThroughputMonitor
+from revdeq_lightning.callbacks.progress import RunProgress
+from revdeq_lightning.callbacks.random_state import ResumableRandomState
+from revdeq_lightning.callbacks.run_report import RunReport, print_closing_lines
+from revdeq_lightning.callbacks.wandb_logger import wandb_logger
+from revdeq_lightning.cli import ReadableErrors, fail, given_files
+from revdeq_lightning.data.text import TextDataModule
+from revdeq_lightning.equilibrium import DivergenceError
+from revdeq_lightning.runs import BEST, CONFIG, RunConfig, find_checkpoint, new_version, run_of_checkpoint
+from revdeq_lightning.tasks.inference import continue_text, load_language_model
+from revdeq_lightning.tasks.language_modeling import LanguageModelingTask
+
+# What Lightning says to everybody and what nobody who starts a run from here can or need act on.
+QUIET_INFO = (
+    *("GPU available", "TPU available", "HPU available", "💡 Tip", "Seed set to", "`Trainer.fit` stopped"),
+    *("Restored all states", "Restoring states", "Loaded model weights", "`weights_only` was not set"),
+    "Detected KeyboardInterrupt",
+)
+QUIET_WARNINGS = (
+    r"Be aware that when using `ckpt_path`",  # evaluation needs none of the callbacks of training
+    r"LightningCLI's args parameter",  # the arguments are those of the command line, less the task
+    r".*does not have many workers",  # text comes from a memory map: 0 workers is fast enough
+    r".*Checkpoint directory .* exists and is not empty",  # a resumed run goes on in its folder
+    r".*`isinstance\(treespec, LeafSpec\)` is deprecated",  # between Lightning and PyTorch
+)
+
+FIGURES = {
+    "bits_per_byte": "{:.4f} bits per byte",
+    "loss": "{:.4f} nats per token",
+    "token_perplexity": "perplexity {:,.2f} per token",
+    "word_perplexity": "{:,.1f} per word",
+}
+
+
+class Parser(ReadableErrors, LightningArgumentParser):
+    """Lightning's parser with errors of one line."""
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """The resolved configuration in the folder of a training run, and in its W&B run."""
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Save for training only."""
+        if stage == "fit":
+            self.config.ckpt_path = self.config.run.version = None  # a relaunch from this file is a new run
+            super().setup(trainer, pl_module, stage)
+
+    def save_config(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Hand the configuration to the loggers."""
+        for logger in trainer.loggers:
+            logger.log_hyperparams(self.config.as_dict())
+
+
+class CommandLine(LightningCLI):
+    """`fit`, `validate`, `test` and `predict` of one task and its data."""
+
+    run_config: RunConfig
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        """With a usage of one line: the list of two hundred options follows anyway."""
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        parser.usage = f"python -m revdeq_lightning {subcommand} --config FILE [--KEY=VALUE ...]"
+        return parser
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The run's folder; sizes that the model takes from the data."""
+        parser.add_argument("--run", type=RunConfig, default=RunConfig())
+        parser.link_arguments("data.context_length", "model.network.context_length")
+        parser.link_arguments("data", "model.network.vocab_size", compute_fn=vocab_size, apply_on="instantiate")
+
+    def _parse_ckpt_path(self) -> None:
+        """Find checkpoint and run.
+
+        Lightning's own would put the settings in the checkpoint above those that the user gave.
+        """
+        config = self.config[self.config.subcommand]
+        run = config.run
+        files = config.get("config") or []
+        run.name = run.name or (Path(str(files[-1])).stem if files else "run")
+        checkpoint = config.get("ckpt_path")
+        if checkpoint in ("last", "best"):
+            with readable_errors():
+                checkpoint = config.ckpt_path = str(find_checkpoint(checkpoint, RunConfig(**run.as_dict())))
+        if self.config.subcommand != "fit" and checkpoint is None:
+            fail(f"which checkpoint? {self.config.subcommand} needs --ckpt_path FILE, or last, or best")
+        self.run_config = RunConfig(**run.as_dict())
+        folder = run_of_checkpoint(checkpoint) if checkpoint else None
+        if folder and run.version is None:
+            run_folder, name = str(folder.parent.parent), folder.parent.name
+            self.run_config = replace(self.run_config, folder=run_folder, name=name, version=folder.name)
+        path = self.run_config.path
+        if self.config.subcommand == "fit" and run.version and path != folder and (path / CONFIG).is_file():
+            fail(f"there is a run in {path} already: choose another run.version, or go on from a checkpoint in it")
+        self.run_config.version = self.run_config.version or new_version()
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The trainer of this run: its callbacks, loggers and checkpoints."""
+        settings = self._get(self.config_init, "trainer")
+        progress = settings.get("enable_progress_bar") is not False
+        callbacks: list[Any] = [RunProgress()] if progress else []
+        loggers: list[Logger] = []
+        if self.subcommand == "fit":
+            if settings.get("logger") is False:
+                fail("trainer.logger=false: a run always has a folder with its metrics; choose where by run.folder")
+            callbacks[:0] = [EquilibriumMonitor(), ThroughputMonitor(), ResumableRandomState(), RunReport()]
+            if settings.get("enable_checkpointing") is not False:
+                if "validation" in self.datamodule.splits:
+                    callbacks.append(best_checkpoint())
+                callbacks.append(LastCheckpoint())
+            own = settings.get("logger")
+            loggers = [ContinuedCSVLogger(self.run_config.path), *([] if own is True else as_list(own))]
+            if self.run_config.wandb != "off":
+                loggers.append(wandb_logger(self.run_config))
+        self.trainer_defaults = {"callbacks": callbacks}
+        plugins = [*as_list(settings.get("plugins")), AtomicCheckpointIO()]
+        return super().instantiate_trainer(logger=loggers or False, plugins=plugins, **kwargs)
+
+    def instantiate_classes(self) -> None:
+        """Build data, model and trainer; find faults of the data here, where they can be told in one line."""
+        with readable_errors():
+            super().instantiate_classes()
+            self.datamodule.setup(str(self.subcommand))
+
+    def fit(self, **kwargs: Any) -> None:
+        """Train."""
+        try:
+            self.trainer.fit(**kwargs)
+        except DivergenceError as error:
+            fail(str(error), code=1)
+        except SystemExit:
+            sys.exit(130 if self.trainer.interrupted else 1)  # Lightning's code after Ctrl-C is 1
+
+    def after_fit(self) -> None:
+        """Test, sample, and say how to go on."""
+        if cast(Any, self.trainer).fast_dev_run:
+            return
+        best = best_or_last(self.trainer)
+        if best and self.run_config.test and "test" in self.datamodule.splits:
+            results = self.trainer.test(self.model, self.datamodule, ckpt_path=best, verbose=False, weights_only=True)
+            self._print_figures(f"Test ({Path(best).name})", results)
+        if self.trainer.is_global_zero:
+            if best and self.run_config.sample_tokens:
+                length, temperature = self.run_config.sample_tokens, self.run_config.sample_temperature
+                print(f"\nSample ({length} tokens, temperature {temperature}):\n\n{sample(best, self.run_config)}")
+            print_closing_lines(self.run_config.path)
+
+    def validate(self, **kwargs: Any) -> None:
+        """Print the figures of the validation split."""
+        self._print_figures("Validation", self.trainer.validate(**kwargs | {"verbose": False}))
+
+    def test(self, **kwargs: Any) -> None:
+        """Print the figures of the test split."""
+        self._print_figures("Test", self.trainer.test(**kwargs | {"verbose": False}))
+
+    def predict(self, **kwargs: Any) -> None:
+        """Write the nats of every predicted token of the test text, in its order, beside the checkpoint."""
+        import numpy as np
+
+        if self.trainer.world_size > 1:
+            fail(f"predict needs one process, got {self.trainer.world_size}: --trainer.devices=1")
+        nats = torch.cat(self.trainer.predict(**kwargs)).numpy()  # type: ignore[arg-type]
+        path = Path(kwargs["ckpt_path"]).with_suffix(".nats.npy")
+        np.save(path, nats)
+        print(f"{nats.size:,} tokens, {nats.mean():.4f} nats per token, in {path}")
+
+    def _print_figures(self, title: str, results: Any) -> None:
+        if not results:
+            fail("nothing to evaluate: this text has no such split")
+        if self.trainer.is_global_zero:
+            figures = {key.split("/")[-1]: value for key, value in results[0].items()}
+            texts = [form.format(figures[key]) for key, form in FIGURES.items() if key in figures]
+            print(f"\n{title}: {', '.join(texts)}")
+
+
+def run(subcommand: str, options: Sequence[str]) -> None:
+    """Parse and run; what the user can mend is told in one line."""
+    quieten_lightning()
+    CommandLine(
+        LanguageModelingTask,
+        TextDataModule,
+        args=[subcommand, *with_config_of_checkpoint(options)],
+        seed_everything_default=0,
+        trainer_defaults={"num_sanity_val_steps": 0, "enable_model_summary": False},
+        parser_class=Parser,
+        parser_kwargs={"parser_mode": "omegaconf+", "allow_abbrev": False, "prog": "python -m revdeq_lightning"},
+        save_config_callback=SaveRunConfig,
+        save_config_kwargs={"config_filename": CONFIG, "overwrite": True},
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,
+    )
+
+
+def quieten_lightning() -> None:
+    """Drop messages and warnings by name; all others stay."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        for handler in logging.getLogger(name).handlers:
+            handler.addFilter(lambda record: not any(text in record.getMessage() for text in QUIET_INFO))
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's calls, not the user's
+    for message in QUIET_WARNINGS:
+        warnings.filterwarnings("ignore", message)
+
+
+@contextmanager
+def readable_errors() -> Iterator[None]:
+    """Tell wrong settings and missing data in one line; an error in training keeps its traceback."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError) as error:
+        reason: BaseException = error
+        while reason.__cause__ is not None:  # what the parser wraps in the names of its functions
+            reason = reason.__cause__
+        fail(str(reason))
+
+
+def with_config_of_checkpoint(options: Sequence[str]) -> list[str]:
+    """Without `--config` that of the checkpoint's run applies."""
+    runs = [run_of_checkpoint(path) for path in given_files(options, "--ckpt_path")]
+    if runs and runs[-1] and not given_files(options, "--config", "-c"):
+        return ["--config", str(runs[-1] / CONFIG), *options]
+    return list(options)
+
+
+def vocab_size(data: TextDataModule) -> int:
+    """Vocabulary of the data, for the link."""
+    return data.vocab_size
+
+
+def best_checkpoint() -> ModelCheckpoint:
+    """Keeps `best.ckpt`, by the validation loss."""
+    return ModelCheckpoint(filename=Path(BEST).stem, monitor="val/loss", enable_version_counter=False)
+
+
+def best_or_last(trainer: Trainer) -> str | None:
+    """Path of the best checkpoint, of the last one where there was no validation, if any was written."""
+    callbacks: list[Any] = trainer.checkpoint_callbacks
+    paths = [c.best_model_path if isinstance(c, ModelCheckpoint) else str(c.path) for c in callbacks]
+    return next((path for path in paths if path), None)
+
+
+def sample(checkpoint: str, config: RunConfig) -> str:
+    """A text from the checkpoint, as `generate` makes it."""
+    model, tokenizer = load_language_model(checkpoint)
+    temperature, length = config.sample_temperature, config.sample_tokens
+    return continue_text(model, tokenizer, config.sample_prompt, max_new_tokens=length, temperature=temperature)
+
+
+def as_list(value: Any) -> list[Any]:
+    """A list of what a setting holds: nothing, one or several."""
+    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]

@@ -1,0 +1,85 @@
+"""Text from a checkpoint alone: it holds the settings of the model and the tokenizer. No Lightning in here."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from revdeq_lightning.data.tokenizers import AbstractTokenizer, tokenizer_from_state
+from revdeq_lightning.models import TransformerConfig
+from revdeq_lightning.models.generation import generate
+from revdeq_lightning.tasks.settings import SolverConfig, build_language_model
+
+
+def load_language_model(ckpt_path: str | Path, device: str = "cpu") -> tuple[Any, AbstractTokenizer]:
+    """Model and tokenizer of a checkpoint (the averaged weights, where it has them).
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is not the checkpoint of a language model.
+    """
+    if not Path(ckpt_path).is_file():
+        raise FileNotFoundError(f"no checkpoint {ckpt_path}: training writes it to runs/lm/NAME/DATE/checkpoints")
+    try:
+        checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True)
+        settings, weights, tokenizer = (checkpoint[key] for key in ("hyper_parameters", "state_dict", "tokenizer"))
+    except Exception as error:  # torch raises many kinds for what is not a checkpoint
+        raise ValueError(f"{ckpt_path} is not a checkpoint of a language model ({type(error).__name__})") from None
+    model = build_language_model(TransformerConfig(**settings["network"]), SolverConfig(**settings["solver"]))
+    prefix = "model."
+    model.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
+    return model.to(device).eval(), tokenizer_from_state(tokenizer)
+
+
+def generate_text(
+    ckpt_path: str,
+    prompt: str = "\n",
+    max_new_tokens: int = 200,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+) -> str:
+    """Continue a text.
+
+    Args:
+        ckpt_path: Checkpoint of a training run.
+        prompt: Text to continue.
+        max_new_tokens: Tokens to add.
+        temperature: 0 for the most likely token; below 1 safer, above 1 wilder.
+        top_k: Draw among so many most likely tokens only.
+        top_p: Draw among the most likely tokens that together have this probability.
+        seed: Of the draws.
+        device: cpu, cuda, ...
+    """
+    model, tokenizer = load_language_model(ckpt_path, device)
+    return continue_text(
+        model,
+        tokenizer,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+    )
+
+
+def continue_text(model: Any, tokenizer: AbstractTokenizer, prompt: str, *, seed: int = 0, **sampling: Any) -> str:
+    """Prompt and continuation; of a prompt longer than the context only the end is read.
+
+    A solver with a tolerance generates without the cache, which is exact only for a fixed number of evaluations.
+    """
+    ids = tokenizer.encode(prompt)
+    if not ids:
+        raise ValueError("the prompt is empty: give at least one character")
+    device = model.output_weight_VD.device
+    context_length = model.config.context_length
+    tokens_BT = torch.tensor([ids[-context_length:]], device=device)
+    solver = getattr(getattr(model, "equilibrium", None), "solver", None)
+    generator = torch.Generator(device).manual_seed(seed)
+    use_cache = solver is None or not solver.has_tolerance
+    new = generate(model, tokens_BT, generator=generator, use_cache=use_cache, **sampling)[0, tokens_BT.shape[1] :]
+    # A vocabulary padded to a round size has ids that mean no text; an untrained model may draw them.
+    return prompt + tokenizer.decode([i for i in new.tolist() if i < tokenizer.vocab_size])

@@ -1,0 +1,111 @@
+"""Predicting the next token: the loss of training, and the figures of evaluation with their units."""
+
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from revdeq_lightning.data.text import TextDataModule
+from revdeq_lightning.data.windows import TextBatch
+from revdeq_lightning.equilibrium import SolverStats
+from revdeq_lightning.metrics import LanguageMetrics
+from revdeq_lightning.models import TransformerConfig
+from revdeq_lightning.optimizers import OptimizerConfig
+from revdeq_lightning.tasks.base import AbstractTask
+from revdeq_lightning.tasks.settings import SolverConfig, build_language_model, plain
+
+SPLITS = {"val": "validation", "test": "test"}
+
+
+class TrainingOutput(NamedTuple):
+    """What a training step hands to callbacks beside the loss, under the key `step`."""
+
+    stats: SolverStats | None
+    num_tokens: int
+
+
+class LanguageModelingTask(AbstractTask):
+    """Train and evaluate a language model.
+
+    Logs `train/loss` and, over whole splits, `val/` and `test/`: `loss` (nats per token), `token_perplexity`,
+    `word_perplexity`, `bits_per_byte`. Checkpoints hold settings and tokenizer, so that they generate text alone.
+
+    Args:
+        network: Sizes and block; vocabulary and context length come from the data.
+        solver: How the equilibrium is found and differentiated.
+        optimizer: Optimizer, schedule, averaging of the weights.
+        compile: Compile f with torch.compile: worth its minutes on a GPU.
+    """
+
+    model: Any  # ExplicitTransformerLM or TransformerLM
+
+    def __init__(
+        self,
+        network: TransformerConfig,
+        solver: SolverConfig,
+        optimizer: OptimizerConfig,
+        compile: bool = False,
+    ) -> None:
+        # A checkpoint gives plain containers.
+        network = TransformerConfig(**network) if isinstance(network, dict) else network
+        solver = SolverConfig(**solver) if isinstance(solver, dict) else solver
+        optimizer = OptimizerConfig(**optimizer) if isinstance(optimizer, dict) else optimizer
+        super().__init__(optimizer)
+        settings = plain(network=network, solver=solver, optimizer=optimizer)
+        self.save_hyperparameters({**settings, "compile": compile}, logger=False)
+        self.model = build_language_model(network, solver)
+        self.metrics = nn.ModuleDict({name: LanguageMetrics() for name in SPLITS})
+        if compile:
+            f = self.model.equilibrium.f if solver.solver != "none" else self.model.block
+            f.compile()
+
+    def training_step(self, batch: TextBatch, batch_idx: int) -> dict[str, Any]:
+        """Mean nats per token of the batch."""
+        output = self.model.loss(batch.tokens, batch.targets)
+        self.log("train/loss", output.loss)
+        return {"loss": output.loss, "step": TrainingOutput(output.stats, batch.tokens.numel())}
+
+    def validation_step(self, batch: TextBatch, batch_idx: int) -> None:
+        """Add the batch to the sums over the split."""
+        self._add_to("val", batch)
+
+    def test_step(self, batch: TextBatch, batch_idx: int) -> None:
+        """Add the batch to the sums over the split."""
+        self._add_to("test", batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the figures of the validation split."""
+        self._log_figures("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the figures of the test split."""
+        self._log_figures("test")
+
+    def predict_step(self, batch: TextBatch, batch_idx: int) -> Tensor:
+        """Nats of each target of the batch, in the order of the text."""
+        logits_BTV = self.model(batch.tokens).logits_BTV
+        nats_N = nn.functional.cross_entropy(
+            logits_BTV.flatten(0, 1).float(), batch.targets.flatten(), reduction="none"
+        )
+        return nats_N[batch.targets.flatten() >= 0]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store the tokenizer, for `generate`."""
+        checkpoint["tokenizer"] = self._data.tokenizer_state()
+
+    @property
+    def _data(self) -> TextDataModule:
+        return cast(TextDataModule, cast(Any, self.trainer).datamodule)
+
+    def _add_to(self, name: str, batch: TextBatch) -> None:
+        output = self.model.loss(batch.tokens, batch.targets)
+        metric = cast(LanguageMetrics, self.metrics[name])
+        metric.update(output.loss.to(metric.total_nats.dtype) * output.num_targets, output.num_targets)
+
+    def _log_figures(self, name: str) -> None:
+        metric = cast(LanguageMetrics, self.metrics[name])
+        figures = metric.compute(self._data.split_statistics(SPLITS[name]))
+        metric.reset()
+        # The same on all processes already; Lightning wants to be told.
+        values = {f"{name}/{key}": value.to(torch.float32) for key, value in figures.items()}
+        self.log_dict(values, sync_dist=True)

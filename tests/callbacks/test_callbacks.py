@@ -1,0 +1,142 @@
+import csv
+import errno
+import io
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from rich.console import Console
+from tiny_runs import tiny_data, tiny_task, tiny_trainer
+
+from revdeq_lightning.callbacks.averaged_weights import AveragedWeights
+from revdeq_lightning.callbacks.checkpoint_io import AtomicCheckpointIO
+from revdeq_lightning.callbacks.csv_logger import ContinuedCSVLogger
+from revdeq_lightning.callbacks.curves import draw_curves, read_curves
+from revdeq_lightning.callbacks.monitors import ThroughputMonitor
+from revdeq_lightning.callbacks.progress import RunProgress
+from revdeq_lightning.callbacks.random_state import random_state, set_random_state
+
+
+def test_checkpoint_survives_a_failed_write_of_the_next(tmp_path, monkeypatch):
+    path = tmp_path / "folder" / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"step": 1}, path)
+
+    def disk_full(checkpoint, file):
+        file.write(b"half")
+        raise OSError(errno.ENOSPC, "no space left")
+
+    monkeypatch.setattr(torch, "save", disk_full)
+    with pytest.raises(OSError, match="no space left"):
+        AtomicCheckpointIO().save_checkpoint({"step": 2}, path)
+    assert torch.load(path) == {"step": 1}
+    assert [p.name for p in path.parent.iterdir()] == ["last.ckpt"]
+
+
+def test_random_states_load_without_code_and_repeat_the_draws(tmp_path):
+    import random
+
+    import numpy as np
+
+    random.gauss(0, 1)  # leaves a second number in store
+    torch.save(random_state(), tmp_path / "state")
+    first = random.gauss(0, 1), random.random(), np.random.randn(), torch.rand(3).tolist()  # noqa: NPY002
+    set_random_state(torch.load(tmp_path / "state", weights_only=True))
+    assert first == (random.gauss(0, 1), random.random(), np.random.randn(), torch.rand(3).tolist())  # noqa: NPY002
+
+
+def test_average_of_the_weights_is_the_recurrence_and_validation_sees_it(tmp_path):
+    class Watch(Callback):
+        weights, validated, after = [], [], []
+
+        def on_train_start(self, trainer, pl_module):
+            self.weights.append(pl_module.model.norm.weight.detach().clone())
+
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            self.weights.append(pl_module.model.norm.weight.detach().clone())
+
+        def on_validation_epoch_start(self, trainer, pl_module):
+            self.validated.append(pl_module.model.norm.weight.detach().clone())
+
+        def on_validation_end(self, trainer, pl_module):
+            self.after.append(pl_module.model.norm.weight.detach().clone())
+
+    data, watch = tiny_data(tmp_path), Watch()
+    average = AveragedWeights(0.8)
+    trainer = tiny_trainer(tmp_path, [average, watch], max_steps=6, val_check_interval=6)
+    trainer.fit(tiny_task(data, optimizer={"lr": 0.05}), data)
+    expected = watch.weights[0].double()
+    for step, weight in enumerate(watch.weights[1:], 1):
+        decay = min(0.8, step / (step + 9))
+        expected = decay * expected + (1 - decay) * weight.double()
+    torch.testing.assert_close(watch.validated[0].double(), expected, rtol=1e-6, atol=0)
+    assert torch.equal(watch.after[0], watch.weights[-1])
+
+
+def test_curves_are_drawn_from_the_csv_file_and_survive_nan(tmp_path):
+    path = tmp_path / "metrics.csv"
+    path.write_text(
+        "step,train/loss,val/loss,equilibrium/relative_residual,system/tokens_per_second\n"
+        "9,5.0,,0.5,100\n19,nan,,0.001,110\n19,,4.5,,\n"
+    )
+    curves = read_curves(path)
+    assert curves["train/loss"] == [(10, 5.0)]
+    assert curves["val/loss"] == [(20, 4.5)]
+    draw_curves(path, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def rows(path):
+    with path.open(newline="") as file:
+        return [(int(row["step"]), row["a"], row.get("b") or "") for row in csv.DictReader(file)]
+
+
+def test_csv_file_is_continued_and_rewound_to_the_checkpoint(tmp_path):
+    path = tmp_path / "run" / "metrics.csv"
+    first = ContinuedCSVLogger(tmp_path / "run")
+    for step in range(4):
+        first.log_metrics({"a": float(step)}, step)
+    assert [row[0] for row in rows(path)] == [0, 1, 2, 3]
+    second = ContinuedCSVLogger(tmp_path / "run")
+    second.rewind(2)
+    second.log_metrics({"a": 20.0, "b": 1.0}, 2)
+    assert rows(path) == [(0, "0.0", ""), (1, "1.0", ""), (2, "20.0", "1.0")]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_shows_the_figures(tmp_path, terminal):
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=terminal, width=80, highlight=False)
+    data = tiny_data(tmp_path)
+    trainer = tiny_trainer(
+        tmp_path, [RunProgress(0.0, console)], max_steps=4, val_check_interval=2, enable_progress_bar=True
+    )
+    trainer.fit(tiny_task(data), data)
+    text = out.getvalue()
+    for word in ("loss", "tokens/s", "3 evaluations", "residual", "4/4", "bits/byte"):
+        assert word in text
+    if not terminal:
+        lines = text.splitlines()
+        assert len(lines) == 4  # two logging steps, two validations
+        assert all(line.startswith("step ") for line in lines)
+
+
+def test_throughput_counts_training_only(monkeypatch):
+    from types import SimpleNamespace
+
+    clock = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    logged = []
+    module = SimpleNamespace(device=torch.device("cpu"), log=lambda key, value, **_: logged.append((key, value)))
+    trainer = SimpleNamespace(global_step=1, log_every_n_steps=2, world_size=3)
+    output = {"step": SimpleNamespace(num_tokens=50)}
+    monitor = ThroughputMonitor()
+    monitor.on_train_start(trainer, module)
+    clock[0] = 1.0
+    monitor.on_train_batch_end(trainer, module, output, None, 0)
+    monitor.on_validation_start(trainer, module)
+    clock[0] = 100.0
+    monitor.on_validation_end(trainer, module)
+    clock[0] = 101.0
+    trainer.global_step = 2
+    monitor.on_train_batch_end(trainer, module, output, None, 1)
+    assert logged == [("system/tokens_per_second", 100 * 3 / 2.0)]

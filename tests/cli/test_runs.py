@@ -1,0 +1,131 @@
+import csv
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from tiny_command import run, tiny_config
+
+
+def only(folder: Path) -> Path:
+    (child,) = folder.iterdir()
+    return child
+
+
+def steps(folder: Path, key: str) -> list[int]:
+    with (folder / "metrics.csv").open(newline="") as file:
+        return [int(row["step"]) for row in csv.DictReader(file) if row.get(key)]
+
+
+def test_a_run_leaves_all_that_is_needed_and_can_be_gone_on_with(tmp_path, capsys):
+    config = tiny_config(tmp_path)
+    run("fit", "--config", config, "--model.solver.beta=0.8", "--run.name=small")
+    folder = only(tmp_path / "runs" / "small")
+    assert re.fullmatch(r"\d{8}-\d{6}", folder.name)
+    assert {p.name for p in folder.iterdir()} == {"checkpoints", "config.yaml", "curves.png", "metrics.csv"}
+    assert {p.name for p in (folder / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert steps(folder, "train/loss") == list(range(6))
+    assert steps(folder, "val/bits_per_byte") == [2, 5]
+    resolved = yaml.safe_load((folder / "config.yaml").read_text())
+    assert resolved["model"]["solver"]["beta"] == 0.8
+    assert resolved["run"]["name"] == "small"
+    out, err = capsys.readouterr()
+    assert [line for line in err.splitlines() if "Tokenizing the text" not in line] == []
+    assert re.search(r"Test \(best.ckpt\): \d\.\d{4} bits per byte, \d\.\d{4} nats per token", out)
+    assert re.search(r"Sample \(5 tokens.*\):\n\na", out)
+    closing = out.splitlines()[-3:]
+    for line, word in zip(closing, ("fit", "test", "generate"), strict=True):
+        assert f"-m revdeq_lightning {word} --ckpt_path {folder}/checkpoints/" in line
+
+    # Go on, from the checkpoint alone, for more steps: same folder, one continued file.
+    last = folder / "checkpoints" / "last.ckpt"
+    run("fit", "--ckpt_path", last, "--trainer.max_steps=9")
+    assert only(tmp_path / "runs" / "small") == folder
+    assert steps(folder, "train/loss") == list(range(9))
+    assert torch.load(last, weights_only=True)["global_step"] == 9
+    assert "resumed at step 6" in capsys.readouterr().out
+
+    # The other commands, by alias and by path.
+    run("test", "--config", config, "--run.name=small", "--ckpt_path=best")
+    run("validate", "--ckpt_path", last)
+    run("predict", "--ckpt_path", last)
+    nats = np.load(last.with_suffix(".nats.npy"))
+    out = capsys.readouterr().out
+    assert f"{nats.size:,} tokens, {nats.mean():.4f} nats per token" in out
+    assert out.count("bits per byte") == 2
+
+    # Relaunch from the resolved configuration: a new run.
+    run("fit", "--config", folder / "config.yaml", "--run.version=again", "--trainer.max_steps=3", "--run.test=false")
+    assert steps(folder.parent / "again", "train/loss") == [0, 1, 2]
+    with pytest.raises(SystemExit):
+        run("fit", "--config", folder / "config.yaml", "--run.version=again")
+    assert "there is a run in" in capsys.readouterr().err
+
+
+def test_generate_needs_only_the_checkpoint_and_no_lightning(tmp_path, capsys):
+    run("fit", "--config", tiny_config(tmp_path), "--run.version=v", "--run.test=false", "--run.sample_tokens=0")
+    elsewhere = tmp_path / "elsewhere.ckpt"
+    (tmp_path / "runs/tiny/v/checkpoints/last.ckpt").rename(elsewhere)
+    program = """
+import sys
+from revdeq_lightning.cli import main
+options = ["--ckpt_path", sys.argv[1], "--prompt", "abc", "--max_new_tokens", "30", "--top_k", "5"]
+for seed in "001":
+    main(["generate", *options, "--seed", seed])
+    print("|")
+assert "lightning" not in sys.modules
+"""
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    command = [sys.executable, "-c", program, str(elsewhere)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    first, again, other, _ = result.stdout.split("|\n")
+    assert first == again != other
+    assert first.startswith("abc")
+    assert len(first) == len("abc") + 30 + 1
+
+
+def test_interrupt_leaves_a_checkpoint_from_which_the_run_goes_on(tmp_path, capsys):
+    config = tiny_config(tmp_path, max_steps=100_000, val_check_interval=100_000)
+    command = [sys.executable, "-m", "revdeq_lightning", "fit", "--config", str(config), "--run.version=v"]
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, "PYTHONUNBUFFERED": "1"}
+        )
+        try:
+            while "step 1/" not in log.read_text() and process.poll() is None:
+                pass
+            process.send_signal(signal.SIGINT)
+            code = process.wait(timeout=60)
+        finally:
+            process.kill()
+    text = log.read_text()
+    assert code == 130, text
+    assert "Traceback" not in text
+    folder = tmp_path / "runs/tiny/v"
+    last = folder / "checkpoints" / "last.ckpt"
+    step = torch.load(last, weights_only=True)["global_step"]
+    assert f"Interrupted after step {step}." in text
+    assert f"fit --ckpt_path {last}" in text
+    assert (folder / "curves.png").is_file()
+    run("fit", "--ckpt_path", last, f"--trainer.max_steps={step + 2}", "--run.test=false", "--run.sample_tokens=0")
+    assert steps(folder, "train/loss") == list(range(step + 2))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_wandb_is_offline_without_a_key_and_says_where(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    options = ("--run.version=v", "--run.wandb=auto", "--run.test=false", "--run.sample_tokens=0")
+    run("fit", "--config", tiny_config(tmp_path), *options)
+    folder = tmp_path / "runs/tiny/v/wandb"
+    assert f"W&B is offline: the run lies in {folder}; to send it: wandb sync" in capsys.readouterr().out
+    assert list(folder.glob("offline-run-*/*.wandb"))

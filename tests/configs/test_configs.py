@@ -1,0 +1,74 @@
+"""Every configuration builds at full size, and trains at a reduced one."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tiny_command import run
+from tiny_runs import text_file
+
+from revdeq_lightning.models import TransformerConfig
+from revdeq_lightning.optimizers import OptimizerConfig, build_optimizer
+from revdeq_lightning.tasks.settings import SolverConfig, build_language_model
+
+CONFIGS = sorted(Path("configs/lm").glob("*.yaml"))
+# vocabulary, parameters
+FULL = {
+    "default": (2048, 1_230_336),
+    "tinyshakespeare": (65, 242_944),
+    "wikitext103": (50304, 94_138_368),
+    "wikitext103_modern": (50304, None),
+}
+SMALL = {
+    "model.network.d_model": 16,
+    "model.network.num_heads": 2,
+    "model.network.d_mlp": 24,
+    "data.source": "files",
+    "data.dataset_name": "null",
+    "data.tokenizer": "bytes",
+    "data.context_length": 8,
+    "data.batch_size": 4,
+    "trainer.accelerator": "cpu",
+    "trainer.devices": 1,
+    "trainer.strategy": "auto",
+    "trainer.max_steps": 3,
+    "trainer.val_check_interval": 2,
+    "trainer.log_every_n_steps": 1,
+    "run.sample_tokens": 5,
+    "run.wandb": "off",
+}
+
+
+def test_there_are_the_configurations_that_the_readme_names():
+    assert [path.stem for path in CONFIGS] == sorted(FULL)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_full_size_has_the_parameters_that_it_claims(path):
+    settings = yaml.safe_load(path.read_text())
+    vocab_size, expected = FULL[path.stem]
+    sizes = {"vocab_size": vocab_size, "context_length": settings["data"]["context_length"]}
+    network = TransformerConfig(**sizes, **settings["model"]["network"])
+    solver = {k: float(v) if k == "rtol" else v for k, v in settings["model"]["solver"].items()}
+    with torch.device("meta"):
+        model = build_language_model(network, SolverConfig(**solver))
+    build_optimizer(model, OptimizerConfig(**settings["model"]["optimizer"]))
+    if expected:
+        assert sum(p.numel() for p in model.parameters()) == expected
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_a_few_steps_at_reduced_size(path, tmp_path, capsys):
+    options = SMALL | {"data.path": text_file(tmp_path), "data.cache_dir": tmp_path / "cache", "run.folder": tmp_path}
+    run("fit", "--config", path, *(f"--{key}={value}" for key, value in options.items()))
+    (folder,) = (tmp_path / path.stem).iterdir()
+    assert torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 3
+    assert "step 2: val/loss" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_the_header_says_command_hardware_and_result(path):
+    header = path.read_text().split("seed_everything")[0]
+    for word in ("command", f"--config {path}", "hardware", "result"):
+        assert word in header

@@ -1,0 +1,54 @@
+"""Tiny runs of the language model's task, in this process."""
+
+from pathlib import Path
+
+import torch
+from lightning import Trainer
+from lightning.pytorch.callbacks import Callback
+
+from revdeq_lightning.callbacks.checkpoint_io import AtomicCheckpointIO
+from revdeq_lightning.callbacks.monitors import EquilibriumMonitor, ThroughputMonitor
+from revdeq_lightning.callbacks.random_state import ResumableRandomState
+from revdeq_lightning.data.text import TextDataModule
+from revdeq_lightning.models import TransformerConfig
+from revdeq_lightning.optimizers import OptimizerConfig
+from revdeq_lightning.tasks.language_modeling import LanguageModelingTask
+from revdeq_lightning.tasks.settings import SolverConfig
+
+MUON = {"optimizer": "muon", "lr": 0.01, "schedule": "cosine", "warmup_steps": 3, "weight_decay": 0.1, "ema_decay": 0.9}
+
+
+def text_file(folder: Path) -> Path:
+    path = folder / "text.txt"
+    if not path.exists():
+        numbers = torch.randint(97, 113, (1500,), generator=torch.Generator().manual_seed(0))
+        path.write_text("".join(" " if i % 5 == 0 else chr(n) for i, n in enumerate(numbers.tolist())))
+    return path
+
+
+def tiny_data(folder: Path, **arguments) -> TextDataModule:
+    arguments = {"tokenizer": "characters", "context_length": 8, "batch_size": 4, "seed": 3} | arguments
+    return TextDataModule("files", path=str(text_file(folder)), cache_dir=str(folder / "cache"), **arguments)
+
+
+def tiny_task(data: TextDataModule, *, solver=None, optimizer=None, seed=0) -> LanguageModelingTask:
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": data.vocab_size, "context_length": 8, "d_model": 16, "num_heads": 2, "d_mlp": 24}
+    solver = SolverConfig(**{"max_steps": 3, "mismatch": "raise"} | (solver or {}))
+    return LanguageModelingTask(TransformerConfig(**sizes), solver, OptimizerConfig(**(optimizer or MUON)))
+
+
+def tiny_trainer(folder: Path, callbacks: list[Callback] = (), **settings) -> Trainer:
+    settings = {"enable_progress_bar": False} | settings
+    quiet = {"enable_model_summary": False, "enable_checkpointing": False}
+    settings = {"max_steps": 20, "logger": False, "gradient_clip_val": 1.0, "log_every_n_steps": 2} | settings
+    settings = {"check_val_every_n_epoch": None, "val_check_interval": 7, "num_sanity_val_steps": 0} | settings
+    callbacks = [EquilibriumMonitor(), ThroughputMonitor(), ResumableRandomState(), *callbacks]
+    return Trainer(
+        accelerator="cpu",
+        callbacks=callbacks,
+        plugins=[AtomicCheckpointIO()],
+        default_root_dir=folder,
+        **quiet,
+        **{"devices": 1} | settings,
+    )

@@ -1,0 +1,156 @@
+import copy
+import math
+
+import pytest
+import torch
+from small_language_models import make_model
+from torch import nn
+
+from revdeq_lightning.optimizers import (
+    Float32Muon,
+    JointOptimizer,
+    OptimizerConfig,
+    WindowedPlateau,
+    build_optimizer,
+    build_scheduler,
+    group_parameters,
+)
+
+
+def step(model, optimizer, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=generator)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("kind", ["modern", "paper", "explicit"])
+def test_every_parameter_is_in_exactly_one_group_and_muon_has_the_linear_maps_of_f(kind):
+    model = make_model(kind)
+    groups = group_parameters(model)
+    ids = [id(p) for group in groups for p in group]
+    assert sorted(ids) == sorted(id(p) for p in model.parameters())
+    inside = model.block if kind == "explicit" else model.equilibrium.f
+    expected = {id(m.weight) for m in inside.modules() if isinstance(m, nn.Linear)}
+    assert {id(p) for p in groups.matrices} == expected
+    assert any(p is model.output_weight_VD for p in groups.others)
+    embeddings = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
+    assert {id(p) for p in groups.embeddings} == {id(p) for p in embeddings}
+
+
+def test_joint_optimizer_steps_like_its_members_alone():
+    together, apart = make_model("modern"), make_model("modern")
+    config = OptimizerConfig(optimizer="muon", lr=0.01, embedding_lr=0.03, muon_lr=0.02, weight_decay=0.1)
+    joint = build_optimizer(together, config)
+    matrices, embeddings, others = group_parameters(apart)
+    muon = Float32Muon(matrices, lr=0.02, weight_decay=0.1)
+    groups = [{"params": embeddings, "lr": 0.03}, {"params": others}]
+    adamw = torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    for seed in range(3):
+        step(together, joint, seed)
+        step(apart, muon, seed)
+        adamw.step()
+    assert all(torch.equal(a, b) for a, b in zip(together.parameters(), apart.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (24, 8), (8, 24)])
+def test_muon_in_float32_is_pytorchs_up_to_the_rounding_of_bfloat16(shape):
+    models = [nn.Linear(shape[1], shape[0], bias=False) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    start = models[0].weight.detach().clone()
+    ours, theirs = (c(m.parameters(), lr=0.1) for c, m in zip((Float32Muon, torch.optim.Muon), models, strict=True))
+    for seed in range(3):
+        step(models[0], ours, seed)
+        step(models[1], theirs, seed)
+    moved = (models[1].weight - start).norm()
+    assert (models[0].weight - models[1].weight).norm() < 0.03 * moved  # bfloat16: 8 bits, five iterations
+    for a, b in zip(ours.state.values(), theirs.state.values(), strict=True):
+        assert torch.equal(a["momentum_buffer"], b["momentum_buffer"])
+
+
+def test_joint_optimizer_resumes_from_its_state_bit_for_bit():
+    model = make_model("modern")
+    config = OptimizerConfig(optimizer="muon", lr=0.01, schedule="linear")
+    optimizer = build_optimizer(model, config)
+    scheduler = build_scheduler(optimizer, config, 10)
+    for seed in range(3):
+        step(model, optimizer, seed)
+        scheduler.step()
+    resumed = make_model("modern")
+    resumed.load_state_dict(copy.deepcopy(model.state_dict()))
+    optimizer_2 = build_optimizer(resumed, config)
+    scheduler_2 = build_scheduler(optimizer_2, config, 10)
+    optimizer_2.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    scheduler_2.load_state_dict(copy.deepcopy(scheduler.state_dict()))
+    for seed in range(3, 6):
+        step(model, optimizer, seed)
+        step(resumed, optimizer_2, seed)
+        scheduler.step()
+        scheduler_2.step()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), resumed.parameters(), strict=True))
+    assert {g["lr"] for g in optimizer_2.param_groups} == {0.01 * 0.4, 0.02 * 0.4}
+    assert [g["lr"] for o in optimizer_2.optimizers for g in o.param_groups] == [0.02 * 0.4, 0.01 * 0.4, 0.01 * 0.4]
+
+
+def test_joint_optimizer_evaluates_the_closure_once():
+    model = nn.Linear(2, 2)
+    joint = JointOptimizer([torch.optim.SGD([model.weight], lr=0.1), torch.optim.SGD([model.bias], lr=0.1)])
+    calls = []
+    assert joint.step(lambda: calls.append(1) or 5) == 5
+    assert calls == [1]
+    assert {p.shape for g in joint.param_groups for p in g["params"]} == {(2, 2), (2,)}
+
+
+def rates(config, steps, total):
+    model = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    scheduler = build_scheduler(optimizer, config, total)
+    seen = []
+    for _ in range(steps):
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        if scheduler:
+            scheduler.step()
+    return seen
+
+
+def test_schedules_are_the_closed_forms():
+    assert rates(OptimizerConfig(), 3, 9) == [1, 1, 1]
+    assert rates(OptimizerConfig(warmup_steps=3), 5, 9) == [0.25, 0.5, 0.75, 1, 1]
+    assert rates(OptimizerConfig(schedule="linear"), 5, 4) == [1, 0.75, 0.5, 0.25, 0]
+    cosine = [0.1 + 0.9 * (1 + math.cos(math.pi * i / 4)) / 2 for i in range(4)]
+    assert rates(OptimizerConfig(schedule="cosine", final_lr_fraction=0.1), 4, 4) == pytest.approx(cosine)
+
+
+def test_plateau_halves_after_patience_windows_without_improvement():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = WindowedPlateau(optimizer, factor=0.5, patience=2, window=3)
+    means = [5.0, 4.0, 4.5, 4.2, 4.1, 4.3, 3.0]  # no improvement in windows 3-4 and 5-6
+    expected = [1.0, 1.0, 1.0, 0.5, 0.5, 0.25, 0.25]
+    seen = []
+    for mean in means:
+        for offset in (-1.0, 0.0, 1.0):
+            scheduler.step(torch.tensor(mean + offset))
+        seen.append(optimizer.param_groups[0]["lr"])
+    assert seen == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"lr": 0.0}, "lr must be positive, got 0.0"),
+        ({"warmup_steps": -1}, "warmup_steps must not be negative, got -1"),
+        ({"ema_decay": 1.0}, r"ema_decay must be in \[0, 1\), got 1.0"),
+        ({"plateau_window": 0}, "plateau_window must be at least 1, got 0"),
+        ({"schedule": "plateau", "warmup_steps": 5}, "no warm-up, got warmup_steps=5"),
+    ],
+)
+def test_settings_out_of_range_are_errors(settings, match):
+    with pytest.raises(ValueError, match=match):
+        OptimizerConfig(**settings)
+
+
+def test_decay_over_a_run_without_end_is_an_error():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    with pytest.raises(ValueError, match=r"decays over the run: set trainer\.max_steps"):
+        build_scheduler(optimizer, OptimizerConfig(schedule="linear"), math.inf)
