@@ -43,7 +43,7 @@ PROMISES = (Promise(revdeq(0.8), 22, 5), Promise(revdeq(0.5), 52, 2), Promise(mo
 
 def measure(quick: bool) -> list[dict[str, Any]]:
     """All rows; `growth_bits`: bytes over those at N = 4, in bits an element of the state and evaluation made."""
-    shape = Shape(32, 16) if quick else Shape(256, 128)
+    shape = Shape(32, 16) if quick else Shape(1024, 128)
     steps = (4, 8) if quick else STEPS
     rows: list[dict[str, Any]] = []
     for promise in PROMISES[: 1 if quick else None]:

@@ -1,1 +1,3 @@
+"""Reversible deep equilibrium models with PyTorch Lightning."""
+
 __version__ = "0.1.0.dev0"

@@ -1,13 +1,14 @@
 """Storage for the remainders of the exact state: as many digits in radix q as evaluations were made."""
 
 from collections.abc import Iterable
+from math import log2
 
 import torch
 from torch import Tensor
 
 from .norms import broadcast_to_leaf
 
-_PACKED_BYTES = 7
+_GROUP_TYPES = ((torch.uint8, 2**8), (torch.int16, 2**15), (torch.int32, 2**31))
 
 
 class Remainders:
@@ -15,8 +16,8 @@ class Remainders:
 
     The digits of even and of odd pushes go to one word each, `word' = radix * word + digit`, a float64 that holds them
     as a whole number. While the words last (22 digits each for radix 5, 52 for radix 2, 17 for radix 8) the memory does
-    not grow; a full word is put aside as 7 bytes an element, within 1.25x of the log2(radix) bits a digit that
-    exactness needs.
+    not grow. When a word is full, its oldest digits are put aside as a small integer: three to a byte for radix 5,
+    eight for radix 2, five to two bytes for radix 8, within 1.25x of the log2(radix) bits a digit that exactness needs.
     """
 
     def __init__(self, words: Iterable[Tensor], spilled: Iterable[Tensor], radix: int, count: int) -> None:
@@ -27,6 +28,7 @@ class Remainders:
         self.radix = radix
         self.count = count
         self.digits_per_word = digits_per_word(radix)
+        self.digits_per_group, self.group_type = digits_per_group(radix)
 
     @classmethod
     def empty(cls, state: Tensor, radix: int) -> "Remainders":
@@ -35,10 +37,11 @@ class Remainders:
 
     def push_(self, digits: Tensor, active: Tensor | None = None) -> None:
         """Put one digit on every element's stack; with `active`, shape `(batch,)`, on the active samples' only."""
-        index, depth = self.count % 2, self.count // 2
-        word = self.words[index]
-        if depth and depth % self.digits_per_word == 0:
-            self.spilled.append(_take_bytes_(word))
+        word, depth = self.words[self.count % 2], self.count // 2
+        if self._word_is_full(depth):
+            oldest = torch.div(word, divisor(self._group_unit, word)).floor_()
+            word.sub_(oldest, alpha=self._group_unit)
+            self.spilled.append(oldest.to(self.group_type))
         if active is None:
             torch.add(digits, word, alpha=self.radix, out=word)
         else:
@@ -50,9 +53,6 @@ class Remainders:
         self.count -= 1
         index, depth = self.count % 2, self.count // 2
         word = self.words[index]
-        num_spilled = (len(self.spilled) + 1 - index) // 2  # of this word: the two take turns
-        if num_spilled > depth // self.digits_per_word:
-            _put_bytes_(word, self.spilled.pop())
         shifted = torch.div(word, divisor(self.radix, word), out=self.scratch).floor_()
         if active is None:
             digits = word.sub_(shifted, alpha=self.radix)
@@ -61,7 +61,18 @@ class Remainders:
             mask = broadcast_to_leaf(active, word)
             digits = torch.where(mask, word.sub(shifted, alpha=self.radix), 0.0)
             self.words[index] = torch.where(mask, shifted, word)
+        if self._word_is_full(depth):
+            self.words[index].add_(self.spilled.pop(), alpha=self._group_unit)
         return digits
+
+    def _word_is_full(self, depth: int) -> bool:
+        """Whether the word was full when its digit number `depth` was pushed."""
+        return depth >= self.digits_per_word and (depth - self.digits_per_word) % self.digits_per_group == 0
+
+    @property
+    def _group_unit(self) -> int:
+        """Weight in a full word of the youngest digit of the group that is put aside."""
+        return int(self.radix ** (self.digits_per_word - self.digits_per_group))
 
 
 def divisor(number: int, dividend: Tensor) -> Tensor:
@@ -71,28 +82,20 @@ def divisor(number: int, dividend: Tensor) -> Tensor:
 
 def digits_per_word(radix: int) -> int:
     """How many digits one word holds: `radix ** digits <= 2^52`."""
+    return _most_digits(radix, 2**52)
+
+
+def digits_per_group(radix: int) -> tuple[int, torch.dtype]:
+    """How many digits are put aside together, and as what: the smallest integer that wastes no more than a fifth."""
+    groups = [(_most_digits(radix, limit), dtype) for dtype, limit in _GROUP_TYPES if limit >= radix]
+    wasteful = [8 * dtype.itemsize / (digits * log2(radix)) for digits, dtype in groups]
+    frugal = [group for group, waste in zip(groups, wasteful, strict=True) if waste <= 1.25]
+    return frugal[0] if frugal else groups[wasteful.index(min(wasteful))]
+
+
+def _most_digits(radix: int, limit: int) -> int:
+    """The largest power of the radix that is not above `limit`."""
     digits = 1
-    while radix ** (digits + 1) <= 2**52:
+    while radix ** (digits + 1) <= limit:
         digits += 1
     return digits
-
-
-def _take_bytes_(word: Tensor) -> Tensor:
-    """The low 7 bytes of each whole number, `(numel, 7)`; the word is zero afterwards. In place but for the result."""
-    memory = _memory(word)
-    memory.view(torch.int64).copy_(memory)
-    taken = memory.view(torch.uint8).view(-1, 8)[:, :_PACKED_BYTES].clone()  # little-endian, as PyTorch's platforms are
-    word.zero_()
-    return taken
-
-
-def _put_bytes_(word: Tensor, taken: Tensor) -> None:
-    """Inverse of `_take_bytes_` on a word that is zero."""
-    memory = _memory(word)
-    memory.view(torch.uint8).view(-1, 8)[:, :_PACKED_BYTES] = taken
-    memory.copy_(memory.view(torch.int64))
-
-
-def _memory(word: Tensor) -> Tensor:
-    """The elements in the order in which they lie in memory, whatever the layout."""
-    return word.as_strided((word.numel(),), (1,))

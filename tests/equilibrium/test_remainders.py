@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from revdeq_lightning.equilibrium.arithmetic import MAX_DENOMINATOR, ExactArithmetic, Recurrence
-from revdeq_lightning.equilibrium.remainders import Remainders, digits_per_word
+from revdeq_lightning.equilibrium.remainders import Remainders, digits_per_group, digits_per_word
 
 EXACT = ExactArithmetic()
 SEEDS = st.integers(0, 2**31 - 1)
@@ -53,8 +53,9 @@ def test_digits_come_back_in_reverse_order(radix, num_digits, masked, seed):
         active = torch.rand(shape[0], generator=generator) < 0.6 if masked else None
         pushed.append((digits.clone(), active))
         stack.push_(digits, active)
+    per_word, (per_group, _) = digits_per_word(radix), digits_per_group(radix)
     assert len(stack.spilled) == sum(
-        max(0, math.ceil(n / digits_per_word(radix)) - 1) for n in (num_digits // 2, num_digits - num_digits // 2)
+        max(0, math.ceil((n - per_word) / per_group)) for n in (num_digits // 2, num_digits - num_digits // 2)
     )
     for digits, active in reversed(pushed):
         expected = digits if active is None else digits * active.view(-1, 1, 1)
@@ -68,6 +69,19 @@ def test_digits_come_back_in_reverse_order(radix, num_digits, masked, seed):
 def test_a_full_word_is_a_whole_number_of_float64(radix):
     digits = digits_per_word(radix)
     assert radix**digits <= 2**52 < radix ** (digits + 1)
+
+
+@given(radix=radices)
+def test_a_group_of_digits_fits_its_integer(radix):
+    digits, dtype = digits_per_group(radix)
+    assert radix**digits <= torch.iinfo(dtype).max + 1
+    assert digits < digits_per_word(radix)
+
+
+@pytest.mark.parametrize("radix", [2, 3, 5, 7, 8, 10, 16, 20, 25, 100])
+def test_a_group_of_digits_wastes_at_most_a_fifth(radix):
+    digits, dtype = digits_per_group(radix)
+    assert 8 * dtype.itemsize <= 1.25 * digits * math.log2(radix)
 
 
 def _integers(tensor):
