@@ -79,9 +79,9 @@ def _tensors(tree: Any) -> list[Tensor]:
 def process_peak_bytes(function: Callable[..., Callable[[], Any]], *arguments: Any, threads: int = 1) -> int:
     """How far the resident memory of a fresh process rises while it runs `function(*arguments)()`.
 
-    The base is the peak after `function(*arguments)` has made its tensors. `function` must be importable. Blocks of 64 KiB
-    and more go back to the system at once (glibc): otherwise its heap fragments, and the figure says more of it than of
-    the solve.
+    The base is the peak after `function(*arguments)` has made its tensors; `function` must be importable. Blocks of
+    64 KiB and more go back to the system at once (glibc): otherwise its heap fragments, and the figure says more of it
+    than of the solve.
     """
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # read when the fork server starts
     context = multiprocessing.get_context("forkserver")
