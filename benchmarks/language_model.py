@@ -9,6 +9,7 @@ thread each. A run that is already in the output is not made again, so that the 
 import argparse
 import csv
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -93,7 +94,8 @@ def train(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]
     variant = VARIANTS[name]
     folder = arguments.runs / f"{name}-{seed}"
     command = [*run_command(variant, seed, arguments), f"--run.name={folder.name}", "--run.version=run"]
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted
+    folder.mkdir(parents=True)
     start = time.monotonic()
     with (folder / "log.txt").open("w") as log:
         subprocess.run(
