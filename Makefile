@@ -13,7 +13,7 @@ ARGS ?=
 CKPT ?=
 PROMPT ?= def
 
-.PHONY: help setup train-lm generate test test-slow lint format typecheck bench-core bench-lm clean
+.PHONY: help setup train-lm generate test lint format typecheck bench-core bench-lm clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,8 +34,9 @@ train-lm: $(READY)  ## Train a RevDEQ language model: CONFIG=configs/lm/NAME.yam
 generate: $(READY)  ## Continue a text: CKPT=runs/lm/NAME/DATE/checkpoints/best.ckpt PROMPT="def "
 	@$(RUN) -m revdeq_lightning generate --ckpt_path '$(CKPT)' --prompt '$(PROMPT)' $(ARGS)
 
-test: $(READY)  ## Run the tests
-	@$(RUN) -m pytest $(ARGS)
+# One process a core, one thread each: many small tensors gain nothing from threads.
+test: $(READY)  ## Run the tests: ARGS="-k golden"
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto $(ARGS)
 
 lint: $(READY)  ## Check style
 	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check .
