@@ -10,6 +10,7 @@ READY := $(VENV)/.ready
 
 CONFIG ?= configs/lm/default.yaml
 ARGS ?=
+DATA ?= data/tinyshakespeare.txt
 CKPT ?=
 PROMPT ?= def
 
@@ -51,7 +52,7 @@ bench-core: $(READY)  ## Measure the core: exactness, convergence, cost, memory 
 	@$(RUN) -m benchmarks.core $(ARGS)
 
 bench-lm: $(READY)  ## Train the tiny Shakespeare table: DATA=tinyshakespeare.txt (hours on two cores)
-	@$(RUN) -m benchmarks.language_model $(ARGS)
+	@$(RUN) -m benchmarks.language_model --data '$(DATA)' $(ARGS)
 
 clean:  ## Remove the virtual environment and caches (never runs/)
 	@rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info
