@@ -104,7 +104,8 @@ def train(name: str, seed: int, arguments: argparse.Namespace) -> dict[str, Any]
     minutes = (time.monotonic() - start) / 60
     with (folder / "run" / "metrics.csv").open() as file:
         losses = [float(row["val/loss"]) for row in csv.DictReader(file) if row.get("val/loss")]
-    facts = provenance(" ".join(["python", *command[1:]]).replace(str(arguments.data), arguments.data.name))
+    told = ["python", *(word for word in command[1:] if not word.startswith("--run."))]
+    facts = provenance(" ".join(told).replace(str(arguments.data), arguments.data.name))
     return {
         "variant": name,
         "seed": seed,
