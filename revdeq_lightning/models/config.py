@@ -1,10 +1,11 @@
-"""Sizes and options of the language models."""
+"""Sizes and options of the models."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 BLOCKS = ("modern", "paper")
+ARCHITECTURES = ("stages", "joint", "paper_single", "paper_stages")
 
 
 @dataclass
@@ -77,4 +78,63 @@ class TransformerConfig:
             raise ValueError(
                 f"token {wrong[0].item()} is not in the vocabulary of {self.vocab_size}: "
                 "do model and tokenizer belong together?"
+            )
+
+
+@dataclass
+class ClassifierConfig:
+    """Sizes and options of an image classifier.
+
+    Attributes:
+        num_classes: Number of classes.
+        num_channels: Channels of the images.
+        architecture: `stages` (one equilibrium a resolution), `joint` (one equilibrium over all resolutions), or the
+            released `paper_single` and `paper_stages`.
+        channels: Channels of each stage; the resolution halves from stage to stage.
+        widths: Channels inside f over those of the state, for each stage; empty for 1 in each.
+        steps: Solver steps of each stage; empty for the solver's `max_steps` in each.
+        stem_stride: Pixels from one position of the first stage to the next: 1 or 2 for images of 32x32, 4 for 224x224.
+        dropout: Fraction of the channels inside f that are dropped in training, one mask a solve.
+    """
+
+    num_classes: int
+    num_channels: int = 3
+    architecture: str = "stages"
+    channels: list[int] = field(default_factory=lambda: [64, 128, 256])
+    widths: list[int] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
+    stem_stride: int = 1
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.architecture not in ARCHITECTURES:
+            raise ValueError(f"architecture must be one of {', '.join(ARCHITECTURES)}, got {self.architecture!r}")
+        for name in ("num_classes", "num_channels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.channels:
+            raise ValueError("channels must name the channels of at least one stage, got []")
+        self.channels = list(self.channels)
+        self.widths = list(self.widths) or [1] * len(self.channels)
+        self.steps = list(self.steps)
+        for name in ("channels", "widths", "steps"):
+            values = getattr(self, name)
+            if any(value < 1 for value in values):
+                raise ValueError(f"{name} must be at least 1, got {values}")
+            if values and len(values) != len(self.channels):
+                raise ValueError(f"{name} must have one entry a stage, got {values} for channels {self.channels}")
+        if any(c > 16 and c % 16 for c in self.channels):
+            raise ValueError(f"channels above 16 must be multiples of 16, the size of a group, got {self.channels}")
+        if self.stem_stride not in (1, 2, 4):
+            raise ValueError(f"stem_stride must be 1, 2 or 4, got {self.stem_stride}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        if self.architecture == "paper_single" and len(self.channels) != 1:
+            raise ValueError(f"architecture='paper_single' has one stage, got channels {self.channels}")
+        if self.architecture == "joint" and self.steps:
+            raise ValueError(f"architecture='joint' has one solve: set solver.max_steps, got steps={self.steps}")
+        if self.architecture.startswith("paper") and (self.dropout or self.stem_stride != 1):
+            raise ValueError(
+                f"architecture={self.architecture!r} has no dropout and a stem of stride 1, got {self.dropout} and "
+                f"{self.stem_stride}"
             )
