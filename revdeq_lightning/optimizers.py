@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 
@@ -16,14 +16,16 @@ class OptimizerConfig:
     """Optimizer, schedule and averaging of the weights; gradient clipping is `trainer.gradient_clip_val`.
 
     Attributes:
-        optimizer: adamw, or muon: Muon for the matrices inside the model, AdamW for embedding, readout and vectors.
+        optimizer: adamw, or muon: Muon for the matrices and kernels inside the model, AdamW for embedding, readout and
+            vectors.
         lr: Peak learning rate of AdamW.
         embedding_lr: That of the embeddings; null for `lr`.
         muon_lr: Peak learning rate of Muon.
         betas: Of AdamW.
         eps: Of AdamW.
         muon_momentum: Of Muon.
-        weight_decay: Decoupled, times the learning rate; of the matrices only, with either optimizer.
+        weight_decay: Decoupled, times the learning rate; of the matrices and kernels, with either optimizer.
+        readout_decay: That of the readout.
         schedule: After the warm-up: constant, linear or cosine decay over the whole run, or plateau: multiply by
             plateau_factor when the training loss, averaged over plateau_window steps, has not improved for
             plateau_patience such windows.
@@ -44,6 +46,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     muon_momentum: float = 0.95
     weight_decay: float = 0.0
+    readout_decay: float = 0.0
     schedule: Literal["constant", "linear", "cosine", "plateau"] = "constant"
     warmup_steps: int = 0
     final_lr_fraction: float = 0.0
@@ -58,7 +61,7 @@ class OptimizerConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} must be positive, got {value}")
-        for name in ("weight_decay", "warmup_steps"):
+        for name in ("weight_decay", "readout_decay", "warmup_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("plateau_patience", "plateau_window"):
@@ -71,15 +74,30 @@ class OptimizerConfig:
             raise ValueError(f"schedule='plateau' has no warm-up, got warmup_steps={self.warmup_steps}")
 
 
-class Float32Muon(Muon):
-    """`torch.optim.Muon` in float32, for CPUs: PyTorch's computes in bfloat16.
+class Muon(Optimizer):
+    """Moves each matrix by its orthogonalised (Nesterov) momentum; a kernel is the matrix `(out, in * height * width)`.
 
-    Where the processor has no instructions for bfloat16 that is 30 times slower, and slower than the model.
+    Like `torch.optim.Muon`, which takes no kernels and computes in bfloat16 everywhere: on a CPU without instructions
+    for it that is 30 times slower, and slower than the model. Here CPUs compute in float32.
+
+    Args:
+        parameters: Matrices and kernels.
+        lr: Learning rate; a matrix with more rows than columns moves `sqrt(rows / columns)` times as far.
+        momentum: Weight of the earlier gradients.
+        weight_decay: Decoupled, times the learning rate.
+
+    Source: Jordan et al. 2024, kellerjordan.github.io/posts/muon.
     """
+
+    def __init__(self, parameters: Iterable[Any], lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
+        super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        vectors = [tuple(p.shape) for group in self.param_groups for p in group["params"] if p.dim() < 2]
+        if vectors:
+            raise ValueError(f"Muon moves matrices and kernels, got a parameter of shape {vectors[0]}")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Move each matrix by the orthogonalised (Nesterov) momentum of its gradient."""
+        """Make one step."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -90,19 +108,25 @@ class Float32Muon(Muon):
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(p.grad)
                 buffer = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
-                update = p.grad.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
-                direction = orthogonalise(update, group["ns_coefficients"], group["ns_steps"], group["eps"])
+                update = p.grad.lerp(buffer, group["momentum"]).flatten(1)
+                if not p.is_cpu:
+                    update = update.bfloat16()
+                rows, columns = update.shape
+                direction = orthogonalise(update).to(p.dtype).view(p.shape)
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(direction, alpha=-group["lr"] * math.sqrt(max(1.0, p.shape[0] / p.shape[1])))
+                p.add_(direction, alpha=-group["lr"] * math.sqrt(max(1.0, rows / columns)))
         return loss
 
 
-def orthogonalise(g: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
-    """Push the singular values of a matrix towards 1 (Newton-Schulz): `x = a x + (b x x' + c (x x')^2) x`, repeated."""
-    a, b, c = coefficients
+def orthogonalise(g: Tensor) -> Tensor:
+    """Push the singular values of a matrix towards 1 (Newton-Schulz): `x = a x + (b x x' + c (x x')^2) x`, five times.
+
+    Source of the coefficients: as of `Muon`.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
     x = g.mT if g.shape[0] > g.shape[1] else g
-    x = x / x.norm().clamp(min=eps)
-    for _ in range(steps):
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(5):
         gram = x @ x.mT
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if g.shape[0] > g.shape[1] else x
@@ -173,29 +197,33 @@ class ParameterGroups(NamedTuple):
     """Trainable parameters by their part in the model."""
 
     matrices: list[nn.Parameter]
-    """Weights of the linear maps, without the readout."""
+    """Weights of the linear maps and convolutions, without the readout."""
     embeddings: list[nn.Parameter]
+    readout: list[nn.Parameter]
+    """The model's `output_weight_VD`, unless it is the embedding."""
     others: list[nn.Parameter]
-    """The readout (the model's `output_weight_VD`, unless it is the embedding) and all that is small."""
+    """All that is small."""
 
 
 def group_parameters(model: nn.Module) -> ParameterGroups:
     """Each trainable parameter in one group."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear)}
-    matrices = linear - embeddings - {id(getattr(model, "output_weight_VD", None))}
-    groups = ParameterGroups([], [], [])
+    matrices = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    readout = id(getattr(model, "output_weight_VD", None))
+    groups = ParameterGroups([], [], [], [])
     for p in model.parameters():
         if p.requires_grad:
-            groups[0 if id(p) in matrices else 1 if id(p) in embeddings else 2].append(p)
+            kind = 1 if id(p) in embeddings else 2 if id(p) == readout else 0 if id(p) in matrices else 3
+            groups[kind].append(p)
     return groups
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     """The optimizer over the trainable parameters of the model."""
-    matrices, embeddings, others = group_parameters(model)
+    matrices, embeddings, readout, others = group_parameters(model)
     groups: list[dict[str, Any]] = [
         {"params": embeddings, "lr": config.embedding_lr or config.lr},
+        {"params": readout, "weight_decay": config.readout_decay},
         {"params": others},
     ]
     if config.optimizer == "adamw":
@@ -212,8 +240,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
         return adamw
     if not matrices:
         raise ValueError(f"optimizer='muon' needs linear layers to train, {type(model).__name__} has none: use 'adamw'")
-    muon_class = Float32Muon if all(p.device.type == "cpu" for p in matrices) else Muon
-    muon = muon_class(matrices, lr=config.muon_lr, momentum=config.muon_momentum, weight_decay=config.weight_decay)
+    muon = Muon(matrices, lr=config.muon_lr, momentum=config.muon_momentum, weight_decay=config.weight_decay)
     return JointOptimizer([muon, adamw])
 
 

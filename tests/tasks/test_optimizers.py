@@ -7,8 +7,8 @@ from small_language_models import make_model
 from torch import nn
 
 from revdeq_lightning.optimizers import (
-    Float32Muon,
     JointOptimizer,
+    Muon,
     OptimizerConfig,
     WindowedPlateau,
     build_optimizer,
@@ -33,18 +33,20 @@ def test_every_parameter_is_in_exactly_one_group_and_muon_has_the_linear_maps_of
     inside = model.block if kind == "explicit" else model.equilibrium.f
     expected = {id(m.weight) for m in inside.modules() if isinstance(m, nn.Linear)}
     assert {id(p) for p in groups.matrices} == expected
-    assert any(p is model.output_weight_VD for p in groups.others)
+    assert [id(p) for p in groups.readout] == [id(model.output_weight_VD)]
     embeddings = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
     assert {id(p) for p in groups.embeddings} == {id(p) for p in embeddings}
 
 
 def test_joint_optimizer_steps_like_its_members_alone():
     together, apart = make_model("modern"), make_model("modern")
-    config = OptimizerConfig(optimizer="muon", lr=0.01, embedding_lr=0.03, muon_lr=0.02, weight_decay=0.1)
+    config = OptimizerConfig(
+        optimizer="muon", lr=0.01, embedding_lr=0.03, muon_lr=0.02, weight_decay=0.1, readout_decay=0.2
+    )
     joint = build_optimizer(together, config)
-    matrices, embeddings, others = group_parameters(apart)
-    muon = Float32Muon(matrices, lr=0.02, weight_decay=0.1)
-    groups = [{"params": embeddings, "lr": 0.03}, {"params": others}]
+    matrices, embeddings, readout, others = group_parameters(apart)
+    muon = Muon(matrices, lr=0.02, weight_decay=0.1)
+    groups = [{"params": embeddings, "lr": 0.03}, {"params": readout, "weight_decay": 0.2}, {"params": others}]
     adamw = torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     for seed in range(3):
         step(together, joint, seed)
@@ -58,7 +60,9 @@ def test_muon_in_float32_is_pytorchs_up_to_the_rounding_of_bfloat16(shape):
     models = [nn.Linear(shape[1], shape[0], bias=False) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
     start = models[0].weight.detach().clone()
-    ours, theirs = (c(m.parameters(), lr=0.1) for c, m in zip((Float32Muon, torch.optim.Muon), models, strict=True))
+    ours, theirs = (
+        c(m.parameters(), lr=0.1, weight_decay=0.1) for c, m in zip((Muon, torch.optim.Muon), models, strict=True)
+    )
     for seed in range(3):
         step(models[0], ours, seed)
         step(models[1], theirs, seed)
@@ -66,6 +70,19 @@ def test_muon_in_float32_is_pytorchs_up_to_the_rounding_of_bfloat16(shape):
     assert (models[0].weight - models[1].weight).norm() < 0.03 * moved  # bfloat16: 8 bits, five iterations
     for a, b in zip(ours.state.values(), theirs.state.values(), strict=True):
         assert torch.equal(a["momentum_buffer"], b["momentum_buffer"])
+
+
+def test_muon_moves_a_kernel_as_the_matrix_of_its_output_channels():
+    kernel, matrix = nn.Conv2d(6, 10, 3, bias=False), nn.Linear(54, 10, bias=False)
+    with torch.no_grad():
+        matrix.weight.copy_(kernel.weight.flatten(1))
+    optimizers = [Muon(m.parameters(), lr=0.1, weight_decay=0.1) for m in (kernel, matrix)]
+    for seed in range(3):
+        for model, optimizer in zip((kernel, matrix), optimizers, strict=True):
+            step(model, optimizer, seed)
+    assert torch.equal(kernel.weight.flatten(1), matrix.weight)
+    with pytest.raises(ValueError, match=r"shape \(10,\)"):
+        Muon([nn.Parameter(torch.zeros(10))], lr=0.1)
 
 
 def test_joint_optimizer_resumes_from_its_state_bit_for_bit():
@@ -89,7 +106,7 @@ def test_joint_optimizer_resumes_from_its_state_bit_for_bit():
         scheduler_2.step()
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), resumed.parameters(), strict=True))
     assert {g["lr"] for g in optimizer_2.param_groups} == {0.01 * 0.4, 0.02 * 0.4}
-    assert [g["lr"] for o in optimizer_2.optimizers for g in o.param_groups] == [0.02 * 0.4, 0.01 * 0.4, 0.01 * 0.4]
+    assert [g["lr"] for o in optimizer_2.optimizers for g in o.param_groups] == [0.02 * 0.4, *3 * [0.01 * 0.4]]
 
 
 def test_joint_optimizer_evaluates_the_closure_once():
