@@ -5,7 +5,7 @@ Lightning is imported only where a command needs it: help and the errors that ca
 
 import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,20 +15,24 @@ SUBCOMMANDS = {
     "fit": "train a model",
     "validate": "evaluate a checkpoint on the validation data",
     "test": "evaluate a checkpoint on the test data",
-    "predict": "write the nats of every token of the test text",
+    "predict": "write the nats of every token of the test text; image: the class probabilities of a folder of images",
     "generate": "continue a text with a trained language model",
 }
 
-# One concrete command line a task; `lm` may be left out, the tasks to come get a word of their own. Subclass mode (one
+# One concrete command line a task; `lm` may be left out. Subclass mode (one
 # command line for all tasks, `class_path` in the file) was tried: there a misspelt key is told as ten lines, "Does not
 # validate against any of the Union subtypes ..." and the whole given value, with the name of the key in the middle.
 # Here it is one line.
-TASKS = {"lm": "revdeq_lightning.tasks.command_line"}
+TASKS = {
+    "lm": "revdeq_lightning.tasks.language_command_line",
+    "image": "revdeq_lightning.tasks.image_command_line",
+}
 
 HELP = f"""\
 RevDEQ Lightning {__version__}: reversible deep equilibrium models.
 
-    python -m revdeq_lightning COMMAND [options]
+    python -m revdeq_lightning [lm] COMMAND [options]       language models
+    python -m revdeq_lightning image COMMAND [options]      image classifiers
 
 {chr(10).join(f"    {name:<10} {text}" for name, text in SUBCOMMANDS.items())}
 
@@ -36,6 +40,8 @@ RevDEQ Lightning {__version__}: reversible deep equilibrium models.
     python -m revdeq_lightning fit --config FILE --trainer.max_steps=100          with another value
     python -m revdeq_lightning fit --ckpt_path runs/lm/NAME/DATE/checkpoints/last.ckpt    go on
     python -m revdeq_lightning generate --ckpt_path CHECKPOINT --prompt TEXT
+    python -m revdeq_lightning image fit --config configs/cifar10/modern.yaml     train a classifier
+    python -m revdeq_lightning image predict --ckpt_path CHECKPOINT --images FOLDER
     python -m revdeq_lightning COMMAND --help                                     all options of a command
 """
 
@@ -59,7 +65,11 @@ def main(args: Sequence[str] | None = None) -> None:
             fail(f"no checkpoint {path}")
     try:
         if subcommand == "generate":
+            if task != "lm":
+                fail(f"generate is a command of language models, not of {task!r}")
             _generate(options)
+        elif subcommand == "predict" and task == "image":
+            _predict_images(options)
         else:
             import importlib
 
@@ -115,17 +125,28 @@ def given_files(options: Sequence[str], *names: str) -> list[Path]:
 
 
 def _generate(options: Sequence[str]) -> None:
-    from jsonargparse import ArgumentParser
-
     from revdeq_lightning.tasks.inference import generate_text
+
+    print(call_with_options(generate_text, "generate", options))
+
+
+def _predict_images(options: Sequence[str]) -> None:
+    from revdeq_lightning.tasks.image_inference import predict_images
+
+    print(call_with_options(predict_images, "image predict", options))
+
+
+def call_with_options(function: Callable[..., str], command: str, options: Sequence[str]) -> str:
+    """Call a function with arguments from the command line; what the user can mend is told in one line."""
+    from jsonargparse import ArgumentParser
 
     class Parser(ReadableErrors, ArgumentParser):
         """Errors of one line."""
 
-    parser = Parser(prog="python -m revdeq_lightning generate", allow_abbrev=False)
-    parser.add_function_arguments(generate_text)
+    parser = Parser(prog=f"python -m revdeq_lightning {command}", allow_abbrev=False)
+    parser.add_function_arguments(function)
     settings = parser.parse_args(list(options))
     try:
-        print(generate_text(**settings.as_dict()))
-    except (ValueError, FileNotFoundError) as error:
+        return function(**settings.as_dict())
+    except (ValueError, OSError) as error:
         fail(str(error))

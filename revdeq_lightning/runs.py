@@ -5,7 +5,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 CHECKPOINTS, CONFIG, METRICS, CURVES = "checkpoints", "config.yaml", "metrics.csv", "curves.png"
 BEST, LAST = "best.ckpt", "last.ckpt"
@@ -21,21 +21,20 @@ class RunConfig:
         version: Names one run of this name; null: date and time.
         wandb: Log to Weights & Biases too: off, online (needs a key), offline, or auto: online if there is a key.
         wandb_project: Project there.
-        test: After training, evaluate the best checkpoint on the test text.
-        sample_tokens: Length of the sample at the end; 0 for none.
-        sample_prompt: What the sample continues.
-        sample_temperature: Of the sample.
+        test: After training, evaluate the best checkpoint on the test split.
     """
 
-    folder: str = "runs/lm"
+    folder: str = "runs"
     name: str | None = None
     version: str | None = None
     wandb: Literal["off", "auto", "online", "offline"] = "off"
     wandb_project: str = "revdeq"
     test: bool = True
-    sample_tokens: int = 200
-    sample_prompt: str = "\n"
-    sample_temperature: float = 0.8
+
+    task: ClassVar[tuple[str, ...]] = ()
+    """Words of the command line that name the task."""
+    usage: ClassVar[tuple[str, ...]] = ()
+    """What one does with a trained model: a label, the command, its arguments."""
 
     @property
     def path(self) -> Path:
@@ -46,6 +45,51 @@ class RunConfig:
     def checkpoints(self) -> Path:
         """Folder of its checkpoints."""
         return self.path / CHECKPOINTS
+
+
+@dataclass
+class LanguageRunConfig(RunConfig):
+    """Where a run keeps its files, `FOLDER/NAME/VERSION`, and what it does at its end.
+
+    Attributes:
+        folder: Folder of all runs.
+        name: Name of the run; null: that of the configuration's file.
+        version: Names one run of this name; null: date and time.
+        wandb: Log to Weights & Biases too: off, online (needs a key), offline, or auto: online if there is a key.
+        wandb_project: Project there.
+        test: After training, evaluate the best checkpoint on the test text.
+        sample_tokens: Length of the sample at the end; 0 for none.
+        sample_prompt: What the sample continues.
+        sample_temperature: Of the sample.
+    """
+
+    folder: str = "runs/lm"
+    sample_tokens: int = 200
+    sample_prompt: str = "\n"
+    sample_temperature: float = 0.8
+
+    usage: ClassVar[tuple[str, ...]] = ("Generate", "generate", "--prompt", "TEXT")
+
+
+@dataclass
+class ImageRunConfig(RunConfig):
+    """Where a run keeps its files, `FOLDER/NAME/VERSION`, and what it does at its end.
+
+    Attributes:
+        folder: Folder of all runs.
+        name: Name of the run; null: that of the configuration's file.
+        version: Names one run of this name; null: date and time.
+        wandb: Log to Weights & Biases too: off, online (needs a key), offline, or auto: online if there is a key.
+        wandb_project: Project there.
+        test: After training, evaluate the best checkpoint on the test images.
+        depth_sweep: With each test, evaluate with other numbers of solver steps too, from 1 to twice as many as given.
+    """
+
+    folder: str = "runs/image"
+    depth_sweep: bool = True
+
+    task: ClassVar[tuple[str, ...]] = ("image",)
+    usage: ClassVar[tuple[str, ...]] = ("Predict", "predict", "--images", "FOLDER")
 
 
 def new_version() -> str:
@@ -74,11 +118,10 @@ def find_checkpoint(alias: str, run: RunConfig) -> Path:
     return max(found, key=lambda path: path.stat().st_mtime)
 
 
-def command(subcommand: str, checkpoint: Path, *arguments: str) -> str:
+def command(run: RunConfig, subcommand: str, checkpoint: Path, *arguments: str) -> str:
     """The command line that goes on from a checkpoint in a run's folder, which knows its configuration."""
-    return shlex.join(
-        [_interpreter(), "-m", "revdeq_lightning", subcommand, "--ckpt_path", str(checkpoint), *arguments]
-    )
+    words = [_interpreter(), "-m", "revdeq_lightning", *run.task, subcommand, "--ckpt_path", str(checkpoint)]
+    return shlex.join([*words, *arguments])
 
 
 def _interpreter() -> str:

@@ -12,7 +12,8 @@ class AveragedWeights(Callback):
 
     `d = min(decay, step / (step + 9))`, so that the start of the run is forgotten. A checkpoint's `state_dict` holds
     the average, so that whatever loads it evaluates the average; the weights in training lie under `trained_weights`,
-    and a resumed fit goes on with them.
+    and a resumed fit goes on with them. Floating-point buffers that belong to the state, the running statistics of
+    BatchNorm, are averaged like weights.
 
     Args:
         decay: In (0, 1); 0.999 averages over about the last thousand steps.
@@ -29,7 +30,7 @@ class AveragedWeights(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin with the weights, unless a checkpoint brought an average."""
         if not self.average:
-            self.average = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
+            self.average = {name: p.detach().clone() for name, p in averaged_tensors(pl_module).items()}
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -59,7 +60,7 @@ class AveragedWeights(Callback):
         if "trained_weights" not in checkpoint:
             return
         self.num_updates = checkpoint["global_step"]
-        for name, p in pl_module.named_parameters():
+        for name, p in averaged_tensors(pl_module).items():
             self.average[name] = checkpoint["state_dict"][name].to(p.device, copy=True)
             p.copy_(checkpoint["trained_weights"][name])
 
@@ -68,9 +69,16 @@ class AveragedWeights(Callback):
         if trainer.global_step > self.num_updates:
             self.num_updates = trainer.global_step
             weight = 1 - min(self.decay, self.num_updates / (self.num_updates + 9))
-            new = [p.detach() for p in pl_module.parameters()]
+            new = [p.detach() for p in averaged_tensors(pl_module).values()]
             torch._foreach_lerp_(list(self.average.values()), new, weight)
 
     def _swap(self, pl_module: LightningModule) -> None:
-        for name, p in pl_module.named_parameters() if self.average else ():
+        for name, p in averaged_tensors(pl_module).items() if self.average else ():
             p.data, self.average[name] = self.average[name], p.data
+
+
+def averaged_tensors(module: LightningModule) -> dict[str, Tensor]:
+    """Parameters and the floating-point buffers of the state, by their names in it."""
+    state = module.state_dict().keys()
+    buffers = {name: b for name, b in module.named_buffers() if name in state and b.is_floating_point()}
+    return {**dict(module.named_parameters()), **buffers}

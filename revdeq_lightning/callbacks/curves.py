@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 PANELS: tuple[tuple[str, tuple[str, ...], bool], ...] = (
-    ("loss [nats per token]", ("train/loss", "val/loss"), False),
+    ("loss [nats]", ("train/loss", "val/loss"), False),
+    ("accuracy", ("train/accuracy", "val/accuracy"), False),
     ("relative residual", ("equilibrium/relative_residual",), True),
     ("evaluations of f a step", ("equilibrium/forward_nfe", "equilibrium/backward_nfe"), False),
-    ("tokens per second", ("system/tokens_per_second",), False),
+    ("throughput [1/s]", ("system/tokens_per_second", "system/images_per_second"), False),
 )
 
 

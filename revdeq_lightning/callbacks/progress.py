@@ -16,10 +16,15 @@ from revdeq_lightning.callbacks.monitors import is_logging_step
 SHOWN = (
     ("train/loss", "loss {:.3f}"),
     ("system/tokens_per_second", "{:,.0f} tokens/s"),
+    ("system/images_per_second", "{:,.0f} images/s"),
     ("equilibrium/forward_nfe", "{:.0f} evaluations"),
     ("equilibrium/relative_residual", "residual {:.1e}"),
 )
-SHOWN_AFTER_VALIDATION = (("val/loss", "val/loss {:.4f} nats/token"), ("val/bits_per_byte", "{:.4f} bits/byte"))
+SHOWN_AFTER_VALIDATION = (
+    ("val/loss", "val/loss {:.4f} nats"),
+    ("val/bits_per_byte", "{:.4f} bits/byte"),
+    ("val/accuracy", "accuracy {:.2%}"),
+)
 
 
 class _TwoLineBar(Progress):
@@ -34,7 +39,7 @@ class _TwoLineBar(Progress):
 
 
 class RunProgress(ProgressBar):
-    """Shows loss, tokens/s, evaluations of f and residual, read from the device at logging steps only.
+    """Shows loss, throughput, evaluations of f and residual, read from the device at logging steps only.
 
     In a terminal a bar over all optimizer steps of the run; else a line now and then. Validations leave a line in both.
 

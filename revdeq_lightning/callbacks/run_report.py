@@ -7,13 +7,19 @@ from lightning import Callback, LightningModule, Trainer
 
 from revdeq_lightning.callbacks.csv_logger import ContinuedCSVLogger
 from revdeq_lightning.callbacks.curves import draw_curves
-from revdeq_lightning.runs import BEST, CHECKPOINTS, CONFIG, CURVES, LAST, METRICS, command
+from revdeq_lightning.equilibrium import EquilibriumLayer
+from revdeq_lightning.runs import BEST, CHECKPOINTS, CONFIG, CURVES, LAST, METRICS, RunConfig, command
 
 
 class RunReport(Callback):
-    """Says what is trained and where, draws the curves, and says after Ctrl-C where things lie and how to go on."""
+    """Says what is trained and where, draws the curves, and says after Ctrl-C where things lie and how to go on.
 
-    def __init__(self) -> None:
+    Args:
+        run: The run, for the commands to go on.
+    """
+
+    def __init__(self, run: RunConfig) -> None:
+        self.run = run
         self.folder: Path | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -45,7 +51,7 @@ class RunReport(Callback):
             self._draw(trainer)
             if isinstance(exception, KeyboardInterrupt):
                 print(f"\nInterrupted after step {trainer.global_step}.")
-            print_closing_lines(self.folder)
+            print_closing_lines(self.folder, self.run)
 
     def _draw(self, trainer: Trainer) -> None:
         if self.folder and trainer.is_global_zero:
@@ -57,29 +63,32 @@ class RunReport(Callback):
 
 
 def describe_solver(model: Any) -> str:
-    """Solver and evaluations of f in words."""
-    equilibrium = getattr(model, "equilibrium", None)
-    if equilibrium is None:
+    """Solvers and evaluations of f in words."""
+    layers = [module for module in model.modules() if isinstance(module, EquilibriumLayer)]
+    if not layers:
         return "an explicit stack of layers without equilibrium"
-    solver = equilibrium.solver
-    evaluations = solver.max_steps * solver.evaluations_per_step
-    num_f = sum(p.numel() for p in equilibrium.f.parameters())
-    at_most = "at most " if solver.has_tolerance else ""
-    return f"{num_f:,} of them in f; {type(solver).__name__}, {at_most}{evaluations} evaluations of f"
+    num_f = sum(p.numel() for layer in layers for p in layer.f.parameters())
+    names = dict.fromkeys(type(layer.solver).__name__ for layer in layers)
+    at_most = "at most " if any(layer.solver.has_tolerance for layer in layers) else ""
+    counts = " + ".join(str(layer.solver.max_steps * layer.solver.evaluations_per_step) for layer in layers)
+    return f"{num_f:,} of them in f; {', '.join(names)}, {at_most}{counts} evaluations of f"
 
 
-def print_closing_lines(folder: Path) -> None:
+def print_closing_lines(folder: Path, run: RunConfig) -> None:
     """Where things lie and the commands to go on, for what is there."""
     best, last = (folder / CHECKPOINTS / name for name in (BEST, LAST))
     print(f"\nRun folder    {folder}")
-    for label, path in (("metrics", folder / METRICS), ("curves", folder / CURVES), ("settings", folder / CONFIG)):
+    files = {path.stem.replace("_", " "): path for path in sorted(folder.glob("*.png")) if path.name != CURVES}
+    known = {"metrics": folder / METRICS, "curves": folder / CURVES, "settings": folder / CONFIG}
+    for label, path in (known | files).items():
         if path.is_file():
             print(f"  {label:<11} {path}")
     if last.is_file():
         print(f"  {'checkpoints':<11} {', '.join(str(p) for p in (best, last) if p.is_file())}")
         newest = best if best.is_file() else last
-        print(f"Go on         {command('fit', last)}")
-        print(f"Test          {command('test', newest)}")
-        print(f"Generate      {command('generate', newest, '--prompt', 'TEXT')}", flush=True)
+        label, subcommand, *arguments = run.usage
+        print(f"Go on         {command(run, 'fit', last)}")
+        print(f"Test          {command(run, 'test', newest)}")
+        print(f"{label:<13} {command(run, subcommand, newest, *arguments)}", flush=True)
     else:
         print("There is no checkpoint yet: the first is written after the first validation, or at Ctrl-C.", flush=True)

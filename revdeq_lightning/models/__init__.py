@@ -5,6 +5,7 @@ from revdeq_lightning.models.config import ClassifierConfig, TransformerConfig
 from revdeq_lightning.models.cross_entropy import IGNORE_INDEX, chunked_cross_entropy
 from revdeq_lightning.models.explicit import ExplicitTransformerLM
 from revdeq_lightning.models.generation import KeyValueCache, generate
+from revdeq_lightning.models.resnet import ResNet
 from revdeq_lightning.models.transformer import (
     AbstractLanguageModel,
     LMLoss,
@@ -22,6 +23,7 @@ __all__ = [
     "KeyValueCache",
     "LMLoss",
     "LMOutput",
+    "ResNet",
     "TransformerConfig",
     "TransformerLM",
     "build_classifier",

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 BLOCKS = ("modern", "paper")
-ARCHITECTURES = ("stages", "joint", "paper_single", "paper_stages")
+ARCHITECTURES = ("stages", "joint", "paper_single", "paper_stages", "resnet")
 
 
 @dataclass
@@ -89,10 +89,11 @@ class ClassifierConfig:
         num_classes: Number of classes.
         num_channels: Channels of the images.
         architecture: `stages` (one equilibrium a resolution), `joint` (one equilibrium over all resolutions), or the
-            released `paper_single` and `paper_stages`.
+            released `paper_single` and `paper_stages`; or `resnet`, the baseline without equilibrium.
         channels: Channels of each stage; the resolution halves from stage to stage.
         widths: Channels inside f over those of the state, for each stage; empty for 1 in each.
         steps: Solver steps of each stage; empty for the solver's `max_steps` in each.
+        blocks: Of `resnet`, residual blocks of each stage; empty for 2 in each.
         stem_stride: Pixels from one position of the first stage to the next: 1 or 2 for images of 32x32, 4 for 224x224.
         dropout: Fraction of the channels inside f that are dropped in training, one mask a solve.
     """
@@ -103,6 +104,7 @@ class ClassifierConfig:
     channels: list[int] = field(default_factory=lambda: [64, 128, 256])
     widths: list[int] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
+    blocks: list[int] = field(default_factory=list)
     stem_stride: int = 1
     dropout: float = 0.0
 
@@ -116,13 +118,15 @@ class ClassifierConfig:
             raise ValueError("channels must name the channels of at least one stage, got []")
         self.channels = list(self.channels)
         self.widths = list(self.widths) or [1] * len(self.channels)
-        self.steps = list(self.steps)
-        for name in ("channels", "widths", "steps"):
+        self.steps, self.blocks = list(self.steps), list(self.blocks)
+        for name in ("channels", "widths", "steps", "blocks"):
             values = getattr(self, name)
             if any(value < 1 for value in values):
                 raise ValueError(f"{name} must be at least 1, got {values}")
             if values and len(values) != len(self.channels):
                 raise ValueError(f"{name} must have one entry a stage, got {values} for channels {self.channels}")
+        if self.blocks and self.architecture != "resnet":
+            raise ValueError(f"blocks belongs to architecture='resnet', got {self.blocks} for {self.architecture!r}")
         if any(c > 16 and c % 16 for c in self.channels):
             raise ValueError(f"channels above 16 must be multiples of 16, the size of a group, got {self.channels}")
         if self.stem_stride not in (1, 2, 4):

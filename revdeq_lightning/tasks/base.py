@@ -1,12 +1,27 @@
 """What every task shares: optimizer, schedule and averaged weights from one dataclass."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning import Callback, LightningModule
 from torch import nn
 
 from revdeq_lightning.callbacks.averaged_weights import AveragedWeights
+from revdeq_lightning.equilibrium import SolverStats
 from revdeq_lightning.optimizers import OptimizerConfig, WindowedPlateau, build_optimizer, build_scheduler
+
+
+class TrainingOutput(NamedTuple):
+    """What a training step hands to callbacks beside the loss, under the key `step`.
+
+    Attributes:
+        stats: How each equilibrium of the model was reached, in their order; empty without a solver.
+        num_items: What this process trained on in this step, in units of `unit`.
+        unit: "tokens" or "images".
+    """
+
+    stats: tuple[SolverStats, ...]
+    num_items: int
+    unit: str
 
 
 class AbstractTask(LightningModule):

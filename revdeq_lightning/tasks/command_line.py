@@ -1,16 +1,16 @@
-"""The language model's command line: LightningCLI with short errors and a folder for each run."""
+"""What the tasks' command lines share: LightningCLI with short errors and a folder for each run."""
 
 import logging
 import os
 import sys
 import warnings
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
-import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -25,11 +25,8 @@ from revdeq_lightning.callbacks.random_state import ResumableRandomState
 from revdeq_lightning.callbacks.run_report import RunReport, print_closing_lines
 from revdeq_lightning.callbacks.wandb_logger import wandb_logger
 from revdeq_lightning.cli import ReadableErrors, fail, given_files
-from revdeq_lightning.data.text import TextDataModule
 from revdeq_lightning.equilibrium import DivergenceError
 from revdeq_lightning.runs import BEST, CONFIG, RunConfig, find_checkpoint, new_version, run_of_checkpoint
-from revdeq_lightning.tasks.inference import continue_text, load_language_model
-from revdeq_lightning.tasks.language_modeling import LanguageModelingTask
 
 # What Lightning says to everybody and what nobody who starts a run from here can or need act on.
 QUIET_INFO = (
@@ -44,13 +41,6 @@ QUIET_WARNINGS = (
     r".*Checkpoint directory .* exists and is not empty",  # a resumed run goes on in its folder
     r".*`isinstance\(treespec, LeafSpec\)` is deprecated",  # between Lightning and PyTorch
 )
-
-FIGURES = {
-    "bits_per_byte": "{:.4f} bits per byte",
-    "loss": "{:.4f} nats per token",
-    "token_perplexity": "perplexity {:,.2f} per token",
-    "word_perplexity": "{:,.1f} per word",
-}
 
 
 class Parser(ReadableErrors, LightningArgumentParser):
@@ -72,22 +62,37 @@ class SaveRunConfig(SaveConfigCallback):
             logger.log_hyperparams(self.config.as_dict())
 
 
-class CommandLine(LightningCLI):
-    """`fit`, `validate`, `test` and `predict` of one task and its data."""
+class AbstractCommandLine(LightningCLI):
+    """`fit`, `validate` and `test` of one task and its data."""
 
+    run_class: ClassVar[type[RunConfig]]
+    figures: ClassVar[dict[str, str]]
+    """What an evaluation prints: logged key without its split, and how."""
     run_config: RunConfig
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         """With a usage of one line: the list of two hundred options follows anyway."""
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        parser.usage = f"python -m revdeq_lightning {subcommand} --config FILE [--KEY=VALUE ...]"
+        words = " ".join([*self.run_class.task, subcommand])
+        parser.usage = f"python -m revdeq_lightning {words} --config FILE [--KEY=VALUE ...]"
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The run's folder; sizes that the model takes from the data."""
-        parser.add_argument("--run", type=RunConfig, default=RunConfig())
-        parser.link_arguments("data.context_length", "model.network.context_length")
-        parser.link_arguments("data", "model.network.vocab_size", compute_fn=vocab_size, apply_on="instantiate")
+        parser.add_argument("--run", type=self.run_class, default=self.run_class())
+        self.link_sizes(parser)
+
+    @abstractmethod
+    def link_sizes(self, parser: LightningArgumentParser) -> None:
+        """Link the sizes that the model takes from the data."""
+
+    def task_callbacks(self) -> list[Any]:
+        """Callbacks of this task alone."""
+        return []
+
+    @abstractmethod
+    def show(self, checkpoint: str) -> None:
+        """At the end of training: what the trained model does."""
 
     def _parse_ckpt_path(self) -> None:
         """Find checkpoint and run.
@@ -101,10 +106,10 @@ class CommandLine(LightningCLI):
         checkpoint = config.get("ckpt_path")
         if checkpoint in ("last", "best"):
             with readable_errors():
-                checkpoint = config.ckpt_path = str(find_checkpoint(checkpoint, RunConfig(**run.as_dict())))
+                checkpoint = config.ckpt_path = str(find_checkpoint(checkpoint, self.run_class(**run.as_dict())))
         if self.config.subcommand != "fit" and checkpoint is None:
             fail(f"which checkpoint? {self.config.subcommand} needs --ckpt_path FILE, or last, or best")
-        self.run_config = RunConfig(**run.as_dict())
+        self.run_config = self.run_class(**run.as_dict())
         folder = run_of_checkpoint(checkpoint) if checkpoint else None
         if folder and run.version is None:
             run_folder, name = str(folder.parent.parent), folder.parent.name
@@ -118,12 +123,13 @@ class CommandLine(LightningCLI):
         """The trainer of this run: its callbacks, loggers and checkpoints."""
         settings = self._get(self.config_init, "trainer")
         progress = settings.get("enable_progress_bar") is not False
-        callbacks: list[Any] = [RunProgress()] if progress else []
+        callbacks: list[Any] = [*([RunProgress()] if progress else []), *self.task_callbacks()]
         loggers: list[Logger] = []
         if self.subcommand == "fit":
             if settings.get("logger") is False:
                 fail("trainer.logger=false: a run always has a folder with its metrics; choose where by run.folder")
-            callbacks[:0] = [EquilibriumMonitor(), ThroughputMonitor(), ResumableRandomState(), RunReport()]
+            report = RunReport(self.run_config)
+            callbacks[:0] = [EquilibriumMonitor(), ThroughputMonitor(), ResumableRandomState(), report]
             if settings.get("enable_checkpointing") is not False:
                 if "validation" in self.datamodule.splits:
                     callbacks.append(best_checkpoint())
@@ -152,7 +158,7 @@ class CommandLine(LightningCLI):
             sys.exit(130 if self.trainer.interrupted else 1)  # Lightning's code after Ctrl-C is 1
 
     def after_fit(self) -> None:
-        """Test, sample, and say how to go on."""
+        """Test, show, and say how to go on."""
         if cast(Any, self.trainer).fast_dev_run:
             return
         best = best_or_last(self.trainer)
@@ -160,10 +166,9 @@ class CommandLine(LightningCLI):
             results = self.trainer.test(self.model, self.datamodule, ckpt_path=best, verbose=False, weights_only=True)
             self._print_figures(f"Test ({Path(best).name})", results)
         if self.trainer.is_global_zero:
-            if best and self.run_config.sample_tokens:
-                length, temperature = self.run_config.sample_tokens, self.run_config.sample_temperature
-                print(f"\nSample ({length} tokens, temperature {temperature}):\n\n{sample(best, self.run_config)}")
-            print_closing_lines(self.run_config.path)
+            if best:
+                self.show(best)
+            print_closing_lines(self.run_config.path, self.run_config)
 
     def validate(self, **kwargs: Any) -> None:
         """Print the figures of the validation split."""
@@ -173,32 +178,23 @@ class CommandLine(LightningCLI):
         """Print the figures of the test split."""
         self._print_figures("Test", self.trainer.test(**kwargs | {"verbose": False}))
 
-    def predict(self, **kwargs: Any) -> None:
-        """Write the nats of every predicted token of the test text, in its order, beside the checkpoint."""
-        import numpy as np
-
-        if self.trainer.world_size > 1:
-            fail(f"predict needs one process, got {self.trainer.world_size}: --trainer.devices=1")
-        nats = torch.cat(self.trainer.predict(**kwargs)).numpy()  # type: ignore[arg-type]
-        path = Path(kwargs["ckpt_path"]).with_suffix(".nats.npy")
-        np.save(path, nats)
-        print(f"{nats.size:,} tokens, {nats.mean():.4f} nats per token, in {path}")
-
     def _print_figures(self, title: str, results: Any) -> None:
         if not results:
-            fail("nothing to evaluate: this text has no such split")
+            fail("nothing to evaluate: the data has no such split")
         if self.trainer.is_global_zero:
             figures = {key.split("/")[-1]: value for key, value in results[0].items()}
-            texts = [form.format(figures[key]) for key, form in FIGURES.items() if key in figures]
+            texts = [form.format(figures[key]) for key, form in self.figures.items() if key in figures]
             print(f"\n{title}: {', '.join(texts)}")
 
 
-def run(subcommand: str, options: Sequence[str]) -> None:
+def run_command_line(
+    command_line: type[AbstractCommandLine], task: type, data: type, subcommand: str, options: Sequence[str]
+) -> None:
     """Parse and run; what the user can mend is told in one line."""
     quieten_lightning()
-    CommandLine(
-        LanguageModelingTask,
-        TextDataModule,
+    command_line(
+        task,
+        data,
         args=[subcommand, *with_config_of_checkpoint(options)],
         seed_everything_default=0,
         trainer_defaults={"num_sanity_val_steps": 0, "enable_model_summary": False},
@@ -241,11 +237,6 @@ def with_config_of_checkpoint(options: Sequence[str]) -> list[str]:
     return list(options)
 
 
-def vocab_size(data: TextDataModule) -> int:
-    """Vocabulary of the data, for the link."""
-    return data.vocab_size
-
-
 def best_checkpoint() -> ModelCheckpoint:
     """Keeps `best.ckpt`, by the validation loss."""
     return ModelCheckpoint(filename=Path(BEST).stem, monitor="val/loss", enable_version_counter=False)
@@ -256,13 +247,6 @@ def best_or_last(trainer: Trainer) -> str | None:
     callbacks: list[Any] = trainer.checkpoint_callbacks
     paths = [c.best_model_path if isinstance(c, ModelCheckpoint) else str(c.path) for c in callbacks]
     return next((path for path in paths if path), None)
-
-
-def sample(checkpoint: str, config: RunConfig) -> str:
-    """A text from the checkpoint, as `generate` makes it."""
-    model, tokenizer = load_language_model(checkpoint)
-    temperature, length = config.sample_temperature, config.sample_tokens
-    return continue_text(model, tokenizer, config.sample_prompt, max_new_tokens=length, temperature=temperature)
 
 
 def as_list(value: Any) -> list[Any]:

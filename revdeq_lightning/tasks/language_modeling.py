@@ -1,27 +1,19 @@
 """Predicting the next token: the loss of training, and the figures of evaluation with their units."""
 
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from revdeq_lightning.data.text import TextDataModule
 from revdeq_lightning.data.windows import TextBatch
-from revdeq_lightning.equilibrium import SolverStats
 from revdeq_lightning.metrics import LanguageMetrics
 from revdeq_lightning.models import TransformerConfig
 from revdeq_lightning.optimizers import OptimizerConfig
-from revdeq_lightning.tasks.base import AbstractTask
+from revdeq_lightning.tasks.base import AbstractTask, TrainingOutput
 from revdeq_lightning.tasks.settings import SolverConfig, build_language_model, plain
 
 SPLITS = {"val": "validation", "test": "test"}
-
-
-class TrainingOutput(NamedTuple):
-    """What a training step hands to callbacks beside the loss, under the key `step`."""
-
-    stats: SolverStats | None
-    num_tokens: int
 
 
 class LanguageModelingTask(AbstractTask):
@@ -63,7 +55,8 @@ class LanguageModelingTask(AbstractTask):
         """Mean nats per token of the batch."""
         output = self.model.loss(batch.tokens, batch.targets)
         self.log("train/loss", output.loss)
-        return {"loss": output.loss, "step": TrainingOutput(output.stats, batch.tokens.numel())}
+        stats = () if output.stats is None else (output.stats,)
+        return {"loss": output.loss, "step": TrainingOutput(stats, batch.tokens.numel(), "tokens")}
 
     def validation_step(self, batch: TextBatch, batch_idx: int) -> None:
         """Add the batch to the sums over the split."""

@@ -11,7 +11,15 @@ from revdeq_lightning.equilibrium import (
     ReversibleAdjoint,
     ReversibleSolver,
 )
-from revdeq_lightning.models import ExplicitTransformerLM, TransformerConfig, TransformerLM
+from revdeq_lightning.models import (
+    AbstractClassifier,
+    ClassifierConfig,
+    ExplicitTransformerLM,
+    ResNet,
+    TransformerConfig,
+    TransformerLM,
+    build_classifier,
+)
 
 SOLVERS: dict[str, Any] = {
     "momentum": MomentumSolver,
@@ -84,6 +92,22 @@ def build_language_model(network: TransformerConfig, solver: SolverConfig) -> Ex
     if solver.solver == "none":
         return ExplicitTransformerLM(network)
     return TransformerLM(network, solver.build_solver(), solver.build_adjoint())
+
+
+def build_image_classifier(network: ClassifierConfig, solver: SolverConfig) -> AbstractClassifier:
+    """The model that the settings describe.
+
+    Raises:
+        ValueError: If the architecture and the solver do not fit.
+    """
+    if (network.architecture == "resnet") != (solver.solver == "none"):
+        raise ValueError(
+            "architecture='resnet' has no equilibrium and takes solver='none', every other one needs a solver, got "
+            f"architecture={network.architecture!r} and solver={solver.solver!r}"
+        )
+    if network.architecture == "resnet":
+        return ResNet(network)
+    return build_classifier(network, solver.build_solver(), solver.build_adjoint())
 
 
 def plain(**settings: Any) -> dict[str, dict[str, Any]]:

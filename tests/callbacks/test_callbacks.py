@@ -128,7 +128,7 @@ def test_throughput_counts_training_only(monkeypatch):
     logged = []
     module = SimpleNamespace(device=torch.device("cpu"), log=lambda key, value, **_: logged.append((key, value)))
     trainer = SimpleNamespace(global_step=1, log_every_n_steps=2, world_size=3)
-    output = {"step": SimpleNamespace(num_tokens=50)}
+    output = {"step": SimpleNamespace(num_items=50, unit="tokens")}
     monitor = ThroughputMonitor()
     monitor.on_train_start(trainer, module)
     clock[0] = 1.0

@@ -14,6 +14,7 @@ from tiny_runs import MUON, tiny_data, tiny_task, tiny_trainer
 
 from revdeq_lightning.callbacks.csv_logger import ContinuedCSVLogger
 from revdeq_lightning.callbacks.run_report import RunReport
+from revdeq_lightning.runs import LanguageRunConfig
 
 
 class DrawAndSave(Callback):
@@ -96,7 +97,7 @@ class NoteValidation(Callback):
 def fit_on_two_ranks(folder, name, *, save=None, ckpt_path=None, seed=0):
     data = tiny_data(folder)
     notes = DrawAndSave(save)
-    callbacks = [notes, NoteAtEnd(notes, folder / f"{name}.ckpt"), RunReport(), NoteValidation(folder / f"{name}.val")]
+    callbacks = [notes, NoteAtEnd(notes, folder / f"{name}.ckpt"), RunReport(LanguageRunConfig()), NoteValidation(folder / f"{name}.val")]
     logger = ContinuedCSVLogger(folder / name)
     trainer = tiny_trainer(folder, callbacks, logger=logger, strategy="ddp_fork", devices=2, val_check_interval=5)
     trainer.fit(tiny_task(data, seed=seed, optimizer=MUON), data, ckpt_path=ckpt_path)

@@ -1,0 +1,148 @@
+"""Image classification: the loss of training, with mixed images, and the figures of evaluation."""
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+from revdeq_lightning.data.image_store import ImageBatch
+from revdeq_lightning.data.images import ImageDataModule
+from revdeq_lightning.data.windows import IGNORE_INDEX
+from revdeq_lightning.equilibrium import EquilibriumLayer
+from revdeq_lightning.models import ClassifierConfig
+from revdeq_lightning.optimizers import OptimizerConfig
+from revdeq_lightning.tasks.base import AbstractTask, TrainingOutput
+from revdeq_lightning.tasks.settings import SolverConfig, build_image_classifier, plain
+
+
+class ClassificationTask(AbstractTask):
+    """Train and evaluate an image classifier.
+
+    Logs `train/loss` and, over whole splits, `val/` and `test/`: `loss` (nats per image, without label smoothing),
+    `accuracy` and, with more than 5 classes, `top5_accuracy`. Checkpoints hold settings, class names and the
+    preparation of the images, so that they classify files alone.
+
+    Args:
+        network: Sizes and architecture; classes and channels come from the data.
+        solver: How the equilibria are found and differentiated.
+        optimizer: Optimizer, schedule, averaging of the weights.
+        label_smoothing: Probability that the training targets spread over all classes, in [0, 1).
+        channels_last: Keep images and states in the memory order (B, H, W, C): faster on recent GPUs and with bfloat16.
+        compile: Compile each f with torch.compile: worth its minutes on a GPU.
+    """
+
+    model: Any
+
+    def __init__(
+        self,
+        network: ClassifierConfig,
+        solver: SolverConfig,
+        optimizer: OptimizerConfig,
+        label_smoothing: float = 0.0,
+        channels_last: bool = False,
+        compile: bool = False,
+    ) -> None:
+        # A checkpoint gives plain containers.
+        network = ClassifierConfig(**network) if isinstance(network, dict) else network
+        solver = SolverConfig(**solver) if isinstance(solver, dict) else solver
+        optimizer = OptimizerConfig(**optimizer) if isinstance(optimizer, dict) else optimizer
+        super().__init__(optimizer)
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
+        settings = plain(network=network, solver=solver, optimizer=optimizer)
+        options = {"label_smoothing": label_smoothing, "channels_last": channels_last, "compile": compile}
+        self.save_hyperparameters({**settings, **options}, logger=False)
+        self.label_smoothing = label_smoothing
+        self.model = build_image_classifier(network, solver)
+        if channels_last:
+            self.model = self.model.to(memory_format=torch.channels_last)
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.metrics = nn.ModuleDict({name: figures(network.num_classes) for name in ("val", "test")})
+        if compile:
+            for module in self.model.modules():
+                if isinstance(module, EquilibriumLayer):
+                    module.f.compile()
+
+    def setup(self, stage: str) -> None:
+        """Refuse data with other classes than the model has."""
+        data = cast(ImageDataModule, cast(Any, self.trainer).datamodule)
+        if data.num_classes != self.model.config.num_classes:
+            raise ValueError(
+                f"the data has {data.num_classes} classes, the model {self.model.config.num_classes}: leave "
+                "model.network.num_classes to the data, or use the data that the checkpoint was trained on"
+            )
+
+    def forward(self, images_BCHW: Tensor) -> Any:
+        """Logits and statistics of normalised images."""
+        return self.model(images_BCHW.contiguous(memory_format=self.memory_format))
+
+    def training_step(self, batch: ImageBatch, batch_idx: int) -> dict[str, Any]:
+        """Mean nats per image; of a mixed image, those of both labels by their shares."""
+        output = self(batch.images)
+        logits_BV = output.logits_BV.float()
+        nats = [self._nats(logits_BV, labels) for labels in (batch.labels, batch.partner_labels)]
+        loss = torch.lerp(nats[1], nats[0], batch.weights).mean()
+        self.log("train/loss", loss)
+        return {"loss": loss, "step": TrainingOutput(output.stats, len(batch.labels), "images")}
+
+    def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
+        """Add the batch to the sums over the split."""
+        self._add_to("val", batch)
+
+    def test_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
+        """Add the batch to the sums over the split; the logits are for callbacks."""
+        return self._add_to("test", batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the figures of the validation split."""
+        self._log_figures("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the figures of the test split."""
+        self._log_figures("test")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store class names and preparation of the images, for `predict`."""
+        data = cast(ImageDataModule, cast(Any, self.trainer).datamodule)
+        checkpoint["preprocessing"] = data.preprocessing_state()
+
+    def evaluation_sums(self, batch: ImageBatch) -> dict[str, Tensor]:
+        """Sums over the images of the batch, for `DepthSweep`."""
+        logits_BV = self(batch.images).logits_BV.float()
+        nats = F.cross_entropy(logits_BV, batch.labels, reduction="sum", ignore_index=IGNORE_INDEX)
+        correct = (logits_BV.argmax(-1) == batch.labels).sum()
+        return {"loss": nats, "accuracy": correct, "count": (batch.labels != IGNORE_INDEX).sum()}
+
+    def _nats(self, logits_BV: Tensor, labels_B: Tensor) -> Tensor:
+        return F.cross_entropy(logits_BV, labels_B, reduction="none", label_smoothing=self.label_smoothing)
+
+    def _add_to(self, name: str, batch: ImageBatch) -> Tensor:
+        logits_BV: Tensor = self(batch.images).logits_BV.float()
+        real = batch.labels != IGNORE_INDEX
+        nats_B = F.cross_entropy(logits_BV, batch.labels.clamp(min=0), reduction="none")
+        for key, metric in cast(MetricCollection, self.metrics[name]).items():
+            if key == "loss":
+                metric.update(nats_B, real.float())
+            else:
+                metric.update(logits_BV, batch.labels)
+        return logits_BV
+
+    def _log_figures(self, name: str) -> None:
+        metrics = cast(MetricCollection, self.metrics[name])
+        self.log_dict({f"{name}/{key}": value for key, value in metrics.compute().items()}, sync_dist=True)
+        metrics.reset()
+
+
+def figures(num_classes: int) -> MetricCollection:
+    """Figures of an evaluation; the mean of `loss` is weighted, 0 for an item that only fills a batch."""
+
+    def accuracy(top_k: int) -> MulticlassAccuracy:
+        return MulticlassAccuracy(num_classes, top_k=top_k, average="micro", ignore_index=IGNORE_INDEX)
+
+    metrics: dict[str, Any] = {"loss": MeanMetric(), "accuracy": accuracy(1)}
+    if num_classes > 5:
+        metrics["top5_accuracy"] = accuracy(5)
+    return MetricCollection(metrics, compute_groups=False)

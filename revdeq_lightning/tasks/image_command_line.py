@@ -1,0 +1,45 @@
+"""The image classifiers' command line; `predict` is in `revdeq_lightning.tasks.image_inference`."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, cast
+
+from lightning.pytorch.cli import LightningArgumentParser
+
+from revdeq_lightning.callbacks.classification_report import ClassificationReport
+from revdeq_lightning.callbacks.depth_sweep import DepthSweep
+from revdeq_lightning.data.images import ImageDataModule
+from revdeq_lightning.runs import ImageRunConfig
+from revdeq_lightning.tasks.classification import ClassificationTask
+from revdeq_lightning.tasks.command_line import AbstractCommandLine, run_command_line
+
+
+class ImageCommandLine(AbstractCommandLine):
+    """`fit`, `validate` and `test` of the image classifiers."""
+
+    run_class = ImageRunConfig
+    figures: ClassVar[dict[str, str]] = {
+        "accuracy": "accuracy {:.2%}",
+        "top5_accuracy": "{:.2%} in the first five",
+        "loss": "{:.4f} nats per image",
+    }
+
+    def link_sizes(self, parser: LightningArgumentParser) -> None:
+        """Classes and channels."""
+        for source, target in (
+            ("num_classes", "model.network.num_classes"),
+            ("num_channels", "model.network.num_channels"),
+        ):
+            parser.link_arguments(f"data.{source}", target, apply_on="instantiate")
+
+    def task_callbacks(self) -> list[Any]:
+        """The files that a test writes into the run's folder."""
+        run = cast(ImageRunConfig, self.run_config)
+        return [ClassificationReport(run.path), *([DepthSweep(run.path)] if run.depth_sweep else [])]
+
+    def show(self, checkpoint: str) -> None:
+        """Nothing: the sheets of the test lie in the run's folder."""
+
+
+def run(subcommand: str, options: Sequence[str]) -> None:
+    """Parse and run one command."""
+    run_command_line(ImageCommandLine, ClassificationTask, ImageDataModule, subcommand, options)
