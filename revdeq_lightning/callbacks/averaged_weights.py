@@ -56,8 +56,11 @@ class AveragedWeights(Callback):
 
     @torch.no_grad()
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Resume: the average from `state_dict`, the weights from `trained_weights`, if there is an average."""
-        if "trained_weights" not in checkpoint:
+        """Resume: the average from `state_dict`, the weights from `trained_weights`, if there is an average.
+
+        An evaluation, also that at the end of a fit, keeps the average, which is in `state_dict`.
+        """
+        if "trained_weights" not in checkpoint or trainer.state.fn != "fit":
             return
         self.num_updates = checkpoint["global_step"]
         for name, p in averaged_tensors(pl_module).items():

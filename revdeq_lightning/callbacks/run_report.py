@@ -77,18 +77,18 @@ def describe_solver(model: Any) -> str:
 def print_closing_lines(folder: Path, run: RunConfig) -> None:
     """Where things lie and the commands to go on, for what is there."""
     best, last = (folder / CHECKPOINTS / name for name in (BEST, LAST))
-    print(f"\nRun folder    {folder}")
+    print(f"\nRun folder         {folder}")
     files = {path.stem.replace("_", " "): path for path in sorted(folder.glob("*.png")) if path.name != CURVES}
     known = {"metrics": folder / METRICS, "curves": folder / CURVES, "settings": folder / CONFIG}
     for label, path in (known | files).items():
         if path.is_file():
-            print(f"  {label:<11} {path}")
+            print(f"  {label:<16} {path}")
     if last.is_file():
-        print(f"  {'checkpoints':<11} {', '.join(str(p) for p in (best, last) if p.is_file())}")
+        print(f"  {'checkpoints':<16} {', '.join(str(p) for p in (best, last) if p.is_file())}")
         newest = best if best.is_file() else last
         label, subcommand, *arguments = run.usage
-        print(f"Go on         {command(run, 'fit', last)}")
-        print(f"Test          {command(run, 'test', newest)}")
-        print(f"{label:<13} {command(run, subcommand, newest, *arguments)}", flush=True)
+        print(f"Go on              {command(run, 'fit', last)}")
+        print(f"Test               {command(run, 'test', newest)}")
+        print(f"{label:<18} {command(run, subcommand, newest, *arguments)}", flush=True)
     else:
         print("There is no checkpoint yet: the first is written after the first validation, or at Ctrl-C.", flush=True)

@@ -68,12 +68,8 @@ class ClassificationTask(AbstractTask):
 
     def setup(self, stage: str) -> None:
         """Refuse data with other classes than the model has."""
-        data = cast(ImageDataModule, cast(Any, self.trainer).datamodule)
-        if data.num_classes != self.model.config.num_classes:
-            raise ValueError(
-                f"the data has {data.num_classes} classes, the model {self.model.config.num_classes}: leave "
-                "model.network.num_classes to the data, or use the data that the checkpoint was trained on"
-            )
+        config = self.model.config
+        self._data.check_model(num_classes=config.num_classes, num_channels=config.num_channels)
 
     def forward(self, images_BCHW: Tensor) -> Any:
         """Logits and statistics of normalised images."""
@@ -106,8 +102,11 @@ class ClassificationTask(AbstractTask):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store class names and preparation of the images, for `predict`."""
-        data = cast(ImageDataModule, cast(Any, self.trainer).datamodule)
-        checkpoint["preprocessing"] = data.preprocessing_state()
+        checkpoint["preprocessing"] = self._data.preprocessing_state()
+
+    @property
+    def _data(self) -> ImageDataModule:
+        return cast(ImageDataModule, cast(Any, self.trainer).datamodule)
 
     def evaluation_sums(self, batch: ImageBatch) -> dict[str, Tensor]:
         """Sums over the images of the batch, for `DepthSweep`."""

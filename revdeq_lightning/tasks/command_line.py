@@ -32,7 +32,7 @@ from revdeq_lightning.runs import BEST, CONFIG, RunConfig, find_checkpoint, new_
 QUIET_INFO = (
     *("GPU available", "TPU available", "HPU available", "💡 Tip", "Seed set to", "`Trainer.fit` stopped"),
     *("Restored all states", "Restoring states", "Loaded model weights", "`weights_only` was not set"),
-    "Detected KeyboardInterrupt",
+    *("Detected KeyboardInterrupt", "to estimate number of stepping batches"),
 )
 QUIET_WARNINGS = (
     r"Be aware that when using `ckpt_path`",  # evaluation needs none of the callbacks of training
@@ -172,15 +172,20 @@ class AbstractCommandLine(LightningCLI):
 
     def validate(self, **kwargs: Any) -> None:
         """Print the figures of the validation split."""
+        self._require("validation")
         self._print_figures("Validation", self.trainer.validate(**kwargs | {"verbose": False}))
 
     def test(self, **kwargs: Any) -> None:
         """Print the figures of the test split."""
+        self._require("test")
         self._print_figures("Test", self.trainer.test(**kwargs | {"verbose": False}))
 
+    def _require(self, split: str) -> None:
+        if split not in self.datamodule.splits:
+            there = ", ".join(self.datamodule.splits)
+            fail(f"nothing to evaluate: the data has no {split} split, it has {there}")
+
     def _print_figures(self, title: str, results: Any) -> None:
-        if not results:
-            fail("nothing to evaluate: the data has no such split")
         if self.trainer.is_global_zero:
             figures = {key.split("/")[-1]: value for key, value in results[0].items()}
             texts = [form.format(figures[key]) for key, form in self.figures.items() if key in figures]

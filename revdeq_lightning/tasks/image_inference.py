@@ -64,13 +64,13 @@ def predict_images(
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["path", "prediction", *names])
         for start in range(0, len(paths), batch_size):
-            decoded, tensor = preprocess_files(paths[start : start + batch_size], state, undecodable=undecodable)
-            if not decoded:
+            files, images_BCHW = preprocess_files(paths[start : start + batch_size], state, undecodable=undecodable)
+            if not files:
                 continue
-            probabilities_BV = model(tensor.to(device)).logits_BV.float().softmax(-1).cpu()
-            for path, row in zip(decoded, probabilities_BV, strict=True):
+            probabilities_BV = model(images_BCHW.to(device)).logits_BV.float().softmax(-1).cpu()
+            for path, row in zip(files, probabilities_BV, strict=True):
                 writer.writerow([path, names[int(row.argmax())], *(f"{p:.6f}" for p in row.tolist())])
-            num_written += len(decoded)
+            num_written += len(files)
     if not num_written:
         raise ValueError(f"none of the {len(paths)} files in {images} could be decoded")
     return f"{num_written:,} images, class probabilities in {output}"
