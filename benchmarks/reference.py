@@ -15,8 +15,8 @@ def reversible_loop(
     """The paper's iteration; autograd through it is back-propagation through time (BPTT). 2 evaluations of f a step."""
     y = z = z0.to(state_dtype)
     for _ in range(num_steps):
-        y = (1 - beta) * y + beta * f(z.to(z0.dtype), x)
-        z = (1 - beta) * z + beta * f(y.to(z0.dtype), x)
+        y = (1 - beta) * y + beta * f(z.to(z0.dtype), x).to(state_dtype)
+        z = (1 - beta) * z + beta * f(y.to(z0.dtype), x).to(state_dtype)
     return z.to(z0.dtype)
 
 
@@ -26,7 +26,7 @@ def momentum_loop(
     """Plain iteration with momentum, 1 evaluation of f a step."""
     before = z = z0.to(state_dtype)
     for _ in range(num_steps):
-        before, z = z, f(z.to(z0.dtype), x) + momentum * (z - before)
+        before, z = z, f(z.to(z0.dtype), x).to(state_dtype) + momentum * (z - before)
     return z.to(z0.dtype)
 
 

@@ -104,7 +104,9 @@ class ExactArithmetic(AbstractArithmetic):
     scale = 2.0**32
 
     def encode(self, u: Tensor) -> Tensor:
-        return _round(u.to(torch.float64) * self.scale)
+        if torch.is_grad_enabled() and u.requires_grad:
+            return _round(u.to(torch.float64) * self.scale)
+        return u.to(torch.float64, copy=True).mul_(self.scale).round_()
 
     def advance_(
         self,

@@ -67,7 +67,8 @@ class AbstractTwoStepSolver(AbstractSolver):
 
     def init(self, z0: Leaves, *, reversible: bool) -> TwoStepState:
         arithmetic = self.state_arithmetic
-        previous, current = [arithmetic.encode(z) for z in z0], [arithmetic.encode(z) for z in z0]
+        current = [arithmetic.encode(z) for z in z0]
+        previous = [u.clone() for u in current]
         remainders = [arithmetic.remainders(u, self.recurrence) if reversible else None for u in current]
         return TwoStepState(previous, current, remainders, [z.dtype for z in z0])
 
@@ -113,8 +114,8 @@ class AbstractTwoStepSolver(AbstractSolver):
 
     def reconstruction_mismatch(self, state: TwoStepState, z0: Leaves) -> Tensor:
         """Elements in which a state that was undone to the start differs from the true start, 0-dim int64."""
-        start = self.init(z0, reversible=False)
-        pairs = zip((*state.previous, *state.current), (*start.previous, *start.current), strict=True)
+        start = [self.state_arithmetic.encode(z) for z in z0]
+        pairs = zip((*state.previous, *state.current), (*start, *start), strict=True)
         return torch.stack([(a != b).sum() for a, b in pairs]).sum()
 
     def _decode(self, leaves: Leaves, state: TwoStepState) -> Leaves:
