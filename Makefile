@@ -8,16 +8,16 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-CONFIG ?= configs/lm/default.yaml
+CONFIG ?=
 ARGS ?=
-DATA ?= data/tinyshakespeare.txt
+DATA ?=
 CKPT ?=
 PROMPT ?= def
 
-.PHONY: help setup train-lm generate test lint format typecheck bench-core bench-lm clean
+.PHONY: help setup train-lm train-cifar train-imagenet generate test lint format typecheck bench-core bench-lm clean
 
 help:  ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # The stamp is written last, so that an interrupted installation is done again.
 $(READY): pyproject.toml
@@ -30,7 +30,13 @@ $(READY): pyproject.toml
 setup: $(READY)  ## Make the virtual environment (.venv)
 
 train-lm: $(READY)  ## Train a RevDEQ language model: CONFIG=configs/lm/NAME.yaml ARGS="--trainer.max_steps=100"
-	@$(RUN) -m revdeq_lightning fit --config $(CONFIG) $(ARGS)
+	@$(RUN) -m revdeq_lightning fit --config $(or $(CONFIG),configs/lm/default.yaml) $(ARGS)
+
+train-cifar: $(READY)  ## Train a RevDEQ classifier on CIFAR-10: CONFIG=configs/cifar10/NAME.yaml DATA=own-folder-or-tar-of-images
+	@$(RUN) -m revdeq_lightning image fit --config $(or $(CONFIG),configs/cifar10/cpu.yaml) $(if $(DATA),--data.source=folder --data.path='$(DATA)') $(ARGS)
+
+train-imagenet: $(READY)  ## Train on ImageNet: DATA=folder with train/CLASS/* and val/CLASS/*
+	@$(RUN) -m revdeq_lightning image fit --config $(or $(CONFIG),configs/imagenet/modern.yaml) $(if $(DATA),--data.path='$(DATA)') $(ARGS)
 
 generate: $(READY)  ## Continue a text: CKPT=runs/lm/NAME/DATE/checkpoints/best.ckpt PROMPT="def "
 	@$(RUN) -m revdeq_lightning generate --ckpt_path '$(CKPT)' --prompt '$(PROMPT)' $(ARGS)
@@ -52,7 +58,7 @@ bench-core: $(READY)  ## Measure the core: exactness, convergence, cost, memory 
 	@$(RUN) -m benchmarks.core $(ARGS)
 
 bench-lm: $(READY)  ## Train the tiny Shakespeare table: DATA=tinyshakespeare.txt (hours on two cores)
-	@$(RUN) -m benchmarks.language_model --data '$(DATA)' $(ARGS)
+	@$(RUN) -m benchmarks.language_model --data '$(or $(DATA),data/tinyshakespeare.txt)' $(ARGS)
 
 clean:  ## Remove the virtual environment and caches (never runs/)
 	@rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info

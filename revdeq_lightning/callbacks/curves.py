@@ -54,7 +54,7 @@ def draw_curves(metrics: Path, figure: Path) -> None:
 def _focus(axis: Any, values: list[float], zero: bool) -> None:
     """Counts and rates from zero on; a loss without the height of its first steps."""
     if zero:
-        axis.set_ylim(0, 1.1 * max(values))
+        axis.set_ylim(0, 1.1 * max(values) or 1)
     elif len(values) > 20:
         ordered = sorted(values)
         low, high = ordered[0], ordered[int(0.97 * len(ordered))]

@@ -129,17 +129,9 @@ def _read_utf8(file: Path) -> str:
 
 def _open_huggingface(path: str, name: str | None, validation_fraction: float, test_fraction: float) -> TextSource:
     folder = Path(path)
-    if folder.is_dir():
-        digest = hashlib.sha256(str(name).encode())
-        for file in _list_files(path):
-            digest.update(file.relative_to(folder).as_posix().encode())
-            digest.update(file.read_bytes())
-        key = digest.hexdigest()
-    else:  # the name alone: a text that was tokenized once needs no hub any more
-        key = f"hub:{path}:{name}"
 
     def read() -> dict[str, str]:
-        dataset = _load_dataset(folder, path, name)
+        dataset = load_huggingface(folder, path, name)
         texts = {}
         for split in SPLITS:
             if split not in dataset:
@@ -152,10 +144,23 @@ def _open_huggingface(path: str, name: str | None, validation_fraction: float, t
             raise ValueError(f'{path} has the splits {sorted(dataset)}, "train" is not among them.')
         return texts if len(texts) > 1 else cut_by_fractions(texts["train"], validation_fraction, test_fraction)
 
-    return TextSource(key, read)
+    return TextSource(huggingface_key(path, name), read)
 
 
-def _load_dataset(folder: Path, path: str, name: str | None) -> dict[str, Any]:
+def huggingface_key(path: str, name: str | None) -> str:
+    """Identifies a local copy by its content, a dataset of the hub by its name: once prepared it needs no hub."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return f"hub:{path}:{name}"
+    digest = hashlib.sha256(str(name).encode())
+    for file in _list_files(path):
+        digest.update(file.relative_to(folder).as_posix().encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def load_huggingface(folder: Path, path: str, name: str | None) -> dict[str, Any]:
+    """The splits of a Hugging Face dataset: of `folder` if it exists, else of the hub's `path`."""
     import datasets
     from huggingface_hub import constants
 
@@ -173,5 +178,5 @@ def _load_dataset(folder: Path, path: str, name: str | None) -> dict[str, Any]:
 
 _UNREACHABLE = (
     "cannot fetch the dataset {path} from the hub ({why}): give path=FOLDER with its parquet files or its save_to_disk "
-    'copy, set HF_HUB_OFFLINE=1 if it was downloaded before, or use source="python", which needs no network.'
+    "copy, set HF_HUB_OFFLINE=1 if it was downloaded before, or use the embedded data, which needs no network."
 )

@@ -1,20 +1,17 @@
 """Text for language models: windows of tokens in a reproducible, resumable order."""
 
-import hashlib
-import json
-from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from lightning import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
 
-from revdeq_lightning.data.sampler import ResumableBatchSampler, ResumableLoader
+from revdeq_lightning.data.array_cache import ArrayCache, StoredArray, load_or_build
+from revdeq_lightning.data.base import AbstractDataModule, check_at_least, check_choice, digest
+from revdeq_lightning.data.sampler import ResumableLoader
 from revdeq_lightning.data.sources import SOURCES, SPLITS, TextSource, open_source
-from revdeq_lightning.data.token_cache import TokenArray, TokenCache, load_or_build
 from revdeq_lightning.data.tokenizers import (
     AbstractTokenizer,
     build_tokenizer,
@@ -42,7 +39,7 @@ class SplitStatistics(NamedTuple):
     num_words: int
 
 
-class TextDataModule(LightningDataModule):
+class TextDataModule(AbstractDataModule):
     """Next-token prediction on text: (tokens, targets) of shape `(batch, context_length)`, targets shifted by one.
 
     The order of training is a function of seed and epoch alone, split over the ranks without overlap, and a run
@@ -77,6 +74,8 @@ class TextDataModule(LightningDataModule):
         FileNotFoundError, ConnectionError: If the text or the tokenizer is not to be had.
     """
 
+    _items = "windows"
+
     def __init__(
         self,
         source: str = "python",
@@ -100,13 +99,10 @@ class TextDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        _check_choice("source", source, SOURCES)
-        _check_choice("window_order", window_order, WINDOW_ORDERS)
+        check_choice("source", source, SOURCES)
+        check_choice("window_order", window_order, WINDOW_ORDERS)
         check_tokenizer_name(tokenizer)
-        for name, least in _LEAST.items():
-            value = self.hparams[name]
-            if value is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}.")
+        check_at_least(_LEAST, self.hparams)
         if min(validation_fraction, test_fraction) < 0 or validation_fraction + test_fraction >= 1:
             raise ValueError(
                 "validation_fraction and test_fraction must not be negative and must leave something to train on, "
@@ -117,11 +113,8 @@ class TextDataModule(LightningDataModule):
             raise ValueError(f'source "{source}" {advice}, got {path!r}.')
         if source != "files" and not (validation_path is None and test_path is None):
             raise ValueError(f'validation_path and test_path are for source "files", the source is "{source}".')
-        self._cache: TokenCache | None = None
+        self._cache: ArrayCache | None = None
         self._tokenizer: AbstractTokenizer | None = None
-        self._train_loader: ResumableLoader | None = None
-        self._open_loaders: list[ResumableLoader] = []
-        self._resumed: dict[str, Any] = {}
 
     @property
     def tokenizer(self) -> AbstractTokenizer:
@@ -144,7 +137,7 @@ class TextDataModule(LightningDataModule):
     @property
     def splits(self) -> tuple[str, ...]:
         """The splits that have text, of "train", "validation" and "test"."""
-        return tuple(split for split in SPLITS if split in self._prepared().splits)
+        return tuple(split for split in SPLITS if split in self._prepared().arrays)
 
     def split_statistics(self, split: str) -> SplitStatistics:
         """Tokens, bytes and words that the evaluation of the split predicts."""
@@ -167,12 +160,7 @@ class TextDataModule(LightningDataModule):
         tokens = self._tokens("train", at_least=context_length + 1)
         sizes = {"num_tokens": len(tokens), "context_length": context_length}
         order = partial(window_starts, **sizes, seed=self.hparams["seed"], order=self.hparams["window_order"])
-        loader = self._loader(tokens, count_windows(**sizes), order=order, drop_last=True)
-        if self._resumed:
-            loader.load_state_dict(self._resumed["position"])
-            self._warn_if_other_order()
-        self._train_loader = loader
-        return loader
+        return self._training_loader(TokenWindows(tokens, context_length), count_windows(**sizes), order)
 
     def val_dataloader(self) -> ResumableLoader:
         """Every window of the validation text once."""
@@ -188,8 +176,7 @@ class TextDataModule(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Position of the first batch not yet trained, and what the order depends on; plain containers."""
-        position = self._train_loader.state_dict() if self._train_loader else self._resumed.get("position")
-        return {"position": position, "order": self._order_settings(), "tokenizer": _digest(self.tokenizer_state())}
+        return super().state_dict() | {"tokenizer": digest(self.tokenizer_state())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue at this position.
@@ -197,35 +184,21 @@ class TextDataModule(LightningDataModule):
         Raises:
             ValueError: If the state belongs to a run with another vocabulary.
         """
-        if state_dict["tokenizer"] != _digest(self.tokenizer_state()):
+        if state_dict["tokenizer"] != digest(self.tokenizer_state()):
             raise ValueError(
                 "the checkpoint was trained with another vocabulary than this data has "
                 f'(tokenizer="{self.hparams["tokenizer"]}", {self.tokenizer.vocab_size} tokens): use the data settings '
                 "of that run, or store its tokenizer_state() as JSON and give the file's path as tokenizer."
             )
-        self._resumed = dict(state_dict) if state_dict["position"] else {}
-        if self._resumed and self._train_loader:
-            self._train_loader.load_state_dict(self._resumed["position"])
+        super().load_state_dict(state_dict)
 
-    def teardown(self, stage: str) -> None:
-        """End the workers."""
-        self._close_loaders()
-
-    def on_exception(self, exception: BaseException) -> None:
-        """End the workers: after an exception Lightning does not call `teardown`."""
-        self._close_loaders()
-
-    def __str__(self) -> str:
-        # Lightning's own would run through every batch of a loader that is not a DataLoader.
-        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.hparams.items())})"
-
-    def _prepared(self) -> TokenCache:
+    def _prepared(self) -> ArrayCache:
         if self._cache is None:
             hparams = self.hparams
             check_tokenizer_name(hparams["tokenizer"])
             source = open_source(**{name: hparams[name] for name in _SOURCE_ARGUMENTS})
             settings = {name: hparams[name] for name in _CONTENT_ARGUMENTS}
-            key = _digest([_CACHE_FORMAT, source.key, tokenizer_key(hparams["tokenizer"]), settings])
+            key = digest([_CACHE_FORMAT, source.key, tokenizer_key(hparams["tokenizer"]), settings])
             path = (
                 Path(hparams["cache_dir"]) / f"{hparams['source']}-{Path(hparams['tokenizer']).stem}-{key}.safetensors"
             )
@@ -254,9 +227,9 @@ class TextDataModule(LightningDataModule):
             statistics[split] = _statistics(text, ids, tokenizer)._asdict()
         return arrays, {"tokenizer": tokenizer.state(), "statistics": statistics}
 
-    def _tokens(self, split: str, at_least: int) -> TokenArray:
-        _check_choice("split", split, SPLITS)
-        tokens = self._prepared().splits.get(split)
+    def _tokens(self, split: str, at_least: int) -> StoredArray:
+        check_choice("split", split, SPLITS)
+        tokens = self._prepared().arrays.get(split)
         if tokens is None:
             raise ValueError(
                 f"this text has no {split} split: set {split}_fraction above 0 (or {split}_path), "
@@ -274,48 +247,12 @@ class TextDataModule(LightningDataModule):
         context_length = self.hparams["context_length"]
         num_windows = -(-(len(tokens) - 1) // context_length)
         return self._loader(
-            tokens, num_windows, order=lambda _: context_length * np.arange(num_windows), drop_last=False
+            TokenWindows(tokens, context_length), num_windows, lambda _: context_length * np.arange(num_windows)
         )
-
-    def _loader(
-        self, tokens: TokenArray, num_windows: int, *, order: Callable[[int], NDArray[np.int64]], drop_last: bool
-    ) -> ResumableLoader:
-        rank, world_size = self._rank_and_world_size()
-        sampler = ResumableBatchSampler(
-            num_windows, self.hparams["batch_size"], order=order, rank=rank, world_size=world_size, drop_last=drop_last
-        )
-        loader = ResumableLoader(
-            TokenWindows(tokens, self.hparams["context_length"]),
-            sampler,
-            num_workers=self.hparams["num_workers"],
-            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
-            trainer=self.trainer if drop_last else None,
-        )
-        self._open_loaders.append(loader)
-        return loader
-
-    def _close_loaders(self) -> None:
-        while self._open_loaders:
-            self._open_loaders.pop().close()
-
-    def _rank_and_world_size(self) -> tuple[int, int]:
-        """Among the processes that share the data: under tensor parallelism fewer than there are ranks."""
-        shares = self.trainer.distributed_sampler_kwargs if self.trainer else None
-        return (shares["rank"], shares["num_replicas"]) if shares else (0, 1)
 
     def _order_settings(self) -> dict[str, Any]:
         settings = {name: self.hparams[name] for name in ("seed", "context_length", "window_order")}
-        global_batch_size = self.hparams["batch_size"] * self._rank_and_world_size()[1]
-        return settings | {"global_batch_size": global_batch_size, "num_tokens": len(self._prepared().splits["train"])}
-
-    def _warn_if_other_order(self) -> None:
-        now, then = self._order_settings(), self._resumed["order"]
-        changed = [f"{name} {then[name]} -> {now[name]}" for name in now if now[name] != then[name]]
-        if changed:
-            rank_zero_warn(
-                f"the order of training changed since the checkpoint ({', '.join(changed)}): within this epoch windows "
-                "may come twice or not at all; to continue exactly, use the checkpoint's values."
-            )
+        return settings | {"num_tokens": len(self._prepared().arrays["train"])}
 
 
 _PATHS = ("path", "dataset_name", "validation_path", "test_path")
@@ -331,15 +268,6 @@ _LEAST = {
     "max_train_bytes": 1,
     "max_eval_bytes": 1,
 }
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f'{name} must be one of {", ".join(choices)}, got "{value}".')
-
-
-def _digest(content: list[Any] | Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _first_bytes(text: str, limit: int | None) -> str:

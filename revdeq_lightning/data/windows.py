@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from revdeq_lightning.data.array_cache import StoredArray
 from revdeq_lightning.data.sampler import PADDING, random_bits, shuffled
-from revdeq_lightning.data.token_cache import TokenArray
 
 IGNORE_INDEX = -100
 """Target of a position that has none: no loss and no metric counts it."""
@@ -27,7 +27,7 @@ class TextBatch(NamedTuple):
 class TokenWindows(Dataset[TextBatch]):
     """Maps a list of first positions to a batch of windows; what lies outside the text is not predicted."""
 
-    def __init__(self, tokens: TokenArray, context_length: int) -> None:
+    def __init__(self, tokens: StoredArray, context_length: int) -> None:
         self.tokens, self.context_length = tokens, context_length
 
     def __len__(self) -> int:

@@ -79,8 +79,7 @@ class ClassificationTask(AbstractTask):
         """Mean nats per image; of a mixed image, those of both labels by their shares."""
         output = self(batch.images)
         logits_BV = output.logits_BV.float()
-        nats = [self._nats(logits_BV, labels) for labels in (batch.labels, batch.partner_labels)]
-        loss = torch.lerp(nats[1], nats[0], batch.weights).mean()
+        loss = sum(self._nats(logits_BV, *target) for target in targets(batch)) / num_images(batch)
         self.log("train/loss", loss)
         return {"loss": loss, "step": TrainingOutput(output.stats, len(batch.labels), "images")}
 
@@ -115,8 +114,9 @@ class ClassificationTask(AbstractTask):
         correct = (logits_BV.argmax(-1) == batch.labels).sum()
         return {"loss": nats, "accuracy": correct, "count": (batch.labels != IGNORE_INDEX).sum()}
 
-    def _nats(self, logits_BV: Tensor, labels_B: Tensor) -> Tensor:
-        return F.cross_entropy(logits_BV, labels_B, reduction="none", label_smoothing=self.label_smoothing)
+    def _nats(self, logits_BV: Tensor, labels_B: Tensor, weights_B: Tensor) -> Tensor:
+        nats_B = F.cross_entropy(logits_BV, labels_B, reduction="none", label_smoothing=self.label_smoothing)
+        return weights_B @ nats_B
 
     def _add_to(self, name: str, batch: ImageBatch) -> Tensor:
         logits_BV: Tensor = self(batch.images).logits_BV.float()
@@ -133,6 +133,17 @@ class ClassificationTask(AbstractTask):
         metrics = cast(MetricCollection, self.metrics[name])
         self.log_dict({f"{name}/{key}": value for key, value in metrics.compute().items()}, sync_dist=True)
         metrics.reset()
+
+
+def targets(batch: ImageBatch) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Labels and their shares in each image: its own, and of what was mixed in."""
+    return (batch.labels, batch.weights), (batch.partner_labels, 1 - batch.weights)
+
+
+def num_images(batch: ImageBatch) -> Tensor:
+    """Images of the batch without those that could not be decoded; at least 1."""
+    shares = [weights_B @ (labels_B != IGNORE_INDEX).float() for labels_B, weights_B in targets(batch)]
+    return sum(shares, torch.zeros((), device=batch.labels.device)).clamp(min=1)
 
 
 def figures(num_classes: int) -> MetricCollection:

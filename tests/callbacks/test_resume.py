@@ -97,7 +97,12 @@ class NoteValidation(Callback):
 def fit_on_two_ranks(folder, name, *, save=None, ckpt_path=None, seed=0):
     data = tiny_data(folder)
     notes = DrawAndSave(save)
-    callbacks = [notes, NoteAtEnd(notes, folder / f"{name}.ckpt"), RunReport(LanguageRunConfig()), NoteValidation(folder / f"{name}.val")]
+    callbacks = [
+        notes,
+        NoteAtEnd(notes, folder / f"{name}.ckpt"),
+        RunReport(LanguageRunConfig()),
+        NoteValidation(folder / f"{name}.val"),
+    ]
     logger = ContinuedCSVLogger(folder / name)
     trainer = tiny_trainer(folder, callbacks, logger=logger, strategy="ddp_fork", devices=2, val_check_interval=5)
     trainer.fit(tiny_task(data, seed=seed, optimizer=MUON), data, ckpt_path=ckpt_path)

@@ -46,7 +46,7 @@ def module(tmp_path):
 
 
 def split_ids(data, split):
-    return data._prepared().splits[split].array.tolist()
+    return data._prepared().arrays[split].array.tolist()
 
 
 def split_text(data, split):
@@ -131,7 +131,7 @@ def test_unreachable_hub_is_told_within_seconds(module, monkeypatch):
 
 
 def test_a_hub_dataset_that_was_tokenized_needs_no_hub(module, monkeypatch):
-    monkeypatch.setattr(text_module.open_source.__globals__["_load_dataset"], "__code__", _fake_dataset.__code__)
+    monkeypatch.setattr(text_module.open_source.__globals__["load_huggingface"], "__code__", _fake_dataset.__code__)
     first = module(source="huggingface", path="a/b", context_length=4)
     assert split_text(first, "train") == "once upon a time\n"
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
@@ -164,8 +164,8 @@ def test_tokens_are_stored_once_and_read_as_a_memory_map(module, monkeypatch):
     monkeypatch.setattr(TextDataModule, "_tokenize", lambda *_: pytest.fail("tokenized twice"))
     again = module(tokenizer="bpe", bpe_vocab_size=280)
     assert split_ids(again, "train") == split_ids(first, "train")
-    assert isinstance(again._prepared().splits["train"].array, np.memmap)
-    assert again._prepared().splits["train"].array.dtype == np.uint16
+    assert isinstance(again._prepared().arrays["train"].array, np.memmap)
+    assert again._prepared().arrays["train"].array.dtype == np.uint16
     assert again.tokenizer_state() == first.tokenizer_state()
 
 
@@ -186,7 +186,7 @@ def test_damaged_tokens_are_noticed_and_built_anew(module, damage):
         content[-5] ^= 1
     damaged = {"truncated": content[:-100], "short": content[:3], "overwritten": b"\xff" * 500}.get(damage, content)
     file.write_bytes(damaged)
-    with pytest.warns(UserWarning, match="are damaged: they are built anew"):
+    with pytest.warns(UserWarning, match="is damaged: it is built anew"):
         assert split_ids(module(), "train") == expected
     assert split_ids(module(), "train") == expected
 
@@ -214,7 +214,7 @@ def _prepare_and_count(folder, start, builds):
     TextDataModule._tokenize = counted
     start.wait()
     assert data.vocab_size == 270
-    assert len(data._prepared().splits["train"].array) > 0
+    assert len(data._prepared().arrays["train"].array) > 0
 
 
 def test_processes_that_prepare_at_the_same_time_build_once(tmp_path):
@@ -322,7 +322,7 @@ def test_vocabulary_is_known_at_once_and_can_be_padded(module):
 def test_a_large_vocabulary_is_stored_in_32_bits(module, monkeypatch):
     monkeypatch.setattr("revdeq_lightning.data.tokenizers.ByteTokenizer.vocab_size", 2**16 + 1)
     data = module()
-    assert data._prepared().splits["train"].array.dtype == np.uint32
+    assert data._prepared().arrays["train"].array.dtype == np.uint32
     assert bytes(split_ids(data, "train") + split_ids(data, "validation") + split_ids(data, "test")).decode() == PROSE
 
 

@@ -1,0 +1,127 @@
+"""What every DataModule shares: loaders in a reproducible order, and a position to resume from."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from lightning import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
+
+from revdeq_lightning.data.sampler import ResumableBatchSampler, ResumableLoader
+
+
+class AbstractDataModule(LightningDataModule):
+    """Loaders split over the ranks; a checkpoint holds the position of the first batch not yet trained.
+
+    Needs the hyper-parameters `batch_size` and `num_workers`. Implementations say on what the order of training depends
+    (`_order_settings`).
+    """
+
+    _items: str
+    """What a batch is made of, for messages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._train_loader: ResumableLoader | None = None
+        self._open_loaders: list[ResumableLoader] = []
+        self._resumed: dict[str, Any] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position of the first batch not yet trained, and what the order depends on; plain containers."""
+        position = self._train_loader.state_dict() if self._train_loader else self._resumed.get("position")
+        global_batch_size = self.hparams["batch_size"] * self._rank_and_world_size()[1]
+        return {"position": position, "order": self._order_settings() | {"global_batch_size": global_batch_size}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue at this position."""
+        self._resumed = dict(state_dict) if state_dict["position"] else {}
+        if self._resumed and self._train_loader:
+            self._train_loader.load_state_dict(self._resumed["position"])
+
+    def teardown(self, stage: str) -> None:
+        """End the workers."""
+        self._close_loaders()
+
+    def on_exception(self, exception: BaseException) -> None:
+        """End the workers: after an exception Lightning does not call `teardown`."""
+        self._close_loaders()
+
+    def __str__(self) -> str:
+        # Lightning's own would run through every batch of a loader that is not a DataLoader.
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.hparams.items())})"
+
+    def _order_settings(self) -> dict[str, Any]:
+        """What the order of training depends on besides the global batch size; plain containers."""
+        raise NotImplementedError
+
+    def _training_loader(
+        self, dataset: Dataset[Any], num_items: int, order: Callable[[int], NDArray[np.int64]]
+    ) -> ResumableLoader:
+        """Only whole batches, from the position that was loaded."""
+        self._train_loader = self._loader(dataset, num_items, order, drop_last=True)
+        if self._resumed:
+            self._train_loader.load_state_dict(self._resumed["position"])
+            self._warn_if_other_order()
+        return self._train_loader
+
+    def _loader(
+        self,
+        dataset: Dataset[Any],
+        num_items: int,
+        order: Callable[[int], NDArray[np.int64]] | None = None,
+        *,
+        drop_last: bool = False,
+    ) -> ResumableLoader:
+        rank, world_size = self._rank_and_world_size()
+        sampler = ResumableBatchSampler(
+            num_items, self.hparams["batch_size"], order=order, rank=rank, world_size=world_size, drop_last=drop_last
+        )
+        loader = ResumableLoader(
+            dataset,
+            sampler,
+            num_workers=self.hparams["num_workers"],
+            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+            trainer=self.trainer if drop_last else None,
+        )
+        self._open_loaders.append(loader)
+        return loader
+
+    def _close_loaders(self) -> None:
+        while self._open_loaders:
+            self._open_loaders.pop().close()
+
+    def _rank_and_world_size(self) -> tuple[int, int]:
+        """Among the processes that share the data: under tensor parallelism fewer than there are ranks."""
+        shares = self.trainer.distributed_sampler_kwargs if self.trainer else None
+        return (shares["rank"], shares["num_replicas"]) if shares else (0, 1)
+
+    def _warn_if_other_order(self) -> None:
+        now, then = self.state_dict()["order"], self._resumed["order"]
+        changed = [f"{name} {then.get(name)} -> {now[name]}" for name in now if now[name] != then.get(name)]
+        if changed:
+            rank_zero_warn(
+                f"the order of training changed since the checkpoint ({', '.join(changed)}): within this epoch "
+                f"{self._items} may come twice or not at all; to continue exactly, use the checkpoint's values."
+            )
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise a ValueError that names the choices."""
+    if value not in choices:
+        raise ValueError(f'{name} must be one of {", ".join(choices)}, got "{value}".')
+
+
+def check_at_least(least: dict[str, int], values: Mapping[str, Any]) -> None:
+    """Raise a ValueError for the first value that is given and too small."""
+    for name, bound in least.items():
+        if values[name] is not None and values[name] < bound:
+            raise ValueError(f"{name} must be at least {bound}, got {values[name]}.")
+
+
+def digest(content: Any) -> str:
+    """A name for plain containers, the same in every process."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]

@@ -1,0 +1,173 @@
+"""From the bytes of an image to pixels: decoding, and the one convention of resizing and cropping for evaluation."""
+
+import io
+import os
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from torch import Tensor
+
+UNDECODABLE = ("raise", "skip")
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+INTERPOLATION, RESAMPLING = "bicubic", Image.Resampling.BICUBIC  # antialiased
+_MODES = {1: "L", 3: "RGB"}
+
+
+class UndecodableImageError(ValueError):
+    """An image that cannot be decoded; its message names it."""
+
+    def __init__(self, message: str) -> None:
+        # A DataLoader raises a worker's error anew, with the worker's traceback as its message: one line is enough.
+        super().__init__(message.strip().rpartition("\n")[2].rpartition(f"{type(self).__name__}: ")[2])
+
+
+class ImageSizes(NamedTuple):
+    """What every image becomes: square, after its shorter side was resized to `resize`; grey (1 channel) or RGB (3)."""
+
+    channels: int
+    image_size: int
+    resize: int
+
+
+class PreprocessedFiles(NamedTuple):
+    """The files that were decoded, and the model's input, float32 `(batch, channels, height, width)`."""
+
+    paths: list[Path]
+    images: Tensor
+
+
+def skipped_message(names: Sequence[str]) -> str:
+    """Count and name images that cannot be decoded."""
+    listed = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+    return f"{len(names)} image(s) that cannot be decoded are skipped: {listed}."
+
+
+def decode_image(content: bytes | NDArray[np.uint8], name: str, channels: int) -> Image.Image:
+    """Decode an image of any mode to grey (1 channel) or RGB (3).
+
+    The orientation that a camera noted in EXIF is applied. Grey becomes RGB by repetition and RGB grey by luma; palette
+    and CMYK are converted; transparency is dropped; of 16-bit grey the upper 8 bits are kept; of an animation the first
+    frame.
+
+    Args:
+        content: The file's bytes, or pixels of shape `(height, width, 1 or 3)`.
+        name: For the message.
+        channels: 1 or 3.
+
+    Raises:
+        UndecodableImageError: If it is none, or damaged.
+    """
+    try:
+        if isinstance(content, np.ndarray):
+            image = Image.fromarray(content.squeeze(-1) if content.shape[-1] == 1 else content)
+        else:
+            image = Image.open(io.BytesIO(content))
+            image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16"):
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if image.mode in ("I", "F"):
+            raise ValueError(f"pixels of mode {image.mode} have no fixed range")
+        if "transparency" in image.info:
+            image = image.convert("RGBA")
+        return image.convert(_MODES[channels])
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever a codec raises
+        reason = str(error).partition("\n")[0]
+        if reason.startswith("cannot identify image file"):
+            reason = (
+                "no image format that Pillow knows" if content is not None and len(content) else "the file is empty"
+            )
+        raise UndecodableImageError(
+            f'cannot decode the image {name} ({reason}): repair or remove it, or set undecodable="skip".'
+        ) from None
+
+
+def evaluation_resize(image_size: int, crop_fraction: float | None) -> int:
+    """Length of the shorter side before the centre crop: `image_size / crop_fraction`, rounded.
+
+    None means 0.875 above 64 pixels (256 for 224) and 1 up to there.
+    """
+    return round(image_size / (crop_fraction or (0.875 if image_size > 64 else 1.0)))
+
+
+def evaluation_transform(image: Image.Image, image_size: int, resize: int) -> NDArray[np.uint8]:
+    """Resize the shorter side to `resize` (bicubic, antialiased), cut out the centre; `(channels, size, size)`.
+
+    The rounding is torchvision's (`Resize`, `CenterCrop`).
+    """
+    width, height = image.size
+    short, long = min(width, height), max(width, height)
+    if short != resize:
+        other = int(resize * long / short)
+        image = image.resize((resize, other) if width <= height else (other, resize), RESAMPLING)
+    left, top = (round((side - image_size) / 2.0) for side in image.size)
+    if (left, top) != (0, 0) or image.size != (image_size, image_size):
+        image = image.crop((left, top, left + image_size, top + image_size))
+    return to_array(image)
+
+
+def to_array(image: Image.Image) -> NDArray[np.uint8]:
+    """Pixels with the channels first."""
+    pixels = np.asarray(image)
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
+def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Map uint8 images to float32 of about zero mean and unit variance; `mean` and `std` on the scale 0 ... 1."""
+    scale = torch.tensor([1 / (255 * s) for s in std], device=images.device).view(-1, 1, 1)
+    offset = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=images.device).view(-1, 1, 1)
+    return images.to(torch.float32).mul_(scale).add_(offset)
+
+
+def find_images(path: str | os.PathLike[str]) -> list[Path]:
+    """An image file, or those below a folder, hidden ones excepted, sorted by name.
+
+    Raises:
+        FileNotFoundError: If there are none.
+    """
+    root = Path(path)
+    if root.is_file():
+        return [root]
+    files = [file for file in root.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()]
+    files = sorted(file for file in files if "/." not in f"/{file.relative_to(root).as_posix()}")
+    if not files:
+        raise FileNotFoundError(
+            f"no images ({', '.join(IMAGE_SUFFIXES)}) in {root} (looked in {Path.cwd()}): give an image or a folder of "
+            "images."
+        )
+    return files
+
+
+def preprocess_files(
+    paths: Iterable[str | os.PathLike[str]], state: dict[str, Any], *, undecodable: Literal["raise", "skip"] = "raise"
+) -> PreprocessedFiles:
+    """Decode files for prediction, exactly as evaluation does.
+
+    Args:
+        paths: Image files; as many as fit into a batch.
+        state: `ImageDataModule.preprocessing_state()`, which a checkpoint holds.
+        undecodable: Of a file that cannot be decoded: "raise", or "skip" it with a warning that names it.
+    """
+    pixels, files, skipped = [], [], []
+    for path in map(Path, paths):
+        try:
+            image = decode_image(path.read_bytes(), str(path), state["channels"])
+        except UndecodableImageError:
+            if undecodable != "skip":
+                raise
+            skipped.append(str(path))
+            continue
+        pixels.append(evaluation_transform(image, state["image_size"], state["resize"]))
+        files.append(path)
+    if skipped:
+        warnings.warn(skipped_message(skipped), stacklevel=2)
+    shape = (len(pixels), state["channels"], state["image_size"], state["image_size"])
+    images = torch.from_numpy(np.stack(pixels) if pixels else np.zeros(shape, np.uint8))
+    return PreprocessedFiles(files, normalize(images, state["mean"], state["std"]))

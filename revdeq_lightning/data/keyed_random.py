@@ -1,0 +1,47 @@
+"""Random numbers that are a pure function of a key: no state, the same on every device, worker and rank."""
+
+import zlib
+
+import torch
+from torch import Tensor
+
+
+def uniform(keys: Tensor, seed: int, purpose: str, count: int) -> Tensor:
+    """`count` uniform numbers in [0, 1) for each key, float32 `(batch, count)`.
+
+    SplitMix64, started anew from (seed, key, purpose): one item's numbers do not depend on what else is in the batch,
+    nor one purpose's on which others there are.
+
+    Args:
+        keys: int64 `(batch,)`.
+        seed: Any integer.
+        purpose: What the numbers decide; another name gives independent ones.
+        count: Numbers for each key.
+
+    Source: Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators".
+    """
+    stream = torch.tensor(_signed(zlib.crc32(purpose.encode()) ^ (seed * _GOLDEN)), device=keys.device)
+    state = _mix(keys + _mix(stream)).unsqueeze(1)
+    steps = torch.arange(1, count + 1, device=keys.device) * _signed(_GOLDEN)
+    bits = _mix(state + steps)
+    return _shifted(bits, 40).to(torch.float32) * 2.0**-24  # exact
+
+
+def _signed(value: int) -> int:
+    """The integer modulo 2^64 as int64 holds it."""
+    return (value + 2**63) % 2**64 - 2**63
+
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_FACTORS = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
+
+
+def _shifted(value: Tensor, bits: int) -> Tensor:
+    """Logical shift to the right; that of int64 drags the sign along."""
+    return (value >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(value: Tensor) -> Tensor:
+    value = (value ^ _shifted(value, 30)) * _FACTORS[0]
+    value = (value ^ _shifted(value, 27)) * _FACTORS[1]
+    return value ^ _shifted(value, 31)

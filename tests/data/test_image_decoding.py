@@ -1,0 +1,168 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from image_files import builder, encoded, make_folder, pixels, split, whole
+from PIL import Image
+from torchvision.transforms import v2 as transforms
+
+from revdeq_lightning.data.images import ImageDataModule, preprocess_files
+from revdeq_lightning.data.windows import IGNORE_INDEX
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture
+def module(folder, tmp_path):
+    return builder(folder, tmp_path / "cache")
+
+
+# Decoding
+
+
+@pytest.mark.parametrize("size", [(48, 31), (31, 48), (16, 16), (9, 20), (33, 33)])
+@pytest.mark.parametrize("crop_fraction", [None, 0.875, 0.7])
+def test_evaluation_convention_is_torchvisions_resize_and_centre_crop(tmp_path, size, crop_fraction):
+    Image.fromarray(pixels(1, *size)).save(tmp_path / "image.png")
+    data = ImageDataModule("digits", image_size=16, crop_fraction=crop_fraction, channels=3, cache_dir=str(tmp_path))
+    state = data.preprocessing_state()
+    resize = round(16 / (crop_fraction or 1))
+    reference = transforms.Compose(
+        [
+            transforms.Resize(resize, transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(16),
+            transforms.ToImage(),
+            transforms.ToDtype(torch.float32, scale=True),
+            transforms.Normalize(state["mean"], state["std"]),
+        ]
+    )
+    decoded = preprocess_files([tmp_path / "image.png"], state)
+    torch.testing.assert_close(
+        decoded.images[0], reference(Image.open(tmp_path / "image.png")).as_subclass(torch.Tensor)
+    )
+
+
+def test_large_images_are_resized_by_seven_eighths(module):
+    assert module(source="digits", image_size=224).preprocessing_state()["resize"] == 256
+    assert module(source="digits", image_size=64).preprocessing_state()["resize"] == 64
+
+
+GREY = Image.fromarray(pixels(2)).convert("L")
+RGB = Image.fromarray(pixels(2))
+TRANSPARENT = RGB.convert("RGBA")
+TRANSPARENT.putalpha(100)
+PALETTE = RGB.quantize(16)
+DEEP = Image.fromarray(np.asarray(GREY).astype(np.uint16) * 256 + 7)
+MODES = {
+    "grey": (encoded(GREY, "png"), GREY.convert("RGB")),
+    "rgb": (encoded(RGB, "png"), RGB),
+    "transparent": (encoded(TRANSPARENT, "png"), RGB),
+    "grey and transparent": (encoded(TRANSPARENT.convert("LA"), "png"), GREY.convert("RGB")),
+    "palette": (encoded(PALETTE, "png"), PALETTE.convert("RGB")),
+    "palette with a transparent colour": (
+        encoded(PALETTE, "png", transparency=bytes([9] * 16)),
+        PALETTE.convert("RGB"),
+    ),
+    "cmyk": (encoded(RGB.convert("CMYK"), "tif"), RGB),
+    "16 bits": (encoded(DEEP, "png"), GREY.convert("RGB")),
+    "one bit": (encoded(RGB.convert("1"), "png"), RGB.convert("1").convert("RGB")),
+    "turned by EXIF": (encoded(RGB.transpose(Image.Transpose.ROTATE_90), "png", exif={}), RGB),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_becomes_rgb(tmp_path, mode):
+    content, expected = MODES[mode]
+    if mode == "turned by EXIF":
+        exif = Image.Exif()
+        exif[0x0112] = 6  # shown after a turn by 90 degrees clockwise
+        content = encoded(RGB.transpose(Image.Transpose.ROTATE_90), "png", exif=exif)
+    (tmp_path / "image").write_bytes(content)
+    state = {"channels": 3, "image_size": 32, "resize": 32, "mean": [0.0] * 3, "std": [1.0] * 3}
+    decoded = preprocess_files([tmp_path / "image"], state).images[0] * 255
+    reference = torch.from_numpy(np.asarray(expected)[:, 4:36].copy()).permute(2, 0, 1)
+    assert torch.equal(decoded.round(), reference.float())
+
+
+def test_grey_channels_of_a_colour_folder(module):
+    data = module(channels=1)
+    images, _ = split(data, "test")
+    colour, _ = split(module(), "test")
+    luma = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
+    assert images.shape[1:] == (1, 16, 16)
+    assert ((colour * luma).sum(1, keepdim=True) - images).abs().max() <= 4  # luma before instead of after the resize
+
+
+def test_prediction_prepares_files_as_evaluation_does(module, folder):
+    data = module(in_memory=False)
+    paths = sorted((folder / "test").rglob("*.jpg"))
+    evaluated = data.on_after_batch_transfer(whole(data.test_dataloader()), 0)
+    decoded = preprocess_files(paths, json.loads(json.dumps(data.preprocessing_state())))
+    assert decoded.paths == paths
+    assert torch.equal(decoded.images, evaluated.images)
+
+
+# Images that cannot be decoded
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    root = make_folder(tmp_path / "damaged", {"train": 8, "val": 2})
+    good = (root / "train/ant/001.jpg").read_bytes()
+    (root / "train/ant/001.jpg").write_bytes(good[: len(good) // 2])
+    (root / "train/bee/002.jpg").write_bytes(b"")
+    (root / "val/bee/001.jpg").write_bytes(b"no image")
+    return root
+
+
+@pytest.mark.parametrize("options", [{}, {"in_memory": False}, {"in_memory": False, "num_workers": 1}])
+def test_an_image_that_cannot_be_decoded_is_named_in_one_line(module, damaged, options):
+    data = module(damaged, **options)
+    with pytest.raises(
+        ValueError, match=r'cannot decode the image \S+/00[12].jpg \(.*\): repair.*undecodable="skip"'
+    ) as e:
+        list(data.train_dataloader())
+    data.teardown("fit")
+    assert "\n" not in str(e.value)
+    assert "Traceback" not in str(e.value)
+
+
+def test_images_that_cannot_be_decoded_are_left_out_with_one_warning(module, damaged):
+    data = module(damaged, undecodable="skip")
+    for build in (data, module(damaged, undecodable="skip")):  # the second one reads what the first stored
+        with pytest.warns(
+            UserWarning, match=r"3 image\(s\) .* skipped: train/ant/001.jpg, .*, val/bee/001.jpg"
+        ) as record:
+            build.setup("fit")
+        assert len(record) == 1
+    assert {name: torch.bincount(split(data, name)[1]).tolist() for name in data.splits} == {
+        "train": [7, 7, 8],
+        "validation": [2, 1, 2],
+    }
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_workers_mark_images_that_cannot_be_decoded_and_the_run_names_them_at_its_end(module, damaged, num_workers):
+    data = module(damaged, undecodable="skip", in_memory=False, num_workers=num_workers)
+    batch = whole(data.train_dataloader())
+    assert (batch.labels == IGNORE_INDEX).sum() == 2
+    assert not batch.images[batch.labels == IGNORE_INDEX].any()
+    with pytest.warns(UserWarning, match=r"2 image\(s\) .* skipped: train/ant/001.jpg, train/bee/002.jpg"):
+        data.teardown("fit")
+    data.teardown("fit")
+
+
+def test_prediction_skips_what_cannot_be_decoded(module, damaged):
+    paths = [damaged / "train/ant/000.jpg", damaged / "val/bee/001.jpg", damaged / "train/cat/000.jpg"]
+    state = module().preprocessing_state()
+    with pytest.warns(UserWarning, match=r"1 image\(s\) .*bee/001.jpg"):
+        decoded = preprocess_files(paths, state, undecodable="skip")
+    assert decoded.paths == [paths[0], paths[2]]
+    with pytest.raises(ValueError, match=r"bee/001.jpg \(no image format that Pillow knows\)"):
+        preprocess_files(paths, state)
+    with pytest.warns(UserWarning, match="1 image"):
+        assert preprocess_files(paths[1:2], state, undecodable="skip").images.shape == (0, 3, 16, 16)

@@ -1,0 +1,446 @@
+import hashlib
+import pickle
+import shutil
+import tarfile
+import time
+
+import datasets
+import huggingface_hub.constants
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from image_files import CLASSES, assert_same_splits, builder, make_archive, make_folder, split
+from scipy import stats
+from sklearn.datasets import load_digits
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2 as transforms
+
+from revdeq_lightning.data import cifar as cifar_module
+from revdeq_lightning.data.image_sources import AbstractImageReader, ImageTable, split_images, stratified_subset
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture
+def module(folder, tmp_path):
+    return builder(folder, tmp_path / "cache")
+
+
+# Sources and splits
+
+
+def test_digits_are_those_of_scikit_learn_each_in_one_split(module):
+    data = module(source="digits", image_size=8)
+    sizes = {name: data.num_images(name) for name in data.splits}
+    assert sizes == {"train": 1350, "validation": 150, "test": 297}
+    assert (data.num_classes, data.num_channels, data.class_names[3]) == (10, 1, "3")
+    reference = load_digits()
+    expected = sorted(
+        (np.rint(image * 255 / 16).astype(int).ravel().tolist(), int(target))
+        for image, target in zip(reference.images, reference.target, strict=True)
+    )
+    ours = [split(data, name) for name in data.splits]
+    assert expected == sorted(
+        (image.flatten().tolist(), int(label)) for part in ours for image, label in zip(*part, strict=True)
+    )
+    assert set(torch.bincount(ours[1][1]).tolist()) <= {14, 15, 16}
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_folder_has_the_images_and_classes_that_image_folder_finds(module, folder, in_memory):
+    data = module(in_memory=in_memory)
+    assert data.splits == ("train", "validation", "test")
+    assert (data.class_names, data.num_classes, data.num_channels) == (list(CLASSES), 3, 3)
+    transform = transforms.Compose(
+        [
+            transforms.Resize(16, transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(16),
+            transforms.PILToTensor(),
+        ]
+    )
+    for name, where in (("train", "train"), ("validation", "val"), ("test", "test")):
+        reference = ImageFolder(folder / where, transform)
+        images, labels = split(data, name)
+        assert torch.equal(images, torch.stack([image for image, _ in reference]))
+        assert labels.tolist() == reference.targets
+
+
+@pytest.mark.parametrize("layout", [{"train": 8, "validation": 2}, {"train": 8, "test": 2}, {"train": 10}, {"": 10}])
+def test_layouts_of_folders(module, tmp_path, layout):
+    data = module(make_folder(tmp_path / "other", layout), validation_fraction=0.2)
+    sizes = {name: data.num_images(name) for name in data.splits}
+    assert (
+        sizes
+        == {
+            ("train", "validation"): {"train": 24, "validation": 6},
+            ("train", "test"): {"train": 19, "validation": 5, "test": 6},
+            ("train",): {"train": 24, "validation": 6},
+            ("",): {"train": 24, "validation": 6},
+        }[tuple(layout)]
+    )
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz", ".tar.xz", ".tar.bz2", ".TGZ"])
+@pytest.mark.parametrize("prefix", ["", "./", "some/wrapper/"])
+def test_an_archive_equals_the_folder_that_it_holds(module, folder, tmp_path, suffix, prefix):
+    archive = make_archive(folder, tmp_path / f"images{suffix}", prefix)
+    if suffix == ".TGZ":
+        archive.rename(tmp_path / "gz.TGZ")
+        archive = make_archive(folder, tmp_path / "images.gz", prefix).rename(archive)
+    assert_same_splits(module(archive), module())
+    assert not [path for path in tmp_path.iterdir() if path.is_dir() and path.name != "cache"]
+
+
+def test_workers_decode_from_an_uncompressed_archive_and_not_from_a_compressed_one(module, folder, tmp_path):
+    archive = make_archive(folder, tmp_path / "images.tar")
+    assert_same_splits(module(archive, in_memory=False, num_workers=1), module())
+    compressed = make_archive(folder, tmp_path / "images.tar.gz")
+    with pytest.raises(ValueError, match=r"compressed archive is read in a row.*set in_memory to true"):
+        module(compressed, in_memory=False).setup("fit")
+
+
+def test_a_wrapped_folder_equals_the_inner_one(module, folder, tmp_path):
+    (tmp_path / "outer").mkdir()
+    (tmp_path / "outer" / "inner").symlink_to(folder)
+    assert_same_splits(module(tmp_path / "outer"), module())
+
+
+def test_max_images_cut_each_split_and_keep_the_shares_of_the_classes(module):
+    data = module(max_train_images=9, max_eval_images=3)
+    assert {name: torch.bincount(split(data, name)[1]).tolist() for name in data.splits} == {
+        "train": [3, 3, 3],
+        "validation": [1, 1, 1],
+        "test": [1, 1, 1],
+    }
+
+
+def test_the_validation_split_depends_on_names_and_split_seed_only(module, tmp_path):
+    root = make_folder(tmp_path / "other", {"train": 10})
+    validation = split(module(root), "validation")[0]
+    assert torch.equal(split(module(root, seed=5), "validation")[0], validation)
+    assert not torch.equal(split(module(root, split_seed=5), "validation")[0], validation)
+    flat = split(module(root / "train", validation_fraction=0.1), "validation")[0]
+    assert len(flat) == len(validation) == 3
+
+
+# Folders and archives that do not fit
+
+
+def _remove(root, pattern):
+    for path in root.glob(pattern):
+        path.unlink()
+
+
+FAULTS = {
+    "empty class": (lambda root: _remove(root, "train/bee/*"), r"class folder train/bee in \S+ has no images \(.bmp, "),
+    "unknown class": (
+        lambda root: (root / "train/bee").rename(root / "bee"),
+        "has the class bee in test but not",
+    ),
+    "one class": (
+        lambda root: [_rmtree(root / s / c) for s in ("train", "val", "test") for c in CLASSES[1:]],
+        "1 class",
+    ),
+    "no train": (lambda root: (root / "train").rename(root / "training"), r"has test/, val/ but no train/: put"),
+    "two validations": (lambda root: (root / "test").rename(root / "validation"), "both val/ and validation/"),
+    "empty split": (lambda root: [_rmtree(root / "val" / c) for c in CLASSES], "folder for validation without class"),
+}
+
+
+def _rmtree(path):
+    _remove(path, "*")
+    path.rmdir()
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_folders_that_do_not_fit_are_told(module, tmp_path, fault):
+    breakage, message = FAULTS[fault]
+    root = make_folder(tmp_path / "broken")
+    breakage(root)
+    with pytest.raises(ValueError, match=message) as error:
+        module(root).setup("fit")
+    assert "\n" not in str(error.value)
+
+
+def test_missing_folders_and_damaged_archives_are_told(module, tmp_path, folder):
+    with pytest.raises(FileNotFoundError, match=r"no such image folder or archive: \S+/nowhere .*train/CLASS"):
+        module(tmp_path / "nowhere").setup("fit")
+    (tmp_path / "images.zip").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"images.zip is no folder and no archive \(.tar, .tar.gz"):
+        module(tmp_path / "images.zip").setup("fit")
+    for suffix in (".tar", ".tar.gz", ".tar.xz"):
+        archive = make_archive(folder, tmp_path / f"cut{suffix}")
+        content = archive.read_bytes()
+        with tarfile.open(archive) as members:
+            header = members.getmembers()[-1].offset
+        archive.write_bytes(content[: header + 100 if suffix == ".tar" else len(content) // 2])
+        with pytest.raises(ValueError, match=rf"cut{suffix} cannot be read as a tar archive .*check that it is whole"):
+            module(archive).setup("fit")
+
+
+def test_files_that_are_no_images_are_counted_and_named(module, tmp_path):
+    root = make_folder(tmp_path / "other")
+    (root / "README.txt").write_text("about")
+    (root / "train/ant/list.csv").write_text("1")
+    (root / "train/ant/.hidden.jpg").write_text("1")
+    with pytest.warns(
+        UserWarning, match=r"2 file\(s\) in \S+ are no images of a class and not used: README.txt, train/ant/l"
+    ):
+        module(root).setup("fit")
+    assert module(root).num_images("train") == 30
+
+
+# The validation split
+
+
+class Names(AbstractImageReader):
+    def name(self, position):
+        return f"image {position}"
+
+    def read(self, position):
+        raise NotImplementedError
+
+
+def table(sizes, seed=0):
+    labels = np.repeat(np.arange(len(sizes)), sizes)
+    labels = np.random.default_rng(seed).permutation(labels)
+    return ImageTable(Names(), np.arange(len(labels)), labels)
+
+
+def test_a_tenth_of_fifty_thousand_are_five_thousand_five_hundred_of_each_class():
+    limits = {"max_train_images": None, "max_eval_images": None}
+    splits = split_images({"train": table([5000] * 10)}, validation_fraction=0.1, split_seed=0, **limits)
+    assert np.bincount(splits["train"].labels).tolist() == [4500] * 10
+    assert np.bincount(splits["validation"].labels).tolist() == [500] * 10
+    both = np.concatenate([splits["train"].positions, splits["validation"].positions])
+    assert sorted(both) == list(range(50000))
+
+
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=8).filter(any), st.floats(0, 1), st.integers(0, 3))
+def test_a_subset_has_the_size_asked_for_and_keeps_the_shares(sizes, fraction, seed):
+    images = table(sizes)
+    count = round(fraction * len(images.labels))
+    chosen = stratified_subset(images, count, seed)
+    assert len(chosen) == len(set(chosen)) == count
+    found = np.bincount(images.labels[chosen], minlength=len(sizes))
+    exact = np.array(sizes) * count / len(images.labels)
+    assert np.abs(found - exact).max() < 1
+    assert (chosen == stratified_subset(images, count, seed)).all()
+
+
+def test_a_subset_depends_on_the_names_not_on_their_order():
+    order = np.random.default_rng(0).permutation(60)
+    images = table([20, 40])
+    shuffled = ImageTable(images.reader, images.positions[order], images.labels[order])
+    chosen = {int(images.positions[i]) for i in stratified_subset(images, 9, 0)}
+    assert chosen == {int(shuffled.positions[i]) for i in stratified_subset(shuffled, 9, 0)}
+
+
+def test_a_subset_is_drawn_from_everywhere():
+    chosen = stratified_subset(table([4000]), 400, 0)
+    assert stats.kstest(chosen / 4000, "uniform").pvalue > 1e-4
+
+
+# CIFAR
+
+
+@pytest.fixture(params=["cifar10", "cifar100"])
+def cifar(request, tmp_path, monkeypatch):
+    """The published files' layout with few images, and their checksums in place of the published ones."""
+    generator = np.random.default_rng(0)
+    classes = 10 if request.param == "cifar10" else 100
+    published = cifar_module._published(request.param)
+    root = tmp_path / "data" / published.base_folder
+    root.mkdir(parents=True)
+    files = {}
+    for name, _ in [*published.train_list, *published.test_list]:
+        labels = "labels" if classes == 10 else "fine_labels"
+        files[name] = {
+            "data": generator.integers(0, 256, (20, 3072), dtype=np.uint8),
+            labels: generator.integers(0, classes, 20).tolist(),
+        }
+    files[published.meta["filename"]] = {published.meta["key"]: [f"class {i}" for i in range(classes)]}
+    md5 = {}
+    for name, content in files.items():
+        (root / name).write_bytes(pickle.dumps(content))
+        md5[name] = hashlib.md5((root / name).read_bytes()).hexdigest()
+    for attribute in ("train_list", "test_list"):
+        entries = [[name, md5[name]] for name, _ in getattr(published, attribute)]
+        monkeypatch.setattr(published, attribute, entries)
+    monkeypatch.setattr(published, "meta", published.meta | {"md5": md5[published.meta["filename"]]})
+    archive = tmp_path / published.filename
+    with tarfile.open(archive, "w:gz") as stream:
+        stream.add(root, published.base_folder)
+    monkeypatch.setattr(published, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
+    return request.param, published, files, root.parent, archive
+
+
+def expected_cifar(published, files, names):
+    pixels = np.concatenate([files[name]["data"] for name, _ in names]).reshape(-1, 3, 32, 32)
+    labels = [label for name, _ in names for key in files[name] if "labels" in key for label in files[name][key]]
+    return torch.from_numpy(pixels), labels
+
+
+@pytest.mark.parametrize("form", ["folder", "inner folder", "archive", "folder of the archive"])
+def test_cifar_is_read_from_what_its_authors_publish(cifar, module, form):
+    source, published, files, folder, archive = cifar
+    path = {
+        "folder": folder,
+        "inner folder": folder / published.base_folder,
+        "archive": archive,
+        "folder of the archive": archive.parent,
+    }[form]
+    if form == "folder of the archive":
+        shutil.rmtree(folder)
+    data = module(path, source=source, image_size=32, validation_fraction=0.0, download=False)
+    assert data.splits == ("train", "test")
+    assert data.class_names == files[published.meta["filename"]][published.meta["key"]]
+    for name, entries in (("train", published.train_list), ("test", published.test_list)):
+        images, labels = expected_cifar(published, files, entries)
+        ours = split(data, name)
+        assert torch.equal(ours[0], images)
+        assert ours[1].tolist() == labels
+    assert data.preprocessing_state()["mean"] == list(cifar_module.KNOWN_STATISTICS[source][0])
+
+
+def test_cifar_is_downloaded_whole_or_not_at_all(cifar, module, tmp_path, monkeypatch):
+    source, published, _, _, archive = cifar
+    monkeypatch.setattr(published, "url", archive.as_uri())
+    fresh = tmp_path / "fresh"
+    data = module(fresh, source=source, image_size=32)
+    assert data.num_images("test") == 20
+    assert [file.name for file in fresh.iterdir()] == [published.filename]
+    cut = tmp_path / "cut.tar.gz"
+    cut.write_bytes(archive.read_bytes()[:-50])
+    monkeypatch.setattr(published, "url", cut.as_uri())
+    with pytest.raises(
+        ConnectionError, match=r"cannot download \S+cut.tar.gz \(its MD5 is \w+\): put cifar-10\S+ \(MD5"
+    ) as e:
+        module(tmp_path / "again", source=source, image_size=33).setup("fit")
+    assert not list((tmp_path / "again").iterdir())
+    assert "\n" not in str(e.value)
+
+
+def test_unreachable_or_unwanted_download_says_where_to_put_the_file(cifar, module, tmp_path, monkeypatch):
+    source, published, _, _, _ = cifar
+    monkeypatch.setattr(published, "url", "http://127.0.0.1:9/cifar.tar.gz")
+    advice = r"put cifar-100?-python.tar.gz \(MD5 \w+\) into \S+/none/, .* CONFIG=configs/digits/default.yaml"
+    start = time.monotonic()
+    with pytest.raises(ConnectionError, match=advice):
+        module(tmp_path / "none", source=source).setup("fit")
+    assert time.monotonic() - start < 5
+    with pytest.raises(FileNotFoundError, match=r"\(download is false\): " + advice):
+        module(tmp_path / "none", source=source, download=False).setup("fit")
+
+
+def test_damaged_cifar_files_are_named(cifar, module):
+    source, published, _, folder, archive = cifar
+    file = folder / published.base_folder / published.test_list[0][0]
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(
+        ValueError, match=r"test\S* is damaged or another file: its MD5 is \w+, published is \w+: remove"
+    ):
+        module(folder, source=source).setup("fit")
+    archive.write_bytes(archive.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"python.tar.gz is damaged or another file"):
+        module(archive, source=source).setup("fit")
+
+
+def test_known_statistics_are_those_of_torchvisions_names():
+    assert cifar_module._published("cifar10").tgz_md5 == "c58f30108f718f92721af3b95e74349a"
+    assert cifar_module._published("cifar100").tgz_md5 == "eb9058c3a382ffc7106e4002c42a8d85"
+
+
+# Hugging Face
+
+
+def make_dataset(folder, form, label, image_column="image", label_column="label"):
+    files = {name: sorted((folder / where).rglob("*.jpg")) for name, where in (("train", "train"), ("test", "test"))}
+    parts = {}
+    for name, paths in files.items():
+        labels = [CLASSES.index(path.parent.name) for path in paths]
+        rows = {image_column: [{"bytes": path.read_bytes(), "path": None} for path in paths]}
+        rows[label_column] = [CLASSES[i] if label == "names" else 5 + i if label == "numbers" else i for i in labels]
+        kind = {"classes": datasets.ClassLabel(names=list(CLASSES)), "numbers": datasets.Value("int64")}
+        features = {image_column: datasets.Image(), label_column: kind.get(label, datasets.Value("string"))}
+        parts[name] = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
+    form.mkdir()
+    if form.name == "parquet":
+        for name, part in parts.items():
+            part.to_parquet(form / f"{name}-00000-of-00001.parquet")
+    else:
+        datasets.DatasetDict(parts).save_to_disk(form)
+    return str(form)
+
+
+@pytest.mark.parametrize("form", ["parquet", "disk"])
+@pytest.mark.parametrize("label", ["classes", "names", "numbers"])
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_local_dataset_has_the_images_of_the_folder(module, folder, tmp_path, form, label, in_memory):
+    path = make_dataset(folder, tmp_path / form, label)
+    data = module(path, source="huggingface", in_memory=in_memory, validation_fraction=0.0, num_workers=1)
+    assert data.class_names == (["5", "6", "7"] if label == "numbers" else list(CLASSES))
+    assert data.splits == ("train", "test")
+    for name in data.splits:
+        for ours, expected in zip(split(data, name), split(module(), name), strict=True):
+            assert torch.equal(ours, expected)
+
+
+def test_columns_are_found_or_told(module, folder, tmp_path):
+    path = make_dataset(folder, tmp_path / "parquet", "numbers", "photo", "species")
+    data = module(path, source="huggingface", label_column="species")
+    assert data.num_images("test") == 6
+    with pytest.raises(ValueError, match=r"has the columns \['photo', 'species'\]: say which one with label_column"):
+        module(path, source="huggingface").setup("fit")
+    with pytest.raises(ValueError, match=r'has the columns .* image_column "picture" is not among them'):
+        module(path, source="huggingface", image_column="picture").setup("fit")
+
+
+def test_an_unreachable_hub_is_told_within_seconds(module, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    start = time.monotonic()
+    with pytest.raises(ConnectionError, match=r"cannot fetch the dataset a/b from the hub .* path=FOLDER"):
+        module("a/b", source="huggingface").setup("fit")
+    assert time.monotonic() - start < 8
+
+
+def test_splits_without_labels_or_with_other_names_are_left_out_with_a_warning(module, folder, tmp_path):
+    make_dataset(folder, tmp_path / "disk", "classes")
+    parts = datasets.load_from_disk(tmp_path / "disk")
+    parts["extra"] = parts["test"]
+    parts["test"] = parts["test"].map(lambda row: {"label": -1})
+    parts.save_to_disk(tmp_path / "other")
+    data = module(tmp_path / "other", source="huggingface")
+    with pytest.warns(
+        UserWarning, match=r"splits that are not used \(extra, test\): they have no labels, or other names"
+    ):
+        data.setup("fit")
+    assert data.splits == ("train", "validation")
+
+
+def test_rows_of_unknown_classes_or_none_are_told(module, folder, tmp_path):
+    make_dataset(folder, tmp_path / "disk", "names")
+    parts = datasets.load_from_disk(tmp_path / "disk")
+    for number, (label, message) in enumerate(
+        [("dog", "the class dog, which train lacks"), (None, "rows without a label")]
+    ):
+        changed = parts["test"].map(
+            lambda row, i, label=label: {"label": label if i == 3 else row["label"]}, with_indices=True
+        )
+        where = tmp_path / f"changed{number}"
+        datasets.DatasetDict({"train": parts["train"], "test": changed}).save_to_disk(where)
+        with pytest.raises(
+            ValueError, match=rf'has in test {message} \(column "label"\): give each row a class of train'
+        ):
+            module(where, source="huggingface", label_column="label").setup("fit")
+
+
+def test_a_fraction_that_leaves_nothing_to_train_on_is_told(module, tmp_path):
+    root = make_folder(tmp_path / "other", {"train": 1})
+    with pytest.raises(ValueError, match=r"no images are left for train \(validation_fraction 0.9\)"):
+        module(root, validation_fraction=0.9).setup("fit")

@@ -1,0 +1,417 @@
+import contextlib
+import itertools
+import json
+import logging
+import multiprocessing
+import pickle
+import sys
+
+import numpy as np
+import pytest
+import torch
+from image_files import assert_same_splits, builder, encoded, make_folder, split, whole
+from lightning import LightningModule, Trainer
+from lightning.pytorch.cli import LightningCLI
+from recorded_fit import SaveAt
+
+from revdeq_lightning.data import image_preparation
+from revdeq_lightning.data.images import AugmentationConfig, ImageDataModule
+from revdeq_lightning.data.windows import IGNORE_INDEX
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec:FutureWarning")
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+EVERYTHING = AugmentationConfig(
+    crop_padding=2, flip=True, randaugment_ops=2, erasing_probability=0.5, mixup_alpha=0.4, cutmix_alpha=1.0
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_folder(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture
+def module(folder, tmp_path):
+    return builder(folder, tmp_path / "cache")
+
+
+# Cache
+
+
+def test_images_are_decoded_once_and_read_as_a_memory_map(module, monkeypatch):
+    first = module()
+    first.setup("fit")
+    monkeypatch.setattr(image_preparation, "_decode_all", lambda *_: pytest.fail("decoded twice"))
+    again = module(batch_size=2, seed=3, augmentation=EVERYTHING)
+    assert_same_splits(again, first)
+    assert isinstance(again._dataset("train").images.array, np.memmap)
+    assert again.preprocessing_state() == first.preprocessing_state()
+
+
+CHANGES = [
+    {"image_size": 17},
+    {"crop_fraction": 0.5},
+    {"channels": 1},
+    {"max_train_images": 20},
+    {"max_eval_images": 2},
+    {"validation_fraction": 0.2},
+    {"split_seed": 1},
+    {"undecodable": "skip"},
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=str)
+def test_other_settings_are_another_file(module, tmp_path, change):
+    module().setup("fit")
+    module(**change).setup("fit")
+    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 2
+
+
+@pytest.mark.parametrize("change", ["content", "name", "class", "added"])
+def test_other_content_is_decoded_anew(module, tmp_path, change):
+    root = make_folder(tmp_path / "other", {"train": 4}, suffix="bmp")
+    before = module(root, validation_fraction=0.0)
+    before.setup("fit")
+    file = root / "train/ant/000.bmp"
+    if change == "content":  # of the same length
+        content = bytearray(file.read_bytes())
+        content[-200] ^= 255
+        file.write_bytes(content)
+    elif change == "name":
+        file.rename(root / "train/ant/z.bmp")
+    elif change == "class":
+        (root / "train/ant").rename(root / "train/wasp")
+    else:
+        (root / "train/bee/added.bmp").write_bytes(file.read_bytes())
+    after = module(root, validation_fraction=0.0)
+    after.setup("fit")
+    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 2
+    assert before.class_names != after.class_names or not all(
+        torch.equal(a, b) for a, b in zip(split(before, "train"), split(after, "train"), strict=True)
+    )
+
+
+def test_statistics_are_those_of_the_training_images(module):
+    data = module()
+    images = split(data, "train")[0].double() / 255
+    state = data.preprocessing_state()
+    assert state["mean"] == pytest.approx(images.mean((0, 2, 3)).tolist())
+    assert state["std"] == pytest.approx(images.std((0, 2, 3), correction=0).tolist())
+    given = module(mean=[0.5, 0.4, 0.3], std=[0.2, 0.2, 0.2]).preprocessing_state()
+    assert (given["mean"], given["std"]) == ([0.5, 0.4, 0.3], [0.2, 0.2, 0.2])
+    assert module(in_memory=False).preprocessing_state()["mean"] == [0.485, 0.456, 0.406]  # of ImageNet
+    assert module(in_memory=False, channels=1).preprocessing_state()["mean"] == pytest.approx([0.449])
+
+
+# Batches
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_evaluation_uses_every_image_once_without_randomness(module, in_memory):
+    data = module(in_memory=in_memory, augmentation=EVERYTHING, batch_size=4)
+    batches = list(data.val_dataloader())
+    assert [len(batch.labels) for batch in batches] == [4, 4, 1]
+    assert [batch.images.dtype for batch in batches] == [torch.uint8] * 3
+    ready = [data.on_after_batch_transfer(batch, 0) for batch in batches]
+    state = data.preprocessing_state()
+    mean, std = (torch.tensor(state[name]).view(3, 1, 1) for name in ("mean", "std"))
+    expected = (split(data, "validation")[0] / 255 - mean) / std
+    torch.testing.assert_close(torch.cat([batch.images for batch in ready]), expected)
+    for batch in ready:
+        assert torch.equal(batch.labels, batch.partner_labels)
+        assert batch.weights.tolist() == [1.0] * len(batch.labels)
+        assert batch.images.dtype == torch.float32
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_share_the_images_and_fill_up_with_ignored_ones(module, monkeypatch, in_memory, world_size):
+    data = module(in_memory=in_memory, batch_size=2)
+    expected = split(data, "validation")
+    train, validation = [], []
+    for rank in range(world_size):
+        monkeypatch.setattr(ImageDataModule, "_rank_and_world_size", lambda _, rank=rank: (rank, world_size))
+        train.append(whole(data.train_dataloader()))
+        validation.append(whole(data.val_dataloader()))
+    keys = [key for batch in train for key in batch.keys.flatten().tolist()]
+    assert len(set(keys)) == len(keys) == 30 // (2 * world_size) * 2 * world_size
+    assert len({len(batch.labels) for batch in validation}) == 1
+    real = [(i.tolist(), int(y)) for b in validation for i, y in zip(b.images, b.labels, strict=True) if y >= 0]
+    assert sorted(real) == sorted((i.tolist(), int(y)) for i, y in zip(*expected, strict=True))
+    assert sum(int((b.labels == IGNORE_INDEX).sum()) for b in validation) == -9 % world_size
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_training_batches_are_the_shuffled_images_until_they_are_augmented(module, in_memory):
+    data = module(in_memory=in_memory, augmentation=EVERYTHING, batch_size=5)
+    loader = data.train_dataloader()
+    images, labels = split(data, "train")
+    first, second = whole(loader), whole(loader)
+    for epoch, batch in enumerate((first, second)):
+        items = batch.keys[:, 0] - epoch * 30
+        assert sorted(items.tolist()) == list(range(30))
+        assert torch.equal(batch.images, images[items])
+        assert torch.equal(batch.labels, labels[items])
+    assert first.keys[:, 0].tolist() != (second.keys[:, 0] - 30).tolist()
+    other = whole(module(in_memory=in_memory, seed=1, batch_size=5).train_dataloader())
+    assert other.keys.tolist() != first.keys.tolist()
+
+
+def test_augmentation_is_a_function_of_seed_epoch_and_image(module):
+    config = AugmentationConfig(crop_padding=2, flip=True, randaugment_ops=2, erasing_probability=0.5)
+
+    def augmented(**options):
+        data = module(augmentation=config, **options)
+        loader = data.train_dataloader()
+        batches = [data.on_after_batch_transfer(batch, 0) for _ in range(2) for batch in loader]
+        data.teardown("fit")
+        return {int(k): image for batch in batches for k, image in zip(batch.keys[:, 0], batch.images, strict=True)}
+
+    reference = augmented(batch_size=5)
+    torch.manual_seed(123)
+    for options in ({"batch_size": 3}, {"batch_size": 30}, {"batch_size": 5, "num_workers": 2}):
+        again = augmented(**options)
+        assert again.keys() == reference.keys()
+        assert all(torch.equal(again[key], reference[key]) for key in reference), options
+    assert any(not torch.equal(reference[key], reference[key + 30]) for key in range(30))
+    other = augmented(batch_size=5, seed=1)
+    assert any(not torch.equal(other[key], reference[key]) for key in reference)
+
+
+def test_nothing_is_drawn_from_the_global_generator(module):
+    before = torch.get_rng_state()
+    data = module(augmentation=EVERYTHING)
+    for batch in data.train_dataloader():
+        data.on_after_batch_transfer(batch, 0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_workers_cut_random_parts_out_of_the_original(module, folder):
+    config = AugmentationConfig(random_resized_crop=(0.2, 0.2), flip=True)
+    data = module(in_memory=False, augmentation=config, batch_size=30)
+    loader = data.train_dataloader()
+    first, second = whole(loader), whole(loader)
+    order = [first.keys[:, 0].argsort(), second.keys[:, 0].argsort()]
+    changed = (first.images[order[0]] != second.images[order[1]]).flatten(1).any(1)
+    assert changed.sum() > 25
+    again = module(in_memory=False, augmentation=config, batch_size=3, num_workers=2)
+    assert torch.equal(whole(again.train_dataloader()).images, first.images)
+    again.teardown("fit")
+    # A fifth of the area, anywhere: the mean over many cuts out of a ramp is that of the ramp, each spans about
+    # sqrt(1/5) of it.
+    root = folder.parent / f"{folder.name}-ramp"
+    ramp = np.broadcast_to(np.linspace(0, 255, 200).astype(np.uint8)[None, :, None], (200, 200, 3))
+    for name in "ab":
+        (root / name).mkdir(parents=True)
+        for index in range(200):
+            (root / name / f"{index}.png").write_bytes(encoded(ramp, "png"))
+    data = module(root, in_memory=False, augmentation=config, batch_size=40, validation_fraction=0.0)
+    images = whole(data.train_dataloader()).images.double()
+    assert images.mean() == pytest.approx(127.5, abs=8)  # 400 cuts: a standard error of 2
+    spans = (images[:, 0, :, -1] - images[:, 0, :, 0]).mean(1) / 255
+    assert spans.mean() == pytest.approx(0.2**0.5 * 15 / 16, abs=0.02)
+    assert spans.max() < (0.2 * 4 / 3) ** 0.5
+    assert spans.min() > (0.2 * 3 / 4) ** 0.5 * 0.9
+    # Cut once: the device mirrors only.
+    batch = next(iter(data.train_dataloader()))
+    plain, mirrored = (
+        data.on_after_batch_transfer(batch._replace(images=i), 0).images for i in (batch.images, batch.images.flip(-1))
+    )
+    assert torch.equal(plain, mirrored.flip(-1))
+
+
+# Checkpoints and Lightning
+
+
+class ImageRecorder(LightningModule):
+    """Keeps every batch that it trains on, as it comes to the model."""
+
+    def __init__(self, fail_at=None):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.batches, self.fail_at = [], fail_at
+
+    def training_step(self, batch, batch_idx):
+        if len(self.batches) == self.fail_at:
+            raise InterruptedError("as asked")
+        self.batches.append(batch)
+        loss = self.weight * batch.images.mean()
+        self.log("loss", loss)
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        assert batch.images.dtype == torch.float32
+        assert torch.equal(batch.labels, batch.partner_labels)
+        self.log("val", batch.images.mean())
+
+    test_step = validation_step
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def fit(data, callbacks=(), ckpt_path=None, fail_at=None, max_epochs=2):
+    model = ImageRecorder(fail_at)
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+    }
+    trainer = Trainer(max_epochs=max_epochs, accelerator="cpu", devices=1, callbacks=list(callbacks), **quiet)
+    with contextlib.suppress(InterruptedError):
+        trainer.fit(model, data, ckpt_path=ckpt_path)
+    return model.batches
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize(
+    ("in_memory", "augmentation"),
+    [(True, EVERYTHING), (False, AugmentationConfig(random_resized_crop=(0.3, 1.0), mixup_alpha=0.2, flip=True))],
+    ids=["in memory", "decoded"],
+)
+@pytest.mark.filterwarnings("ignore:Starting from v1.9.0")
+def test_resumed_run_sees_bit_for_bit_the_batches_of_the_uninterrupted_run(
+    module, tmp_path, num_workers, in_memory, augmentation
+):
+    def data():
+        return module(in_memory=in_memory, augmentation=augmentation, num_workers=num_workers)
+
+    reference = fit(data())
+    assert len(reference) == 14
+    begin = fit(data(), [SaveAt("on_train_batch_end", 10, tmp_path / "run.ckpt")])
+    checkpoint = torch.load(tmp_path / "run.ckpt", weights_only=True)
+    assert checkpoint["ImageDataModule"]["position"] == {"epoch": 1, "batch": 3}
+    rest = fit(data(), ckpt_path=tmp_path / "run.ckpt")
+    assert len(begin) == 10
+    for ours, expected in zip([*begin, *rest], reference, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+    assert not multiprocessing.active_children()
+
+
+def test_a_whole_run_with_lightning_leaves_a_loadable_checkpoint(module, tmp_path):
+    data = module(augmentation=EVERYTHING)
+    save = SaveAt("on_train_batch_end", 2, tmp_path / "run.ckpt")
+    batches = fit(data, [save])
+    assert batches[0].images.shape == (4, 3, 16, 16)
+    assert (batches[0].weights < 1).any()
+    restored = ImageDataModule.load_from_checkpoint(tmp_path / "run.ckpt")
+    assert restored.augmentation == EVERYTHING
+    assert dict(restored.hparams) == dict(data.hparams)
+    trainer = Trainer(logger=False, accelerator="cpu", enable_progress_bar=False, enable_model_summary=False)
+    trainer.test(ImageRecorder(), data, verbose=False)
+
+
+def test_a_failed_step_ends_the_workers(module):
+    fit(module(num_workers=1), fail_at=2)
+    assert not multiprocessing.active_children()
+
+
+def test_resuming_in_another_order_warns_and_with_other_classes_fails(module, tmp_path):
+    state = module().state_dict() | {"position": {"epoch": 0, "batch": 1}}
+    other = module(seed=7, batch_size=2, max_train_images=20)
+    other.load_state_dict(json.loads(json.dumps(state)))
+    changes = r"seed 0 -> 7, num_images 30 -> 20, global_batch_size 4 -> 2.* images may come twice"
+    with pytest.warns(UserWarning, match=changes):
+        other.train_dataloader()
+    animals = make_folder(tmp_path / "animals", {"train": 4}, classes=("ant", "bee", "cow"))
+    with pytest.raises(ValueError, match=r'other classes .*\(3 and 3; for example "cat" is not among both'):
+        module(animals).load_state_dict(state)
+
+
+def test_position_survives_without_lightning(module):
+    interrupted, resumed = module(), module()
+    expected = list(interrupted.train_dataloader())[3:]
+    list(itertools.islice(interrupted.train_dataloader(), 3))
+    resumed.load_state_dict(interrupted.state_dict())
+    for ours, reference in zip(resumed.train_dataloader(), expected, strict=True):
+        assert torch.equal(ours.images, reference.images)
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_datasets_pickle_for_spawned_workers(module, folder, in_memory):
+    dataset = module(in_memory=in_memory)._dataset("train")
+    again = pickle.loads(pickle.dumps(dataset))
+    assert torch.equal(again[[3, 1]].images, dataset[[3, 1]].images)
+    assert len(pickle.dumps(dataset)) < 4000  # a path, or names: no pixels
+
+
+def test_printing_it_shows_the_settings(module):
+    assert str(module()).startswith("ImageDataModule(source='folder', path=")
+
+
+def test_a_model_for_other_images_is_refused(module):
+    data = module()
+    data.check_model(num_classes=3, num_channels=3)
+    with pytest.raises(ValueError, match=r"have 3 class\(es\), the model has 10: build the model for 3"):
+        data.check_model(num_classes=10, num_channels=3)
+    with pytest.raises(ValueError, match=r"have 3 channel\(s\), the model has 1"):
+        data.check_model(num_classes=3, num_channels=1)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of jsonargparse, about what LightningCLI calls
+def test_a_command_line_builds_it_from_yaml(tmp_path, monkeypatch):
+    (tmp_path / "run.yaml").write_text(
+        f"data:\n  source: digits\n  cache_dir: {tmp_path}/cache\n  augmentation:\n    random_resized_crop: [0.5, 1]\n"
+    )
+    monkeypatch.setattr(sys, "argv", ["run"])
+    cli = LightningCLI(
+        ImageRecorder, ImageDataModule, run=False, seed_everything_default=False, save_config_callback=None,
+        args=["--config", str(tmp_path / "run.yaml"), "--data.augmentation.flip=true", "--data.image_size=8"],
+        parser_kwargs={"parser_mode": "omegaconf+"}, trainer_defaults={"logger": False, "accelerator": "cpu"},
+    )  # fmt: skip
+    assert cli.datamodule.augmentation == AugmentationConfig(random_resized_crop=(0.5, 1.0), flip=True)
+    assert next(iter(cli.datamodule.train_dataloader())).images.shape == (64, 1, 8, 8)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"source": "web"}, 'source must be one of digits, cifar10, .*, got "web"'),
+        ({"source": "digits", "path": "x"}, "source \"digits\" takes no path, got 'x'"),
+        ({"source": "huggingface"}, 'source "huggingface" needs a path, got None'),
+        (
+            {"source": "digits", "label_column": "x"},
+            'label_column are for source "huggingface", the source is "digits"',
+        ),
+        ({"image_size": 0}, "image_size must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"num_workers": -1}, "num_workers must be at least 0, got -1"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"max_train_images": 0}, "max_train_images must be at least 1, got 0"),
+        ({"validation_fraction": 1.0}, "validation_fraction must lie in .* got 1.0"),
+        ({"crop_fraction": 1.5}, "crop_fraction must lie in .* got 1.5"),
+        ({"channels": 4}, r"channels must be 1 \(grey\) or 3 \(RGB\), got 4"),
+        ({"mean": [0.5]}, r"mean and std belong together, got mean \[0.5\] and std None"),
+        ({"mean": [0.5], "std": [0.0]}, r"std must be positive, got \[0.0\]"),
+        ({"undecodable": "ignore"}, 'undecodable must be one of raise, skip, got "ignore"'),
+        (
+            {"augmentation": AugmentationConfig(crop_padding=16)},
+            "crop_padding must be smaller than .* 16 pixels, got 16",
+        ),
+    ],
+)
+def test_wrong_arguments_are_refused_at_construction(module, arguments, message):
+    with pytest.raises(ValueError, match=message) as error:
+        module(**arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_wrong_number_of_statistics_is_told(module):
+    with pytest.raises(ValueError, match=r"mean must have one value for each of the 3 channel\(s\), got \[0.5\]"):
+        module(mean=[0.5], std=[0.5]).setup("fit")
+
+
+def test_a_missing_split_and_too_large_batches_are_told(module, tmp_path):
+    data = module(make_folder(tmp_path / "other", {"train": 4}), validation_fraction=0.0, batch_size=13)
+    with pytest.raises(
+        ValueError, match=r"has no validation split: set validation_fraction above 0.*limit_val_batches=0"
+    ):
+        data.val_dataloader()
+    with pytest.raises(ValueError, match="has no test split: add one to the data"):
+        data.test_dataloader()
+    with pytest.raises(ValueError, match=r"batch_size 13 on 1 rank\(s\) needs 13 items, the data has 12"):
+        data.train_dataloader()

@@ -1,0 +1,218 @@
+import pytest
+import torch
+from blocks import relative_error
+
+from benchmarks.measure import peak_tensor_bytes
+from benchmarks.reference import momentum_loop, reversible_loop
+from revdeq_lightning.equilibrium import (
+    BackpropAdjoint,
+    EquilibriumLayer,
+    FixedPointSolution,
+    MomentumSolver,
+    ReversibleAdjoint,
+    ReversibleSolver,
+)
+from revdeq_lightning.models import ClassifierConfig, ResNet, build_classifier
+
+SIZES = {
+    "stages": {"channels": [16, 32], "widths": [1, 2]},
+    "joint": {"channels": [16, 32, 48]},
+    "paper_single": {"channels": [32]},
+    "paper_stages": {"channels": [16, 32, 16], "widths": [1, 3, 1]},
+}
+architectures = pytest.mark.parametrize("architecture", SIZES)
+
+
+def make(architecture, solver=None, adjoint=None, seed=0, **settings):
+    torch.manual_seed(seed)
+    config = ClassifierConfig(**{"num_classes": 10, "architecture": architecture} | SIZES[architecture] | settings)
+    model = build_classifier(
+        config, solver or MomentumSolver(max_steps=3), adjoint or ReversibleAdjoint(mismatch="raise")
+    )
+    with torch.no_grad():  # not the zeros and ones of the start, at which parts of f do nothing
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return model
+
+
+def batch(size=16, num=4, channels=3):
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(num, channels, size, size, generator=generator)
+    return images, torch.randint(0, 10, (num,), generator=generator)
+
+
+def gradients(model, images, labels):
+    output = model(images)
+    torch.nn.functional.cross_entropy(output.logits_BV, labels).backward()
+    return output, [p.grad for p in model.parameters()]
+
+
+class PlainLoop(torch.nn.Module):
+    """BPTT through a loop that shares no code with the package; states as tuples become one flat tensor."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.f, self.solver = layer.f, layer.solver
+
+    def forward(self, x, z0=None):
+        shapes = [t.shape for t in x] if isinstance(x, tuple) else None
+
+        def split(z):
+            parts = z.split([s[1:].numel() for s in shapes], dim=1)
+            return tuple(part.view(s) for part, s in zip(parts, shapes, strict=True))
+
+        def join(parts):
+            return torch.cat([part.flatten(1) for part in parts], dim=1)
+
+        f = self.f if shapes is None else (lambda z, x: join(self.f(split(z), x)))
+        start = torch.zeros_like(x) if shapes is None else join([torch.zeros_like(t) for t in x])
+        solver = self.solver
+        if isinstance(solver, ReversibleSolver):
+            value = reversible_loop(f, start, x, beta=solver.beta, num_steps=solver.max_steps)
+        else:
+            value = momentum_loop(f, start, x, momentum=solver.momentum, num_steps=solver.max_steps)
+        return FixedPointSolution(value if shapes is None else split(value), None)
+
+
+def with_plain_loops(model):
+    for module in model.modules():
+        for name, child in module.named_children():
+            if isinstance(child, EquilibriumLayer):
+                setattr(module, name, PlainLoop(child))
+    return model
+
+
+@architectures
+@pytest.mark.parametrize(
+    "solver", [ReversibleSolver(beta=0.8, max_steps=4), MomentumSolver(max_steps=6)], ids=["reversible", "momentum"]
+)
+def test_gradient_of_the_whole_classifier_matches_bptt(architecture, solver):
+    images, labels = batch()
+    output, ours = gradients(make(architecture, solver), images, labels)
+    _, theirs = gradients(with_plain_loops(make(architecture, solver)), images, labels)
+    assert all(int(stats.reconstruction_mismatch) == 0 for stats in output.stats)
+    norm = torch.cat([g.flatten() for g in theirs]).norm()
+    error = torch.cat([(a - b).flatten() for a, b in zip(ours, theirs, strict=True)]).norm()
+    assert error <= 1e-5 * norm
+    for a, b in zip(ours, theirs, strict=True):
+        assert relative_error(a, b) <= 1e-4  # a single weight may cancel to a thousandth of the others
+
+
+@architectures
+def test_evaluations_are_those_of_every_stage(architecture):
+    output, _ = gradients(make(architecture, MomentumSolver(max_steps=3)), *batch())
+    num_solves = 1 if architecture in ("joint", "paper_single") else len(SIZES[architecture]["channels"])
+    assert [stats.forward_nfe for stats in output.stats] == [3] * num_solves
+    assert [stats.backward_nfe for stats in output.stats] == [3] * num_solves
+
+
+def test_each_stage_may_have_its_own_steps():
+    output, _ = gradients(make("stages", steps=[1, 4]), *batch())
+    assert [stats.forward_nfe for stats in output.stats] == [1, 4]
+
+
+@pytest.mark.parametrize("architecture", ["stages", "joint"])
+@pytest.mark.parametrize(("size", "stride"), [(32, 1), (32, 2), (64, 4), (27, 1), (224, 4)])
+def test_one_constructor_takes_images_of_any_size(architecture, size, stride):
+    model = make(architecture, stem_stride=stride).eval()
+    logits = model(torch.randn(1, 3, size, size)).logits_BV
+    assert logits.shape == (1, 10)
+    assert logits.isfinite().all()
+
+
+def test_any_number_of_classes_and_channels():
+    with torch.device("meta"):
+        model = make("stages", num_classes=21_841, num_channels=1)
+    assert model.head.out_features == 21_841
+    assert model.stem[0].in_channels == 1
+
+
+@pytest.mark.parametrize("architecture", ["stages", "joint"])
+def test_channels_last_gives_the_same_gradients(architecture):
+    images, labels = batch()
+    _, plain = gradients(make(architecture), images, labels)
+    model = make(architecture).to(memory_format=torch.channels_last)
+    output, ours = gradients(model, images.to(memory_format=torch.channels_last), labels)
+    assert all(int(stats.reconstruction_mismatch) == 0 for stats in output.stats)
+    for a, b in zip(ours, plain, strict=True):
+        assert relative_error(a, b) <= 1e-4  # other kernels sum in another order
+
+
+def test_dropout_has_one_mask_a_solve():
+    images, labels = batch()
+    results = []
+    for adjoint in (ReversibleAdjoint(mismatch="raise"), BackpropAdjoint()):
+        model = make("stages", dropout=0.5, adjoint=adjoint)
+        torch.manual_seed(5)
+        results.append(gradients(model, images, labels)[1])
+    for a, b in zip(*results, strict=True):
+        assert relative_error(a, b) <= 1e-5
+    kept = make("stages", dropout=0.5).eval()
+    assert torch.equal(kept(images).logits_BV, kept(images).logits_BV)
+
+
+@pytest.mark.parametrize("architecture", ["stages", "paper_stages", "joint"])
+def test_peak_memory_is_flat_in_the_steps_and_below_stored_bptt_from_two_steps_on(architecture):
+    images, labels = batch(size=16, num=8)
+
+    def peak(num_steps, adjoint):
+        model = make(architecture, ReversibleSolver(beta=0.8, max_steps=num_steps), adjoint)
+        return peak_tensor_bytes(lambda: gradients(model, images, labels))
+
+    peak(1, ReversibleAdjoint())
+    ours = {n: peak(n, ReversibleAdjoint()) for n in (2, 4, 16)}
+    assert ours[2] < peak(2, BackpropAdjoint())
+    assert max(ours.values()) <= 1.02 * ours[2]
+
+
+def test_resnet_is_the_known_one():
+    torchvision = pytest.importorskip("torchvision")
+    known = torchvision.models.resnet18(num_classes=10)
+    ours = ResNet(ClassifierConfig(10, architecture="resnet", channels=[64, 128, 256, 512], stem_stride=1))
+    blocks = [block for layer in (known.layer1, known.layer2, known.layer3, known.layer4) for block in layer]
+    assert len(blocks) == len(ours.blocks)
+    images = torch.randn(2, 64, 8, 8)
+    expected = images
+    for theirs, block in zip(blocks, ours.blocks, strict=True):
+        names = {"conv1": "conv1", "conv2": "conv2", "norm1": "bn1", "norm2": "bn2"}
+        for name, their_name in names.items():
+            getattr(block, name).load_state_dict(getattr(theirs, their_name).state_dict())
+        if theirs.downsample is not None:
+            block.shortcut.load_state_dict(theirs.downsample.state_dict())
+        expected = theirs(expected)
+    torch.testing.assert_close(ours.blocks(images), expected)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.zeros(2, 1, 16, 16), r"shape \(B, 3, H, W\), got \(2, 1, 16, 16\)"),
+        (torch.zeros(3, 16, 16), r"got \(3, 16, 16\)"),
+        (torch.zeros(2, 3, 16, 16, dtype=torch.uint8), "got torch.uint8"),
+    ],
+)
+def test_wrong_images_are_refused(images, message):
+    with pytest.raises(ValueError, match=message):
+        make("stages")(images)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"architecture": "other"}, "architecture must be one of"),
+        ({"channels": []}, r"got \[\]"),
+        ({"channels": [24]}, r"multiples of 16.*\[24\]"),
+        ({"channels": [0]}, r"at least 1, got \[0\]"),
+        ({"widths": [1]}, "one entry a stage"),
+        ({"stem_stride": 3}, "got 3"),
+        ({"dropout": 1.0}, "got 1.0"),
+        ({"architecture": "paper_single"}, "one stage"),
+        ({"architecture": "joint", "steps": [1, 2, 3]}, "one solve"),
+        ({"architecture": "paper_stages", "dropout": 0.1}, "no dropout"),
+        ({"blocks": [1, 1, 1]}, "belongs to architecture='resnet'"),
+        ({"num_classes": 0}, "got 0"),
+    ],
+)
+def test_wrong_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ClassifierConfig(**{"num_classes": 10} | settings)
