@@ -1,10 +1,13 @@
-"""What the solvers are compared with: plain loops that share no code with `revdeq_lightning.equilibrium`."""
+"""What the solvers are compared with: plain loops that share no arithmetic with `revdeq_lightning.equilibrium`."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from revdeq_lightning.equilibrium import EquilibriumLayer, FixedPointSolution, ReversibleSolver
 
 Map = Callable[[Tensor, Tensor], Tensor]
 
@@ -47,3 +50,45 @@ def bare_evaluations(f: Map, z: Tensor, x: Tensor, parameters: Sequence[Tensor],
         leaf = z.detach().requires_grad_()
         value = f(leaf, x)
         torch.autograd.grad(value, [leaf, x, *parameters], z)
+
+
+class PlainLoop(nn.Module):
+    """In the place of an `EquilibriumLayer`: the loops above; a state that is a tuple becomes one flat tensor."""
+
+    def __init__(self, layer: EquilibriumLayer) -> None:
+        super().__init__()
+        self.f, self.solver = layer.f, layer.solver
+
+    def forward(self, x: Any, z0: Any = None) -> FixedPointSolution:
+        """The last state; there are no statistics."""
+        if isinstance(x, Tensor):
+            return FixedPointSolution(self.solve(self.f, torch.zeros_like(x), x), None)
+        value = self.solve(lambda z, x: join(self.f(split(z, x), x)), join([torch.zeros_like(t) for t in x]), x)
+        return FixedPointSolution(split(value, x), None)
+
+    def solve(self, f: Any, start: Tensor, x: Any) -> Tensor:
+        """Run the loop that the solver stands for."""
+        steps = {"num_steps": self.solver.max_steps}
+        if isinstance(self.solver, ReversibleSolver):
+            return reversible_loop(f, start, x, beta=self.solver.beta, **steps)
+        return momentum_loop(f, start, x, momentum=self.solver.momentum, **steps)
+
+
+def join(parts: Sequence[Tensor]) -> Tensor:
+    """One tensor `(batch, elements)` of several."""
+    return torch.cat([part.flatten(1) for part in parts], dim=1)
+
+
+def split(z: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Inverse of `join`."""
+    parts = z.split([part[0].numel() for part in like], dim=1)
+    return tuple(part.view(t.shape) for part, t in zip(parts, like, strict=True))
+
+
+def with_plain_loops(model: nn.Module) -> nn.Module:
+    """Replace the equilibrium layers of a model by `PlainLoop`, in place."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, EquilibriumLayer):
+                setattr(module, name, PlainLoop(child))
+    return model

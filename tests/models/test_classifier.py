@@ -3,11 +3,9 @@ import torch
 from blocks import relative_error
 
 from benchmarks.measure import peak_tensor_bytes
-from benchmarks.reference import momentum_loop, reversible_loop
+from benchmarks.reference import with_plain_loops
 from revdeq_lightning.equilibrium import (
     BackpropAdjoint,
-    EquilibriumLayer,
-    FixedPointSolution,
     MomentumSolver,
     ReversibleAdjoint,
     ReversibleSolver,
@@ -45,41 +43,6 @@ def gradients(model, images, labels):
     output = model(images)
     torch.nn.functional.cross_entropy(output.logits_BV, labels).backward()
     return output, [p.grad for p in model.parameters()]
-
-
-class PlainLoop(torch.nn.Module):
-    """BPTT through a loop that shares no code with the package; states as tuples become one flat tensor."""
-
-    def __init__(self, layer):
-        super().__init__()
-        self.f, self.solver = layer.f, layer.solver
-
-    def forward(self, x, z0=None):
-        shapes = [t.shape for t in x] if isinstance(x, tuple) else None
-
-        def split(z):
-            parts = z.split([s[1:].numel() for s in shapes], dim=1)
-            return tuple(part.view(s) for part, s in zip(parts, shapes, strict=True))
-
-        def join(parts):
-            return torch.cat([part.flatten(1) for part in parts], dim=1)
-
-        f = self.f if shapes is None else (lambda z, x: join(self.f(split(z), x)))
-        start = torch.zeros_like(x) if shapes is None else join([torch.zeros_like(t) for t in x])
-        solver = self.solver
-        if isinstance(solver, ReversibleSolver):
-            value = reversible_loop(f, start, x, beta=solver.beta, num_steps=solver.max_steps)
-        else:
-            value = momentum_loop(f, start, x, momentum=solver.momentum, num_steps=solver.max_steps)
-        return FixedPointSolution(value if shapes is None else split(value), None)
-
-
-def with_plain_loops(model):
-    for module in model.modules():
-        for name, child in module.named_children():
-            if isinstance(child, EquilibriumLayer):
-                setattr(module, name, PlainLoop(child))
-    return model
 
 
 @architectures
