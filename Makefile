@@ -14,7 +14,7 @@ DATA ?=
 CKPT ?=
 PROMPT ?= def
 
-.PHONY: help setup train-lm train-cifar train-imagenet generate test lint format typecheck bench-core bench-lm clean
+.PHONY: help setup train-lm train-cifar train-imagenet generate test lint format typecheck bench-core bench-lm bench-image bench-cifar clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,6 +59,12 @@ bench-core: $(READY)  ## Measure the core: exactness, convergence, cost, memory 
 
 bench-lm: $(READY)  ## Train the tiny Shakespeare table: DATA=tinyshakespeare.txt (hours on two cores)
 	@$(RUN) -m benchmarks.language_model --data '$(or $(DATA),data/tinyshakespeare.txt)' $(ARGS)
+
+bench-image: $(READY)  ## Measure the classifiers: time, memory and gradient beside BPTT (some minutes)
+	@$(RUN) -m benchmarks.classifier_cost $(ARGS)
+
+bench-cifar: $(READY)  ## Train the CIFAR-10 table: DATA=folder-or-tar with train/CLASS/* (an hour on two cores)
+	@$(RUN) -m benchmarks.cifar10 --data '$(or $(DATA),data/cifar10)' $(ARGS)
 
 clean:  ## Remove the virtual environment and caches (never runs/)
 	@rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info

@@ -18,11 +18,12 @@ MAX_CLASSES = 1000
 class ClassificationReport(Callback):
     """Writes `confusion_matrix.csv`, `confusion_matrix.png` and `wrong_images.png` after a test.
 
-    Rows of the matrix are true classes, columns predictions. The sheet shows the wrongly classified images with the
-    highest probability, of the first process. Logs no keys.
+    A validation outside training (`trainer.validate`) counts as a test. Rows of the matrix are true classes, columns
+    predictions. The sheet shows the wrongly classified images with the highest probability, of the first process. Logs
+    no keys.
 
-    Assumes that `test_step` returns the logits of a batch with `images` and `labels`, negative for what is no image,
-    and that the data has `class_names` and `preprocessing_state()`.
+    Assumes that `test_step` and `validation_step` return the logits of a batch with `images` and `labels`, negative for
+    what is no image, and that the data has `class_names` and `preprocessing_state()`.
 
     Args:
         folder: Where to write.
@@ -60,6 +61,21 @@ class ClassificationReport(Callback):
                 entry = (*item, batch.images[i].float().cpu(), int(batch.labels[i]), int(predictions_B[i]))
                 push = heapq.heappush if len(self.wrong) < self.num_images else heapq.heapreplace
                 push(self.wrong, entry)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin, outside training."""
+        if trainer.state.fn == "validate":
+            self.on_test_start(trainer, pl_module)
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *step: Any) -> None:
+        """Count, outside training."""
+        if trainer.state.fn == "validate":
+            self.on_test_batch_end(trainer, pl_module, *step)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write, outside training."""
+        if trainer.state.fn == "validate":
+            self.on_test_end(trainer, pl_module)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the files."""

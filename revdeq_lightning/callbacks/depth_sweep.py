@@ -15,7 +15,9 @@ from revdeq_lightning.equilibrium import EquilibriumLayer
 
 
 class DepthSweep(Callback):
-    """Evaluates each test batch with 1, 2, 4, ... solver steps too, up to four times as many as the model makes.
+    """Evaluates each batch of a test with 1, 2, 4, ... solver steps too, up to four times as many as the model makes.
+
+    A validation outside training (`trainer.validate`) counts as a test.
 
     A model with several equilibria makes the same fraction of its steps in each, at least one. Writes `depth_sweep.csv`
     (evaluations of f and the means of what the task sums) and `depth_sweep.png`, and prints the table. Logs no keys.
@@ -40,19 +42,29 @@ class DepthSweep(Callback):
 
     @torch.no_grad()
     def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: Any,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Evaluate the batch at each depth."""
         for steps, sums in self.sums.items():
             with solver_steps(pl_module, steps), trainer.precision_plugin.test_step_context():
                 for key, value in pl_module.evaluation_sums(batch).items():
                     sums[key] = sums.get(key, 0) + value.double()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin, outside training."""
+        self.sums = {}
+        if trainer.state.fn == "validate":
+            self.on_test_start(trainer, pl_module)
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Evaluate, outside training."""
+        self.on_test_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write, outside training."""
+        self.on_test_end(trainer, pl_module)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write table and figure."""
@@ -129,7 +141,7 @@ def draw(rows: list[dict[str, Any]], trained: int, path: Path) -> None:
     for axis, key in zip(canvas.subplots(1, len(keys), squeeze=False).flat, keys, strict=True):
         axis.plot(nfe, [row[key] for row in rows], marker="o", markersize=4)
         axis.axvline(next(n for n, row in zip(nfe, rows, strict=True) if row["steps"] == trained), color="0.7", ls="--")
-        axis.set(title=f"test/{key}", xlabel="evaluations of f (dashed: as trained)")
+        axis.set(title=key, xlabel="evaluations of f (dashed: as trained)")
         axis.set_xscale("log", base=2)
         axis.grid(alpha=0.3)
     canvas.savefig(path, dpi=120)

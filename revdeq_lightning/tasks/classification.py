@@ -83,9 +83,9 @@ class ClassificationTask(AbstractTask):
         self.log("train/loss", loss)
         return {"loss": loss, "step": TrainingOutput(output.stats, len(batch.labels), "images")}
 
-    def validation_step(self, batch: ImageBatch, batch_idx: int) -> None:
-        """Add the batch to the sums over the split."""
-        self._add_to("val", batch)
+    def validation_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
+        """Add the batch to the sums over the split; the logits are for callbacks."""
+        return self._add_to("val", batch)
 
     def test_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
         """Add the batch to the sums over the split; the logits are for callbacks."""

@@ -162,13 +162,19 @@ class AbstractCommandLine(LightningCLI):
         if cast(Any, self.trainer).fast_dev_run:
             return
         best = best_or_last(self.trainer)
-        if best and self.run_config.test and "test" in self.datamodule.splits:
-            results = self.trainer.test(self.model, self.datamodule, ckpt_path=best, verbose=False, weights_only=True)
-            self._print_figures(f"Test ({Path(best).name})", results)
+        split = self.closing_split() if best and self.run_config.test else None
+        if split:
+            evaluate = self.trainer.test if split == "test" else self.trainer.validate
+            results = evaluate(self.model, self.datamodule, ckpt_path=best, verbose=False, weights_only=True)
+            self._print_figures(f"{split.capitalize()} ({Path(str(best)).name})", results)
         if self.trainer.is_global_zero:
             if best:
                 self.show(best)
             print_closing_lines(self.run_config.path, self.run_config)
+
+    def closing_split(self) -> str | None:
+        """What the best checkpoint is evaluated on after training."""
+        return "test" if "test" in self.datamodule.splits else None
 
     def validate(self, **kwargs: Any) -> None:
         """Print the figures of the validation split."""

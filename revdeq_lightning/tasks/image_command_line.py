@@ -36,6 +36,10 @@ class ImageCommandLine(AbstractCommandLine):
         run = cast(ImageRunConfig, self.run_config)
         return [ClassificationReport(run.path), *([DepthSweep(run.path)] if run.depth_sweep else [])]
 
+    def closing_split(self) -> str | None:
+        """Without test images the validation images: the sheets and the depth sweep are for every run."""
+        return next((split for split in ("test", "validation") if split in self.datamodule.splits), None)
+
     def show(self, checkpoint: str) -> None:
         """Nothing: the sheets of the test lie in the run's folder."""
 

@@ -62,6 +62,18 @@ def test_the_depth_sweep_is_what_a_test_with_these_steps_gives(trained, capsys):
         assert f"{nats:.4f} nats per image" in out
 
 
+def test_without_test_images_the_sheets_are_of_the_validation_images(tmp_path, capsys):
+    image_folder(tmp_path, splits=("train",))
+    run("image", "fit", "--config", tiny_image_config(tmp_path, max_steps=4))
+    assert "Validation (best.ckpt): accuracy" in capsys.readouterr().out
+    matrix = read(only_run(tmp_path) / "confusion_matrix.csv")
+    assert sum(int(row[name]) for row in matrix for name in CLASSES) == 12  # a quarter of 48
+    assert (only_run(tmp_path) / "depth_sweep.png").is_file()
+    with pytest.raises(SystemExit):
+        run("image", "test", "--ckpt_path", only_run(tmp_path) / "checkpoints" / "best.ckpt")
+    assert "no test split, it has train, validation" in capsys.readouterr().err
+
+
 def test_predict_writes_the_probabilities_of_a_folder(trained, tmp_path, capsys):
     checkpoint = only_run(trained) / "checkpoints" / "best.ckpt"
     output = tmp_path / "out.csv"

@@ -1,0 +1,44 @@
+"""CIFAR-10 on two CPU cores: the classifier of configs/cifar10/cpu.yaml beside a ResNet of as many parameters.
+
+    python -m benchmarks.cifar10 --data cifar10-train.tar.xz [--only NAME ...] [--seeds 0 1]
+
+The data: a folder or tar archive with `train/CLASS/*`; a tenth of the training images is held out. Same data, batches,
+augmentation, optimizer and minutes: the ResNet, which is cheaper an image, sees more epochs in them.
+"""
+
+import sys
+
+from benchmarks.training import Table, Variant, fill, parser
+
+RESNET = [
+    "--model.network.architecture=resnet",
+    "--model.network.channels=[64,128,224]",
+    "--model.network.blocks=[1,1,1]",
+    "--model.solver.solver=none",
+    "--trainer.max_epochs=16",
+]
+TABLE = Table(
+    title="CIFAR-10 on two CPU cores",
+    command=["image", "fit", "--config", "configs/cifar10/cpu.yaml", "--data.source=folder"],
+    variants={
+        "stages": Variant(6, [], limit=0.84),
+        "resnet": Variant(0, RESNET),
+    },
+    metric="val/accuracy",
+    unit="validation accuracy",
+    smaller_is_better=False,
+    threads=2,
+)
+
+
+def main() -> None:
+    """Fill the table; exit with 1 if a requirement is not met."""
+    options = parser(TABLE, __doc__, "cifar10", seeds=[0, 1], jobs=1, data="folder or tar archive with train/CLASS/*")
+    arguments = options.parse_args()
+    if not arguments.data.exists():
+        options.error(f"no folder or archive {arguments.data}")
+    sys.exit(0 if fill(TABLE, arguments) else 1)
+
+
+if __name__ == "__main__":
+    main()
