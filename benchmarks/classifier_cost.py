@@ -4,13 +4,13 @@
 
 Batch 64 of 32x32 images, one thread, CPU time. Writes `benchmarks/results/classifier_cost.{csv,md}`.
 
-"Least possible" is BPTT's time and that of the forward evaluations of f once more, which every reversible method makes. The
-limit of the time is for the released model from 2 steps on; ours has so cheap an f (few channels) that the least possible
-is near it.
+"Least possible" is BPTT's time and that of the forward evaluations of f once more, which every reversible method makes.
+The limit of the time is for the released model from 2 steps on; ours has so cheap an f (few channels) that the least
+possible is near it.
 
-The gradient is compared in float32 with BPTT through the same iterates (`BackpropAdjoint`), and in float64 with a plain loop
-that shares no code, on 8 images. In float32 two loops that round differently do not agree to 1e-5 on millions of ReLUs:
-wherever one of them is on the other side of its kink, an element's derivative is another.
+The gradient is compared in float32 with BPTT through the same iterates (`BackpropAdjoint`), and in float64 with a plain
+loop that shares no code, on 8 images. In float32 two loops that round differently do not agree to 1e-5 on millions of
+ReLUs: wherever one of them is on the other side of its kink, an element's derivative is another.
 """
 
 import argparse
