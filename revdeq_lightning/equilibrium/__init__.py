@@ -5,12 +5,25 @@
 `solvers/` holds the iterations, `adjoints/` the rules for the gradient, `arithmetic.py` what makes reversal exact.
 """
 
-from .adjoints import AbstractAdjoint, BackpropAdjoint, ReconstructionError, ReconstructionWarning, ReversibleAdjoint
+from .adjoints import (
+    AbstractAdjoint,
+    BackpropAdjoint,
+    ConvergenceError,
+    ConvergenceWarning,
+    ImplicitAdjoint,
+    PhantomAdjoint,
+    ReconstructionError,
+    ReconstructionWarning,
+    ReversibleAdjoint,
+)
+from .diagnostics import GradientError, gradient_error, jacobian_regularisation, spectral_radius
 from .layer import EquilibriumLayer
 from .solution import FixedPointSolution, SolverStats
 from .solve import solve_fixed_point
 from .solvers import (
     AbstractSolver,
+    AndersonSolver,
+    BroydenSolver,
     DivergenceError,
     MomentumSolver,
     PicardSolver,
@@ -21,11 +34,18 @@ from .solvers import (
 __all__ = [
     "AbstractAdjoint",
     "AbstractSolver",
+    "AndersonSolver",
     "BackpropAdjoint",
+    "BroydenSolver",
+    "ConvergenceError",
+    "ConvergenceWarning",
     "DivergenceError",
     "EquilibriumLayer",
     "FixedPointSolution",
+    "GradientError",
+    "ImplicitAdjoint",
     "MomentumSolver",
+    "PhantomAdjoint",
     "PicardSolver",
     "ReconstructionError",
     "ReconstructionWarning",
@@ -33,5 +53,8 @@ __all__ = [
     "ReversibleAdjoint",
     "ReversibleSolver",
     "SolverStats",
+    "gradient_error",
+    "jacobian_regularisation",
     "solve_fixed_point",
+    "spectral_radius",
 ]

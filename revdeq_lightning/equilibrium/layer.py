@@ -32,7 +32,8 @@ class EquilibriumLayer(nn.Module):
 
         Args:
             x: Injected input, a pytree of tensors.
-            z0: Initial state; zeros in the shape and dtype of x by default, which must then be a tensor.
+            z0: Initial state; zeros in the shape and dtype of x by default, which must then be a tensor. For a warm
+                start give the detached value of an earlier solution.
 
         Returns:
             See `solve_fixed_point`.

@@ -27,8 +27,8 @@ def residual(value: Sequence[Tensor], state: Sequence[Tensor], rtol: float = 0.0
     """Compare `value = f(state)` with `state`, sample by sample (L2 norm over all but the first dimension)."""
     relatives, converged = [], []
     for f, z in zip(value, state, strict=True):
-        difference = torch.linalg.vector_norm((f - z).flatten(1), dim=1)
-        scale = torch.linalg.vector_norm(f.flatten(1), dim=1) + EPSILON
+        difference = torch.linalg.vector_norm((f - z).reshape(len(f), -1), dim=1)
+        scale = torch.linalg.vector_norm(f.reshape(len(f), -1), dim=1) + EPSILON
         relatives.append(difference / scale)
         # An infinite f would be within any share of itself.
         converged.append((difference <= atol + rtol * scale) & difference.isfinite())

@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class SolverStats:
-    """Costs and quality of one solve; the last two fields are filled in by its backward pass.
+    """Costs and quality of one solve; the last four fields are filled in by its backward pass.
 
     A plain class, neither a tuple nor a dataclass: Lightning and FSDP2 copy those when they look for tensors, and a
     copy made before the backward pass would never learn of it.
@@ -17,20 +17,40 @@ class SolverStats:
         relative_residual: `norm(f(z) - z) / (norm(f(z)) + 1e-5)` at the last state at which f was evaluated,
             dimensionless, shape `(batch,)`. With a tolerance that is the returned state, without one it is the state
             before it.
+        converged: Whether each sample meets the tolerance at the returned state, shape `(batch,)`, bool; None without a
+            tolerance.
         backward_nfe: Calls of f in the backward pass; None before it, and where the adjoint makes none of its own.
         reconstruction_mismatch: Elements of the reconstructed initial states that differ from the true ones, 0-dim
             int64; 0 certifies that the gradient belongs to exactly the iterates of the forward pass. None before the
             backward pass, and where nothing is reconstructed.
+        backward_num_products: Vector-Jacobian products with J = df/dz that a linear system in the backward pass took,
+            beside the one for x and the parameters; None before it, and where no system is solved.
+        backward_relative_residual: `norm(J^T w + g - w) / (norm(J^T w + g) + 1e-5 * norm(g))` of the solution w of
+            that system, dimensionless, shape `(batch,)`; None as above, and where the sum is cut off by choice.
     """
 
-    __slots__ = ("backward_nfe", "forward_nfe", "num_steps", "reconstruction_mismatch", "relative_residual")
+    __slots__ = (
+        "backward_nfe",
+        "backward_num_products",
+        "backward_relative_residual",
+        "converged",
+        "forward_nfe",
+        "num_steps",
+        "reconstruction_mismatch",
+        "relative_residual",
+    )
 
-    def __init__(self, num_steps: Tensor, forward_nfe: int, relative_residual: Tensor) -> None:
+    def __init__(
+        self, num_steps: Tensor, forward_nfe: int, relative_residual: Tensor, converged: Tensor | None = None
+    ) -> None:
         self.num_steps = num_steps
         self.forward_nfe = forward_nfe
         self.relative_residual = relative_residual
+        self.converged = converged
         self.backward_nfe: int | None = None
         self.reconstruction_mismatch: Tensor | None = None
+        self.backward_num_products: int | None = None
+        self.backward_relative_residual: Tensor | None = None
 
     def __repr__(self) -> str:
         return f"SolverStats({', '.join(f'{name}={getattr(self, name)!r}' for name in self.__slots__)})"

@@ -28,7 +28,9 @@ def solve_fixed_point(
             Differentiated. Under autocast float16 and bfloat16 are raised to float32.
         x: Injected input, any pytree of tensors (other leaves are passed on). Differentiated.
         solver: Iteration and stopping rule. A step of `ReversibleSolver` is 2 evaluations of f, of the others 1.
-        adjoint: Gradient rule. Memory in the number of steps: `BackpropAdjoint` linear, `ReversibleAdjoint` none.
+        adjoint: Gradient rule. Memory in the number of steps: `BackpropAdjoint` linear, the others none.
+            `ReversibleAdjoint` and `BackpropAdjoint` differentiate the iterates that were made, `ImplicitAdjoint` the
+            fixed point, `PhantomAdjoint` an approximation of it. Only `ReversibleAdjoint` needs a solver of its own.
 
     Returns:
         `value`, structure and dtypes of `z0`, and `stats` (see `SolverStats`).

@@ -4,8 +4,12 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from revdeq_lightning.equilibrium import (
+    AndersonSolver,
     BackpropAdjoint,
+    BroydenSolver,
+    ImplicitAdjoint,
     MomentumSolver,
+    PhantomAdjoint,
     PicardSolver,
     RelaxedSolver,
     ReversibleAdjoint,
@@ -26,8 +30,11 @@ SOLVERS: dict[str, Any] = {
     "reversible": ReversibleSolver,
     "relaxed": RelaxedSolver,
     "picard": PicardSolver,
+    "anderson": AndersonSolver,
+    "broyden": BroydenSolver,
 }
-REVERSIBLE = ("momentum", "reversible")
+DEFAULT_ADJOINT = {"momentum": "reversible", "reversible": "reversible", "anderson": "implicit", "broyden": "implicit"}
+"""Of the solvers that are not here: backprop."""
 
 
 @dataclass
@@ -35,29 +42,52 @@ class SolverConfig:
     """How the equilibrium is found and differentiated.
 
     Attributes:
-        solver: momentum (1 evaluation of f a step), reversible (the paper's, 2 evaluations a step), relaxed, picard, or
-            none: an explicit stack of `network.num_layers` layers without equilibrium, the baseline.
+        solver: momentum (1 evaluation of f a step), reversible (the paper's, 2 evaluations a step), relaxed, picard,
+            anderson, broyden, or none: an explicit stack of `network.num_layers` layers without equilibrium, the
+            baseline.
         max_steps: Most steps of the solver.
         beta: Relaxation parameter; null for the solver's own default.
         momentum: Weight of the last move, momentum solver only; null for its default.
         rtol: Relative tolerance; with rtol and atol 0 every sample makes max_steps steps.
         atol: Absolute tolerance.
         arithmetic: How a reversible solver holds the state: exact, float64 or float32; null for exact.
-        adjoint: reversible (memory does not grow with the steps) or backprop (stored); null: as the solver is.
+        memory: Anderson and broyden: how many iterates or updates are kept; null for the solver's own default.
+        ridge: Anderson only: relative regularisation of its least squares; null for its default.
+        max_halvings: Broyden only: most halvings of a step in its line search; null for its default, 0 for none.
+        adjoint: reversible (exact, memory does not grow with the steps), backprop (exact, stored), implicit (of the
+            fixed point, by a linear solve) or phantom (a few steps in its place); null: reversible for momentum and
+            reversible, implicit for anderson and broyden, else backprop.
         checkpoint: Backprop only: store the iterates, evaluate f once more in the backward pass.
         mismatch: Reversible adjoint only: what to do where a gradient is found not to be exact.
+        unconverged: Implicit only: what to do where a solve does not reach its tolerance; null for a warning.
+        backward_solver: Implicit only: solver of its linear system; null for anderson.
+        backward_max_steps: Implicit only: most steps of it; null for 50.
+        backward_rtol: Implicit only: relative tolerance of it; null for 1e-5.
+        phantom_kind: Phantom only: unrolled or neumann; null for unrolled.
+        phantom_steps: Phantom only: differentiated steps; null for 10.
+        phantom_beta: Phantom only: relaxation parameter of them; null for 0.5.
     """
 
-    solver: Literal["momentum", "reversible", "relaxed", "picard", "none"] = "momentum"
+    solver: Literal["momentum", "reversible", "relaxed", "picard", "anderson", "broyden", "none"] = "momentum"
     max_steps: int = 8
     beta: float | None = None
     momentum: float | None = None
     rtol: float = 0.0
     atol: float = 0.0
     arithmetic: Literal["exact", "float64", "float32"] | None = None
-    adjoint: Literal["reversible", "backprop"] | None = None
+    memory: int | None = None
+    ridge: float | None = None
+    max_halvings: int | None = None
+    adjoint: Literal["reversible", "backprop", "implicit", "phantom"] | None = None
     checkpoint: bool = False
     mismatch: Literal["warn", "raise", "ignore"] = "warn"
+    unconverged: Literal["warn", "raise", "ignore"] | None = None
+    backward_solver: Literal["momentum", "reversible", "relaxed", "picard", "anderson", "broyden"] | None = None
+    backward_max_steps: int | None = None
+    backward_rtol: float | None = None
+    phantom_kind: Literal["unrolled", "neumann"] | None = None
+    phantom_steps: int | None = None
+    phantom_beta: float | None = None
 
     def build_solver(self) -> Any:
         """The solver.
@@ -65,8 +95,8 @@ class SolverConfig:
         Raises:
             ValueError: If a setting is out of range, or is one that this solver does not have.
         """
-        options = {"beta": self.beta, "momentum": self.momentum, "arithmetic": self.arithmetic}
-        given = {name: value for name, value in options.items() if value is not None}
+        names = ("beta", "momentum", "arithmetic", "memory", "ridge", "max_halvings")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         for name in given.keys() - {field.name for field in fields(SOLVERS[self.solver])}:
             raise ValueError(f"solver={self.solver!r} has no {name}, got {name}={given[name]!r}: leave it out")
         return SOLVERS[self.solver](max_steps=self.max_steps, rtol=self.rtol, atol=self.atol, **given)
@@ -75,16 +105,46 @@ class SolverConfig:
         """The gradient rule.
 
         Raises:
-            ValueError: If `checkpoint` is set for the reversible adjoint.
+            ValueError: If a setting is out of range or belongs to another adjoint, or the adjoint cannot carry the
+                solver.
         """
-        adjoint = self.adjoint or ("reversible" if self.solver in REVERSIBLE else "backprop")
+        adjoint = self.adjoint or DEFAULT_ADJOINT.get(self.solver, "backprop")
+        if adjoint == "reversible" and DEFAULT_ADJOINT.get(self.solver) != "reversible":
+            raise ValueError(
+                f"adjoint='reversible' cannot run solver={self.solver!r} backwards: choose adjoint='backprop',"
+                " 'implicit' or 'phantom', or solver='reversible' or 'momentum'"
+            )
+        if self.checkpoint and adjoint != "backprop":
+            raise ValueError(f"checkpoint=True belongs to adjoint='backprop', got adjoint={adjoint!r}: leave it out")
+        for name in ("unconverged", "backward_solver", "backward_max_steps", "backward_rtol"):
+            self._require_adjoint("implicit", adjoint, name)
+        for name in ("phantom_kind", "phantom_steps", "phantom_beta"):
+            self._require_adjoint("phantom", adjoint, name)
+        if adjoint == "implicit":
+            backward = SOLVERS[self.backward_solver or "anderson"]
+            return ImplicitAdjoint(
+                solver=backward(
+                    max_steps=50 if self.backward_max_steps is None else self.backward_max_steps,
+                    rtol=1e-5 if self.backward_rtol is None else self.backward_rtol,
+                ),
+                unconverged=self.unconverged or "warn",
+            )
+        if adjoint == "phantom":
+            options: dict[str, Any] = {
+                "kind": self.phantom_kind,
+                "num_steps": self.phantom_steps,
+                "beta": self.phantom_beta,
+            }
+            return PhantomAdjoint(**{name: value for name, value in options.items() if value is not None})
         if adjoint == "backprop":
             return BackpropAdjoint(checkpoint=self.checkpoint)
-        if self.checkpoint:
-            raise ValueError(
-                "checkpoint=True belongs to adjoint='backprop', got adjoint='reversible', which stores nothing"
-            )
         return ReversibleAdjoint(mismatch=self.mismatch)
+
+    def _require_adjoint(self, owner: str, adjoint: str, name: str) -> None:
+        """Raise if a setting is given that belongs to another adjoint."""
+        value = getattr(self, name)
+        if value is not None and adjoint != owner:
+            raise ValueError(f"{name}={value!r} belongs to adjoint={owner!r}, got adjoint={adjoint!r}: leave it out")
 
 
 def build_language_model(network: TransformerConfig, solver: SolverConfig) -> ExplicitTransformerLM | TransformerLM:

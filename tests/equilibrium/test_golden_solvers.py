@@ -11,7 +11,12 @@ from blocks import relative_error
 from torch import Tensor, nn
 
 from revdeq_lightning.equilibrium import (
+    AndersonSolver,
     BackpropAdjoint,
+    BroydenSolver,
+    ImplicitAdjoint,
+    MomentumSolver,
+    PhantomAdjoint,
     PicardSolver,
     RelaxedSolver,
     ReversibleAdjoint,
@@ -23,7 +28,9 @@ GOLDEN = Path(os.environ.get("REVDEQ_GOLDEN", Path(__file__).parents[1] / "golde
 DATA = dict(np.load(GOLDEN))
 CASES = sorted({key.split(":")[0] for key in DATA if ":" in key})
 REVERSIBLE = [case for case in CASES if case.startswith("reversible,")]
-BPTT = [case for case in CASES if re.match(r"(relaxed|simple),.*bptt", case)]
+BPTT = [case for case in CASES if re.match(r"(relaxed|simple|anderson),.*bptt", case)]
+IMPLICIT = [case for case in CASES if ",implicit," in case]
+PHANTOM = [case for case in CASES if ",phantom=" in case]
 
 
 def tensor(key: str) -> Tensor:
@@ -62,6 +69,11 @@ def make_solver(case: str, **arithmetic):
         return PicardSolver(**options)
     beta = setting(case, "beta")
     assert beta is not None
+    if case.startswith("anderson,"):
+        # The released ridge is 1e-6 in the units of the squared residuals; ours by default is relative to them.
+        return AndersonSolver(
+            memory=int(setting(case, "m")), beta=beta, ridge=1e-6, ridge_scale="absolute", **options, **arithmetic
+        )
     solver = ReversibleSolver if case.startswith("reversible,") else RelaxedSolver
     return solver(beta=beta, **options, **arithmetic)
 
@@ -84,7 +96,10 @@ def check(case: str, solver, adjoint, tolerance: float) -> None:
 def test_golden_file_holds_cases_of_every_kind():
     assert REVERSIBLE
     assert any("tol" in case for case in REVERSIBLE)
-    assert {case.split(",")[0] for case in BPTT} == {"relaxed", "simple"}
+    assert {case.split(",")[0] for case in BPTT} == {"relaxed", "simple", "anderson"}
+    assert IMPLICIT
+    assert PHANTOM
+    assert {*REVERSIBLE, *BPTT, *IMPLICIT, *PHANTOM} == set(CASES)
 
 
 # "exact" holds the state to multiples of 2^-32: 1e-8.
@@ -99,3 +114,34 @@ def test_golden_reversible(case, adjoint, arithmetic, tolerance):
 @pytest.mark.parametrize("case", BPTT)
 def test_golden_bptt(case, checkpoint):
     check(case, make_solver(case), BackpropAdjoint(checkpoint=checkpoint), 1e-9)
+
+
+@pytest.mark.parametrize("case", IMPLICIT)
+def test_golden_implicit(case):
+    # The released code solves the linear system with the forward solver, here to the same tolerance.
+    check(
+        case,
+        make_solver(case),
+        ImplicitAdjoint(solver=RelaxedSolver(beta=0.8, max_steps=100, rtol=setting(case, "tol"))),
+        1e-9,
+    )
+
+
+@pytest.mark.parametrize(
+    "backward",
+    [AndersonSolver, BroydenSolver, PicardSolver, MomentumSolver, ReversibleSolver],
+    ids=lambda s: s.__name__,
+)
+@pytest.mark.parametrize("case", IMPLICIT)
+def test_golden_implicit_with_another_linear_solver(case, backward):
+    # 1e-8: the linear solve stops at a residual of 1e-9; the exact state holds w to multiples of 2^-32.
+    check(case, make_solver(case), ImplicitAdjoint(solver=backward(max_steps=100, rtol=1e-9)), 1e-8)
+
+
+@pytest.mark.parametrize("case", PHANTOM)
+def test_golden_phantom(case):
+    beta, num_steps = re.search(r"phantom=([0-9.]+)x([0-9]+)", case).groups()
+    solver = make_solver(case)
+    check(case, solver, PhantomAdjoint(beta=float(beta), num_steps=int(num_steps), kind="unrolled"), 1e-9)
+    # Both kinds agree at a fixed point; here the residual is 1e-10, and enters once in every step.
+    check(case, solver, PhantomAdjoint(beta=float(beta), num_steps=int(num_steps), kind="neumann"), 1e-8)

@@ -12,6 +12,7 @@ FOREIGN = (
     "datasets",
     "torchvision",
     "matplotlib",
+    "scipy",
 )
 
 

@@ -8,6 +8,8 @@ import torch
 from against_bptt import BPTT, REVERSIBLE, SOLVERS, attention_layer, sequence
 
 from revdeq_lightning.equilibrium import (
+    AndersonSolver,
+    BroydenSolver,
     DivergenceError,
     MomentumSolver,
     PicardSolver,
@@ -18,7 +20,7 @@ from revdeq_lightning.equilibrium import (
 )
 
 SOLVER = SOLVERS["reversible"]
-ALL_SOLVERS = [ReversibleSolver, MomentumSolver, RelaxedSolver, PicardSolver]
+ALL_SOLVERS = [ReversibleSolver, MomentumSolver, RelaxedSolver, PicardSolver, AndersonSolver, BroydenSolver]
 nan, inf = math.nan, math.inf
 
 
@@ -35,7 +37,7 @@ def solve(f, z0=None, x=None, solver=SOLVER, adjoint=REVERSIBLE):
 # Settings
 
 
-@pytest.mark.parametrize("solver", [ReversibleSolver, MomentumSolver, RelaxedSolver])
+@pytest.mark.parametrize("solver", [solver for solver in ALL_SOLVERS if solver is not PicardSolver])
 @pytest.mark.parametrize(
     "beta", [0, 0.0, 2, 2.0, -0.1, 2.5, nan, inf, -inf, "0.8", None, True, torch.tensor(0.8), 0.8j]
 )
@@ -98,7 +100,7 @@ def test_mismatch_policy():
         ReversibleAdjoint(mismatch="error")
 
 
-@pytest.mark.parametrize("solver", [PicardSolver(), RelaxedSolver()])
+@pytest.mark.parametrize("solver", [PicardSolver(), RelaxedSolver(), AndersonSolver(), BroydenSolver()])
 def test_solver_without_an_inverse(solver):
     for context in (torch.enable_grad, torch.no_grad):
         with (
@@ -218,13 +220,17 @@ class BreaksAt:
         PicardSolver(max_steps=8),
         PicardSolver(max_steps=8, rtol=1e-6),
         RelaxedSolver(max_steps=8, atol=1e-6),
+        AndersonSolver(max_steps=8),
+        AndersonSolver(max_steps=8, rtol=1e-9),
+        BroydenSolver(max_steps=8),
+        BroydenSolver(max_steps=8, rtol=1e-9),
     ],
 )
 @pytest.mark.parametrize("bad", [nan, inf])
 @pytest.mark.parametrize("k", [1, 4, 5])
 def test_non_finite_evaluation_is_named(solver, bad, k):
     step = (k - 1) // solver.evaluations_per_step + 1
-    adjoints = [BPTT] if isinstance(solver, PicardSolver | RelaxedSolver) else [BPTT, REVERSIBLE]
+    adjoints = [BPTT, REVERSIBLE] if isinstance(solver, ReversibleSolver | MomentumSolver) else [BPTT]
     for adjoint in adjoints:
         with refuses(DivergenceError, "not finite", f"after {k} evaluations of f (step {step})", "Look for NaN"):
             solve(BreaksAt(k, bad), solver=solver, adjoint=adjoint)

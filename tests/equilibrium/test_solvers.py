@@ -6,7 +6,9 @@ from blocks import AttentionBlock, gradients, relative_error
 from torch import Tensor, nn
 
 from revdeq_lightning.equilibrium import (
+    AndersonSolver,
     BackpropAdjoint,
+    BroydenSolver,
     EquilibriumLayer,
     FixedPointSolution,
     MomentumSolver,
@@ -48,6 +50,10 @@ EVERY_SOLVER = [
     ReversibleSolver(beta=1.2, max_steps=200, rtol=1e-8),
     MomentumSolver(beta=1.0, momentum=0.125, max_steps=200, rtol=1e-8),
     MomentumSolver(beta=0.8, momentum=-0.25, max_steps=200, rtol=1e-8),
+    AndersonSolver(max_steps=200, rtol=1e-8),
+    AndersonSolver(memory=1, beta=0.8, max_steps=200, rtol=1e-8),
+    BroydenSolver(max_steps=200, rtol=1e-8),
+    BroydenSolver(memory=2, beta=0.8, max_halvings=2, max_steps=200, rtol=1e-8),
 ]
 
 
@@ -98,10 +104,13 @@ def test_max_steps_is_reached_with_a_tolerance_that_is_never_met():
         f, z0, x, solver=ReversibleSolver(max_steps=3, rtol=1e-12), adjoint=ReversibleAdjoint()
     )
     assert solution.stats.num_steps.tolist() == [3] * 4
+    assert solution.stats.converged.tolist() == [False] * 4
     assert f.calls == 7
 
 
-@pytest.mark.parametrize("make", [ReversibleSolver, MomentumSolver, RelaxedSolver, PicardSolver])
+@pytest.mark.parametrize(
+    "make", [ReversibleSolver, MomentumSolver, RelaxedSolver, PicardSolver, AndersonSolver, BroydenSolver]
+)
 def test_relative_residual_is_that_of_the_returned_state(make):
     f, z0, x = affine_problem()
     solution = solve_fixed_point(f, z0, x, solver=make(max_steps=50, rtol=1e-3), adjoint=BackpropAdjoint())
@@ -109,6 +118,7 @@ def test_relative_residual_is_that_of_the_returned_state(make):
     expected = (value - solution.value).norm(dim=1) / (value.norm(dim=1) + 1e-5)
     assert torch.allclose(solution.stats.relative_residual, expected, rtol=1e-6)
     assert (expected <= 1e-3).all()
+    assert solution.stats.converged.tolist() == [True] * 4
 
 
 SPREAD = torch.tensor([1e-3, 0.1, 1.0, 30.0, 1e3])
@@ -136,7 +146,16 @@ STOPPING = [ReversibleSolver(beta=0.8, max_steps=40, rtol=1e-4), MomentumSolver(
 
 
 @pytest.mark.parametrize(
-    "solver", [*STOPPING, RelaxedSolver(max_steps=60, atol=1e-4), PicardSolver(max_steps=60, rtol=1e-4)], ids=str
+    "solver",
+    [
+        *STOPPING,
+        RelaxedSolver(max_steps=60, atol=1e-4),
+        PicardSolver(max_steps=60, rtol=1e-4),
+        AndersonSolver(max_steps=60, rtol=1e-4),
+        BroydenSolver(max_steps=60, rtol=1e-4),
+        BroydenSolver(max_steps=60, rtol=1e-4, memory=2, max_halvings=3),
+    ],
+    ids=str,
 )
 def test_a_stopped_sample_does_not_depend_on_its_neighbours(solver):
     f, z0, x = spread_problem()

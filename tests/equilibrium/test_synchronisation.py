@@ -8,7 +8,16 @@ from against_bptt import BPTT, REVERSIBLE, assert_equal_gradients, attention_lay
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from revdeq_lightning.equilibrium import BackpropAdjoint, MomentumSolver, PicardSolver, ReversibleSolver
+from revdeq_lightning.equilibrium import (
+    AndersonSolver,
+    BackpropAdjoint,
+    BroydenSolver,
+    ImplicitAdjoint,
+    MomentumSolver,
+    PhantomAdjoint,
+    PicardSolver,
+    ReversibleSolver,
+)
 from revdeq_lightning.equilibrium.solvers import base
 
 SYNCHRONISING = ("_local_scalar_dense", "is_nonzero", "item", "nonzero", "equal", "masked_select", "_unique2")
@@ -102,6 +111,20 @@ def test_without_a_tolerance_bptt_and_others_look_once():
     for adjoint in (BPTT, BackpropAdjoint(checkpoint=True)):
         forward, backward, _ = synchronisations(PicardSolver(max_steps=20), adjoint)
         assert (forward, backward) == (1, 0)
+    for solver in (AndersonSolver(max_steps=20), BroydenSolver(max_steps=20, max_halvings=2)):
+        for adjoint in (BPTT, PhantomAdjoint(), PhantomAdjoint(kind="neumann")):
+            forward, backward, _ = synchronisations(solver, adjoint, contracting_layer)
+            assert (forward, backward) == (1, 0)
+
+
+@pytest.mark.parametrize("interval", [1, 4])
+def test_linear_solve_of_the_implicit_adjoint_looks_every_few_steps(monkeypatch, interval):
+    monkeypatch.setattr(base, "host_check_interval", lambda device: interval)
+    adjoint = ImplicitAdjoint(solver=AndersonSolver(max_steps=60, rtol=1e-5))
+    forward, backward, solution = synchronisations(AndersonSolver(max_steps=20), adjoint, contracting_layer)
+    assert forward == 1
+    # The questions whether all have stopped, the magnitudes, and the report.
+    assert backward <= solution.stats.backward_num_products // interval + 2
 
 
 @pytest.mark.parametrize("interval", [1, 4])

@@ -5,7 +5,16 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.distributed as dist
-from against_bptt import BPTT, REVERSIBLE, SOLVERS, assert_equal_gradients, attention_layer, project, sequence
+from against_bptt import (
+    BPTT,
+    REVERSIBLE,
+    SOLVERS,
+    TOLERANCE,
+    assert_equal_gradients,
+    attention_layer,
+    project,
+    sequence,
+)
 from processes import run_on_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -13,10 +22,24 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from revdeq_lightning.equilibrium import FixedPointSolution
+from revdeq_lightning.equilibrium import (
+    AndersonSolver,
+    BroydenSolver,
+    FixedPointSolution,
+    ImplicitAdjoint,
+    PhantomAdjoint,
+)
 
 NUM_RANKS = 2
 NUM_MICRO_BATCHES = 2
+OTHERS = {
+    "implicit": (
+        AndersonSolver(max_steps=6),
+        ImplicitAdjoint(solver=AndersonSolver(max_steps=300, rtol=1e-6), unconverged="ignore"),
+    ),
+    "unrolled": (BroydenSolver(max_steps=4), PhantomAdjoint(num_steps=3)),
+    "neumann": (AndersonSolver(max_steps=4), PhantomAdjoint(num_steps=3, kind="neumann")),
+}
 
 
 class Network(nn.Module):
@@ -45,8 +68,8 @@ def mean_loss(network, x):
 def gradients_with_ddp(rank):
     """Of every solver: gradients after accumulation with `no_sync`, and how often DDP reduced a bucket."""
     results = {}
-    for name, solver in SOLVERS.items():
-        network = DistributedDataParallel(Network(solver, REVERSIBLE), find_unused_parameters=False)
+    for name, (solver, adjoint) in ({name: (s, REVERSIBLE) for name, s in SOLVERS.items()} | OTHERS).items():
+        network = DistributedDataParallel(Network(solver, adjoint), find_unused_parameters=False)
         for _ in range(2):  # the second round meets the buckets that DDP rebuilt after the first
             network.zero_grad()
             for i, x in enumerate(micro_batches(rank)):
@@ -58,14 +81,14 @@ def gradients_with_ddp(rank):
 
 def test_ddp_equals_one_process_with_the_joined_batch(tmp_path):
     ranks = run_on_ranks(gradients_with_ddp, NUM_RANKS, tmp_path)
-    for name, solver in SOLVERS.items():
-        network = Network(solver, BPTT)
+    for name, (solver, adjoint) in ({name: (s, BPTT) for name, s in SOLVERS.items()} | OTHERS).items():
+        network = Network(solver, adjoint)
         parts = [x for rank in range(NUM_RANKS) for x in micro_batches(rank)]
         value = network(torch.cat(parts)).value
         sum(project(part) / len(part) / NUM_RANKS for part in value.split(len(parts[0]))).backward()
         reference = [p.grad for p in network.parameters()]
         for gradients in ranks:
-            assert_equal_gradients(gradients[name], reference)
+            assert_equal_gradients(gradients[name], reference, 1e-4 if name == "implicit" else TOLERANCE)
 
 
 @pytest.fixture

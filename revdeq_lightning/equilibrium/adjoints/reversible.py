@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..function import EquilibriumFunction, Leaves, call_with_parameters, is_compiled, named_parameters
+from ..graph import evaluate_recorded, graph_leaves, vector_jacobian_products
 from ..remainders import Remainders
 from ..solution import SolverStats
 from ..solvers.base import AbstractSolver, iterate_to_fixed_point, select
@@ -69,7 +70,7 @@ class ReversibleAdjoint(AbstractAdjoint):
         if not isinstance(solver, AbstractTwoStepSolver):
             raise ValueError(
                 f"ReversibleAdjoint cannot run {type(solver).__name__} backwards: use ReversibleSolver or"
-                " MomentumSolver, or BackpropAdjoint"
+                " MomentumSolver, or BackpropAdjoint, ImplicitAdjoint or PhantomAdjoint"
             )
         parameters = named_parameters(f.f)
         refuse_unsuitable(f.f, parameters)
@@ -197,7 +198,7 @@ class _Recorded:
         return self.f.nfe
 
     def __call__(self, z: Leaves, x: Sequence[Any]) -> Leaves:
-        return [v.detach() for v in _evaluate_recorded(self.f, z, x)[1]]
+        return [v.detach() for v in evaluate_recorded(self.f, z, x)[1]]
 
 
 def _run_backwards(
@@ -223,14 +224,14 @@ def _run_backwards(
         if k >= num_evaluations:
             state = solver.invert_step(state, iterate, active)
             continue
-        z, value = _evaluate_recorded(f, iterate, x)
+        z, value = evaluate_recorded(f, iterate, x)
         sources = [*z, *(inputs[i] for i in differentiated)]
         if f.nfe == nfe_before + 1:
             _refuse_foreign_leaves(value, sources)
         weights = [g.to(v.dtype, copy=True) for g, v in zip(g_current, value, strict=True)]
         if active is not None:
             weights = select(active, weights, [torch.zeros_like(w) for w in weights])
-        products = _products(value, sources, weights)
+        products = vector_jacobian_products(value, sources, weights)
         state = solver.invert_step(state, [v.detach() for v in value], active)
         for i, product in zip(differentiated, products[solve.num_leaves :], strict=True):
             if product is not None and i in sums:
@@ -257,22 +258,6 @@ def _run_backwards(
     for i in range(solve.num_leaves):
         sums[i] = g_current[i].add_(g_previous[i]).div_(b)
     return [sums[i].to(inputs[i].dtype) if needed and i in sums else None for i, needed in enumerate(needs_grad)]
-
-
-def _evaluate_recorded(f: EquilibriumFunction, z: Leaves, x: Sequence[Any]) -> tuple[Leaves, Leaves]:
-    """Fresh leaves with the values of z, and f of them with autograd recording."""
-    with torch.enable_grad():
-        leaves = [leaf.detach().requires_grad_() for leaf in z]
-        return leaves, f(leaves, x)
-
-
-def _products(value: Leaves, sources: Leaves, weights: Leaves) -> list[Tensor | None]:
-    """Vector-Jacobian products; None for a source that does not enter (see `_refuse_foreign_leaves`)."""
-    outputs = [(v, w) for v, w in zip(value, weights, strict=True) if v.requires_grad]
-    if not outputs:
-        return [None] * len(sources)
-    tensors, weights = (list(column) for column in zip(*outputs, strict=True))
-    return list(torch.autograd.grad(tensors, sources, weights, allow_unused=True))
 
 
 def _as_leaves(inputs: Sequence[Tensor], needs_grad: Sequence[bool]) -> Leaves:
@@ -303,21 +288,13 @@ def _report_mismatch(solve: _Solve, mismatch: Tensor, num_elements: int) -> None
 def _refuse_foreign_leaves(value: Leaves, sources: Leaves) -> None:
     """Raise if the graph of `value` ends in a tensor that is not among `sources`: its gradient would vanish."""
     known = {id(source) for source in sources}
-    seen: set[Any] = set()
-    stack = [v.grad_fn for v in value if v.grad_fn is not None]
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None and id(variable) not in known:
+    for variable in graph_leaves(value):
+        if id(variable) not in known:
             raise RuntimeError(
                 f"f uses a tensor of shape {tuple(variable.shape)} ({variable.dtype}) that needs a gradient, or"
                 " comes from one that does, but is neither in x nor a parameter of f: its gradient would be lost. Pass"
                 " it in x, make f an nn.Module that owns it, or detach it"
             )
-        stack.extend(parent for parent, _ in node.next_functions if parent is not None)
 
 
 def refuse_unsuitable(f: Callable[[Any, Any], Any], parameters: dict[str, Tensor]) -> None:

@@ -1,6 +1,8 @@
 """Solvers: one file each."""
 
+from .anderson import AndersonSolver
 from .base import AbstractSolver, DivergenceError
+from .broyden import BroydenSolver
 from .picard import PicardSolver
 from .relaxed import RelaxedSolver
 from .reversible import AbstractTwoStepSolver, MomentumSolver, ReversibleSolver
@@ -8,6 +10,8 @@ from .reversible import AbstractTwoStepSolver, MomentumSolver, ReversibleSolver
 __all__ = [
     "AbstractSolver",
     "AbstractTwoStepSolver",
+    "AndersonSolver",
+    "BroydenSolver",
     "DivergenceError",
     "MomentumSolver",
     "PicardSolver",

@@ -41,8 +41,7 @@ class AbstractSolver(abc.ABC):
     evaluations_per_step = 1
 
     def __post_init__(self) -> None:
-        if isinstance(self.max_steps, bool) or not isinstance(self.max_steps, int) or self.max_steps < 1:
-            raise ValueError(f"max_steps must be a whole number of at least 1, got {self.max_steps!r}")
+        require_count("max_steps", self.max_steps, least=1)
         for name in ("rtol", "atol"):
             tolerance = require_number(name, getattr(self, name))
             if not 0 <= tolerance < float("inf"):
@@ -139,7 +138,8 @@ def iterate_to_fixed_point(
     if active is not None and num_evaluations == solver.max_steps * per_step:
         last = residual(f(iterate, x), iterate, solver.rtol, solver.atol)
     assert last is not None
-    return Iteration(state, iterate, num_evaluations, SolverStats(num_steps, f.nfe, last.relative))
+    converged = None if active is None else last.converged
+    return Iteration(state, iterate, num_evaluations, SolverStats(num_steps, f.nfe, last.relative, converged))
 
 
 def host_check_interval(device: torch.device) -> int:
@@ -157,6 +157,12 @@ def require_number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
         raise ValueError(f"{name} must be a number, got {value!r}")
     return float(value)
+
+
+def require_count(name: str, value: object, *, least: int) -> None:
+    """Raise a ValueError that shows the value, unless it is a whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
 
 
 @torch.no_grad()

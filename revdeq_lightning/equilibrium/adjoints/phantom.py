@@ -1,0 +1,88 @@
+"""The phantom gradient: that of a few relaxed steps from the solver's result, in the place of the fixed point's.
+
+unrolled:  h_0 = z (a constant),  h_{t+1} = (1 - beta) * h_t + beta * f(h_t, x);  the gradient of h_num_steps
+neumann:   w = beta * sum_{t < num_steps} ((1 - beta) * I + beta * J^T)^t g,  dL/dtheta = (df/dtheta)^T w
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+
+from ..function import EquilibriumFunction, Leaves
+from ..solution import SolverStats
+from ..solvers.base import AbstractSolver, require_count, require_number
+from .attached import attach, record_at, solve_without_gradient
+from .base import AbstractAdjoint
+from .implicit import AdjointSystem, refuse_double_backward
+
+PhantomKind = Literal["unrolled", "neumann"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhantomAdjoint(AbstractAdjoint):
+    """An approximate gradient at a fixed price; with more steps it tends to the implicit gradient where f contracts.
+
+    Carries every solver. The value returned is the solver's: the steps serve the gradient alone. With one step and beta
+    1 it is the Jacobian-free gradient (JFB), which leaves J out. Both kinds agree at an exact fixed point; nothing says
+    how far the gradient is off (`gradient_error` does), so this is not the adjoint to learn from whether f has one.
+
+    Cost: "unrolled" `num_steps` evaluations of f more in the forward pass, and their memory; "neumann" one evaluation
+    and its memory, and `num_steps - 1` vector-Jacobian products in the backward pass. Autograd records f in the forward
+    pass, so f may use any tensor. The gradient of z0 is 0.
+
+    Args:
+        num_steps: Relaxed steps, at least 1.
+        beta: Relaxation parameter, the weight of the new evaluation, in (0, 2).
+        kind: "unrolled" or "neumann".
+
+    Raises:
+        ValueError: If a setting is out of its range.
+
+    Source: Geng et al. 2021, arXiv:2111.05177; one step: Fung et al. 2022, arXiv:2103.12803.
+    """
+
+    num_steps: int = 10
+    beta: float = 0.5
+    kind: PhantomKind = "unrolled"
+
+    def __post_init__(self) -> None:
+        require_count("num_steps", self.num_steps, least=1)
+        if not 0 < require_number("beta", self.beta) < 2:
+            raise ValueError(f"beta must be in (0, 2), got {self.beta!r}")
+        if self.kind not in get_args(PhantomKind):
+            raise ValueError(f"kind must be one of {', '.join(map(repr, get_args(PhantomKind)))}, got {self.kind!r}")
+
+    def solve(
+        self, f: EquilibriumFunction, z0: Leaves, x: Sequence[Any], solver: AbstractSolver
+    ) -> tuple[Leaves, SolverStats]:
+        value, stats = solve_without_gradient(f, z0, x, solver)
+        if self.kind == "unrolled":
+            if not torch.is_grad_enabled():
+                return value, stats
+            h = value
+            for _ in range(self.num_steps):
+                h = [(1 - self.beta) * a + self.beta * b for a, b in zip(h, f(h, x), strict=True)]
+            stats.forward_nfe = f.nfe
+            if not any(leaf.requires_grad for leaf in (*h, *z0)):
+                return value, stats
+            return attach(value, h, z0, lambda grads: grads), stats
+        recorded = record_at(f, value, z0, x, stats)
+        if recorded is None:
+            return value, stats
+        system = AdjointSystem(*recorded)
+
+        def cotangents(grads: Leaves) -> Leaves:
+            refuse_double_backward(self)
+            g = system.begin(grads)
+            total = [self.beta * leaf for leaf in g]
+            for _ in range(self.num_steps - 1):
+                total = [
+                    (1 - self.beta) * w + self.beta * (p + leaf)
+                    for w, p, leaf in zip(total, system.products(total), g, strict=True)
+                ]
+            stats.backward_nfe, stats.backward_num_products = 0, system.nfe
+            return system.end(total)
+
+        return attach(value, recorded[1], z0, cotangents), stats

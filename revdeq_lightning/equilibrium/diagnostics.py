@@ -1,0 +1,252 @@
+"""What a map and a gradient are worth: contraction, a penalty for the lack of it, and the error of a gradient.
+
+    spectral radius      rho(df/dz): plain iteration converges near the fixed point where it is below 1
+    Jacobian penalty     norm(df/dz)_F^2 / dim, by Hutchinson's estimate, to be added to the loss
+    gradient error       norm(grad - reference) / norm(reference)
+
+To bound df/dz by construction, put PyTorch's own parametrisations on the layers of f, which works with every solver
+and adjoint here: `torch.nn.utils.parametrizations.spectral_norm(layer)` or `weight_norm(layer)`.
+"""
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_flatten, tree_map
+
+from .adjoints.backprop import BackpropAdjoint
+from .adjoints.base import AbstractAdjoint
+from .function import EquilibriumFunction, Leaves, named_parameters
+from .graph import evaluate_recorded, vector_jacobian_products
+from .norms import broadcast_to_leaf
+from .solve import solve_fixed_point
+from .solvers.base import AbstractSolver, require_count
+from .solvers.vectors import join
+
+
+def jacobian_regularisation(
+    f: Callable[[Any, Any], Any], z: Any, x: Any, *, num_samples: int = 1, generator: torch.Generator | None = None
+) -> Tensor:
+    """Estimate `norm(df/dz)_F^2 / dim` at z, the mean over the batch, differentiably.
+
+    Hutchinson: the mean of `norm(J^T v)^2` over random signs v is the squared Frobenius norm of J. Added to the loss
+    it keeps f contracting, so that solvers and the implicit gradient converge. It costs one evaluation of f with a
+    double backward; attention is computed by PyTorch's "math" kernel, as the fast ones have none.
+
+    Args:
+        f: Map `(z, x) -> z`.
+        z: Where, usually `solution.value`; a constant here: the gradient goes to x and the parameters of f.
+        x: Injected input, any pytree.
+        num_samples: Random vectors, each with a product of its own.
+        generator: Source of the signs, on the device of z; by default PyTorch's own.
+
+    Returns:
+        The penalty, 0-dim.
+
+    Raises:
+        ValueError: If `num_samples` is not a whole number of at least 1.
+
+    Source: Bai et al. 2021, arXiv:2106.14342, section 4.
+    """
+    require_count("num_samples", num_samples, least=1)
+    function, z_leaves, x_leaves = _on_leaves(f, z, x)
+    with sdpa_kernel(SDPBackend.MATH):
+        state, value = evaluate_recorded(function, z_leaves, x_leaves)
+        squares = []
+        for _ in range(num_samples):
+            signs = [torch.randint(0, 2, v.shape, generator=generator, device=v.device) * 2 - 1 for v in value]
+            weights = [s.to(v.dtype) for s, v in zip(signs, value, strict=True)]
+            products = vector_jacobian_products(
+                value, state, weights, retain_graph=True, create_graph=torch.is_grad_enabled()
+            )
+            squares += [join([p]).square().sum() for p in products if p is not None]
+    if not squares:  # f does not depend on z
+        return torch.zeros((), device=state[0].device)
+    return torch.stack(squares).sum() / (num_samples * sum(leaf.numel() for leaf in state))
+
+
+def spectral_radius(
+    f: Callable[[Any, Any], Any], z: Any, x: Any, *, num_iterations: int = 50, per_sample: bool = True, seed: int = 0
+) -> Tensor:
+    """Estimate the spectral radius of df/dz at z by the power method: below 1, f contracts near z.
+
+    The growth of `v <- J^T v` is averaged over the later half of the iterations: of two complex eigenvalues each step
+    alone would show another number. An estimate from below, good to a few percent where the largest eigenvalues are
+    apart. It costs one evaluation of f and `num_iterations` vector-Jacobian products. Random state and buffers are
+    left as they were.
+
+    Args:
+        f: Map `(z, x) -> z`.
+        z: Where, usually `solution.value`.
+        x: Injected input, any pytree.
+        num_iterations: Power iterations, at least 2.
+        per_sample: One radius for each sample, as long as f does not mix samples; else one of the whole batch.
+        seed: Of the start vector.
+
+    Returns:
+        Shape `(batch,)`, or 0-dim for the batch.
+
+    Raises:
+        ValueError: If `num_iterations` is not a whole number of at least 2.
+    """
+    require_count("num_iterations", num_iterations, least=2)
+    with _untouched(f, z), torch.inference_mode(False), torch.enable_grad():
+        function, z_leaves, x_leaves = _on_leaves(f, z, tree_map(_constant, x))
+        state, value = evaluate_recorded(function, [leaf.clone() for leaf in z_leaves], x_leaves)
+        vector, growths = _random_like(value, seed), []
+        for _ in range(num_iterations):
+            norm = _norm(vector, per_sample)
+            scale = torch.where(norm > 0, 1 / norm, 0.0)
+            unit = [v * broadcast_to_leaf(scale.to(v.dtype), v) for v in vector]
+            products = vector_jacobian_products(value, state, unit, retain_graph=True)
+            vector = [torch.zeros_like(v) if p is None else p for v, p in zip(vector, products, strict=True)]
+            growths.append(_norm(vector, per_sample))
+        radius = torch.stack(growths[num_iterations // 2 :]).log().mean(0).exp()
+    return radius if per_sample else radius[0]
+
+
+class GradientError(NamedTuple):
+    """How far one adjoint's gradient is from another's.
+
+    Attributes:
+        relative_l2: `norm(gradient - reference) / norm(reference)` of all tensors together.
+        cosine: Cosine between the two; 1 is the same direction.
+        by_tensor: The relative L2 error of every parameter of f by its name, and of every leaf of x as "x[0]", ...;
+            not finite where the reference is 0.
+    """
+
+    relative_l2: float
+    cosine: float
+    by_tensor: dict[str, float]
+
+
+def gradient_error(
+    f: Callable[[Any, Any], Any],
+    z0: Any,
+    x: Any,
+    *,
+    solver: AbstractSolver,
+    adjoint: AbstractAdjoint,
+    reference: AbstractAdjoint | None = None,
+    reference_dtype: torch.dtype | None = None,
+    cotangent: Any = None,
+) -> GradientError:
+    """Compare the gradients that two adjoints give of one solve, in the parameters of f and the leaves of x.
+
+    Both runs draw the same random numbers. Afterwards random state, buffers and `.grad` are as they were.
+
+    Args:
+        f: Map `(z, x) -> z`.
+        z0: Initial state.
+        x: Injected input; its floating-point leaves are differentiated.
+        solver: Of both runs.
+        adjoint: The one in question.
+        reference: The one it is measured by; `BackpropAdjoint()` by default, the exact gradient of the iteration.
+        reference_dtype: float64, say: the reference then is a run of its own of a copy of f in that precision, and the
+            error contains what the lower precision changes in the iterates. None: the precision of f.
+        cotangent: dL/dz, structure of z0; random by default, always the same.
+
+    Returns:
+        See `GradientError`.
+
+    Raises:
+        ValueError: If f is no module and `reference_dtype` is given, or nothing is there to differentiate.
+    """
+    if reference_dtype is not None and not isinstance(f, nn.Module):
+        raise ValueError(f"reference_dtype={reference_dtype} needs an f that is an nn.Module, got {type(f).__name__}")
+    upstream = _random_like(tree_flatten(z0)[0], 0) if cotangent is None else tree_flatten(cotangent)[0]
+    ours = _gradient(f, z0, x, upstream, solver, adjoint, None)
+    exact = _gradient(f, z0, x, upstream, solver, reference or BackpropAdjoint(), reference_dtype)
+    if not exact:
+        raise ValueError("nothing to differentiate: f has no parameter that needs a gradient, and x no floating point")
+    by_tensor = {name: float((ours[name] - exact[name]).norm() / exact[name].norm()) for name in exact}
+    a, b = torch.cat([ours[name] for name in exact]), torch.cat(list(exact.values()))
+    return GradientError(float((a - b).norm() / b.norm()), float(torch.dot(a, b) / (a.norm() * b.norm())), by_tensor)
+
+
+def _gradient(
+    f: Callable[[Any, Any], Any],
+    z0: Any,
+    x: Any,
+    upstream: Leaves,
+    solver: AbstractSolver,
+    adjoint: AbstractAdjoint,
+    dtype: torch.dtype | None,
+) -> dict[str, Tensor]:
+    """Flat float64 gradients by name; with a dtype, those of a copy of f in it, without autocast."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_untouched(f, z0))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        z0, x = tree_map(_constant, z0), tree_map(_constant, x)
+        if dtype is not None:
+            assert isinstance(f, nn.Module)
+            f = copy.deepcopy(f).to(dtype)
+            z0, x = (tree_map(lambda leaf: leaf.to(dtype) if _is_floating(leaf) else leaf, tree) for tree in (z0, x))
+            stack.enter_context(torch.autocast(upstream[0].device.type, enabled=False))
+        leaves = {f"x[{i}]": leaf.requires_grad_() for i, leaf in enumerate(tree_flatten(x)[0]) if _is_floating(leaf)}
+        sources = {name: p for name, p in named_parameters(f).items() if p.requires_grad} | leaves
+        if not sources:
+            return {}
+        value = tree_flatten(solve_fixed_point(f, z0, x, solver=solver, adjoint=adjoint).value)[0]
+        outputs = [(v, g.to(v.dtype)) for v, g in zip(value, upstream, strict=True) if v.requires_grad]
+        tensors, weights = ([pair[i] for pair in outputs] for i in range(2))
+        grads = torch.autograd.grad(tensors, list(sources.values()), weights, allow_unused=True) if outputs else ()
+        found = dict(zip(sources, grads, strict=False))
+        return {name: _flat(found.get(name), source) for name, source in sources.items()}
+
+
+def _flat(gradient: Tensor | None, source: Tensor) -> Tensor:
+    return (torch.zeros_like(source) if gradient is None else gradient).detach().flatten().double()
+
+
+def _on_leaves(f: Callable[[Any, Any], Any], z: Any, x: Any) -> tuple[EquilibriumFunction, Leaves, list[Any]]:
+    """The map on leaves, and the leaves; z as a constant."""
+    z_leaves, z_spec = tree_flatten(z)
+    x_leaves, x_spec = tree_flatten(x)
+    return EquilibriumFunction(f, z_leaves, z_spec, x_spec), [leaf.detach() for leaf in z_leaves], x_leaves
+
+
+def _is_floating(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
+
+
+def _constant(leaf: Any) -> Any:
+    """A copy cut off from its graph: also of a tensor made in inference mode, which autograd could not use."""
+    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
+
+
+def _random_like(leaves: Leaves, seed: int) -> Leaves:
+    """Normal numbers from a generator of their own, the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(leaf.shape, generator=generator).to(leaf) for leaf in leaves]
+
+
+def _norm(leaves: Leaves, per_sample: bool) -> Tensor:
+    """L2 norms, `(batch,)`: each sample's own, or everywhere that of the whole."""
+    vector = join(leaves)
+    norms: Tensor = torch.linalg.vector_norm(vector, dim=1)
+    return norms if per_sample else torch.linalg.vector_norm(norms).expand_as(norms)
+
+
+@contextlib.contextmanager
+def _untouched(f: Callable[[Any, Any], Any], z: Any) -> Iterator[None]:
+    """Random state and buffers are afterwards what they were."""
+    modules = list(f.modules()) if isinstance(f, nn.Module) else []
+    buffers = [
+        (module, name, b, b.clone()) for module in modules for name, b in module._buffers.items() if b is not None
+    ]
+    devices = {leaf.device for leaf in tree_flatten(z)[0] if leaf.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for module, name, buffer, content in buffers:
+                    module._buffers[name] = buffer
+                    if not torch.equal(buffer, content):  # a graph that saved it would notice the copy
+                        buffer.copy_(content)

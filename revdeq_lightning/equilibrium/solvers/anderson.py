@@ -1,0 +1,116 @@
+"""Anderson acceleration: the newest iterates, mixed so that their residuals cancel. Not reversible.
+
+g_i = f(z_i, x) - z_i
+alpha = argmin norm(sum_i alpha_i * g_i)^2 + ridge   subject to   sum_i alpha_i = 1
+z_{n+1} = sum_i alpha_i * (z_i + beta * g_i)         over the newest memory + 1 iterates
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from ..function import Leaves
+from .base import AbstractSolver, require_count, require_number, select
+from .vectors import inner, join, rounding, split, weighted_sum
+
+RidgeScale = Literal["relative", "absolute"]
+
+
+class AndersonState(NamedTuple):
+    """The newest iterate, and the window of those at which f was evaluated, oldest first."""
+
+    iterate: Leaves
+    relaxed: list[Tensor]
+    """`z_i + beta * g_i`, each `(batch, elements)`."""
+    residuals: list[Tensor]
+    """`g_i`, each `(batch, elements)`."""
+    gram: Tensor
+    """Inner products of the residuals, `(batch, window, window)`, float64."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AndersonSolver(AbstractSolver):
+    """Mixes the newest `memory + 1` iterates so that the mix of their residuals is smallest, 1 evaluation of f a step.
+
+    Each sample has weights of its own; of a state of several tensors all are mixed with the same weights. On affine
+    maps it is GMRES while the memory lasts. Its memory is `2 * (memory + 1)` states.
+
+    Args:
+        memory: How many iterates are mixed with the newest one, at least 1.
+        beta: Relaxation parameter, the weight of the new evaluations, in (0, 2).
+        ridge: What keeps the least-squares problem regular, positive: see `ridge_scale`.
+        ridge_scale: "relative": `ridge * sum_i alpha_i^2 * norm(g_i)^2` is added to the squares, so that the steps
+            depend on no unit and stay accelerated down to rounding. "absolute": `ridge * sum_i alpha_i^2`, as in the
+            paper's released code (there 1e-6), where the mix becomes a plain mean once the residual's norm is
+            below `sqrt(ridge)`.
+        max_steps: Most steps.
+        rtol: Relative tolerance.
+        atol: Absolute tolerance.
+
+    Raises:
+        ValueError: If a setting is out of its range.
+
+    Source: Anderson 1965; Walker and Ni 2011, doi:10.1137/10078356X.
+    """
+
+    memory: int = 5
+    beta: float = 1.0
+    ridge: float = 1e-6
+    ridge_scale: RidgeScale = "relative"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_count("memory", self.memory, least=1)
+        if not 0 < require_number("beta", self.beta) < 2:
+            raise ValueError(f"beta must be in (0, 2), got {self.beta!r}")
+        if not 0 < require_number("ridge", self.ridge) < float("inf"):
+            raise ValueError(f"ridge must be positive and finite, got {self.ridge!r}: choose 1e-6, say")
+        if self.ridge_scale not in get_args(RidgeScale):
+            raise ValueError(
+                f"ridge_scale must be one of {', '.join(map(repr, get_args(RidgeScale)))}, got {self.ridge_scale!r}"
+            )
+
+    def init(self, z0: Leaves, *, reversible: bool) -> AndersonState:
+        batch, device = z0[0].shape[0], z0[0].device
+        return AndersonState(list(z0), [], [], torch.zeros(batch, 0, 0, dtype=torch.float64, device=device))
+
+    def iterate(self, state: AndersonState) -> Leaves:
+        return state.iterate
+
+    def advance(self, state: AndersonState, value: Leaves, active: Tensor | None) -> AndersonState:
+        z = join(state.iterate)
+        g = join(value) - z
+        first = 1 if len(state.residuals) > self.memory else 0
+        residuals = [*state.residuals[first:], g]
+        relaxed = [*state.relaxed[first:], z + self.beta * g]
+        gram = _bordered(state.gram[:, first:, first:], torch.stack([inner(r, g) for r in residuals], 1).double())
+        weights = self._weights(gram, rounding(value).double() ** 2).to(g.dtype)
+        iterate = split(weighted_sum(relaxed, weights.unbind(1)), value)
+        if active is not None:
+            iterate = select(active, iterate, state.iterate)
+        return AndersonState(iterate, relaxed, residuals, gram)
+
+    def _weights(self, gram: Tensor, noise: Tensor) -> Tensor:
+        """alpha, `(batch, window)`: the solution of `(G^T G + ridge) alpha = 1`, scaled to the sum 1."""
+        squares = gram.diagonal(dim1=1, dim2=2)
+        ridge = self.ridge * (squares if self.ridge_scale == "relative" else torch.ones_like(squares))
+        # Fitted to rounding errors the weights would be random, and so would be the gradient through them.
+        ridge = ridge + noise[:, None]
+        # The window is taken to begin full of copies of z0 (so does the released code): they share its weight.
+        copies = max(1, self.memory + 2 - squares.shape[1])
+        ridge = torch.cat([ridge[:, :1] / copies, ridge[:, 1:]], 1)
+        # With a diagonal of ones the factorisation is safe whatever the residuals' sizes are.
+        sizes = (squares + ridge).sqrt()
+        correlations = (gram + torch.diag_embed(ridge)) / (sizes[:, :, None] * sizes[:, None, :])
+        ones = sizes.amin(1, keepdim=True) / sizes
+        factor, _ = torch.linalg.cholesky_ex(correlations)  # `cholesky` would ask the host for its success
+        alpha = torch.cholesky_solve(ones[:, :, None], factor)[:, :, 0] * ones
+        return alpha / alpha.sum(1, keepdim=True)
+
+
+def _bordered(gram: Tensor, row: Tensor) -> Tensor:
+    """The matrix with `row` as its new last row and column."""
+    upper = torch.cat([gram, row[:, :-1, None]], 2)
+    return torch.cat([upper, row[:, None, :]], 1)

@@ -1,0 +1,161 @@
+"""Implicit and phantom gradients with any solver, in any surroundings."""
+
+import pytest
+import torch
+from against_bptt import gradients_of, project, sequence
+from blocks import gradients, relative_error
+from implicit_problem import ADJOINTS, TanhMap, damped_layer, inputs, solve, with_adjoint, with_every_solver
+from torch import nn
+
+from revdeq_lightning.equilibrium import (
+    AndersonSolver,
+    BackpropAdjoint,
+    MomentumSolver,
+    PhantomAdjoint,
+    PicardSolver,
+    ReversibleAdjoint,
+    ReversibleSolver,
+)
+
+
+@with_every_solver
+def test_any_solver_with_any_adjoint_or_an_error_that_names_both(make):
+    f, x = TanhMap(), inputs()
+    for has_tolerance in (True, False):
+        solver = make(max_steps=80, rtol=1e-8) if has_tolerance else make(max_steps=80)
+        adjoints = [*ADJOINTS, BackpropAdjoint(), BackpropAdjoint(checkpoint=True)]
+        if make in (ReversibleSolver, MomentumSolver):
+            adjoints.append(ReversibleAdjoint(mismatch="raise"))
+        else:
+            with pytest.raises(ValueError, match=f"ReversibleAdjoint cannot run {make.__name__}.*ImplicitAdjoint"):
+                solve(f, x, solver, ReversibleAdjoint())
+        solutions = [solve(f, x, solver, adjoint) for adjoint in adjoints]
+        grads = [gradients(solution.value, x, f.weight) for solution in solutions]
+        for adjoint, solution, gradient in zip(adjoints, solutions, grads, strict=True):
+            assert torch.equal(solution.value, solutions[0].value), adjoint
+            # 1e-5: of an iteration that stops at 1e-8; the phantom is 10 steps of relaxation.
+            bound = 0.2 if isinstance(adjoint, PhantomAdjoint) else 1e-5
+            assert relative_error(gradient, grads[0]) <= bound, adjoint
+
+
+@with_adjoint
+def test_closures_and_learnt_initial_states(adjoint):
+    """f may use any tensor; z0 gets zeros, not None, which DDP would take for an unused parameter."""
+    weight, scale = TanhMap().weight, torch.full((6,), 0.5, dtype=torch.float64, requires_grad=True)
+    x, z0 = inputs(), torch.full((3, 6), 0.1, dtype=torch.float64, requires_grad=True)
+
+    class Owner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.scale = weight, nn.Parameter(scale.detach().clone())
+
+        def forward(self, z, x):
+            return torch.tanh(z @ self.weight.T * self.scale + x)
+
+    owner = Owner()
+    closure = solve(lambda z, x: torch.tanh(z @ weight.T * scale + x), x, PicardSolver(max_steps=50), adjoint, z0).value
+    owned = solve(owner, x, PicardSolver(max_steps=50), adjoint, z0).value
+    assert torch.equal(gradients(closure, x, scale, z0), gradients(owned, x, owner.scale, z0))
+    again = solve(owner, x, PicardSolver(max_steps=50), adjoint, z0).value
+    assert torch.equal(torch.autograd.grad(again.sum(), z0)[0], torch.zeros_like(z0))
+
+
+@with_adjoint
+def test_pytree_state_equals_the_joined_tensor(adjoint):
+    f, x = TanhMap(), inputs()
+    split = lambda z, x: dict(zip("ab", f(torch.cat([z["a"], z["b"]], 1), x).split([2, 4], 1), strict=True))  # noqa: E731
+    z0 = {"a": torch.zeros(3, 2, dtype=torch.float64), "b": torch.zeros(3, 4, dtype=torch.float64)}
+    parts = solve(split, x, AndersonSolver(max_steps=30), adjoint, z0).value
+    joined = solve(f, x, AndersonSolver(max_steps=30), adjoint).value
+    assert torch.equal(torch.cat([parts["a"], parts["b"]], 1), joined)
+    ours = gradients(torch.cat([parts["a"], parts["b"]], 1), x, f.weight)
+    assert relative_error(ours, gradients(joined, x, f.weight)) <= 1e-9  # the linear solve stops at 1e-10
+    # Only one of the leaves in the loss.
+    part = solve(split, x, AndersonSolver(max_steps=30), adjoint, z0).value["a"]
+    whole = solve(f, x, AndersonSolver(max_steps=30), adjoint).value
+    (ours,), (expected,) = (torch.autograd.grad(project(leaf), x) for leaf in (part, whole[:, :2]))
+    assert relative_error(ours, expected) <= 1e-9  # the linear solve stops at 1e-10
+
+
+@with_adjoint
+def test_map_that_does_not_use_its_state_or_its_input(adjoint):
+    x = inputs()
+    value = solve(lambda z, x: 2 * x, x, PicardSolver(max_steps=3), adjoint).value
+    weight = 1.0 if not isinstance(adjoint, PhantomAdjoint) else 1 - 0.5**10  # the sum of ten halves
+    assert torch.allclose(torch.autograd.grad(value.sum(), x)[0], torch.full_like(x, 2 * weight))
+    bias = torch.ones(3, 6, dtype=torch.float64, requires_grad=True)
+    value = solve(lambda z, _: 0.5 * z + bias, x, PicardSolver(max_steps=60), adjoint).value
+    assert torch.autograd.grad(value.sum(), x, allow_unused=True, retain_graph=True)[0] is None
+    assert (torch.autograd.grad(value.sum(), bias)[0] > 1).all()
+
+
+@with_adjoint
+def test_second_backward_through_a_kept_graph(adjoint):
+    f, x = TanhMap(), inputs()
+    solution = solve(f, x, PicardSolver(max_steps=9), adjoint)
+    loss = project(solution.value)
+    loss.backward(retain_graph=True)
+    first = x.grad.clone()
+    loss.backward()
+    assert torch.equal(x.grad, 2 * first)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+def test_double_backward_is_refused_where_it_would_be_wrong():
+    for adjoint in (ADJOINTS[0], ADJOINTS[2]):
+        x = inputs()
+        value = solve(TanhMap(), x, PicardSolver(max_steps=9), adjoint).value
+        name = type(adjoint).__name__
+        with pytest.raises(RuntimeError, match=rf"{name} has no double backward.*create_graph=True.*BackpropAdjoint"):
+            torch.autograd.grad(value.square().sum(), x, create_graph=True)
+
+
+@with_adjoint
+@pytest.mark.parametrize("inside", [True, False], ids=["backward_inside", "backward_outside"])
+def test_bf16_autocast_is_as_close_to_float64_as_bptt(adjoint, inside):
+    def run(adjoint, dtype=None):
+        layer, x = damped_layer(AndersonSolver(max_steps=20), adjoint), sequence()
+        if dtype is not None:
+            layer, x = layer.to(dtype), sequence().detach().to(dtype).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is None):
+            solution = layer(x)
+            loss = project(solution.value)
+            if inside:
+                loss.backward()
+        if not inside:
+            loss.backward()
+        return torch.cat([g.flatten().double() for g in gradients_of(layer, x)])
+
+    error = relative_error(run(adjoint), run(adjoint, torch.float64))
+    bptt_error = relative_error(run(BackpropAdjoint()), run(BackpropAdjoint(), torch.float64))
+    assert 1e-4 < bptt_error < 0.3  # bf16 is at work
+    assert error <= 2 * bptt_error
+
+
+@with_adjoint
+def test_dropout_has_one_mask_a_solve(adjoint):
+    layer, x = damped_layer(AndersonSolver(max_steps=40), adjoint, dropout=0.3), sequence()
+    masks = []
+    layer.f.f.dropout.register_forward_hook(lambda module, inputs, output: masks.append(output == 0))
+    solution = layer(x)
+    state = torch.get_rng_state()
+    project(solution.value).backward()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len(masks) == 2 * solution.stats.forward_nfe
+    assert all(torch.equal(mask, masks[i % 2]) for i, mask in enumerate(masks))
+
+
+def test_half_precision_parameters():
+    for adjoint in ADJOINTS:
+        layer, x = damped_layer(AndersonSolver(max_steps=20), adjoint), sequence()
+        exact, half = layer.double(), x.detach().bfloat16().requires_grad_()
+        project(exact(x.detach().double()).value).backward()
+        expected = torch.cat([p.grad.flatten() for p in exact.parameters()])
+        layer.zero_grad()
+        layer.bfloat16()
+        project(layer(half).value.float()).backward()
+        ours = torch.cat([p.grad.flatten().double() for p in layer.parameters()])
+        assert relative_error(ours, expected) <= 0.1  # 8 bits
+        assert half.grad.dtype == torch.bfloat16
+        assert x.grad is None

@@ -1,0 +1,85 @@
+"""PhantomAdjoint against plain loops, dense sums, the implicit gradient and counts."""
+
+import itertools
+
+import pytest
+import torch
+from against_bptt import project
+from blocks import gradients, relative_error
+from implicit_problem import (
+    TIGHT,
+    TanhMap,
+    dense_implicit_gradients,
+    inputs,
+    solve,
+)
+
+from revdeq_lightning.equilibrium import (
+    AndersonSolver,
+    BackpropAdjoint,
+    PhantomAdjoint,
+    PicardSolver,
+)
+
+kinds = pytest.mark.parametrize("kind", ["unrolled", "neumann"])
+
+
+@kinds
+def test_phantom_tends_to_the_implicit_gradient_as_its_steps_grow(kind):
+    f, x = TanhMap(), inputs()
+    value = solve(f, x, AndersonSolver(max_steps=100, rtol=1e-13), TIGHT).value
+    exact = dense_implicit_gradients(f, value, x, f.weight)
+    bptt = gradients(solve(f, x, PicardSolver(max_steps=150), BackpropAdjoint()).value, x, f.weight)
+    errors = []
+    for num_steps in (1, 2, 4, 8, 16, 32, 64):
+        adjoint = PhantomAdjoint(num_steps=num_steps, beta=0.8, kind=kind)
+        ours = gradients(solve(f, x, AndersonSolver(max_steps=100, rtol=1e-13), adjoint).value, x, f.weight)
+        errors.append((relative_error(ours, exact), relative_error(ours, bptt)))
+    for k in range(2):
+        assert errors[0][k] > 0.2
+        assert all(b[k] < 0.9 * a[k] for a, b in itertools.pairwise(errors))
+        assert errors[-1][k] <= 1e-6
+
+
+@pytest.mark.parametrize("num_steps", [1, 5])
+def test_unrolled_phantom_gradient_is_bptt_of_relaxation_from_the_result(num_steps):
+    f, x = TanhMap(norm=1.3), inputs()
+    value = solve(f, x, PicardSolver(max_steps=3), PhantomAdjoint(num_steps=num_steps, beta=0.6)).value
+    h = value.detach()
+    for _ in range(num_steps):
+        h = 0.4 * h + 0.6 * f(h, x)
+    assert relative_error(gradients(value, x, f.weight), gradients(h, x, f.weight)) <= 1e-14
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 5])
+def test_neumann_phantom_gradient_is_the_dense_sum(num_steps):
+    f, x = TanhMap(norm=1.3), inputs(batch=1)
+    solution = solve(f, x, PicardSolver(max_steps=3), PhantomAdjoint(num_steps=num_steps, beta=0.6, kind="neumann"))
+    z = solution.value.detach()
+    jacobian = torch.autograd.functional.jacobian(lambda v: f(v[None], x.detach())[0], z[0])
+    g = torch.randn(z.shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)[0]  # as in `gradients`
+    step = 0.4 * torch.eye(6, dtype=torch.float64) + 0.6 * jacobian.T
+    w = 0.6 * sum(torch.linalg.matrix_power(step, t) @ g for t in range(num_steps))
+    expected = torch.cat([t.flatten() for t in torch.autograd.grad(f(z, x), (x, f.weight), w[None])])
+    f.calls = f.backward_calls = 0
+    assert relative_error(gradients(solution.value, x, f.weight), expected) <= 1e-14
+    assert solution.stats.backward_num_products == num_steps - 1 == f.backward_calls - 1
+    assert solution.stats.backward_nfe == 0 == f.calls
+
+
+@kinds
+def test_one_step_with_beta_1_is_the_jacobian_free_gradient(kind):
+    f, x = TanhMap(), inputs()
+    value = solve(f, x, PicardSolver(max_steps=9), PhantomAdjoint(num_steps=1, beta=1.0, kind=kind)).value
+    jacobian_free = f(value.detach(), x)
+    assert relative_error(gradients(value, x, f.weight), gradients(jacobian_free, x, f.weight)) <= 1e-15
+
+
+def test_evaluations_of_the_phantom_are_counted():
+    for kind, more in (("unrolled", 4), ("neumann", 1)):
+        f, x = TanhMap(), inputs()
+        solution = solve(f, x, PicardSolver(max_steps=9), PhantomAdjoint(num_steps=4, kind=kind))
+        assert f.calls == 9 + more == solution.stats.forward_nfe
+        project(solution.value).backward()
+        assert f.calls == 9 + more
+        assert f.backward_calls == 4
