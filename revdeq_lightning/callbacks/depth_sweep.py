@@ -11,7 +11,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from revdeq_lightning.equilibrium import EquilibriumLayer
+from revdeq_lightning.callbacks.training_step import equilibria
 
 
 class DepthSweep(Callback):
@@ -92,11 +92,6 @@ class DepthSweep(Callback):
                 figures = "  ".join(f"{key} {row[key]:.4f}" for key in list(row)[2:])
                 mark = "  (as trained)" if row["steps"] == trained else ""
                 print(f"  {row['steps']:>4} steps, {row['forward_nfe']:>4} evaluations: {figures}{mark}")
-
-
-def equilibria(module: nn.Module) -> list[EquilibriumLayer]:
-    """The equilibrium layers of a module, in order."""
-    return [m for m in module.modules() if isinstance(m, EquilibriumLayer)]
 
 
 def most_steps(module: nn.Module) -> int:

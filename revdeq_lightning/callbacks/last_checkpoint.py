@@ -9,7 +9,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_only
 
-from revdeq_lightning.callbacks.monitors import is_logging_step
+from revdeq_lightning.callbacks.training_step import is_logging_step
 
 LAST = "last.ckpt"
 

@@ -11,7 +11,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from revdeq_lightning.callbacks.monitors import is_logging_step
+from revdeq_lightning.callbacks.training_step import is_logging_step
 
 SHOWN = (
     ("train/loss", "loss {:.3f}"),

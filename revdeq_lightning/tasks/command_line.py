@@ -18,11 +18,12 @@ from lightning.pytorch.loggers import Logger
 
 from revdeq_lightning.callbacks.checkpoint_io import AtomicCheckpointIO
 from revdeq_lightning.callbacks.csv_logger import ContinuedCSVLogger
+from revdeq_lightning.callbacks.diagnostics import DiagnosticsConfig
 from revdeq_lightning.callbacks.last_checkpoint import LastCheckpoint
-from revdeq_lightning.callbacks.monitors import EquilibriumMonitor, ThroughputMonitor
 from revdeq_lightning.callbacks.progress import RunProgress
 from revdeq_lightning.callbacks.random_state import ResumableRandomState
 from revdeq_lightning.callbacks.run_report import RunReport, print_closing_lines
+from revdeq_lightning.callbacks.training_step import equilibria
 from revdeq_lightning.callbacks.wandb_logger import wandb_logger
 from revdeq_lightning.cli import ReadableErrors, fail, given_files
 from revdeq_lightning.equilibrium import DivergenceError
@@ -78,8 +79,9 @@ class AbstractCommandLine(LightningCLI):
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The run's folder; sizes that the model takes from the data."""
+        """The run's folder; what is measured; sizes that the model takes from the data."""
         parser.add_argument("--run", type=self.run_class, default=self.run_class())
+        parser.add_argument("--diagnostics", type=DiagnosticsConfig, default=DiagnosticsConfig())
         self.link_sizes(parser)
 
     @abstractmethod
@@ -129,7 +131,9 @@ class AbstractCommandLine(LightningCLI):
             if settings.get("logger") is False:
                 fail("trainer.logger=false: a run always has a folder with its metrics; choose where by run.folder")
             report = RunReport(self.run_config)
-            callbacks[:0] = [EquilibriumMonitor(), ThroughputMonitor(), ResumableRandomState(), report]
+            diagnostics: DiagnosticsConfig = self._get(self.config_init, "diagnostics")
+            watching = diagnostics.callbacks(has_equilibrium=bool(equilibria(self.model)))
+            callbacks[:0] = [*watching, ResumableRandomState(), report]
             if settings.get("enable_checkpointing") is not False:
                 if "validation" in self.datamodule.splits:
                     callbacks.append(best_checkpoint())

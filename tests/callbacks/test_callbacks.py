@@ -12,7 +12,6 @@ from revdeq_lightning.callbacks.averaged_weights import AveragedWeights
 from revdeq_lightning.callbacks.checkpoint_io import AtomicCheckpointIO
 from revdeq_lightning.callbacks.csv_logger import ContinuedCSVLogger
 from revdeq_lightning.callbacks.curves import draw_curves, read_curves
-from revdeq_lightning.callbacks.monitors import ThroughputMonitor
 from revdeq_lightning.callbacks.progress import RunProgress
 from revdeq_lightning.callbacks.random_state import random_state, set_random_state
 
@@ -118,25 +117,3 @@ def test_progress_shows_the_figures(tmp_path, terminal):
         lines = text.splitlines()
         assert len(lines) == 4  # two logging steps, two validations
         assert all(line.startswith("step ") for line in lines)
-
-
-def test_throughput_counts_training_only(monkeypatch):
-    from types import SimpleNamespace
-
-    clock = [0.0]
-    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
-    logged = []
-    module = SimpleNamespace(device=torch.device("cpu"), log=lambda key, value, **_: logged.append((key, value)))
-    trainer = SimpleNamespace(global_step=1, log_every_n_steps=2, world_size=3)
-    output = {"step": SimpleNamespace(num_items=50, unit="tokens")}
-    monitor = ThroughputMonitor()
-    monitor.on_train_start(trainer, module)
-    clock[0] = 1.0
-    monitor.on_train_batch_end(trainer, module, output, None, 0)
-    monitor.on_validation_start(trainer, module)
-    clock[0] = 100.0
-    monitor.on_validation_end(trainer, module)
-    clock[0] = 101.0
-    trainer.global_step = 2
-    monitor.on_train_batch_end(trainer, module, output, None, 1)
-    assert logged == [("system/tokens_per_second", 100 * 3 / 2.0)]

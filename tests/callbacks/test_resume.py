@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
-from tiny_runs import MUON, tiny_data, tiny_task, tiny_trainer
+from tiny_runs import MUON, assert_equal, tiny_data, tiny_task, tiny_trainer
 
 from revdeq_lightning.callbacks.csv_logger import ContinuedCSVLogger
 from revdeq_lightning.callbacks.run_report import RunReport
@@ -38,22 +38,6 @@ def fit(folder, name, *, ckpt_path=None, save=None, num_workers=0, seed=0, **set
     trainer.fit(task, data, ckpt_path=ckpt_path)
     trainer.save_checkpoint(folder / f"{name}.ckpt")
     return notes.notes, torch.load(folder / f"{name}.ckpt", weights_only=True)
-
-
-def assert_equal(a, b, where="checkpoint"):
-    assert type(a) is type(b), where
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            assert_equal(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), where
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_equal(x, y, f"{where}.{i}")
-    else:
-        assert a == b, where
 
 
 EXACT = ("state_dict", "trained_weights", "optimizer_states", "lr_schedulers", "random_states", "TextDataModule")

@@ -7,7 +7,8 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 
 from revdeq_lightning.callbacks.checkpoint_io import AtomicCheckpointIO
-from revdeq_lightning.callbacks.monitors import EquilibriumMonitor, ThroughputMonitor
+from revdeq_lightning.callbacks.cost import Cost
+from revdeq_lightning.callbacks.function_evaluations import FunctionEvaluations
 from revdeq_lightning.callbacks.random_state import ResumableRandomState
 from revdeq_lightning.data.text import TextDataModule
 from revdeq_lightning.models import TransformerConfig
@@ -43,7 +44,7 @@ def tiny_trainer(folder: Path, callbacks: list[Callback] = (), **settings) -> Tr
     quiet = {"enable_model_summary": False, "enable_checkpointing": False}
     settings = {"max_steps": 20, "logger": False, "gradient_clip_val": 1.0, "log_every_n_steps": 2} | settings
     settings = {"check_val_every_n_epoch": None, "val_check_interval": 7, "num_sanity_val_steps": 0} | settings
-    callbacks = [EquilibriumMonitor(), ThroughputMonitor(), ResumableRandomState(), *callbacks]
+    callbacks = [Cost(), FunctionEvaluations(), ResumableRandomState(), *callbacks]
     return Trainer(
         accelerator="cpu",
         callbacks=callbacks,
@@ -52,3 +53,20 @@ def tiny_trainer(folder: Path, callbacks: list[Callback] = (), **settings) -> Tr
         **quiet,
         **{"devices": 1} | settings,
     )
+
+
+def assert_equal(a, b, where="checkpoint"):
+    """Of two states, to the last bit."""
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_equal(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_equal(x, y, f"{where}.{i}")
+    else:
+        assert a == b, where

@@ -1,0 +1,299 @@
+"""What training costs: time and where it goes, memory, evaluations of f, and how much of the device is used."""
+
+import dataclasses
+import sys
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, cast
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.fabric.utilities.throughput import get_available_flops
+from lightning.pytorch.profilers import Profiler
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from revdeq_lightning.callbacks.probe import Loss, Probe, batch_size, first_samples, reason_against
+from revdeq_lightning.callbacks.training_step import StepStatistics, equilibria, is_logging_step, made_step
+from revdeq_lightning.equilibrium import (
+    AbstractAdjoint,
+    AbstractSolver,
+    BackpropAdjoint,
+    EquilibriumLayer,
+    ReversibleAdjoint,
+)
+
+Phase = Literal["data", "forward", "backward", "optimizer", "other", "paused"]
+LOGGED_PHASES: tuple[Phase, ...] = ("data", "forward", "backward", "optimizer", "other")
+
+
+class Cost(Callback):
+    """Logs throughput, where the time of a step goes, memory, evaluations a second and model FLOP utilization.
+
+    Averages since the last logging step; evaluation does not count. On a GPU times are those of its stream, taken by
+    events: nothing waits for the device but at logging steps.
+
+    Keys, all beginning with `system/`, of the first process if nothing else is said:
+
+    * `tokens_per_second` or `images_per_second`, of all processes together: the unit is the module's, else `samples`.
+    * `seconds_per_step`, of an optimizer step, and its parts: `data_seconds` (waiting for the loader, transfer),
+      `forward_seconds`, `backward_seconds` (with the exchange of gradients), `optimizer_seconds` (with clipping),
+      `other_seconds` (callbacks, loggers, checkpoints).
+    * `peak_memory_bytes`: of the tensors on the GPU, else resident memory of the process; since the start.
+    * `evaluations_per_second`: of f, forward and backward passes.
+    * `model_flop_utilization`: floating-point operations that the iteration and its derivative need, without those of
+      evaluating f again to save memory, as a fraction of the device's peak in the precision of training. Where the peak
+      is known, the module is not sharded, and the adjoint differentiates the iteration (reversible, backprop).
+
+    The operations are counted once, before the first batch, with one and two solver steps on two samples, and scaled to
+    the evaluations and samples of each batch; the count leaves no trace in the run.
+
+    Assumes automatic optimization, and that the training step returns what it processed as `outputs["step"].num_items`
+    and `.unit` (else the batch size counts), and the statistics as `outputs["step"].stats` (else the equilibrium layers
+    are listened to).
+
+    Args:
+        peak_flops: Floating-point operations a second of one device, for utilization; None: Lightning's table of GPUs.
+        loss: `(module, batch) -> loss` to count the operations of; None: that of the training step.
+
+    Raises:
+        ValueError: If the peak is not positive.
+
+    Example:
+        `Trainer(callbacks=[Cost()])`
+    """
+
+    def __init__(self, peak_flops: float | None = None, loss: Loss | None = None) -> None:
+        if peak_flops is not None and not peak_flops > 0:
+            raise ValueError(f"peak_flops must be positive, got {peak_flops}")
+        self.peak_flops, self.loss = peak_flops, loss
+        self.flops: FlopCount | None = None
+        self._peak: float | None = None
+        self._can_count = False
+        self._statistics = StepStatistics()
+        self._clock: _Clock | None = None
+        self._reset()
+
+    def _reset(self) -> None:
+        self._num_items = self._num_steps = self._nfe = 0
+        self._num_flops: float | None = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock, and look up the device's peak."""
+        self._statistics.attach(pl_module)
+        self._reset()
+        self._clock = _Clock(pl_module.device)
+        trainer.profiler = _LoopWatch(trainer.profiler, self._clock)  # type: ignore[attr-defined]
+        self._peak = self.peak_flops or known_peak(trainer, pl_module)
+        differentiates = all(isinstance(m.adjoint, BackpropAdjoint | ReversibleAdjoint) for m in equilibria(pl_module))
+        self._can_count = differentiates and self._peak is not None and not reason_against(pl_module, self.loss)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Count the operations, once; the forward pass begins."""
+        if self._can_count and self.flops is None:
+            self._mark("paused")
+            self._can_count = False
+            try:
+                self.flops = count_flops(trainer, pl_module, batch, self.loss)
+            except Exception as error:  # whatever the module's step cannot do with two samples: training goes on
+                warnings.warn(f"no model FLOP utilization: the operations cannot be counted: {error!r}", stacklevel=2)
+        self._mark("forward")
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """The backward pass begins."""
+        self._mark("backward")
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The optimizer's part begins, unless gradients are only added up."""
+        self._mark("optimizer" if made_step(trainer) else "other")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count; log at a logging step."""
+        self._mark("other")
+        stats = self._statistics.take(outputs)
+        step = outputs.get("step") if isinstance(outputs, Mapping) else None
+        self._num_items += batch_size(batch) if step is None else step.num_items
+        self._num_steps += made_step(trainer)
+        self._nfe += sum(s.forward_nfe + (s.backward_nfe or 0) for s in stats)
+        if self.flops is not None and self._num_flops is not None:
+            of_sample = self.flops.of_sample([s.forward_nfe for s in stats])
+            self._num_flops = None if of_sample is None else self._num_flops + of_sample * batch_size(batch)
+        if is_logging_step(trainer):
+            unit = "samples" if step is None else step.unit
+            logged = {f"system/{key}": float(value) for key, value in self._figures(trainer, pl_module, unit).items()}
+            pl_module.log_dict(logged, on_step=True, on_epoch=False)
+            self._reset()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop the clock."""
+        self._mark("paused")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go on."""
+        self._mark("other")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave trainer and layers as they were."""
+        self._statistics.detach()
+        self._clock = None
+        if isinstance(profiler := cast(Any, trainer).profiler, _LoopWatch):
+            trainer.profiler = profiler.inner  # type: ignore[attr-defined]
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave trainer and layers as they were."""
+        self.on_train_end(trainer, pl_module)
+
+    def _mark(self, phase: Phase) -> None:
+        if self._clock is not None:
+            self._clock.mark(phase)
+
+    def _figures(self, trainer: Trainer, pl_module: LightningModule, unit: str) -> dict[str, float]:
+        assert self._clock is not None
+        seconds = self._clock.take()
+        total = sum(seconds[phase] for phase in LOGGED_PHASES)
+        figures = {
+            f"{unit}_per_second": self._num_items * trainer.world_size / total,
+            "seconds_per_step": total / self._num_steps,
+            **{f"{phase}_seconds": seconds[phase] / self._num_steps for phase in LOGGED_PHASES},
+            "peak_memory_bytes": peak_memory_bytes(pl_module.device),
+        }
+        if self._nfe:
+            figures["evaluations_per_second"] = self._nfe / total
+        if self.flops is not None and self._num_flops is not None and self._peak is not None:
+            figures["model_flop_utilization"] = self._num_flops / (total * self._peak)
+        return figures
+
+
+@dataclasses.dataclass
+class FlopCount:
+    """Operations of one sample, forward and backward: `fixed + sum(of_evaluation[i] * nfe[i])` over the layers i."""
+
+    fixed: float
+    of_evaluation: list[float]
+
+    def of_sample(self, nfe: Sequence[float]) -> float | None:
+        """Operations with so many evaluations in each solve; None if the solves do not belong to one layer each."""
+        if len(self.of_evaluation) == 1 and nfe:  # one layer, perhaps called several times
+            nfe = [sum(nfe) / len(nfe)]
+        if len(nfe) != len(self.of_evaluation):
+            return None
+        return self.fixed + sum(flops * n for flops, n in zip(self.of_evaluation, nfe, strict=True))
+
+
+def count_flops(trainer: Trainer, module: LightningModule, batch: Any, loss: Loss | None = None) -> FlopCount:
+    """Count the operations of the iteration and its derivative (BPTT), on the side.
+
+    They are linear in the evaluations of each layer: with one step in each, and with two in one after the other.
+    """
+    samples = first_samples(batch, 2)
+    probe = Probe(trainer, module, samples, loss)
+
+    def count(twice: EquilibriumLayer | None = None) -> float:
+        def choose(layer: EquilibriumLayer) -> tuple[AbstractSolver, AbstractAdjoint]:
+            steps = 2 if layer is twice else 1
+            return dataclasses.replace(layer.solver, max_steps=steps, rtol=0.0, atol=0.0), BackpropAdjoint()
+
+        with FlopCounterMode(display=False) as counter:
+            probe.gradients(choose)
+        return float(counter.get_total_flops()) / batch_size(samples)
+
+    layers = equilibria(module)
+    once = count()
+    steps = [count(layer) - once for layer in layers]
+    of_evaluation = [step / layer.solver.evaluations_per_step for step, layer in zip(steps, layers, strict=True)]
+    return FlopCount(once - sum(steps), of_evaluation)
+
+
+class _Clock:
+    """Time in each phase, by the processor's clock or, on CUDA, by events in the stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device if device.type == "cuda" else None
+        self.marks: list[tuple[Phase, Any]] = []
+        self.mark("other")
+
+    def mark(self, phase: Phase) -> None:
+        """A phase begins, and the one before ends."""
+        moment: Any = time.perf_counter()
+        if self.device is not None:
+            moment = cast(Any, torch.cuda.Event)(enable_timing=True)
+            moment.record(torch.cuda.current_stream(self.device))
+        self.marks.append((phase, moment))
+
+    def take(self) -> dict[Phase, float]:
+        """Seconds in each phase since the last time, up to now."""
+        self.mark(self.marks[-1][0])
+        if self.device is not None:
+            self.marks[-1][1].synchronize()
+        seconds: dict[Phase, float] = dict.fromkeys((*LOGGED_PHASES, "paused"), 0.0)
+        for (phase, begin), (_, end) in zip(self.marks, self.marks[1:], strict=False):
+            seconds[phase] += end - begin if self.device is None else begin.elapsed_time(end) / 1000
+        self.marks = self.marks[-1:]
+        return seconds
+
+
+class _LoopWatch(Profiler):
+    """The trainer's profiler; it also tells the clock what has no hook: a fetch begins, an optimizer step ends."""
+
+    def __init__(self, inner: Profiler, clock: _Clock) -> None:
+        super().__init__()
+        self.inner, self.clock = inner, clock
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["inner"], name)
+
+    def __del__(self) -> None:
+        """Nothing: the base class would close the inner profiler's files."""
+
+    def start(self, action_name: str) -> None:
+        """Forward."""
+        if action_name.endswith("train_dataloader_next"):
+            self.clock.mark("data")
+        self.inner.start(action_name)
+
+    def stop(self, action_name: str) -> None:
+        """Forward."""
+        if action_name.startswith("[LightningModule]") and action_name.endswith(".optimizer_step"):
+            self.clock.mark("other")
+        self.inner.stop(action_name)
+
+    def summary(self) -> str:
+        """Forward."""
+        return self.inner.summary()
+
+    def describe(self) -> None:
+        """Forward."""
+        self.inner.describe()
+
+    def setup(self, stage: Any, local_rank: int | None = None, log_dir: str | None = None) -> None:
+        """Forward."""
+        self.inner.setup(stage, local_rank, log_dir)
+
+    def teardown(self, stage: str | None) -> None:
+        """Forward."""
+        self.inner.teardown(stage)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most bytes that tensors took on a GPU, or that this process had in memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def known_peak(trainer: Trainer, module: LightningModule) -> float | None:
+    """Operations a second of the module's device in the precision of its products, from Lightning's table."""
+    if module.device.type != "cuda":
+        return None
+    precision = str(trainer.precision)
+    names = {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}
+    dtype = next((dtype for name, dtype in names.items() if precision.startswith(name)), torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a device is not in the table is no fault
+        return get_available_flops(module.device, dtype)

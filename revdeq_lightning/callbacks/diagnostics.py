@@ -1,0 +1,62 @@
+"""The callbacks that watch equilibria and cost, from one dataclass."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from lightning import Callback
+
+from revdeq_lightning.callbacks.contraction import Contraction
+from revdeq_lightning.callbacks.cost import Cost
+from revdeq_lightning.callbacks.function_evaluations import FunctionEvaluations
+from revdeq_lightning.callbacks.gradient_error import GradientError
+from revdeq_lightning.callbacks.reconstruction_certificate import ReconstructionCertificate
+
+
+@dataclass
+class DiagnosticsConfig:
+    """What is measured during training, besides evaluations of f, residual, throughput and memory.
+
+    Attributes:
+        certificate: What to do at the first logging step after a gradient that is not exact: warn, raise, or stop with
+            a checkpoint. (model.solver.mismatch acts in the backward pass itself.)
+        gradient_error_every_n_steps: Optimizer steps between two comparisons of the gradient with BPTT and with that at
+            the converged fixed point; 0 for none.
+        gradient_error_num_samples: Samples of each of these comparisons.
+        gradient_error_float64: Whether their references are computed in float64.
+        contraction_every_n_steps: Optimizer steps between two estimates of the spectral radius of df/dz; 0 for none.
+        peak_flops: Peak of one device in operations a second, for model FLOP utilization; null: from a table of GPUs.
+    """
+
+    certificate: Literal["warn", "raise", "stop"] = "warn"
+    gradient_error_every_n_steps: int = 0
+    gradient_error_num_samples: int = 2
+    gradient_error_float64: bool = False
+    contraction_every_n_steps: int = 0
+    peak_flops: float | None = None
+
+    def callbacks(self, has_equilibrium: bool = True) -> list[Callback]:
+        """The callbacks, in the order in which they should be called.
+
+        Args:
+            has_equilibrium: Whether the model has one; if not, nothing is compared or estimated.
+
+        Raises:
+            ValueError: If a setting is out of its range, or asks for an equilibrium where there is none.
+        """
+        callbacks: list[Callback] = [
+            Cost(self.peak_flops),
+            FunctionEvaluations(),
+            ReconstructionCertificate(self.certificate),
+        ]
+        for name in ("gradient_error_every_n_steps", "contraction_every_n_steps"):
+            every_n_steps = getattr(self, name)
+            if every_n_steps < 0:
+                raise ValueError(f"{name} must not be negative, got {every_n_steps}")
+            if every_n_steps and not has_equilibrium:
+                raise ValueError(f"{name} needs a model with an equilibrium, got {every_n_steps}: set it to 0")
+        if self.gradient_error_every_n_steps:
+            settings = {"num_samples": self.gradient_error_num_samples, "float64": self.gradient_error_float64}
+            callbacks.append(GradientError(self.gradient_error_every_n_steps, **settings))  # type: ignore[arg-type]
+        if self.contraction_every_n_steps:
+            callbacks.append(Contraction(self.contraction_every_n_steps))
+        return callbacks

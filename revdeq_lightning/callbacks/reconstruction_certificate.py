@@ -1,0 +1,161 @@
+"""Whether every gradient of a run was exact."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from revdeq_lightning.callbacks.training_step import StepStatistics, equilibria, is_logging_step
+from revdeq_lightning.equilibrium import ReconstructionError, ReconstructionWarning
+
+POLICIES = ("warn", "raise", "stop")
+INEXACT = "inexact.ckpt"
+
+
+class ReconstructionCertificate(Callback):
+    """Adds up the reconstruction mismatches of every backward pass, and says at the end how many gradients are exact.
+
+    A gradient is the backward pass of one batch on one process, through all equilibria of the model; it is certified
+    exact if every state came back to its start bit for bit. At the end of training the first process prints
+    "N of N gradients certified exact". The counts stay on the device until a logging step, and are kept in checkpoints.
+
+    Keys, at each logging step, sums over the run and all processes: `equilibrium/num_gradients`,
+    `equilibrium/num_certified_gradients`, `equilibrium/total_reconstruction_mismatch` (elements).
+
+    Assumes that the training step returns the statistics as `outputs["step"].stats`, or else that every equilibrium is
+    an `EquilibriumLayer`. Batches of which nothing is reconstructed (`BackpropAdjoint`) are not counted. A state held
+    in "float64" or "float32" does not come back by construction: this is counted, but the policy is for exact
+    arithmetic only, as that of `ReversibleAdjoint(mismatch=...)`, which looks in every backward pass.
+
+    Args:
+        policy: What to do at the first logging step after a gradient that is not exact: "warn" (once), "raise", or
+            "stop": save `inexact.ckpt` and end the training.
+        folder: Where that checkpoint goes; None: the folder `checkpoints` in the run's.
+
+    Raises:
+        ValueError: If the policy is none of these.
+        ReconstructionError: During training, if a gradient is not exact and the policy is "raise".
+
+    Example:
+        `Trainer(callbacks=[ReconstructionCertificate(policy="stop")])`
+    """
+
+    def __init__(self, policy: str = "warn", folder: str | Path | None = None) -> None:
+        if policy not in POLICIES:
+            raise ValueError(f"policy must be one of {', '.join(map(repr, POLICIES))}, got {policy!r}")
+        self.policy, self.folder = policy, folder
+        self.num_gradients = self.num_certified = self.mismatch = 0
+        """Of the run and all processes, as of the newest logging step, checkpoint or end."""
+        self._new: Tensor | None = None
+        self._statistics = StepStatistics()
+        self._num_forgiven = 0
+        self._is_told = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listen to the layers."""
+        self._statistics.attach(pl_module)
+        self._new = torch.zeros(3, dtype=torch.int64, device=pl_module.device)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count; look at a logging step."""
+        stats = self._statistics.take(outputs)
+        mismatches = [s.reconstruction_mismatch for s in stats if s.reconstruction_mismatch is not None]
+        if mismatches:
+            assert self._new is not None
+            mismatch = torch.stack([m.to(self._new.device) for m in mismatches]).sum()
+            self._new += torch.stack([torch.ones_like(mismatch), (mismatch == 0).long(), mismatch])
+        if is_logging_step(trainer):
+            self._gather(trainer)
+            if self.num_gradients:
+                values = {"num_gradients": self.num_gradients, "num_certified_gradients": self.num_certified}
+                values["total_reconstruction_mismatch"] = self.mismatch
+                logged = {f"equilibrium/{key}": float(value) for key, value in values.items()}
+                pl_module.log_dict(logged, on_step=True, on_epoch=False)
+            if self._must_tell(pl_module):
+                self._act(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count what came after the last logging step, and act on it."""
+        self._statistics.detach()
+        self._gather(trainer)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the certificate; warn if there is a first gradient since the last logging step that is not exact."""
+        if self.num_gradients and trainer.is_global_zero:
+            print(self.summary)
+        if self._must_tell(pl_module):
+            self._is_told = True
+            if self.policy == "raise":
+                raise ReconstructionError(self._message)
+            if trainer.is_global_zero:
+                warnings.warn(self._message, ReconstructionWarning, stacklevel=2)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Print the certificate of what was counted; other processes and the device may be gone: none is asked."""
+        self._statistics.detach()
+        if trainer.world_size == 1 and isinstance(exception, KeyboardInterrupt):
+            self._gather(trainer)
+        if self.num_gradients and trainer.is_global_zero:
+            print(self.summary)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep the counts; Lightning calls this on all processes."""
+        self._gather(trainer)
+        checkpoint["reconstruction_certificate"] = [self.num_gradients, self.num_certified, self.mismatch]
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Go on with the counts."""
+        if trainer.state.fn == "fit":
+            counts = checkpoint.get("reconstruction_certificate", [0, 0, 0])
+            self.num_gradients, self.num_certified, self.mismatch = counts
+            self._num_forgiven = self.num_gradients - self.num_certified  # the policy acted on them before
+
+    @property
+    def summary(self) -> str:
+        """The certificate in one line."""
+        text = f"{self.num_certified:,} of {self.num_gradients:,} gradients certified exact"
+        return text if not self.mismatch else f"{text} ({self.mismatch:,} elements were not reconstructed)"
+
+    @property
+    def _message(self) -> str:
+        return (
+            f"{self.num_gradients - self.num_certified} of {self.num_gradients} gradients are not exact"
+            f" ({self.mismatch} elements were not reconstructed): f was not the same function in the forward and the"
+            " backward pass. ReversibleAdjoint(mismatch='raise') stops at the first one and says what to look for"
+        )
+
+    def _must_tell(self, pl_module: LightningModule) -> bool:
+        """Whether there is a gradient that is not exact, of exact arithmetic, and nothing was said of it."""
+        is_new = self.num_gradients - self.num_certified > self._num_forgiven
+        # States in floating-point numbers never come back.
+        arithmetics = {getattr(layer.solver, "arithmetic", "exact") for layer in equilibria(pl_module)}
+        return is_new and not self._is_told and arithmetics <= {"exact"}
+
+    def _gather(self, trainer: Trainer) -> None:
+        """Add the new counts of all processes; all must call it."""
+        if self._new is not None:
+            counts: Tensor = trainer.strategy.reduce(self._new.clone(), reduce_op="sum")
+            num_gradients, num_certified, mismatch = counts.tolist()
+            self.num_gradients += num_gradients
+            self.num_certified += num_certified
+            self.mismatch += mismatch
+            self._new.zero_()
+
+    def _act(self, trainer: Trainer) -> None:
+        self._is_told = True
+        if self.policy == "raise":
+            raise ReconstructionError(self._message)
+        message = self._message
+        if self.policy == "stop":
+            folder = self.folder or Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
+            path = Path(trainer.strategy.broadcast(str(folder))) / INEXACT
+            trainer.save_checkpoint(path)
+            trainer.should_stop = True
+            message += f". Training ends after this step; checkpoint: {path}"
+        if trainer.is_global_zero:
+            warnings.warn(message, ReconstructionWarning, stacklevel=2)

@@ -1,0 +1,91 @@
+"""What several callbacks ask about a training step: whether it is logged, and how its equilibria were reached."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from lightning import Trainer
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from revdeq_lightning.equilibrium import AbstractSolver, EquilibriumLayer, FixedPointSolution, SolverStats
+
+
+def made_step(trainer: Trainer) -> bool:
+    """Whether this batch ended in an optimizer step, not only in gradients added up (ask in `on_train_batch_end`)."""
+    return not cast(Any, trainer.fit_loop)._should_accumulate()
+
+
+def is_logging_step(trainer: Trainer) -> bool:
+    """Whether Lightning hands metrics to the loggers after this optimizer step (ask in `on_train_batch_end`)."""
+    return trainer.global_step % cast(Any, trainer).log_every_n_steps == 0 and made_step(trainer)
+
+
+def log_now(trainer: Trainer, values: Mapping[str, float]) -> None:
+    """Log figures of this step alone: `LightningModule.log` would repeat them at each logging step of the epoch.
+
+    They get the step's number and are in `trainer.callback_metrics`, as if they had been logged by the module.
+    """
+    trainer.callback_metrics.update({key: torch.tensor(value) for key, value in values.items()})
+    for logger in trainer.loggers:
+        logger.log_metrics(dict(values), step=trainer.global_step - 1)
+        logger.save()
+
+
+def equilibria(module: nn.Module) -> list[EquilibriumLayer]:
+    """The equilibrium layers of a module, in order."""
+    return [m for m in module.modules() if isinstance(m, EquilibriumLayer)]
+
+
+def solvers_of(module: nn.Module, num_solves: int) -> list[AbstractSolver]:
+    """The solver of each solve of a step; none if the layers are not called once each."""
+    solvers = [layer.solver for layer in equilibria(module)]
+    if len(solvers) == 1:
+        return solvers * num_solves
+    return solvers if len(solvers) == num_solves else []
+
+
+class StepStatistics:
+    """How the equilibria of a training step were reached, whosever the module is.
+
+    The training step hands it on as `outputs["step"].stats`; of a module that does not, the equilibrium layers are
+    listened to.
+    """
+
+    _deaf = 0
+
+    def __init__(self) -> None:
+        self._handles: list[RemovableHandle] = []
+        self._heard: list[SolverStats] = []
+
+    def attach(self, module: nn.Module) -> None:
+        """Listen to the layers of a module."""
+        self.detach()
+        self._handles = [layer.register_forward_hook(self._listen) for layer in equilibria(module)]
+
+    def detach(self) -> None:
+        """Listen no more."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._heard = [], []
+
+    def take(self, outputs: Any) -> tuple[SolverStats, ...]:
+        """Of the step that returned `outputs`; call it once a batch, in `on_train_batch_end`."""
+        heard, self._heard = tuple(self._heard), []
+        step: Any = outputs.get("step") if isinstance(outputs, Mapping) else None
+        return tuple(step.stats) if hasattr(step, "stats") else heard
+
+    def _listen(self, layer: nn.Module, args: Any, solution: FixedPointSolution) -> None:
+        if layer.training and torch.is_grad_enabled() and not StepStatistics._deaf:
+            self._heard.append(solution.stats)
+
+    @staticmethod
+    @contextmanager
+    def unheard() -> Iterator[None]:
+        """Within, no solve belongs to a training step."""
+        StepStatistics._deaf += 1
+        try:
+            yield
+        finally:
+            StepStatistics._deaf -= 1

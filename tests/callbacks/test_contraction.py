@@ -1,0 +1,114 @@
+"""Spectral radii against the eigenvalues of the dense Jacobian."""
+
+import pytest
+import torch
+from lightning import Callback
+from strangers import DIM, Stranger, loader, trainer
+from tiny_runs import tiny_data, tiny_task, tiny_trainer
+from torch import nn
+
+from revdeq_lightning.callbacks.contraction import Contraction, ContractionWarning
+from revdeq_lightning.equilibrium import EquilibriumLayer, MomentumSolver, PicardSolver
+
+
+class Linear(nn.Module):
+    """`f(z, x) = A z + x`."""
+
+    def __init__(self, matrix):
+        super().__init__()
+        self.matrix = nn.Parameter(matrix)
+
+    def forward(self, z, x):
+        return z @ self.matrix.T + x
+
+
+def blocks(*matrices):
+    return torch.block_diag(*(torch.as_tensor(m, dtype=torch.float32) for m in matrices))
+
+
+def rotation(radius, angle):
+    c, s = torch.cos(torch.tensor(angle)), torch.sin(torch.tensor(angle))
+    return radius * torch.tensor([[c, -s], [s, c]])
+
+
+@pytest.mark.parametrize(
+    ("matrix", "radius"),
+    [
+        (blocks(0.8, 0.4, 0.3, 0.2, 0.1, 0.0), 0.8),
+        (blocks(-0.9, 0.5, 0.3, 0.2, 0.1, 0.0), 0.9),
+        (blocks(rotation(0.7, 1.0), 0.4, 0.3, 0.2, 0.1), 0.7),  # a complex pair
+    ],
+)
+def test_known_spectral_radii(tmp_path, matrix, radius):
+    module = Stranger(lr=0.0)
+    module.layers[0].f = Linear(matrix)
+    run = trainer(tmp_path, [Contraction(1)], max_steps=1)
+    run.fit(module, loader())
+    # The estimate is good to a few percent.
+    assert run.callback_metrics["equilibrium/spectral_radius"].item() == pytest.approx(radius, rel=0.05)
+
+
+def radius_of_dense_jacobian(layer, x):
+    with torch.no_grad():
+        z = layer(x).value
+    jacobians = [
+        torch.autograd.functional.jacobian(lambda v, i=i: layer.f(v[None], x[i : i + 1])[0], z[i])
+        for i in range(len(x))
+    ]
+    return max(torch.linalg.eigvals(j).abs().max().item() for j in jacobians)
+
+
+def test_each_of_several_equilibria_has_the_radius_of_its_dense_jacobian(tmp_path):
+    module = Stranger(MomentumSolver(max_steps=12), MomentumSolver(max_steps=12), lr=0.0, scale=0.9)
+    # A clear largest eigenvalue, so that 100 iterations find it to 1 %.
+    run = trainer(tmp_path, [Contraction(1, num_samples=4, num_iterations=100)], max_steps=1)
+    run.fit(module, loader())
+    with torch.no_grad():
+        h = module.train().encoder(next(iter(loader()))[0][:4])
+    expected = []
+    for layer in module.layers:
+        expected.append(radius_of_dense_jacobian(layer, h))
+        h = layer(h).value.detach()
+    found = [run.callback_metrics[f"equilibrium/{i}/spectral_radius"].item() for i in (1, 2)]
+    assert found == pytest.approx(expected, rel=0.03)
+    assert run.callback_metrics["equilibrium/spectral_radius"].item() == max(found)
+
+
+class Grow(Callback):
+    """Sets f to a multiple of the identity before each step."""
+
+    def __init__(self, *factors):
+        self.factors = factors
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        with torch.no_grad():
+            pl_module.layers[0].f.matrix.copy_(self.factors[trainer.global_step] * torch.eye(DIM))
+
+
+def test_it_warns_when_f_ceases_to_contract_and_again_after_it_did(tmp_path):
+    module = Stranger(PicardSolver(max_steps=2), lr=0.0)
+    module.layers = nn.ModuleList([EquilibriumLayer(Linear(torch.eye(DIM)), solver=MomentumSolver(max_steps=2))])
+    run = trainer(tmp_path, [Grow(0.5, 1.2, 1.3, 0.9, 1.1, 0.9), Contraction(1)])
+    with pytest.warns(ContractionWarning) as caught:
+        run.fit(module, loader())
+    messages = [str(w.message) for w in caught if w.category is ContractionWarning]
+    assert len(messages) == 2
+    assert "at step 2: the spectral radius of df/dz where the solver ends is 1.2" in messages[0]
+    assert "at step 5" in messages[1]
+
+
+def test_the_language_model_can_be_asked(tmp_path):
+    data = tiny_data(tmp_path)
+    run = tiny_trainer(tmp_path, [Contraction(2)], max_steps=2, limit_val_batches=0)
+    run.fit(tiny_task(data), data)
+    assert 0 < run.callback_metrics["equilibrium/spectral_radius"] < 1
+
+
+def test_what_cannot_be_asked_is_refused(tmp_path):
+    module = Stranger()
+    module.layers = nn.ModuleList()
+    with pytest.raises(ValueError, match="Stranger has none"):
+        trainer(tmp_path, [Contraction()]).fit(module, loader())
+    for settings in ({"every_n_steps": 0}, {"num_samples": 0}, {"num_iterations": 1}, {"warn_at": 0.0}):
+        with pytest.raises(ValueError, match=f"{next(iter(settings))} must be"):
+            Contraction(**settings)

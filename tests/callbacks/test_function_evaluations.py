@@ -1,0 +1,124 @@
+"""Evaluations as f itself counts them; convergence as a plain loop finds it."""
+
+import csv
+
+import pytest
+import torch
+from strangers import Spy, Stranger, loader, trainer
+from tiny_runs import tiny_data, tiny_task, tiny_trainer
+
+from revdeq_lightning.callbacks.function_evaluations import FunctionEvaluations
+from revdeq_lightning.equilibrium import BackpropAdjoint, MomentumSolver, PicardSolver, ReversibleSolver
+
+
+def rows(folder):
+    with (folder / "logs" / "metrics.csv").open(newline="") as file:
+        return [row for row in csv.DictReader(file) if row.get("equilibrium/forward_nfe")]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_sums_equal_the_calls_that_f_counts(tmp_path, accumulate):
+    module = Stranger(ReversibleSolver(max_steps=3), MomentumSolver(max_steps=4))
+    callback = FunctionEvaluations()
+    trainer(tmp_path, [callback], accumulate_grad_batches=accumulate).fit(module, loader())
+    batches = 6 * accumulate
+    assert (callback.total_forward_nfe, callback.total_backward_nfe) == (10 * batches, 10 * batches)
+    assert module.calls == 20 * batches
+    logged = rows(tmp_path)
+    assert [int(row["step"]) for row in logged] == [1, 3, 5]
+    last = {key: float(value) for key, value in logged[-1].items() if value}
+    assert last["equilibrium/forward_nfe"] == last["equilibrium/backward_nfe"] == 10
+    assert (last["equilibrium/1/forward_nfe"], last["equilibrium/2/backward_nfe"]) == (6, 4)
+    assert last["equilibrium/total_forward_nfe"] == 10 * batches
+    assert last["equilibrium/reconstruction_mismatch"] == 0
+    assert not any("sample_nfe" in key or "converged" in key for key in last)
+
+
+def test_a_single_layer_has_no_keys_of_its_own(tmp_path):
+    trainer(tmp_path, [FunctionEvaluations()]).fit(Stranger(adjoint=BackpropAdjoint()), loader())
+    keys = {key for row in rows(tmp_path) for key, value in row.items() if value and key.startswith("equilibrium/")}
+    assert keys == {f"equilibrium/{key}" for key in ("forward_nfe", "total_forward_nfe", "relative_residual")}
+
+
+def test_the_statistics_that_a_task_hands_on_are_the_same_as_those_heard(tmp_path):
+    """The language model's task hands on `outputs["step"].stats`, and its layer is listened to: it counts once."""
+    data = tiny_data(tmp_path)
+    run = tiny_trainer(tmp_path, max_steps=5, limit_val_batches=0)
+    run.fit(tiny_task(data), data)
+    (callback,) = (c for c in run.callbacks if isinstance(c, FunctionEvaluations))
+    assert (callback.total_forward_nfe, callback.total_backward_nfe) == (15, 15)
+
+
+def test_sums_of_a_run_in_two_parts_are_those_of_the_whole(tmp_path):
+    first = trainer(tmp_path, [FunctionEvaluations()], max_steps=6, logger=False)
+    first.fit(Stranger(), loader())
+    first.save_checkpoint(tmp_path / "middle.ckpt")
+    callback = FunctionEvaluations()
+    rest = trainer(tmp_path, [callback], max_steps=9, logger=False)
+    rest.fit(Stranger(), loader(), ckpt_path=tmp_path / "middle.ckpt")
+    assert (callback.total_forward_nfe, callback.total_backward_nfe) == (36, 36)
+
+
+def steps_of_plain_loop(f, x, rtol, max_steps):
+    """Steps until the sample meets the tolerance, and whether it does."""
+    z = torch.zeros_like(x)
+    for step in range(max_steps + 1):
+        value = f(z, x)
+        if step > 0 and (value - z).norm() <= rtol * (value.norm() + 1e-5):
+            return step, True
+        z = value
+    return max_steps, False
+
+
+def test_convergence_is_that_of_a_plain_loop_over_each_sample(tmp_path):
+    rtol, max_steps = 0.03, 5
+    module = Stranger(PicardSolver(max_steps=max_steps, rtol=rtol), adjoint=BackpropAdjoint(), scale=0.8, lr=0.0)
+    trainer(tmp_path, [FunctionEvaluations()], max_steps=2, log_every_n_steps=2).fit(module, loader())
+    found = []
+    with torch.no_grad():
+        for inputs, _ in list(loader())[:2]:
+            x = module.encoder.train()(inputs)
+            results = [steps_of_plain_loop(module.layers[0].f, x[i : i + 1], rtol, max_steps) for i in range(len(x))]
+            found += [steps for steps, _ in results]
+    converged = [meets for _, meets in results]  # of the newest batch
+    (row,) = rows(tmp_path)
+    assert 1 < min(found) < max(found)
+    assert 0 < sum(converged) < len(converged)
+    assert float(row["equilibrium/sample_nfe_mean"]) == pytest.approx(sum(found) / len(found))
+    assert float(row["equilibrium/sample_nfe_max"]) == max(found)
+    assert float(row["equilibrium/sample_nfe_median"]) == torch.tensor(found).float().quantile(0.5)
+    assert float(row["equilibrium/fraction_converged"]) == pytest.approx(sum(converged) / len(converged))
+
+
+def test_the_histogram_reaches_a_logger_that_takes_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    from lightning.pytorch.loggers import WandbLogger
+
+    seen = {}
+
+    class Logger(WandbLogger):
+        def log_metrics(self, metrics, step=None):
+            seen.update(metrics)
+
+    logger = Logger(save_dir=tmp_path, offline=True, experiment=object())
+    module = Stranger(ReversibleSolver(max_steps=5, rtol=1e-2))
+    trainer(tmp_path, [FunctionEvaluations()], logger=logger, max_steps=2).fit(module, loader())
+    histogram = seen["equilibrium/sample_nfe"]
+    assert sum(histogram.histogram) == 16  # samples of two batches
+    assert [b - a for a, b in zip(histogram.bins, histogram.bins[1:], strict=False)] == [
+        2.0
+    ] * 6  # two evaluations a step
+
+
+def test_the_host_does_not_wait_between_logging_steps(tmp_path):
+    counts = {}
+
+    class Watched(FunctionEvaluations):
+        def on_train_batch_end(self, trainer, *arguments):
+            with Spy() as spy:
+                super().on_train_batch_end(trainer, *arguments)
+            counts[trainer.global_step] = spy.count
+
+    module = Stranger(ReversibleSolver(max_steps=5, rtol=1e-2))
+    trainer(tmp_path, [Watched()], log_every_n_steps=3).fit(module, loader())
+    assert [counts[step] for step in (1, 2, 4, 5)] == [0] * 4

@@ -1,0 +1,122 @@
+"""The callbacks that watch, on two processes: counts of all of them, and the run as it is without them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lightning import Callback
+from strangers import StepByStep, Stranger, loader, trainer
+from tiny_runs import assert_equal
+from torch.utils.data import DataLoader, DistributedSampler
+
+from revdeq_lightning.callbacks.contraction import Contraction
+from revdeq_lightning.callbacks.cost import Cost
+from revdeq_lightning.callbacks.function_evaluations import FunctionEvaluations
+from revdeq_lightning.callbacks.gradient_error import GradientError
+from revdeq_lightning.callbacks.reconstruction_certificate import ReconstructionCertificate
+from revdeq_lightning.equilibrium import (
+    MomentumSolver,
+    PhantomAdjoint,
+    PicardSolver,
+    ReversibleAdjoint,
+    ReversibleSolver,
+)
+
+
+class ChangeF(Callback):
+    """On the second process f is another function in the backward pass of the third batch."""
+
+    def on_before_backward(self, trainer, pl_module, loss):
+        changed = trainer.global_rank == 1 and trainer.fit_loop.total_batch_idx == 2
+        pl_module.layers[0].f.offset = 0.1 if changed else 0.0
+
+    def on_after_backward(self, trainer, pl_module):
+        pl_module.layers[0].f.offset = 0.0
+
+
+class SaveAtEnd(Callback):
+    """Each process's notes and figures, into a file of its own."""
+
+    def __init__(self, notes, path):
+        self.notes, self.path = notes, path
+
+    def on_train_end(self, trainer, pl_module):
+        figures = {key: value.item() for key, value in trainer.callback_metrics.items()}
+        weights = {key: value.clone() for key, value in pl_module.state_dict().items()}
+        content = (self.notes.losses, self.notes.draws, self.notes.gradients, weights), figures
+        torch.save(content, self.path.with_suffix(f".{trainer.global_rank}"))
+
+
+def run(folder, name, callbacks):
+    notes = StepByStep()
+    module = Stranger(
+        ReversibleSolver(max_steps=3),
+        MomentumSolver(max_steps=4),
+        dropout=0.3,
+        adjoint=ReversibleAdjoint(mismatch="ignore"),
+    )
+    callbacks = [ChangeF(), *callbacks, notes, SaveAtEnd(notes, folder / name)]
+    settings = {"strategy": "ddp_fork", "devices": 2, "accumulate_grad_batches": 2, "max_steps": 3}
+    trainer(folder / name, callbacks, **settings).fit(module, loader(num_samples=96))
+
+
+def one_step_adjoint():
+    return Stranger(PicardSolver(max_steps=3), adjoint=PhantomAdjoint(num_steps=1, beta=1.0), lr=0.0, scale=0.9)
+
+
+def compared(folder, data, **settings):
+    notes = SaveAtEnd(StepByStep(), folder)
+    trainer(folder / "logs", [GradientError(1, num_samples=5), notes], max_steps=1, **settings).fit(
+        one_step_adjoint(), data
+    )
+
+
+def test_two_ranks(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", __file__, str(tmp_path)]
+    result = subprocess.run(command, env=environment, timeout=180, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("11 of 12 gradients certified exact") == 1
+    with_callbacks, without = ([torch.load(tmp_path / f"{name}.{r}") for r in (0, 1)] for name in ("with", "without"))
+    for rank in (0, 1):
+        assert_equal(with_callbacks[rank][0], without[rank][0], f"rank {rank}")
+    assert with_callbacks[0][0][0] != with_callbacks[1][0][0]
+    figures = with_callbacks[0][1]
+    assert figures["equilibrium/num_gradients"] == 8  # of the newest logging step, the second
+    assert figures["equilibrium/num_certified_gradients"] == 7
+    assert figures["equilibrium/total_forward_nfe"] == 4 * 10  # of this process
+    for key, value in figures.items():
+        if key.startswith("gradient_error") or "spectral_radius" in key:
+            assert with_callbacks[1][1][key] == value
+    assert figures["gradient_error/bptt/relative_l2"] < 1e-5
+
+    # An error over the samples of both processes lies between those over each one's.
+    together = torch.load(tmp_path / "together.0")[1]
+    for rank in (0, 1):
+        folder = tmp_path / f"alone{rank}"
+        data = loader().dataset
+        # As Lightning shares the samples out.
+        compared(folder, DataLoader(data, 8, sampler=DistributedSampler(data, num_replicas=2, rank=rank)))
+    alone = [torch.load(tmp_path / f"alone{rank}.0")[1] for rank in (0, 1)]
+    for key in ("gradient_error/bptt/relative_l2", "gradient_error/converged/relative_l2"):
+        low, high = sorted(figures[key] for figures in alone)
+        assert low < together[key] < high
+    key = "gradient_error/converged/relative_residual"
+    assert together[key] == pytest.approx(max(figures[key] for figures in alone), rel=1e-3)
+
+
+if __name__ == "__main__":
+    directory = Path(sys.argv[1])
+    watching = [
+        Cost(),
+        FunctionEvaluations(),
+        ReconstructionCertificate(),
+        GradientError(1),
+        Contraction(1, warn_at=9.0),
+    ]
+    run(directory, "with", watching)
+    run(directory, "without", [])
+    compared(directory / "together", loader(), strategy="ddp_fork", devices=2)
