@@ -1,0 +1,86 @@
+"""Training with another number of solver steps, or another beta, in every optimizer step."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from lightning import Callback, LightningModule, Trainer
+
+from revdeq_lightning.callbacks.training_step import equilibria
+
+
+class DepthJitter(Callback):
+    """Draws the solver's steps and its beta for each batch from lists: a model so trained is good at other depths too.
+
+    What is drawn is a function of (seed, batch of the run), so that all ranks draw the same and a resumed run goes on
+    with the same draws. Evaluation uses the solver as it was given. Logs no keys (`equilibrium/forward_nfe` shows the
+    evaluations).
+
+    Assumes that every equilibrium of the module is an `EquilibriumLayer` and that all are to make the same steps.
+
+    Args:
+        steps: Numbers of solver steps to draw from; empty: the solver's own.
+        betas: Relaxation parameters to draw from; empty: the solver's own.
+        seed: Of the draws, not negative.
+
+    Raises:
+        ValueError: If nothing is to be drawn, or the solver refuses a value (at the start of training).
+
+    Example:
+        In a configuration: `trainer.callbacks: [{class_path: revdeq_lightning.callbacks.depth_jitter.DepthJitter,
+        init_args: {steps: [2, 4, 8]}}]`
+    """
+
+    def __init__(self, steps: Sequence[int] = (), betas: Sequence[float] = (), seed: int = 0) -> None:
+        if not steps and not betas:
+            raise ValueError(f"DepthJitter needs steps or betas to draw from, got {list(steps)} and {list(betas)}")
+        if seed < 0:
+            raise ValueError(f"seed must not be negative, got {seed}")
+        self.steps, self.betas, self.seed = list(steps), list(betas), seed
+        self.own: list[Any] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let the solvers refuse what they cannot do, before training."""
+        layers = equilibria(pl_module)
+        if not layers:
+            raise ValueError(f"DepthJitter needs an EquilibriumLayer, {type(pl_module).__name__} has none")
+        for layer in layers:
+            for changes in ({"max_steps": n} for n in self.steps):
+                dataclasses.replace(layer.solver, **changes)
+            for beta in self.betas:
+                self._with_beta(layer.solver, beta)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Draw."""
+        number = trainer.fit_loop.epoch_loop.batch_progress.total.processed
+        # Raw bits: the one stream that NumPy promises never to change.
+        first, second = np.random.PCG64(np.random.SeedSequence([self.seed, number])).random_raw(2)
+        layers = equilibria(pl_module)
+        self.own = [layer.solver for layer in layers]
+        for layer in layers:
+            if self.steps:
+                layer.solver = dataclasses.replace(layer.solver, max_steps=self.steps[int(first) % len(self.steps)])
+            if self.betas:
+                layer.solver = self._with_beta(layer.solver, self.betas[int(second) % len(self.betas)])
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Give the solvers back."""
+        self._restore(pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give the solvers back."""
+        self._restore(pl_module)
+
+    def _restore(self, pl_module: LightningModule) -> None:
+        if self.own:
+            for layer, solver in zip(equilibria(pl_module), self.own, strict=True):
+                layer.solver = solver
+        self.own = []
+
+    def _with_beta(self, solver: Any, beta: float) -> Any:
+        if not hasattr(solver, "beta"):
+            raise ValueError(f"{type(solver).__name__} has no beta to draw from {self.betas}")
+        return dataclasses.replace(solver, beta=beta)
