@@ -11,6 +11,9 @@ PANELS: tuple[tuple[str, tuple[str, ...], bool], ...] = (
     ("relative residual", ("equilibrium/relative_residual",), True),
     ("evaluations of f a step", ("equilibrium/forward_nfe", "equilibrium/backward_nfe"), False),
     ("throughput [1/s]", ("system/tokens_per_second", "system/images_per_second"), False),
+    ("seconds a step", tuple(f"system/{part}_seconds" for part in ("data", "forward", "backward", "optimizer")), False),
+    ("spectral radius of df/dz", ("equilibrium/spectral_radius",), False),
+    ("gradient error", tuple(f"gradient_error/{of}/relative_l2" for of in ("bptt", "converged")), True),
 )
 
 
