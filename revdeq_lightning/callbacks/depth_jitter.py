@@ -53,7 +53,8 @@ class DepthJitter(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Draw."""
-        number = trainer.fit_loop.epoch_loop.batch_progress.total.processed
+        progress: Any = trainer.fit_loop.epoch_loop.batch_progress
+        number = progress.total.processed
         # Raw bits: the one stream that NumPy promises never to change.
         first, second = np.random.PCG64(np.random.SeedSequence([self.seed, number])).random_raw(2)
         layers = equilibria(pl_module)
