@@ -15,7 +15,7 @@ RESNET = [
     "--model.network.channels=[64,128,224]",
     "--model.network.blocks=[1,1,1]",
     "--model.solver.solver=none",
-    "--trainer.max_epochs=12",
+    "--trainer.max_epochs=16",
 ]
 TABLE = Table(
     title="CIFAR-10 on two CPU cores",
