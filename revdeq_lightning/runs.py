@@ -49,15 +49,9 @@ class RunConfig:
 
 @dataclass
 class LanguageRunConfig(RunConfig):
-    """Where a run keeps its files, `FOLDER/NAME/VERSION`, and what it does at its end.
+    """A run of a language model.
 
     Attributes:
-        folder: Folder of all runs.
-        name: Name of the run; null: that of the configuration's file.
-        version: Names one run of this name; null: date and time.
-        wandb: Log to Weights & Biases too: off, online (needs a key), offline, or auto: online if there is a key.
-        wandb_project: Project there.
-        test: After training, evaluate the best checkpoint on the test text.
         sample_tokens: Length of the sample at the end; 0 for none.
         sample_prompt: What the sample continues.
         sample_temperature: Of the sample.
@@ -73,16 +67,10 @@ class LanguageRunConfig(RunConfig):
 
 @dataclass
 class ImageRunConfig(RunConfig):
-    """Where a run keeps its files, `FOLDER/NAME/VERSION`, and what it does at its end.
+    """A run of an image classifier.
 
     Attributes:
-        folder: Folder of all runs.
-        name: Name of the run; null: that of the configuration's file.
-        version: Names one run of this name; null: date and time.
-        wandb: Log to Weights & Biases too: off, online (needs a key), offline, or auto: online if there is a key.
-        wandb_project: Project there.
-        test: After training, evaluate the best checkpoint on the test images.
-        depth_sweep: With each test, evaluate with other numbers of solver steps too, from 1 to twice as many as given.
+        depth_sweep: With each test, evaluate with other numbers of solver steps too, from 1 to four times as many.
     """
 
     folder: str = "runs/image"

@@ -7,26 +7,15 @@ from typing import Any, Literal
 import torch
 
 from revdeq_lightning.models import AbstractClassifier, ClassifierConfig
+from revdeq_lightning.tasks.inference import read_checkpoint
 from revdeq_lightning.tasks.settings import SolverConfig, build_image_classifier
 
 
 def load_classifier(ckpt_path: str | Path, device: str = "cpu") -> tuple[AbstractClassifier, dict[str, Any]]:
-    """Model (with the averaged weights, where there are any) and the preparation of its images.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is not the checkpoint of an image classifier.
-    """
-    if not Path(ckpt_path).is_file():
-        raise FileNotFoundError(f"no checkpoint {ckpt_path}: training writes it to runs/image/NAME/DATE/checkpoints")
-    try:
-        checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True)
-        settings, weights, state = (checkpoint[key] for key in ("hyper_parameters", "state_dict", "preprocessing"))
-    except Exception as error:  # torch raises many kinds for what is not a checkpoint
-        raise ValueError(f"{ckpt_path} is not a checkpoint of an image classifier ({type(error).__name__})") from None
+    """Model of a checkpoint and the preparation of its images; errors as of `read_checkpoint`."""
+    settings, weights, state = read_checkpoint(ckpt_path, "preprocessing", "an image classifier", "runs/image")
     model = build_image_classifier(ClassifierConfig(**settings["network"]), SolverConfig(**settings["solver"]))
-    prefix = "model."
-    model.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
+    model.load_state_dict(weights)
     return model.to(device).eval(), state
 
 

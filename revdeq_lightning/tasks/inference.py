@@ -1,7 +1,7 @@
 """Text from a checkpoint alone: it holds the settings of the model and the tokenizer. No Lightning in here."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -11,23 +11,44 @@ from revdeq_lightning.models.generation import generate
 from revdeq_lightning.tasks.settings import SolverConfig, build_language_model
 
 
-def load_language_model(ckpt_path: str | Path, device: str = "cpu") -> tuple[Any, AbstractTokenizer]:
-    """Model and tokenizer of a checkpoint (the averaged weights, where it has them).
+class Trained(NamedTuple):
+    """A checkpoint's settings, weights (the averaged ones, where it has them) and what else `state` names."""
+
+    settings: dict[str, Any]
+    weights: dict[str, Any]
+    state: Any
+
+
+def read_checkpoint(ckpt_path: str | Path, state: str, kind: str, folder: str) -> Trained:
+    """Read the checkpoint of a model of this kind.
+
+    Args:
+        ckpt_path: Checkpoint of a training run.
+        state: Key of what such a model needs beside its weights.
+        kind: What the model is, for the error.
+        folder: Where training writes such runs, for the error.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is not the checkpoint of a language model.
+        ValueError: If it is something else.
     """
     if not Path(ckpt_path).is_file():
-        raise FileNotFoundError(f"no checkpoint {ckpt_path}: training writes it to runs/lm/NAME/DATE/checkpoints")
+        raise FileNotFoundError(f"no checkpoint {ckpt_path}: training writes it to {folder}/NAME/DATE/checkpoints")
     try:
         checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True)
-        settings, weights, tokenizer = (checkpoint[key] for key in ("hyper_parameters", "state_dict", "tokenizer"))
+        settings, weights, needed = (checkpoint[key] for key in ("hyper_parameters", "state_dict", state))
     except Exception as error:  # torch raises many kinds for what is not a checkpoint
-        raise ValueError(f"{ckpt_path} is not a checkpoint of a language model ({type(error).__name__})") from None
-    model = build_language_model(TransformerConfig(**settings["network"]), SolverConfig(**settings["solver"]))
+        raise ValueError(f"{ckpt_path} is not a checkpoint of {kind} ({type(error).__name__})") from None
     prefix = "model."
-    model.load_state_dict({k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)})
+    own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+    return Trained(settings, own, needed)
+
+
+def load_language_model(ckpt_path: str | Path, device: str = "cpu") -> tuple[Any, AbstractTokenizer]:
+    """Model and tokenizer of a checkpoint; errors as of `read_checkpoint`."""
+    settings, weights, tokenizer = read_checkpoint(ckpt_path, "tokenizer", "a language model", "runs/lm")
+    model = build_language_model(TransformerConfig(**settings["network"]), SolverConfig(**settings["solver"]))
+    model.load_state_dict(weights)
     return model.to(device).eval(), tokenizer_from_state(tokenizer)
 
 
