@@ -14,7 +14,7 @@ DATA ?=
 CKPT ?=
 PROMPT ?= def
 
-.PHONY: help setup train-lm train-cifar train-imagenet generate test lint format typecheck bench-core bench-lm bench-image bench-cifar clean
+.PHONY: help setup train-lm train-cifar train-imagenet generate test lint format typecheck bench-core bench-lm bench-image bench-image-block bench-cifar clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,6 +62,9 @@ bench-lm: $(READY)  ## Train the tiny Shakespeare table: DATA=tinyshakespeare.tx
 
 bench-image: $(READY)  ## Measure the classifiers: time, memory and gradient beside BPTT (some minutes)
 	@$(RUN) -m benchmarks.classifier_cost $(ARGS)
+
+bench-image-block: $(READY)  ## Train what was tried for the modern classifier: DATA=as above (an hour on one core)
+	@$(RUN) -m benchmarks.image_block --data '$(or $(DATA),data/cifar10)' $(ARGS)
 
 bench-cifar: $(READY)  ## Train the CIFAR-10 table: DATA=folder-or-tar with train/CLASS/* (an hour on two cores)
 	@$(RUN) -m benchmarks.cifar10 --data '$(or $(DATA),data/cifar10)' $(ARGS)

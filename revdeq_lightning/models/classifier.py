@@ -14,12 +14,12 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from abc import abstractmethod
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
 
 from revdeq_lightning.equilibrium import EquilibriumLayer, SolverStats
 from revdeq_lightning.models.config import ClassifierConfig
@@ -46,8 +46,8 @@ def conv3x3(num_in: int, num_out: int, stride: int = 1) -> nn.Conv2d:
 
 
 def group_norm(channels: int, group_size: int = PAPER_GROUP_SIZE) -> nn.GroupNorm:
-    """Groups of 16 channels, one group for fewer: no running statistics, so that f is the same map in every call."""
-    return nn.GroupNorm(max(1, channels // group_size), channels)
+    """Groups of this size, or one of all channels (size 0, or fewer): no running statistics, f stays one map."""
+    return nn.GroupNorm(max(1, channels // (group_size or channels)), channels)
 
 
 def mean_pool(x_BCHW: Tensor) -> Tensor:
@@ -81,10 +81,11 @@ class ModernConvBlock(nn.Module):
     The last norm keeps the state at unit scale, so that it contracts. Dropout has one mask a solve.
     """
 
-    def __init__(self, channels: int, width: int, dropout: float = 0.0) -> None:
+    def __init__(self, channels: int, width: int, dropout: float, group_size: int) -> None:
         super().__init__()
         self.conv1, self.conv2 = conv3x3(channels, width * channels), conv3x3(width * channels, channels)
-        self.norm1, self.norm2, self.norm3 = group_norm(channels), group_norm(width * channels), group_norm(channels)
+        sizes = (channels, width * channels, channels)
+        self.norm1, self.norm2, self.norm3 = (group_norm(c, group_size) for c in sizes)
         self.dropout = nn.Dropout2d(dropout)
         nn.init.zeros_(self.conv2.weight)
 
@@ -94,6 +95,14 @@ class ModernConvBlock(nn.Module):
         a_BCHW = F.silu(self.norm2(self.conv1(F.silu(self.norm1(h_BCHW)))))
         out_BCHW: Tensor = self.norm3(h_BCHW + self.conv2(self.dropout(a_BCHW)))
         return out_BCHW
+
+
+def modern_block(config: ClassifierConfig, stage: int) -> nn.Module:
+    """The f of one resolution of our classifiers: the modern block, or the paper's in its place."""
+    channels, width = config.channels[stage], config.widths[stage]
+    if config.block == "paper":
+        return PaperConvBlock(channels, width)
+    return ModernConvBlock(channels, width, config.dropout, config.group_size)
 
 
 class PreActDownsample(nn.Module):
@@ -179,6 +188,7 @@ class AbstractStagesClassifier(AbstractClassifier):
     stem: nn.Module
     equilibria: nn.ModuleList
     downsamples: nn.ModuleList
+    drop: nn.Module
     final: nn.Module
 
     def features(self, images_BCHW: Tensor) -> tuple[Tensor, tuple[SolverStats, ...]]:
@@ -187,7 +197,7 @@ class AbstractStagesClassifier(AbstractClassifier):
         for i, equilibrium in enumerate(self.equilibria):
             x_BCHW = x_BCHW if i == 0 else self.downsamples[i - 1](x_BCHW)
             solution = equilibrium(x_BCHW)
-            x_BCHW = x_BCHW + solution.value
+            x_BCHW = x_BCHW + self.drop(solution.value)
             stats.append(solution.stats)
         return mean_pool(self.final(x_BCHW)), tuple(stats)
 
@@ -206,7 +216,7 @@ class PaperStagesClassifier(AbstractStagesClassifier):
             for c, w, s in zip(channels, config.widths, stage_solvers(config, solver), strict=True)
         )
         self.downsamples = nn.ModuleList(PreActDownsample(a, b, momentum) for a, b in itertools.pairwise(channels))
-        self.final = nn.Identity()
+        self.drop = self.final = nn.Identity()
         self.head = nn.Linear(channels[-1], config.num_classes)
 
 
@@ -218,10 +228,11 @@ class StagesClassifier(AbstractStagesClassifier):
         channels = config.channels
         self.stem = modern_stem(config)
         self.equilibria = nn.ModuleList(
-            EquilibriumLayer(ModernConvBlock(c, w, config.dropout), solver=s, adjoint=adjoint)
-            for c, w, s in zip(channels, config.widths, stage_solvers(config, solver), strict=True)
+            EquilibriumLayer(modern_block(config, i), solver=layer_solver, adjoint=adjoint)
+            for i, layer_solver in enumerate(stage_solvers(config, solver))
         )
         self.downsamples = nn.ModuleList(Downsample(a, b) for a, b in itertools.pairwise(channels))
+        self.drop = StochasticDepth(config.stochastic_depth, "row")
         self.final = nn.Sequential(nn.BatchNorm2d(channels[-1]), nn.SiLU())
         self.head = nn.Linear(channels[-1], config.num_classes)
 
@@ -243,14 +254,20 @@ class JointBlock(nn.Module):
     Source: Bai, Koltun, Kolter 2020, arXiv:2006.08656 (MDEQ).
     """
 
-    def __init__(self, channels: Sequence[int], widths: Sequence[int], dropout: float) -> None:
+    def __init__(self, config: ClassifierConfig) -> None:
         super().__init__()
+        channels = config.channels
         n = len(channels)
-        self.blocks = nn.ModuleList(ModernConvBlock(c, w, dropout) for c, w in zip(channels, widths, strict=True))
+        self.blocks = nn.ModuleList(modern_block(config, i) for i in range(n))
         self.resample = nn.ModuleDict(
-            {f"{j}to{i}": resampling(channels[j], channels[i], i - j) for j in range(n) for i in range(n) if i != j}
+            {
+                f"{j}to{i}": resampling(channels[j], channels[i], i - j, config.group_size)
+                for j in range(n)
+                for i in range(n)
+                if i != j
+            }
         )
-        self.norms = nn.ModuleList(group_norm(c) for c in channels)
+        self.norms = nn.ModuleList(group_norm(c, config.group_size) for c in channels)
 
     def forward(self, z: tuple[Tensor, ...], x: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Evaluate f."""
@@ -263,13 +280,13 @@ class JointBlock(nn.Module):
         return tuple(out)
 
 
-def resampling(num_in: int, num_out: int, halvings: int) -> nn.Module:
+def resampling(num_in: int, num_out: int, halvings: int, group_size: int) -> nn.Module:
     """Halve the resolution by convolutions of stride 2, or (negative) double it by repeating pixels."""
     if halvings < 0:
         upsample = nn.Upsample(scale_factor=2**-halvings, mode="nearest")
-        return nn.Sequential(nn.Conv2d(num_in, num_out, 1, bias=False), group_norm(num_out), upsample)
+        return nn.Sequential(nn.Conv2d(num_in, num_out, 1, bias=False), group_norm(num_out, group_size), upsample)
     strided = [conv3x3(num_in, num_out if k == halvings - 1 else num_in, stride=2) for k in range(halvings)]
-    return nn.Sequential(*strided, group_norm(num_out))
+    return nn.Sequential(*strided, group_norm(num_out, group_size))
 
 
 class JointClassifier(AbstractClassifier):
@@ -280,9 +297,7 @@ class JointClassifier(AbstractClassifier):
         channels = config.channels
         self.stem = modern_stem(config)
         self.downsamples = nn.ModuleList(Downsample(a, b) for a, b in itertools.pairwise(channels))
-        self.equilibrium = EquilibriumLayer(
-            JointBlock(channels, config.widths, config.dropout), solver=solver, adjoint=adjoint
-        )
+        self.equilibrium = EquilibriumLayer(JointBlock(config), solver=solver, adjoint=adjoint)
         self.final = nn.ModuleList(nn.Sequential(nn.BatchNorm2d(c), nn.SiLU()) for c in channels)
         self.head = nn.Linear(sum(channels), config.num_classes)
 

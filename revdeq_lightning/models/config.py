@@ -1,11 +1,22 @@
 """Sizes and options of the models."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
 BLOCKS = ("modern", "paper")
 ARCHITECTURES = ("stages", "joint", "paper_single", "paper_stages", "resnet")
+OPTIONS: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "blocks": ([], ("resnet",)),
+    "block": ("modern", ("stages", "joint")),
+    "group_size": (16, ("stages", "joint")),
+    "dropout": (0.0, ("stages", "joint")),
+    "stochastic_depth": (0.0, ("stages",)),
+    "stem_stride": (1, ("stages", "joint", "resnet")),
+}
+"""Options that not all classifiers have: their default, and the architectures to which others belong."""
+MODERN_BLOCK_ONLY = ("group_size", "dropout")
 
 
 @dataclass
@@ -94,8 +105,11 @@ class ClassifierConfig:
         widths: Channels inside f over those of the state, for each stage; empty for 1 in each.
         steps: Solver steps of each stage; empty for the solver's `max_steps` in each.
         blocks: Of `resnet`, residual blocks of each stage; empty for 2 in each.
+        block: f of `stages` and `joint`: `modern`, or the `paper`'s in its place.
+        group_size: Modern block only: channels that GroupNorm normalises together; 0 for all.
         stem_stride: Pixels from one position of the first stage to the next: 1 or 2 for images of 32x32, 4 for 224x224.
         dropout: Fraction of the channels inside f that are dropped in training, one mask a solve.
+        stochastic_depth: Of `stages`, probability that a sample goes past an equilibrium in training.
     """
 
     num_classes: int
@@ -105,8 +119,11 @@ class ClassifierConfig:
     widths: list[int] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
+    block: str = "modern"
+    group_size: int = 16
     stem_stride: int = 1
     dropout: float = 0.0
+    stochastic_depth: float = 0.0
 
     def __post_init__(self) -> None:
         if self.architecture not in ARCHITECTURES:
@@ -125,20 +142,26 @@ class ClassifierConfig:
                 raise ValueError(f"{name} must be at least 1, got {values}")
             if values and len(values) != len(self.channels):
                 raise ValueError(f"{name} must have one entry a stage, got {values} for channels {self.channels}")
-        if self.blocks and self.architecture != "resnet":
-            raise ValueError(f"blocks belongs to architecture='resnet', got {self.blocks} for {self.architecture!r}")
-        if any(c > 16 and c % 16 for c in self.channels):
-            raise ValueError(f"channels above 16 must be multiples of 16, the size of a group, got {self.channels}")
+        if self.block not in BLOCKS:
+            raise ValueError(f"block must be one of {', '.join(BLOCKS)}, got {self.block!r}")
+        for name, (default, architectures) in OPTIONS.items():
+            value = getattr(self, name)
+            if value != default and self.architecture not in architectures:
+                belongs = " or ".join(map(repr, architectures))
+                raise ValueError(f"{name} belongs to architecture {belongs}, got {value} for {self.architecture!r}")
+            if value != default and name in MODERN_BLOCK_ONLY and self.block != "modern":
+                raise ValueError(f"{name} belongs to block='modern', got {value} for {self.block!r}")
+        if self.group_size < 0:
+            raise ValueError(f"group_size must be positive, or 0 for all channels, got {self.group_size}")
+        size = self.group_size
+        if size and any(c > size and c % size for c in self.channels):
+            raise ValueError(f"channels above {size} must be multiples of it, the size of a group, got {self.channels}")
         if self.stem_stride not in (1, 2, 4):
             raise ValueError(f"stem_stride must be 1, 2 or 4, got {self.stem_stride}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        for name in ("dropout", "stochastic_depth"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         if self.architecture == "paper_single" and len(self.channels) != 1:
             raise ValueError(f"architecture='paper_single' has one stage, got channels {self.channels}")
         if self.architecture == "joint" and self.steps:
             raise ValueError(f"architecture='joint' has one solve: set solver.max_steps, got steps={self.steps}")
-        if self.architecture.startswith("paper") and (self.dropout or self.stem_stride != 1):
-            raise ValueError(
-                f"architecture={self.architecture!r} has no dropout and a stem of stride 1, got {self.dropout} and "
-                f"{self.stem_stride}"
-            )

@@ -114,6 +114,41 @@ def test_dropout_has_one_mask_a_solve():
     assert torch.equal(kept(images).logits_BV, kept(images).logits_BV)
 
 
+@pytest.mark.parametrize("settings", [{"block": "paper"}, {"group_size": 0}, {"group_size": 8}])
+@pytest.mark.parametrize("architecture", ["stages", "joint"])
+def test_gradient_of_other_blocks_matches_bptt(architecture, settings):
+    images, labels = batch()
+    _, ours = gradients(make(architecture, **settings), images, labels)
+    _, theirs = gradients(with_plain_loops(make(architecture, **settings)), images, labels)
+    for a, b in zip(ours, theirs, strict=True):
+        assert relative_error(a, b) <= 1e-4  # the smallest of many; the whole gradient is compared above
+
+
+def test_group_size_0_normalises_all_channels_of_a_sample():
+    block = make("stages", group_size=0).equilibria[0].f
+    h = 3 + 2 * torch.randn(2, 16, 8, 8)
+    with torch.no_grad():
+        block.norm1.weight.fill_(1.0), block.norm1.bias.zero_()
+    expected = torch.nn.functional.layer_norm(h, h.shape[1:])
+    torch.testing.assert_close(block.norm1(h), expected)
+
+
+def test_stochastic_depth_leaves_samples_past_an_equilibrium():
+    model = make("stages", stochastic_depth=0.5, channels=[16], widths=[1])
+    images, _ = batch(num=64)
+    with torch.no_grad():
+        x = model.stem(images)
+        z = model.equilibria[0](x).value
+        model.final = torch.nn.Identity()
+        features = model.features(images)[0]
+    past, kept = x.mean((2, 3)), (x + 2 * z).mean((2, 3))  # survivors are scaled, so that the mean stays
+    is_past = torch.isclose(features, past, atol=1e-6).all(1)
+    assert 10 < is_past.sum() < 54
+    assert torch.equal(is_past, ~torch.isclose(features, kept, atol=1e-6).all(1))
+    same, no_drop = (make("stages", stochastic_depth=p).eval()(images).logits_BV for p in (0.5, 0.0))
+    assert torch.equal(same, no_drop)
+
+
 @pytest.mark.parametrize("architecture", ["stages", "paper_stages", "joint"])
 def test_peak_memory_is_flat_in_the_steps_and_below_stored_bptt_from_two_steps_on(architecture):
     images, labels = batch(size=16, num=8)
@@ -164,15 +199,26 @@ def test_wrong_images_are_refused(images, message):
     [
         ({"architecture": "other"}, "architecture must be one of"),
         ({"channels": []}, r"got \[\]"),
-        ({"channels": [24]}, r"multiples of 16.*\[24\]"),
+        ({"channels": [24]}, r"above 16 must be multiples.*\[24\]"),
         ({"channels": [0]}, r"at least 1, got \[0\]"),
         ({"widths": [1]}, "one entry a stage"),
         ({"stem_stride": 3}, "got 3"),
         ({"dropout": 1.0}, "got 1.0"),
         ({"architecture": "paper_single"}, "one stage"),
         ({"architecture": "joint", "steps": [1, 2, 3]}, "one solve"),
-        ({"architecture": "paper_stages", "dropout": 0.1}, "no dropout"),
-        ({"blocks": [1, 1, 1]}, "belongs to architecture='resnet'"),
+        (
+            {"architecture": "paper_stages", "dropout": 0.1},
+            "dropout belongs to architecture 'stages' or .*got 0.1",
+        ),
+        ({"architecture": "paper_stages", "stem_stride": 2}, "stem_stride belongs to"),
+        ({"architecture": "joint", "stochastic_depth": 0.1}, "stochastic_depth belongs to architecture 'stages'"),
+        ({"architecture": "resnet", "group_size": 0}, "group_size belongs to .* got 0 for 'resnet'"),
+        ({"block": "paper", "group_size": 8}, "group_size belongs to block='modern', got 8"),
+        ({"block": "other"}, "got 'other'"),
+        ({"group_size": -1}, "got -1"),
+        ({"group_size": 48, "channels": [64]}, r"multiples of it.*\[64\]"),
+        ({"stochastic_depth": 1.0}, "got 1.0"),
+        ({"blocks": [1, 1, 1]}, "belongs to architecture 'resnet'"),
         ({"num_classes": 0}, "got 0"),
     ],
 )

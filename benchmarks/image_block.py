@@ -1,0 +1,62 @@
+"""What was tried for the modern classifier: two epochs of CIFAR-10 each, one thread.
+
+    python -m benchmarks.image_block --data cifar10-train.tar.xz [--only NAME ...] [--seeds 0 1] [--jobs 2]
+
+Base: configs/cifar10/cpu.yaml with channels 32-64-128. Every other row changes what its name says and nothing else.
+"""
+
+import sys
+
+from benchmarks.training import Table, Variant, fill, parser
+
+CHANNELS = "--model.network.channels=[32,64,128]"
+STEPS, SOLVER, NETWORK = "--model.solver.max_steps", "--model.solver.solver", "--model.network"
+
+
+def variant(evaluations: int, *options: str) -> Variant:
+    """A change of the base; of two settings of one thing the last applies."""
+    return Variant(evaluations, [CHANNELS, "--trainer.max_epochs=2", *options])
+
+
+TABLE = Table(
+    title="What was tried for the modern classifier",
+    command=["image", "fit", "--config", "configs/cifar10/cpu.yaml", "--data.source=folder"],
+    variants={
+        "base": variant(6),
+        "1 evaluation a stage": variant(3, f"{STEPS}=1"),
+        "4 evaluations": variant(12, f"{STEPS}=4"),
+        "momentum 1/32": variant(6, "--model.solver.momentum=0.03125"),
+        "momentum 1/4": variant(6, "--model.solver.momentum=0.25"),
+        "paper's solver, beta 0.5": variant(6, f"{SOLVER}=reversible", f"{STEPS}=1", "--model.solver.beta=0.5"),
+        "paper's solver, beta 0.8": variant(6, f"{SOLVER}=reversible", f"{STEPS}=1", "--model.solver.beta=0.8"),
+        "paper's solver, beta 0.8, 4 evaluations": variant(
+            12, f"{SOLVER}=reversible", f"{STEPS}=2", "--model.solver.beta=0.8"
+        ),
+        "paper's block": variant(6, f"{NETWORK}.block=paper"),
+        "expansion 2 inside f": variant(6, f"{NETWORK}.widths=[2,2,2]"),
+        "48-96-192": variant(6, f"{NETWORK}.channels=[48,96,192]"),
+        "groups of 8": variant(6, f"{NETWORK}.group_size=8"),
+        "one group": variant(6, f"{NETWORK}.group_size=0"),
+        "dropout 0.1, one mask a solve": variant(6, f"{NETWORK}.dropout=0.1"),
+        "stochastic depth 0.1": variant(6, f"{NETWORK}.stochastic_depth=0.1"),
+        "joint, 2 evaluations": variant(2, f"{NETWORK}.architecture=joint"),
+        "joint, 4 evaluations": variant(4, f"{NETWORK}.architecture=joint", f"{STEPS}=4"),
+        "channels_last": variant(6, "--model.channels_last=true"),
+    },
+    metric="val/accuracy",
+    unit="validation accuracy after two epochs",
+    smaller_is_better=False,
+)
+
+
+def main() -> None:
+    """Fill the table."""
+    options = parser(TABLE, __doc__, "image_block", seeds=[0], jobs=1, data="folder or tar archive with train/CLASS/*")
+    arguments = options.parse_args()
+    if not arguments.data.exists():
+        options.error(f"no folder or archive {arguments.data}")
+    sys.exit(0 if fill(TABLE, arguments) else 1)
+
+
+if __name__ == "__main__":
+    main()
