@@ -5,7 +5,10 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+if TYPE_CHECKING:
+    from revdeq_lightning.checkpoints import Found
 
 CHECKPOINTS, CONFIG, METRICS, CURVES = "checkpoints", "config.yaml", "metrics.csv", "curves.png"
 BEST, LAST = "best.ckpt", "last.ckpt"
@@ -22,6 +25,10 @@ class RunConfig:
         wandb: Log to Weights & Biases too: off, online (needs a key), offline, or auto: online if there is a key.
         wandb_project: Project there.
         test: After training, evaluate the best checkpoint on the test split.
+        keep_last: How many checkpoints to keep to go on from: `last.ckpt` and, before it, `step-N.ckpt`.
+        checkpoint_every_n_steps: Write one after so many optimizer steps; null: after validations and by time only.
+        checkpoint_every_minutes: Write one when the newest is so old; null: never.
+        async_checkpoints: Write them in the background, for large models; takes a copy of them in host memory.
     """
 
     folder: str = "runs"
@@ -30,6 +37,10 @@ class RunConfig:
     wandb: Literal["off", "auto", "online", "offline"] = "off"
     wandb_project: str = "revdeq"
     test: bool = True
+    keep_last: int = 2
+    checkpoint_every_n_steps: int | None = None
+    checkpoint_every_minutes: float | None = 30.0
+    async_checkpoints: bool = False
 
     task: ClassVar[tuple[str, ...]] = ()
     """Words of the command line that name the task."""
@@ -91,19 +102,29 @@ def run_of_checkpoint(checkpoint: str | Path) -> Path | None:
     return folder if Path(checkpoint).parent.name == CHECKPOINTS and (folder / CONFIG).is_file() else None
 
 
-def find_checkpoint(alias: str, run: RunConfig) -> Path:
-    """`last.ckpt` or `best.ckpt` of the run, or of the newest run of this name if the run has no version.
+def find_checkpoint(alias: str, run: RunConfig) -> "Found":
+    """The last or best checkpoint of the run, or of the newest run of this name if the run has no version.
+
+    "last" is `last.ckpt`, or the newest that can be used where that one is damaged.
 
     Raises:
         FileNotFoundError: If there is none.
+        CheckpointError: If none can be used.
     """
-    pattern = f"{run.version or '*'}/{CHECKPOINTS}/{alias}.ckpt"
-    found = list((Path(run.folder) / str(run.name)).glob(pattern))
-    if not found:
-        raise FileNotFoundError(
-            f"no {alias}.ckpt under {Path(run.folder) / str(run.name)}: give its path as --ckpt_path"
-        )
-    return max(found, key=lambda path: path.stat().st_mtime)
+    from revdeq_lightning.checkpoints import CheckpointError, Found, newest_good  # PyTorch: not for help
+
+    runs = Path(run.folder) / str(run.name)
+    pattern = f"{run.version or '*'}/{CHECKPOINTS}/{'*' if alias == 'last' else alias}.ckpt"
+    found = max(runs.glob(pattern), key=lambda path: path.stat().st_mtime, default=None)
+    if found is None:
+        raise FileNotFoundError(f"no {alias}.ckpt under {runs}: give its path as --ckpt_path")
+    if alias != "last":
+        return Found(found, {})
+    newest = newest_good(found.parent)
+    if newest.path is None:
+        faults = "; ".join(f"{path.name} {fault}" for path, fault in newest.faults.items())
+        raise CheckpointError(f"no checkpoint in {found.parent} can be used: {faults}")
+    return newest
 
 
 def command(run: RunConfig, subcommand: str, checkpoint: Path, *arguments: str) -> str:

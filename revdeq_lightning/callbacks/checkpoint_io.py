@@ -1,41 +1,119 @@
-"""Checkpoints that are whole or absent."""
+"""Lightning's way to write and read checkpoints, over `revdeq_lightning.checkpoints`."""
 
-import os
+import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.plugins import TorchCheckpointIO
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+
+from revdeq_lightning.checkpoints import CheckpointError, newest_good, read_checkpoint, write_checkpoint
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes beside the target, syncs, then renames: at each moment the path holds a whole checkpoint, old or new.
+    """Checkpoints that are whole or absent, carry a checksum, and load without running code.
 
     Lightning's own writes into the system's temporary folder and moves: across file systems that is a copy, which
     a crash or a full disk cuts short.
+
+    Args:
+        errors: If a file cannot be written: "raise", or "warn", and keep the error in `failures`. A run of several
+            processes needs "warn": only the first one writes, and the others would wait for it for ever.
+        background: Copy the tensors to the host and write them in a thread, while training goes on. One file at a
+            time: a save waits for the one before.
     """
+
+    def __init__(self, *, errors: Literal["raise", "warn"] = "raise", background: bool = False) -> None:
+        if errors not in ("raise", "warn"):
+            raise ValueError(f"errors must be 'raise' or 'warn', got {errors!r}")
+        self.errors, self.background = errors, background
+        self.failures: dict[Path, OSError] = {}
+        self._executor: ThreadPoolExecutor | None = None
+        self._pending: Future[None] | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Save to a local path.
 
         Raises:
             TypeError: If storage options are given; local files have none.
+            OSError: If the file cannot be written and errors are to be raised; in the background: at the next call.
         """
         if storage_options is not None:
             raise TypeError(f"{type(self).__name__} has no storage_options, got {storage_options!r}")
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
+        self.wait()
+        if self.background:
+            self._executor = self._executor or ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+            self._pending = self._executor.submit(self._write, on_host(checkpoint), Path(path))
+        else:
+            self._write(checkpoint, Path(path))
+
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
+        """Check and read.
+
+        Raises:
+            ValueError: If code in the file is asked to be run (`weights_only=False`).
+            CheckpointError: If the file is damaged or something else; says which one to use in its place.
+        """
+        if weights_only is False:
+            raise ValueError("weights_only=False would run code that is in the checkpoint: leave it out")
+        self.wait()
         try:
-            with temporary.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
-        folder = os.open(target.parent, os.O_RDONLY)
+            return read_checkpoint(path, map_location)
+        except CheckpointError as error:
+            other = newest_good(Path(path).parent).path
+            hint = f": go on from {other}" if other else ""
+            raise CheckpointError(f"{error}{hint}") from None
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Remove, after what is being written."""
+        self.wait()
+        super().remove_checkpoint(path)
+
+    def wait(self) -> None:
+        """Return when nothing is being written any more."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def teardown(self) -> None:
+        """Finish what is being written."""
         try:
-            os.fsync(folder)  # the new name, too, is on the disk
+            self.wait()
         finally:
-            os.close(folder)
+            if self._executor is not None:
+                self._executor.shutdown()
+                self._executor = None
+
+    def _write(self, checkpoint: dict[str, Any], path: Path) -> None:
+        try:
+            write_checkpoint(checkpoint, path)
+        except OSError as error:
+            if self.errors == "raise":
+                raise
+            self.failures[path] = error
+            kept = "what it held before is intact" if path.is_file() else "there is none of this name yet"
+            warnings.warn(
+                f"no checkpoint was written to {path}: {error.strerror or error}; {kept}. Training goes on, the next "
+                "save tries again.",
+                stacklevel=2,
+            )
+        else:
+            self.failures.pop(path, None)
+
+
+def on_host(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """A copy that training does not change; tensors that are one stay one."""
+    copies: dict[Any, Tensor] = {}
+
+    def copy(tensor: Tensor) -> Tensor:
+        place = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+        key: Any = place if tensor.numel() else id(tensor)
+        if key not in copies:
+            copies[key] = tensor.detach().to("cpu", copy=True)
+        return copies[key]
+
+    copied: dict[str, Any] = apply_to_collection(checkpoint, torch.Tensor, copy)
+    return copied

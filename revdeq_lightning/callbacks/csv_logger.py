@@ -1,6 +1,7 @@
 """Metrics as one CSV file a run, which a resumed run continues."""
 
 import csv
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
+
+from revdeq_lightning.checkpoints import remove_leftovers
 
 
 class ContinuedCSVLogger(CSVLogger):
@@ -39,14 +42,39 @@ class ContinuedCSVLogger(CSVLogger):
 
 
 class _ContinuedWriter(ExperimentWriter):
+    """Appends whole lines; whatever is rewritten is written beside and renamed, so that a kill loses no line."""
+
     def rewind(self, step: int) -> None:
         path = Path(self.metrics_file_path)
+        remove_leftovers(path.parent)
         if path.is_file():
             with path.open(newline="") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["step"]) < step]
-            path.unlink()
-            self.metrics = [{key: value for key, value in row.items() if value != ""} for row in rows]  # type: ignore[misc]
-            self.save()
+                whole_lines = [line for line in file if line.endswith("\n")]  # a kill may have cut the last one short
+            rows = list(csv.DictReader(whole_lines))
+            self.metrics_keys = list(rows[0]) if rows else []
+            self._rewrite([row for row in rows if int(row["step"]) < step])
 
     def _check_log_dir_exists(self) -> None:
         """The base class would delete the file."""
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        """The base class would write over the file."""
+        with Path(self.metrics_file_path).open(newline="") as file:
+            self._rewrite(list(csv.DictReader(file)))
+
+    def _rewrite(self, rows: list[dict[str, str]]) -> None:
+        path = Path(self.metrics_file_path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            with temporary.open("w", newline="") as file:
+                if self.metrics_keys:
+                    writer = csv.DictWriter(file, fieldnames=self.metrics_keys)
+                    writer.writeheader()
+                    writer.writerows(rows)
+            if rows:
+                temporary.replace(path)
+            else:
+                path.unlink()
+                self.metrics_keys = []
+        finally:
+            temporary.unlink(missing_ok=True)

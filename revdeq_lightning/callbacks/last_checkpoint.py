@@ -1,7 +1,11 @@
 """`last.ckpt`: always there, also after Ctrl-C, and always at a moment from which the run can be resumed exactly."""
 
+import os
+import shutil
 import signal
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,47 +13,92 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_only
 
-from revdeq_lightning.callbacks.training_step import is_logging_step
+from revdeq_lightning.callbacks.training_step import is_logging_step, made_step, validation_follows
+from revdeq_lightning.checkpoints import CheckpointError, remove_leftovers, steps_of
 
 LAST = "last.ckpt"
 
 
 class LastCheckpoint(Checkpoint):
-    """Saves `last.ckpt` after each validation, at the end of training, and at the first Ctrl-C.
+    """Saves `last.ckpt` after each validation, at intervals, at the end of training, and at the first Ctrl-C.
+
+    The checkpoints before it stay as `step-N.ckpt`, so that there is one to go back to if the newest is damaged. Saves
+    only after an optimizer step: in the midst of accumulation, when a validation falls there, after the next one. What
+    killed runs left half written in the folder is removed at the start.
+
+    A checkpoint that cannot be written (a full disk) is a warning, if the trainer's `AtomicCheckpointIO` is told so; at
+    the end of training it is an error.
 
     Ctrl-C lets the step (or the validation) at hand finish, saves and ends the run; a second one ends it at once. An
     interrupt in the midst of an optimizer step would leave half of the weights moved.
 
     Args:
         folder: Where checkpoints lie; None: the folder `checkpoints` in the run's.
+        keep_last: How many to keep, `last.ckpt` included.
+        every_n_steps: Save after so many optimizer steps, too; None: not.
+        every_minutes: Save when the newest is so old, too; None: not. Several processes look at logging steps.
+        clock: Seconds, for tests.
     """
 
-    def __init__(self, folder: str | Path | None = None) -> None:
-        self.folder = folder
+    def __init__(
+        self,
+        folder: str | Path | None = None,
+        *,
+        keep_last: int = 2,
+        every_n_steps: int | None = None,
+        every_minutes: float | None = 30.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        for name, value, least in (("keep_last", keep_last, 1), ("checkpoint_every_n_steps", every_n_steps, 1)):
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        if every_minutes is not None and not every_minutes > 0:
+            raise ValueError(f"checkpoint_every_minutes must be positive, got {every_minutes}: null for never")
+        self.folder, self.keep_last = folder, keep_last
+        self.every_n_steps, self.every_minutes, self.clock = every_n_steps, every_minutes, clock
         self.path = Path()
         self.saved_step = -1
-        self._asked = self._ending = False
+        self._step_of_file: int | None = None
+        self._is_settled = True
+        self._saved_at = 0.0
+        self._due = self._asked = self._ending = False
         self._previous: Any = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the folder: on all ranks that of the first."""
+        """Find the folder, on all ranks that of the first; clean it up; see that it can be written to.
+
+        Raises:
+            CheckpointError: If not.
+        """
         if stage == "fit":
             folder = self.folder or Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
             self.path = Path(trainer.strategy.broadcast(str(folder))) / LAST
+            fault = self._prepare_folder() if trainer.is_global_zero and not cast(Any, trainer).fast_dev_run else None
+            if fault := trainer.strategy.broadcast(fault):
+                raise CheckpointError(fault)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take over the signal."""
+        self._saved_at = self.clock()
         if threading.current_thread() is threading.main_thread():
             self._previous = signal.signal(signal.SIGINT, self._ask)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save, if asked to end. One process looks at every step, several agree at logging steps."""
+        """Save, if it is time to or asked to end. One process looks at every step, several agree at logging steps."""
+        if not made_step(trainer):
+            return
         if trainer.world_size == 1 or is_logging_step(trainer):
+            late = self.every_minutes is not None and self.clock() - self._saved_at >= 60 * self.every_minutes
             self._ending = trainer.strategy.reduce_boolean_decision(self._asked, all=False)
-        if self._ending:
-            self._save(trainer)
+            # The first process's clock: the others' never say so before it.
+            late = trainer.strategy.reduce_boolean_decision(late and trainer.is_global_zero, all=False)
+            self._due = self._due or self._ending or late
+        at_interval = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
+        # A run resumed between a step and its validation would leave the validation out.
+        if self._ending or ((self._due or at_interval) and not validation_follows(trainer)):
+            self._save(trainer, finish=self._ending)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """End, if asked to: not earlier, for the metrics of the last step are logged after its `on_train_batch_end`."""
@@ -57,13 +106,24 @@ class LastCheckpoint(Checkpoint):
             raise KeyboardInterrupt
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save."""
+        """Save, also what was saved before the validation: only now it is behind the run."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._save(trainer)
+            if made_step(trainer):
+                self.saved_step = -1
+                self._save(trainer, finish=False)
+            else:
+                self._due = True
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save what the last validation did not see."""
+        """Save what the last validation did not see.
+
+        Raises:
+            CheckpointError: If that fails.
+        """
         self._save(trainer)
+        fault = self._failure(trainer)
+        if fault := trainer.strategy.broadcast(fault):
+            raise CheckpointError(fault)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the signal back."""
@@ -85,7 +145,71 @@ class LastCheckpoint(Checkpoint):
             signal.signal(signal.SIGINT, self._previous)
             self._previous = None
 
-    def _save(self, trainer: Trainer) -> None:
+    def _save(self, trainer: Trainer, *, finish: bool = True) -> None:
+        """Save on all ranks, unless it is done for this step; `finish`: return when it is on the disk."""
+        self._settle(trainer)
         if self.saved_step != trainer.global_step and not cast(Any, trainer).fast_dev_run:
+            if trainer.is_global_zero:
+                self._keep_previous(trainer.global_step)
             trainer.save_checkpoint(self.path)
-            self.saved_step = trainer.global_step
+            self.saved_step, self._is_settled = trainer.global_step, False
+            self._saved_at, self._due = self.clock(), False
+        if finish or not getattr(trainer.strategy.checkpoint_io, "background", False):
+            self._settle(trainer)
+
+    def _settle(self, trainer: Trainer) -> None:
+        """Wait for what is being written; if all went well older ones may go."""
+        if self._is_settled:
+            return
+        getattr(trainer.strategy.checkpoint_io, "wait", lambda: None)()
+        self._is_settled = True
+        if trainer.strategy.broadcast(self._failure(trainer)):
+            self.saved_step = -1
+        else:
+            self._step_of_file = self.saved_step
+            if trainer.is_global_zero:
+                self._prune()
+
+    def _keep_previous(self, step: int) -> None:
+        """Give the newest checkpoint a name of its own, before another takes `last.ckpt`."""
+        previous = self._step_of_file
+        if previous is None or previous >= step or self.keep_last == 1 or not self.path.exists():
+            return
+        kept = self.path.with_name(f"step-{previous}.ckpt")
+        if self.path.is_dir():
+            shutil.rmtree(kept, ignore_errors=True)
+            self.path.rename(kept)  # a folder of shards is written file by file: never over the one before
+            return
+        try:
+            kept.unlink(missing_ok=True)
+            os.link(self.path, kept)
+        except OSError:
+            self.path.replace(kept)  # no links there; until the new one is whole this one is the newest
+
+    def _prune(self) -> None:
+        """Keep the newest; those of later steps belong to a branch of the run that was left."""
+        steps = {int(path.stem.removeprefix("step-")): path for path in self.path.parent.glob("step-*.ckpt")}
+        before = sorted(step for step in steps if step < self.saved_step)
+        for step in steps.keys() - set(before[max(0, len(before) - self.keep_last + 1) :]):
+            path = steps[step]
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def _prepare_folder(self) -> str | None:
+        folder = self.path.parent
+        probe = folder / f".probe.{os.getpid()}.part"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe.write_bytes(b"x")
+            remove_leftovers(folder)  # the probe, too
+        except OSError as error:
+            return f"checkpoints cannot be written to {folder}: {error.strerror or error}; choose another run.folder"
+        steps, _ = steps_of([self.path] if self.path.exists() else [])
+        self._step_of_file = steps.get(self.path)
+        return None
+
+    def _failure(self, trainer: Trainer) -> str | None:
+        error = getattr(trainer.strategy.checkpoint_io, "failures", {}).get(self.path)
+        if error is None:
+            return None
+        earlier = "what was saved before is intact" if self.path.is_file() else "nothing was saved before"
+        return f"the run's end could not be saved to {self.path}: {error.strerror or error}; {earlier}"

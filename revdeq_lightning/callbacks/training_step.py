@@ -22,6 +22,12 @@ def is_logging_step(trainer: Trainer) -> bool:
     return trainer.global_step % cast(Any, trainer).log_every_n_steps == 0 and made_step(trainer)
 
 
+def validation_follows(trainer: Trainer) -> bool:
+    """Whether Lightning validates after this batch, before the next (ask in `on_train_batch_end`)."""
+    loop: Any = trainer.fit_loop
+    return bool(loop.epoch_loop._should_check_val_fx(loop._data_fetcher))
+
+
 def log_now(trainer: Trainer, values: Mapping[str, float]) -> None:
     """Log figures of this step alone: `LightningModule.log` would repeat them at each logging step of the epoch.
 

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
+from revdeq_lightning.checkpoints import CheckpointError
 from revdeq_lightning.data.sampler import ResumableBatchSampler, ResumableLoader
 
 
@@ -29,16 +30,24 @@ class AbstractDataModule(LightningDataModule):
         self._train_loader: ResumableLoader | None = None
         self._open_loaders: list[ResumableLoader] = []
         self._resumed: dict[str, Any] = {}
+        self._shared_batch_size: int | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Position of the first batch not yet trained, and what the order depends on; plain containers."""
         position = self._train_loader.state_dict() if self._train_loader else self._resumed.get("position")
-        global_batch_size = self.hparams["batch_size"] * self._rank_and_world_size()[1]
-        return {"position": position, "order": self._order_settings() | {"global_batch_size": global_batch_size}}
+        world_size = self._rank_and_world_size()[1]
+        order = self._order_settings() | {"global_batch_size": self._batch_size * world_size}
+        return {"position": position, "order": order, "world_size": world_size}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue at this position."""
+        """Continue at this position; on another number of processes with the same batches, shared out anew.
+
+        Raises:
+            CheckpointError: If the batches cannot be shared among so many.
+        """
         self._resumed = dict(state_dict) if state_dict["position"] else {}
+        if self._resumed:
+            self._share_out_anew(state_dict)
         if self._resumed and self._train_loader:
             self._train_loader.load_state_dict(self._resumed["position"])
 
@@ -77,8 +86,9 @@ class AbstractDataModule(LightningDataModule):
         drop_last: bool = False,
     ) -> ResumableLoader:
         rank, world_size = self._rank_and_world_size()
+        batch_size = self._batch_size if drop_last else self.hparams["batch_size"]
         sampler = ResumableBatchSampler(
-            num_items, self.hparams["batch_size"], order=order, rank=rank, world_size=world_size, drop_last=drop_last
+            num_items, batch_size, order=order, rank=rank, world_size=world_size, drop_last=drop_last
         )
         loader = ResumableLoader(
             dataset,
@@ -93,6 +103,37 @@ class AbstractDataModule(LightningDataModule):
     def _close_loaders(self) -> None:
         while self._open_loaders:
             self._open_loaders.pop().close()
+
+    @property
+    def _batch_size(self) -> int:
+        """Items of a training batch on each process."""
+        size: int = self._shared_batch_size or self.hparams["batch_size"]
+        return size
+
+    def _share_out_anew(self, state: dict[str, Any]) -> None:
+        """Keep the global batch if nothing but the number of processes changed."""
+        world_size, then = self._rank_and_world_size()[1], state.get("world_size")
+        global_batch_size, own = state["order"]["global_batch_size"], self.hparams["batch_size"]
+        if then in (None, world_size) or own * then != global_batch_size:
+            return  # as before, or with another batch_size, which `_warn_if_other_order` tells
+        share, rest = divmod(global_batch_size, world_size)
+        if rest:
+            raise CheckpointError(
+                f"the checkpoint's batches of {global_batch_size} {self._items} cannot be shared among {world_size} "
+                f"processes (it was trained on {then}): use a number that divides {global_batch_size}, or set "
+                "data.batch_size to choose another batch"
+            )
+        if self._train_loader and share != self._batch_size:
+            raise CheckpointError(
+                f"the checkpoint was trained on {then} processes, these are {world_size}: with this strategy the batch "
+                f"must be shared out by hand, data.batch_size={share}"
+            )
+        self._shared_batch_size = share
+        rank_zero_warn(
+            f"the checkpoint was trained on {then} process(es) with {own} {self._items} each, now {world_size} take "
+            f"{share} each: the batches stay the same; no longer identical are the processes' random numbers "
+            "(dropout) and the rounding of sums over the processes."
+        )
 
     def _rank_and_world_size(self) -> tuple[int, int]:
         """Among the processes that share the data: under tensor parallelism fewer than there are ranks."""

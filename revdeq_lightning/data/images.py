@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from revdeq_lightning.checkpoints import CheckpointError
 from revdeq_lightning.data.augmentation import NO_AUGMENTATION, AugmentationConfig, augment_normalized, augment_pixels
 from revdeq_lightning.data.base import AbstractDataModule, check_at_least, check_choice
 from revdeq_lightning.data.cifar import KNOWN_STATISTICS
@@ -247,12 +248,12 @@ class ImageDataModule(AbstractDataModule):
         """Continue at this position.
 
         Raises:
-            ValueError: If the state belongs to a run with other classes.
+            CheckpointError: If the state belongs to a run with other classes.
         """
         then, now = state_dict["class_names"], self.class_names
         if then != now:
             other = [name for name in then if name not in now] or [name for name in now if name not in then] or then
-            raise ValueError(
+            raise CheckpointError(
                 f"the checkpoint was trained on other classes than these images have ({len(then)} and {len(now)}; for "
                 f'example "{other[0]}" is not among both, or stands elsewhere): use the data of that run.'
             )

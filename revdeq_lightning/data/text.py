@@ -8,6 +8,7 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
 
+from revdeq_lightning.checkpoints import CheckpointError
 from revdeq_lightning.data.array_cache import ArrayCache, StoredArray, load_or_build
 from revdeq_lightning.data.base import AbstractDataModule, check_at_least, check_choice, digest
 from revdeq_lightning.data.sampler import ResumableLoader
@@ -182,10 +183,10 @@ class TextDataModule(AbstractDataModule):
         """Continue at this position.
 
         Raises:
-            ValueError: If the state belongs to a run with another vocabulary.
+            CheckpointError: If the state belongs to a run with another vocabulary.
         """
         if state_dict["tokenizer"] != digest(self.tokenizer_state()):
-            raise ValueError(
+            raise CheckpointError(
                 "the checkpoint was trained with another vocabulary than this data has "
                 f'(tokenizer="{self.hparams["tokenizer"]}", {self.tokenizer.vocab_size} tokens): use the data settings '
                 "of that run, or store its tokenizer_state() as JSON and give the file's path as tokenizer."

@@ -8,6 +8,7 @@ from torch import nn
 from revdeq_lightning.callbacks.averaged_weights import AveragedWeights
 from revdeq_lightning.equilibrium import SolverStats
 from revdeq_lightning.optimizers import OptimizerConfig, WindowedPlateau, build_optimizer, build_scheduler
+from revdeq_lightning.tasks.checkpoint_fit import changed_settings, check_optimizer, check_weights
 
 
 class TrainingOutput(NamedTuple):
@@ -43,6 +44,20 @@ class AbstractTask(LightningModule):
         if isinstance(scheduler, WindowedPlateau):
             schedule |= {"monitor": "train/loss", "reduce_on_plateau": True}
         return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse weights of another model; say which settings of the optimizer stay those of the checkpoint.
+
+        Raises:
+            CheckpointError: If the checkpoint does not fit.
+        """
+        if "state_dict" not in checkpoint:  # of shards, which are compared as they are read
+            return
+        there = checkpoint.get("hyper_parameters", {})
+        changed = changed_settings(there, dict(self.hparams))
+        check_weights(checkpoint["state_dict"], self.state_dict(), changed)
+        if self.trainer.state.fn == "fit":
+            check_optimizer(changed)
 
     def configure_callbacks(self) -> list[Callback]:
         """Average the weights during a fit, if asked to; checkpoints hold the average in place of the weights."""

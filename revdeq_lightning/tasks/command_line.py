@@ -15,6 +15,7 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
 
 from revdeq_lightning.callbacks.checkpoint_io import AtomicCheckpointIO
 from revdeq_lightning.callbacks.csv_logger import ContinuedCSVLogger
@@ -25,6 +26,7 @@ from revdeq_lightning.callbacks.random_state import ResumableRandomState
 from revdeq_lightning.callbacks.run_report import RunReport, print_closing_lines
 from revdeq_lightning.callbacks.training_step import equilibria
 from revdeq_lightning.callbacks.wandb_logger import wandb_logger
+from revdeq_lightning.checkpoints import CheckpointError
 from revdeq_lightning.cli import ReadableErrors, fail, given_files
 from revdeq_lightning.equilibrium import DivergenceError
 from revdeq_lightning.runs import BEST, CONFIG, RunConfig, find_checkpoint, new_version, run_of_checkpoint
@@ -108,7 +110,10 @@ class AbstractCommandLine(LightningCLI):
         checkpoint = config.get("ckpt_path")
         if checkpoint in ("last", "best"):
             with readable_errors():
-                checkpoint = config.ckpt_path = str(find_checkpoint(checkpoint, self.run_class(**run.as_dict())))
+                found = find_checkpoint(checkpoint, self.run_class(**run.as_dict()))
+            checkpoint = config.ckpt_path = str(found.path)
+            for path, fault in found.faults.items():
+                say(f"warning: {path} {fault}: going on from {checkpoint}")
         if self.config.subcommand != "fit" and checkpoint is None:
             fail(f"which checkpoint? {self.config.subcommand} needs --ckpt_path FILE, or last, or best")
         self.run_config = self.run_class(**run.as_dict())
@@ -137,13 +142,14 @@ class AbstractCommandLine(LightningCLI):
             if settings.get("enable_checkpointing") is not False:
                 if "validation" in self.datamodule.splits:
                     callbacks.append(best_checkpoint())
-                callbacks.append(LastCheckpoint())
+                callbacks.append(last_checkpoint(self.run_config))
             own = settings.get("logger")
             loggers = [ContinuedCSVLogger(self.run_config.path), *([] if own is True else as_list(own))]
             if self.run_config.wandb != "off":
                 loggers.append(wandb_logger(self.run_config))
         self.trainer_defaults = {"callbacks": callbacks}
-        plugins = [*as_list(settings.get("plugins")), AtomicCheckpointIO()]
+        checkpoint_io = AtomicCheckpointIO(errors="warn", background=self.run_config.async_checkpoints)
+        plugins = [*as_list(settings.get("plugins")), checkpoint_io]
         return super().instantiate_trainer(logger=loggers or False, plugins=plugins, **kwargs)
 
     def instantiate_classes(self) -> None:
@@ -156,7 +162,7 @@ class AbstractCommandLine(LightningCLI):
         """Train."""
         try:
             self.trainer.fit(**kwargs)
-        except DivergenceError as error:
+        except (DivergenceError, CheckpointError) as error:
             fail(str(error), code=1)
         except SystemExit:
             sys.exit(130 if self.trainer.interrupted else 1)  # Lightning's code after Ctrl-C is 1
@@ -183,12 +189,16 @@ class AbstractCommandLine(LightningCLI):
     def validate(self, **kwargs: Any) -> None:
         """Print the figures of the validation split."""
         self._require("validation")
-        self._print_figures("Validation", self.trainer.validate(**kwargs | {"verbose": False}))
+        with readable_checkpoint():
+            results = self.trainer.validate(**kwargs | {"verbose": False})
+        self._print_figures("Validation", results)
 
     def test(self, **kwargs: Any) -> None:
         """Print the figures of the test split."""
         self._require("test")
-        self._print_figures("Test", self.trainer.test(**kwargs | {"verbose": False}))
+        with readable_checkpoint():
+            results = self.trainer.test(**kwargs | {"verbose": False})
+        self._print_figures("Test", results)
 
     def _require(self, split: str) -> None:
         if split not in self.datamodule.splits:
@@ -244,6 +254,15 @@ def readable_errors() -> Iterator[None]:
         fail(str(reason))
 
 
+@contextmanager
+def readable_checkpoint() -> Iterator[None]:
+    """Tell in one line that a checkpoint cannot be used."""
+    try:
+        yield
+    except CheckpointError as error:
+        fail(str(error))
+
+
 def with_config_of_checkpoint(options: Sequence[str]) -> list[str]:
     """Without `--config` that of the checkpoint's run applies."""
     runs = [run_of_checkpoint(path) for path in given_files(options, "--ckpt_path")]
@@ -257,11 +276,26 @@ def best_checkpoint() -> ModelCheckpoint:
     return ModelCheckpoint(filename=Path(BEST).stem, monitor="val/loss", enable_version_counter=False)
 
 
+def last_checkpoint(run: RunConfig) -> LastCheckpoint:
+    """Keeps `last.ckpt` and those before it."""
+    return LastCheckpoint(
+        keep_last=run.keep_last,
+        every_n_steps=run.checkpoint_every_n_steps,
+        every_minutes=run.checkpoint_every_minutes,
+    )
+
+
 def best_or_last(trainer: Trainer) -> str | None:
     """Path of the best checkpoint, of the last one where there was no validation, if any was written."""
     callbacks: list[Any] = trainer.checkpoint_callbacks
     paths = [c.best_model_path if isinstance(c, ModelCheckpoint) else str(c.path) for c in callbacks]
-    return next((path for path in paths if path), None)
+    return next((path for path in paths if path and Path(path).exists()), None)
+
+
+def say(line: str) -> None:
+    """Tell the user one line, once for all processes."""
+    if cast(Any, rank_zero_only).rank == 0:
+        print(line, file=sys.stderr, flush=True)
 
 
 def as_list(value: Any) -> list[Any]:

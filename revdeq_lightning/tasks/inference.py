@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from revdeq_lightning.checkpoints import CheckpointError
+from revdeq_lightning.checkpoints import read_checkpoint as read_file
 from revdeq_lightning.data.tokenizers import AbstractTokenizer, tokenizer_from_state
 from revdeq_lightning.models import TransformerConfig
 from revdeq_lightning.models.generation import generate
@@ -30,15 +32,15 @@ def read_checkpoint(ckpt_path: str | Path, state: str, kind: str, folder: str) -
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is something else.
+        CheckpointError: If it is damaged, or something else.
     """
     if not Path(ckpt_path).is_file():
         raise FileNotFoundError(f"no checkpoint {ckpt_path}: training writes it to {folder}/NAME/DATE/checkpoints")
     try:
-        checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True)
+        checkpoint = read_file(ckpt_path)
         settings, weights, needed = (checkpoint[key] for key in ("hyper_parameters", "state_dict", state))
-    except Exception as error:  # torch raises many kinds for what is not a checkpoint
-        raise ValueError(f"{ckpt_path} is not a checkpoint of {kind} ({type(error).__name__})") from None
+    except KeyError as error:
+        raise CheckpointError(f"{ckpt_path} is not a checkpoint of {kind} (it has no {error})") from None
     prefix = "model."
     own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
     return Trained(settings, own, needed)

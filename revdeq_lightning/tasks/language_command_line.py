@@ -10,7 +10,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from revdeq_lightning.cli import fail
 from revdeq_lightning.data.text import TextDataModule
 from revdeq_lightning.runs import LanguageRunConfig
-from revdeq_lightning.tasks.command_line import AbstractCommandLine, run_command_line
+from revdeq_lightning.tasks.command_line import AbstractCommandLine, readable_checkpoint, run_command_line
 from revdeq_lightning.tasks.inference import continue_text, load_language_model
 from revdeq_lightning.tasks.language_modeling import LanguageModelingTask
 
@@ -44,7 +44,8 @@ class LanguageCommandLine(AbstractCommandLine):
 
         if self.trainer.world_size > 1:
             fail(f"predict needs one process, got {self.trainer.world_size}: --trainer.devices=1")
-        nats = torch.cat(self.trainer.predict(**kwargs)).numpy()  # type: ignore[arg-type]
+        with readable_checkpoint():
+            nats = torch.cat(self.trainer.predict(**kwargs)).numpy()  # type: ignore[arg-type]
         path = Path(kwargs["ckpt_path"]).with_suffix(".nats.npy")
         np.save(path, nats)
         print(f"{nats.size:,} tokens, {nats.mean():.4f} nats per token, in {path}")

@@ -63,7 +63,7 @@ def test_a_misspelt_key_in_a_file_is_told_in_one_line(tmp_path, capsys):
             ["configs/lm/defalt.yaml", "did you mean configs/lm/default.yaml?"],
         ),
         (["fit"], ["required", "--config FILE"]),
-        (["generate", "--ckpt_path", __file__], ["not a checkpoint of a language model"]),
+        (["generate", "--ckpt_path", __file__], ["test_errors.py is not a checkpoint, or a truncated one"]),
         (["generate", "--ckpt_path", __file__, "--promt", "x"], ["--promt", "did you mean prompt?"]),
         (["generate"], ["ckpt_path"]),
     ],

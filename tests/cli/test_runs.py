@@ -29,7 +29,7 @@ def test_a_run_leaves_all_that_is_needed_and_can_be_gone_on_with(tmp_path, capsy
     folder = only(tmp_path / "runs" / "small")
     assert re.fullmatch(r"\d{8}-\d{6}", folder.name)
     assert {p.name for p in folder.iterdir()} == {"checkpoints", "config.yaml", "curves.png", "metrics.csv"}
-    assert {p.name for p in (folder / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert {p.name for p in (folder / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt", "step-3.ckpt"}
     assert steps(folder, "train/loss") == list(range(6))
     assert steps(folder, "val/bits_per_byte") == [2, 5]
     resolved = yaml.safe_load((folder / "config.yaml").read_text())

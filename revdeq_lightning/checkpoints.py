@@ -1,0 +1,200 @@
+"""Checkpoint files: whole or absent, sealed with a checksum, checked before they are trusted. No Lightning in here.
+
+The checksum is the comment of the zip archive that `torch.save` writes: `sha256:` and 64 digits, over the file as it
+would be without a comment. So it is in the file itself: it cannot be forgotten in a copy, and there is no moment
+between two writes at which one file speaks of another's content. `torch.load` and `unzip` read it as any other.
+"""
+
+import hashlib
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, cast
+
+import torch
+
+SHARDED_PARTS = (".metadata", "meta.pt")
+"""Without both a folder is no finished checkpoint of shards: the last that is written, by the first process."""
+
+_LABEL = b"sha256:"
+_COMMENT_BYTES = len(_LABEL) + 64
+_END_OF_ARCHIVE = b"PK\x05\x06"
+"""Begins the last 22 bytes of an archive without a comment; the last two are the comment's length, zero."""
+_CHUNK_BYTES = 1 << 24
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used, in one line: which one, why, what to do."""
+
+
+class Found(NamedTuple):
+    """The newest checkpoint of a folder that can be used, and why others cannot.
+
+    Attributes:
+        path: None if there is none.
+        faults: By path: what is wrong with a file that was looked at.
+    """
+
+    path: Path | None
+    faults: dict[Path, str]
+
+
+def write_checkpoint(checkpoint: Any, path: str | Path) -> None:
+    """Write beside the target, sync, rename: at each moment the path holds a whole checkpoint, old or new.
+
+    Raises:
+        OSError: If the file cannot be written; what was at `path` is still there.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        with temporary.open("wb+") as file:
+            _save_sealed(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_folder(target.parent)
+
+
+def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
+    """Check and read a checkpoint; no code in it is run.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        CheckpointError: If it is damaged, or something else.
+    """
+    if not Path(path).exists():
+        raise FileNotFoundError(f"no checkpoint {path}")
+    if fault := fault_of_seal(Path(path)):
+        raise CheckpointError(f"{path} {fault}")
+    try:
+        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+    except Exception as error:  # torch raises many kinds for what is not a checkpoint
+        raise CheckpointError(f"{path} {_reason(error)}") from None
+    if not isinstance(checkpoint, dict):
+        raise CheckpointError(f"{path} holds no checkpoint but a {type(checkpoint).__name__}")
+    return checkpoint
+
+
+def newest_good(folder: Path) -> Found:
+    """The newest checkpoint of a run's folder: `last.ckpt`, and if that is not there or damaged the one of most steps.
+
+    Leaves all files as they are; other names than `*.ckpt` are not looked at.
+    """
+    last = folder / "last.ckpt"
+    steps, faults = steps_of([last] if last.exists() else [])
+    if not steps:
+        others = [path for path in sorted(folder.glob("*.ckpt")) if path != last]
+        steps, other_faults = steps_of(others)
+        faults |= other_faults
+    return Found(max(steps, key=lambda path: steps[path], default=None), faults)
+
+
+def steps_of(paths: list[Path]) -> tuple[dict[Path, int], dict[Path, str]]:
+    """Optimizer steps of the checkpoints that can be used, and what is wrong with the others."""
+    steps: dict[Path, int] = {}
+    faults: dict[Path, str] = {}
+    for path in paths:
+        fault = fault_of_seal(path)
+        try:
+            if fault is None:
+                # As a memory map: of the weights nothing is read a second time.
+                content = torch.load(path / "meta.pt" if path.is_dir() else path, weights_only=True, mmap=True)
+                steps[path] = int(content["global_step"])
+        except Exception as error:  # torch raises many kinds for what is not a checkpoint
+            fault = _reason(error)
+        if fault:
+            faults[path] = fault
+    return steps, faults
+
+
+def fault_of_seal(path: Path) -> str | None:
+    """What is wrong with a file whose end or checksum tells it; None also for a file that has no checksum."""
+    if path.is_dir():
+        missing = [name for name in SHARDED_PARTS if not (path / name).is_file()]
+        return f"is incomplete (a folder of shards without {missing[0]})" if missing else None
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - _COMMENT_BYTES))
+            comment = file.read()
+            if not comment.startswith(_LABEL):
+                return "is empty" if size == 0 else None
+            file.seek(0)
+            computed = hashlib.sha256()
+            for chunk in _chunks(file, size - _COMMENT_BYTES - 2):
+                computed.update(chunk)
+            computed.update(b"\0\0")
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    whole = computed.hexdigest().encode() == comment.removeprefix(_LABEL)
+    return None if whole else "is damaged (its checksum does not match)"
+
+
+def remove_leftovers(folder: Path) -> list[Path]:
+    """Remove what processes that were killed in the midst of a write left behind; no other may be writing there."""
+    leftovers = sorted(folder.glob(".*.part")) if folder.is_dir() else []
+    for path in leftovers:
+        path.unlink(missing_ok=True)
+    return leftovers
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in the folder, too, are on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class _HashingWriter:
+    """A file for `torch.save`, which hashes what it is given and keeps the error that PyTorch would replace."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.hash = file, hashlib.sha256()
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            self.hash.update(data)
+            return self.file.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+    def flush(self) -> None:
+        if self.error is None:
+            self.file.flush()
+
+
+def _save_sealed(checkpoint: Any, file: BinaryIO) -> None:
+    writer = _HashingWriter(file)
+    try:
+        torch.save(checkpoint, cast(Any, writer))
+    except Exception:
+        if writer.error is not None:
+            raise writer.error from None
+        raise
+    file.seek(-22, os.SEEK_END)
+    end = file.read()
+    if not (end.startswith(_END_OF_ARCHIVE) and end.endswith(b"\0\0")):
+        raise OSError(f"{getattr(file, 'name', file)}: torch.save wrote no zip archive to put a checksum in")
+    file.seek(-2, os.SEEK_END)
+    file.write(struct.pack("<H", _COMMENT_BYTES) + _LABEL + writer.hash.hexdigest().encode())
+
+
+def _chunks(file: BinaryIO, num_bytes: int) -> Iterator[bytes]:
+    while num_bytes > 0 and (chunk := file.read(min(num_bytes, _CHUNK_BYTES))):
+        num_bytes -= len(chunk)
+        yield chunk
+
+
+def _reason(error: Exception) -> str:
+    if "unsupported global" in str(error).lower():
+        return "is refused: it holds Python objects, whose loading could run any code, not only plain data and tensors"
+    return f"is not a checkpoint, or a truncated one ({type(error).__name__})"
