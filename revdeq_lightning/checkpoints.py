@@ -8,6 +8,7 @@ between two writes at which one file speaks of another's content. `torch.load` a
 import hashlib
 import os
 import struct
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
@@ -72,7 +73,7 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
     if fault := fault_of_seal(Path(path)):
         raise CheckpointError(f"{path} {fault}")
     try:
-        checkpoint = torch.load(path, map_location=map_location, weights_only=True)
+        checkpoint = _load(path, map_location=map_location)
     except Exception as error:  # torch raises many kinds for what is not a checkpoint
         raise CheckpointError(f"{path} {_reason(error)}") from None
     if not isinstance(checkpoint, dict):
@@ -103,7 +104,7 @@ def steps_of(paths: list[Path]) -> tuple[dict[Path, int], dict[Path, str]]:
         try:
             if fault is None:
                 # As a memory map: of the weights nothing is read a second time.
-                content = torch.load(path / "meta.pt" if path.is_dir() else path, weights_only=True, mmap=True)
+                content = _load(path / "meta.pt" if path.is_dir() else path, mmap=True)
                 steps[path] = int(content["global_step"])
         except Exception as error:  # torch raises many kinds for what is not a checkpoint
             fault = _reason(error)
@@ -186,6 +187,12 @@ def _save_sealed(checkpoint: Any, file: BinaryIO) -> None:
         raise OSError(f"{getattr(file, 'name', file)}: torch.save wrote no zip archive to put a checksum in")
     file.seek(-2, os.SEEK_END)
     file.write(struct.pack("<H", _COMMENT_BYTES) + _LABEL + writer.hash.hexdigest().encode())
+
+
+def _load(path: str | Path, **options: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on foreign files, which are refused anyway
+        return torch.load(path, weights_only=True, **options)
 
 
 def _chunks(file: BinaryIO, num_bytes: int) -> Iterator[bytes]:

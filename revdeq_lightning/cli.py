@@ -16,6 +16,7 @@ SUBCOMMANDS = {
     "validate": "evaluate a checkpoint on the validation data",
     "test": "evaluate a checkpoint on the test data",
     "predict": "write the nats of every token of the test text; image: the class probabilities of a folder of images",
+    "replay": "look again at a batch that made training diverge",
     "generate": "continue a text with a trained language model",
 }
 
@@ -68,6 +69,8 @@ def main(args: Sequence[str] | None = None) -> None:
             if task != "lm":
                 fail(f"generate is a command of language models, not of {task!r}")
             _generate(options)
+        elif subcommand == "replay":
+            _replay(options)
         elif subcommand == "predict" and task == "image":
             _predict_images(options)
         else:
@@ -134,6 +137,12 @@ def _predict_images(options: Sequence[str]) -> None:
     from revdeq_lightning.tasks.image_inference import predict_images
 
     print(call_with_options(predict_images, "image predict", options))
+
+
+def _replay(options: Sequence[str]) -> None:
+    from revdeq_lightning.tasks.replay import replay
+
+    print(call_with_options(replay, "replay", options))
 
 
 def call_with_options(function: Callable[..., str], command: str, options: Sequence[str]) -> str:

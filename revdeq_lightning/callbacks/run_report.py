@@ -7,6 +7,7 @@ from lightning import Callback, LightningModule, Trainer
 
 from revdeq_lightning.callbacks.csv_logger import ContinuedCSVLogger
 from revdeq_lightning.callbacks.curves import draw_curves
+from revdeq_lightning.callbacks.divergence import DivergedError
 from revdeq_lightning.equilibrium import EquilibriumLayer
 from revdeq_lightning.runs import BEST, CHECKPOINTS, CONFIG, CURVES, LAST, METRICS, RunConfig, command
 
@@ -47,7 +48,8 @@ class RunReport(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """After Ctrl-C or an error: where things lie and how to go on."""
-        if self.folder and trainer.is_global_zero:
+        goes_on = isinstance(exception, DivergedError) and exception.checkpoint is not None
+        if self.folder and trainer.is_global_zero and not goes_on:
             self._draw(trainer)
             if isinstance(exception, KeyboardInterrupt):
                 print(f"\nInterrupted after step {trainer.global_step}.")

@@ -20,6 +20,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from revdeq_lightning.callbacks.checkpoint_io import AtomicCheckpointIO
 from revdeq_lightning.callbacks.csv_logger import ContinuedCSVLogger
 from revdeq_lightning.callbacks.diagnostics import DiagnosticsConfig
+from revdeq_lightning.callbacks.divergence import DivergedError, DivergenceConfig, DivergenceGuard
 from revdeq_lightning.callbacks.last_checkpoint import LastCheckpoint
 from revdeq_lightning.callbacks.progress import RunProgress
 from revdeq_lightning.callbacks.random_state import ResumableRandomState
@@ -72,6 +73,7 @@ class AbstractCommandLine(LightningCLI):
     figures: ClassVar[dict[str, str]]
     """What an evaluation prints: logged key without its split, and how."""
     run_config: RunConfig
+    num_rollbacks = 0
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         """With a usage of one line: the list of two hundred options follows anyway."""
@@ -84,6 +86,7 @@ class AbstractCommandLine(LightningCLI):
         """The run's folder; what is measured; sizes that the model takes from the data."""
         parser.add_argument("--run", type=self.run_class, default=self.run_class())
         parser.add_argument("--diagnostics", type=DiagnosticsConfig, default=DiagnosticsConfig())
+        parser.add_argument("--divergence", type=DivergenceConfig, default=DivergenceConfig())
         self.link_sizes(parser)
 
     @abstractmethod
@@ -139,11 +142,14 @@ class AbstractCommandLine(LightningCLI):
             diagnostics: DiagnosticsConfig = self._get(self.config_init, "diagnostics")
             watching = diagnostics.callbacks(has_equilibrium=bool(equilibria(self.model)))
             callbacks[:0] = [*watching, ResumableRandomState(), report]
+            divergence: DivergenceConfig = self._get(self.config_init, "divergence")
+            callbacks.append(DivergenceGuard(self.run_config.path, divergence, self.num_rollbacks))
             if settings.get("enable_checkpointing") is not False:
                 if "validation" in self.datamodule.splits:
                     callbacks.append(best_checkpoint())
                 callbacks.append(last_checkpoint(self.run_config))
             own = settings.get("logger")
+            check_writable(self.run_config.path)
             loggers = [ContinuedCSVLogger(self.run_config.path), *([] if own is True else as_list(own))]
             if self.run_config.wandb != "off":
                 loggers.append(wandb_logger(self.run_config))
@@ -162,10 +168,27 @@ class AbstractCommandLine(LightningCLI):
         """Train."""
         try:
             self.trainer.fit(**kwargs)
+        except DivergedError as error:
+            if error.checkpoint is None:
+                fail(str(error), code=1)
+            self._roll_back(error)
         except (DivergenceError, CheckpointError) as error:
             fail(str(error), code=1)
+        except (OSError, RuntimeError) as error:
+            if (line := lost_resource(error)) is None:
+                raise
+            fail(line, code=1)
         except SystemExit:
             sys.exit(130 if self.trainer.interrupted else 1)  # Lightning's code after Ctrl-C is 1
+
+    def _roll_back(self, error: DivergedError) -> None:
+        """Train again from the checkpoint: with new objects, so that nothing but it is carried over."""
+        self.num_rollbacks += 1
+        config: DivergenceConfig = self._get(self.config_init, "divergence")
+        times = f"{self.num_rollbacks} of at most {config.max_rollbacks}"
+        say(f"warning: {error}; going back to {error.checkpoint}, learning rates times {config.lr_factor} ({times})")
+        self.instantiate_classes()
+        self.fit(model=self.model, datamodule=self.datamodule, ckpt_path=str(error.checkpoint))
 
     def after_fit(self) -> None:
         """Test, show, and say how to go on."""
@@ -254,6 +277,16 @@ def readable_errors() -> Iterator[None]:
         fail(str(reason))
 
 
+def lost_resource(error: Exception) -> str | None:
+    """One line on what a run lost on its way: a file, the disk, a worker; None for another error."""
+    *_, text = str(error).strip().splitlines() or [type(error).__name__]  # a worker's begins with its traceback
+    if isinstance(error, OSError):
+        return f"training cannot go on: {text}"
+    if "DataLoader worker" in str(error):
+        return f"training cannot go on: a process that loads data is gone: {text} Is memory short? Try data.num_workers"
+    return None
+
+
 @contextmanager
 def readable_checkpoint() -> Iterator[None]:
     """Tell in one line that a checkpoint cannot be used."""
@@ -261,6 +294,21 @@ def readable_checkpoint() -> Iterator[None]:
         yield
     except CheckpointError as error:
         fail(str(error))
+
+
+def check_writable(folder: Path) -> None:
+    """Say before the run that its folder cannot be written to.
+
+    Raises:
+        OSError: If not.
+    """
+    probe = folder / f".probe.{os.getpid()}.part"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"x")
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"cannot write to {folder}: {error.strerror}; choose another run.folder") from None
 
 
 def with_config_of_checkpoint(options: Sequence[str]) -> list[str]:

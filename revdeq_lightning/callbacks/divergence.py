@@ -1,0 +1,270 @@
+"""A loss, state or gradient that is not finite: no optimizer step, the batch kept, the run ended or taken back."""
+
+import functools
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.optim import Optimizer
+
+from revdeq_lightning.callbacks.checkpoint_io import on_host
+from revdeq_lightning.callbacks.random_state import random_state
+from revdeq_lightning.callbacks.training_step import equilibria
+from revdeq_lightning.checkpoints import newest_good, write_checkpoint
+from revdeq_lightning.equilibrium import DivergenceError
+from revdeq_lightning.runs import CHECKPOINTS
+
+DIVERGED = "diverged"
+WEIGHTS = "weights.ckpt"
+MOST_FILES = 8
+"""Where no process can tell that it was its batch: of so many processes the batches are kept."""
+
+
+@dataclass
+class DivergenceConfig:
+    """What a run does when loss, state or gradient is not finite; an optimizer step with such a gradient is never made.
+
+    Attributes:
+        policy: stop, or rollback: go on from the last good checkpoint with lower learning rates.
+        lr_factor: By which a rollback multiplies all learning rates.
+        max_rollbacks: In the whole run; then it stops.
+    """
+
+    policy: Literal["stop", "rollback"] = "stop"
+    lr_factor: float = 0.5
+    max_rollbacks: int = 3
+
+    def __post_init__(self) -> None:
+        if not 0 < self.lr_factor < 1:
+            raise ValueError(f"divergence.lr_factor must be in (0, 1), got {self.lr_factor}")
+        if self.max_rollbacks < 1:
+            raise ValueError(f"divergence.max_rollbacks must be at least 1, got {self.max_rollbacks}: use policy=stop")
+
+
+class DivergedError(RuntimeError):
+    """Training cannot go on from here.
+
+    Attributes:
+        checkpoint: Where to go on with lower learning rates; None: the run is to stop.
+    """
+
+    def __init__(self, message: str, checkpoint: Path | None = None) -> None:
+        super().__init__(message)
+        self.checkpoint = checkpoint
+
+
+class DivergenceGuard(Callback):
+    """Looks at loss and gradient before each optimizer step, and at the weights before each checkpoint.
+
+    If they are not finite it raises `DivergedError`, on all processes together, with the weights of before the step;
+    the batches of the step, the random states that they met, and the weights are in the run's folder, for
+    `python -m revdeq_lightning replay`. An equilibrium that diverges on one process (`DivergenceError`) becomes a loss
+    of NaN there, so that the others, which wait for its gradient, hear of it. (One that diverges in the backward pass
+    can be so treated in a single process only; of several, the one that fails ends all.)
+
+    Costs one read of the gradient and one wait of the host a step. With a gradient scaler (16-mixed), which skips
+    overflowing steps by itself, only the loss is looked at. Must come after callbacks that call `training_step`.
+
+    Args:
+        folder: Folder of the run.
+        config: What to do.
+        num_rollbacks: How many there were before this start; a checkpoint knows of those before it.
+
+    Raises:
+        DivergedError: See above; whoever catches it may go back to its `checkpoint`.
+    """
+
+    def __init__(self, folder: str | Path, config: DivergenceConfig | None = None, num_rollbacks: int = 0) -> None:
+        self.folder, self.config = Path(folder), config or DivergenceConfig()
+        self.num_rollbacks = num_rollbacks
+        self._rollbacks_in_checkpoint = 0
+        self._batches: list[dict[str, Any]] = []
+        self._losses: list[Tensor] = []
+        self._reasons: list[str] = []
+        self._begins = True
+        self._in_step = False
+        self._is_attached = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """How often the rates were lowered."""
+        return {"num_rollbacks": self.num_rollbacks}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The rates of the checkpoint are lowered so often."""
+        self._rollbacks_in_checkpoint = state_dict["num_rollbacks"]
+        self.num_rollbacks = max(self.num_rollbacks, self._rollbacks_in_checkpoint)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lower the rates after a rollback; listen to the training step."""
+        lower_rates(trainer, self.config.lr_factor ** (self.num_rollbacks - self._rollbacks_in_checkpoint))
+        self._attach(trainer, pl_module)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Keep the batch and what its step depends on."""
+        if self._begins:
+            self._batches, self._losses, self._reasons = [], [], []
+        solvers = [asdict(cast(Any, layer.solver)) for layer in equilibria(pl_module)]
+        self._batches.append({"batch": batch, "random_state": random_state(), "solvers": solvers})
+        self._begins, self._in_step = False, True
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Note the loss; it stays on the device."""
+        self._in_step = False
+        self._losses.append(loss.detach().float())
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Let the step be made only if everything is finite on all processes."""
+        self._begins = True
+        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+        gradients = () if scaled else (p.grad for p in pl_module.parameters() if p.grad is not None)
+        if trainer.strategy.reduce_boolean_decision(not all_finite([*self._losses, *norms(gradients)]), all=False):
+            self._end(trainer, pl_module)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Refuse to save weights from which training cannot go on: an update may overflow though its gradient does not.
+
+        Raises:
+            DivergedError: If they are not finite.
+        """
+        if trainer.state.fn == "fit":
+            finite = all_finite(norms(p.detach() for p in pl_module.parameters()))
+            if trainer.strategy.reduce_boolean_decision(not finite, all=False):
+                self._raise(trainer, "the weights are not finite: the last update overflowed", None)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the module as it was."""
+        self._leave(pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the module as it was."""
+        self._leave(pl_module)
+
+    def _attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        step, backward = pl_module.training_step, pl_module.backward
+
+        @functools.wraps(step)
+        def guarded_step(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return step(*args, **kwargs)
+            except DivergenceError as error:
+                if not self._in_step:
+                    raise  # another callback asked
+                self._reasons.append(str(error))
+                # Through every parameter: none of the others' hooks waits for one without a gradient.
+                return {"loss": math.nan * sum(p.sum() for p in pl_module.parameters() if p.requires_grad)}
+
+        @functools.wraps(backward)
+        def guarded_backward(*args: Any, **kwargs: Any) -> None:
+            try:
+                backward(*args, **kwargs)
+            except DivergenceError as error:
+                if trainer.world_size > 1:
+                    raise
+                self._reasons.append(str(error))
+                self._losses.append(torch.tensor(math.nan))
+
+        pl_module.__dict__ |= {"training_step": guarded_step, "backward": guarded_backward}
+        self._is_attached = True
+
+    def _end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        mine = not all_finite(self._losses)
+        anyones = trainer.strategy.reduce_boolean_decision(mine, all=False)
+        losses = ", ".join(f"{loss.item():.4g}" for loss in self._losses)
+        if self._reasons:
+            reason = self._reasons[0]
+        elif mine:
+            reason = f"the loss is not finite ({losses})"
+        elif anyones:
+            reason = "the loss of another process is not finite"
+        else:
+            reason = f"the gradient is not finite (loss {losses})"
+        keep = mine or (not anyones and trainer.global_rank < MOST_FILES)
+        place = self._keep(trainer, pl_module, reason if keep else None)
+        reasons: list[Any] = [(trainer.global_rank, reason, place if keep else None)]
+        if trainer.world_size > 1:
+            reasons = [None] * trainer.world_size
+            torch.distributed.all_gather_object(reasons, (trainer.global_rank, reason, place if keep else None))
+        rank, reason, place = next(entry for entry in reasons if entry[2] is not None)
+        where = f" on process {rank}" if trainer.world_size > 1 else ""
+        self._raise(trainer, f"{reason}{where}", place)
+
+    def _raise(self, trainer: Trainer, reason: str, place: str | None) -> None:
+        text = f"training diverged in step {trainer.global_step + 1}: {reason}. No step was made with it"
+        if place is not None:
+            text += f"; to see the batch again: python -m revdeq_lightning replay --file {place}"
+        checkpoint: Path | None = None
+        if self.config.policy == "rollback":
+            if self.num_rollbacks >= self.config.max_rollbacks:
+                text += f"; after {self.num_rollbacks} rollbacks (divergence.max_rollbacks) the run stops"
+            else:
+                found = newest_good(self.folder / CHECKPOINTS).path if trainer.is_global_zero else None
+                checkpoint = trainer.strategy.broadcast(found)
+                text += "" if checkpoint else "; there is no checkpoint to go back to"
+        raise DivergedError(text, checkpoint)
+
+    def _keep(self, trainer: Trainer, pl_module: LightningModule, reason: str | None) -> str:
+        """Write the weights (first process) and, with a reason, this process's batches; says where, or why not."""
+        folder = self.folder / DIVERGED / f"step-{trainer.global_step + 1}"
+        state = {name: whole(value) for name, value in pl_module.state_dict().items()}
+        path = folder / f"process-{trainer.global_rank}.ckpt"
+        try:
+            if trainer.is_global_zero:
+                write_checkpoint(on_host({"state_dict": state}), folder / WEIGHTS)
+            if reason is not None:
+                content = {
+                    "task": type(pl_module).__name__,
+                    "hyper_parameters": dict(pl_module.hparams),
+                    "precision": str(trainer.precision),
+                    "global_step": trainer.global_step,
+                    "reason": reason,
+                    "batches": [entry | {"batch": plain(entry["batch"])} for entry in self._batches],
+                }
+                write_checkpoint(on_host(content), path)
+        except OSError as error:
+            return f"(not kept: {error.strerror or error})"
+        return str(path)
+
+    def _leave(self, pl_module: LightningModule) -> None:
+        for name in ("training_step", "backward") if self._is_attached else ():
+            del pl_module.__dict__[name]
+        self._is_attached, self._batches, self._losses = False, [], []
+
+
+def lower_rates(trainer: Trainer, factor: float) -> None:
+    """Multiply the learning rates, now and in all that a schedule will make of them."""
+    if factor != 1:
+        for group in (group for optimizer in trainer.optimizers for group in optimizer.param_groups):
+            for key in ("lr", "initial_lr"):
+                if key in group:
+                    group[key] = group[key] * factor
+        for entry in trainer.lr_scheduler_configs:
+            scheduler: Any = entry.scheduler
+            if hasattr(scheduler, "base_lrs"):
+                scheduler.base_lrs = [rate * factor for rate in scheduler.base_lrs]
+
+
+@torch.no_grad()
+def norms(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """A norm each, of what lies on this process; finite if (almost: up to 1e19) and only if all values are."""
+    local = [cast(Any, t).to_local() if hasattr(t, "to_local") else t for t in tensors]
+    return list(torch._foreach_norm([t for t in local if t.numel()])) if local else []
+
+
+def all_finite(values: list[Tensor]) -> bool:
+    """Whether all these numbers are; asks the device once."""
+    return not values or bool(torch.stack([value.float() for value in values]).isfinite().all())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor of shards put together; all processes must call it."""
+    return cast(Any, tensor).full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def plain(batch: Any) -> Any:
+    """Named tuples as dictionaries: a checkpoint holds no classes."""
+    return batch._asdict() if hasattr(batch, "_asdict") else batch

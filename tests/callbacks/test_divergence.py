@@ -1,0 +1,188 @@
+"""No optimizer step with NaN; the batch is kept; the run stops, or goes back."""
+
+import csv
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from poison import Poison
+from tiny_command import run
+from tiny_images import tiny_image_config
+from tiny_runs import tiny_data, tiny_task, tiny_trainer
+
+from revdeq_lightning.callbacks.divergence import DivergedError, DivergenceConfig, DivergenceGuard
+from revdeq_lightning.checkpoints import read_checkpoint
+from revdeq_lightning.equilibrium import DivergenceError
+from revdeq_lightning.tasks.replay import replay
+
+
+def poisoned_config(folder, *poisons, **trainer):
+    path = tiny_image_config(folder, **{"max_steps": 6, "val_check_interval": 2} | trainer)
+    config = yaml.safe_load(path.read_text())
+    config["trainer"]["callbacks"] = [{"class_path": "poison.Poison", "init_args": poison} for poison in poisons]
+    config["run"] |= {"version": "v", "test": False}
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def losses(folder):
+    with (folder / "runs/tiny/v/metrics.csv").open(newline="") as file:
+        return {int(row["step"]): float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]}
+
+
+@pytest.mark.parametrize(
+    ("what", "reason"),
+    [
+        ("pixel", "the state is not finite (nan) "),
+        ("label weight", "the loss is not finite (nan"),
+        ("gradient", "the gradient is not finite (loss "),
+    ],
+)
+def test_a_step_with_nan_is_not_made_and_its_batch_can_be_run_again(tmp_path, capsys, what, reason):
+    accumulate = 2 if what == "label weight" else 1
+    config = poisoned_config(tmp_path, {"what": what, "step": 4}, accumulate_grad_batches=accumulate)
+    with pytest.raises(SystemExit) as stop:
+        run("image", "fit", "--config", config)
+    assert stop.value.code == 1
+    out, err = capsys.readouterr()
+    assert "process 0: weights unchanged" in out
+    (error,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert "training diverged in step 4: " in error
+    assert reason in error
+    file = tmp_path / "runs/tiny/v/diverged/step-4/process-0.ckpt"
+    assert error.endswith(f"python -m revdeq_lightning replay --file {file}")
+    kept = read_checkpoint(file)
+    assert len(kept["batches"]) == accumulate
+    run("replay", "--file", file)
+    replayed = capsys.readouterr().out.splitlines()
+    assert reason in replayed[0]
+    if what == "pixel":
+        assert "DivergenceError: the state is not finite" in replayed[1]
+    elif what == "label weight":
+        assert "loss nan; of " in replayed[2]
+        assert " 0 not finite" not in replayed[2]
+    else:
+        # The poison came after the backward pass: the batch itself is innocent, and gives its loss to the last bit.
+        assert replayed[1].endswith(" 0 not finite")
+        loss = float(reason_loss(kept["reason"]))
+        assert float(replayed[1].split("loss ")[1].split(";")[0]) == pytest.approx(loss, rel=1e-3)
+    last = tmp_path / "runs/tiny/v/checkpoints/last.ckpt"
+    assert read_checkpoint(last)["global_step"] == {1: 2, 2: 3}[accumulate]
+
+
+def reason_loss(reason):
+    return reason.split("(loss ")[1].rstrip(")")
+
+
+def test_weights_that_overflowed_are_not_saved(tmp_path, capsys):
+    class Overflow(Poison):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            if trainer.global_step == 5:
+                with torch.no_grad():
+                    next(pl_module.parameters()).view(-1)[0] = math.inf
+                trainer.save_checkpoint(tmp_path / "bad.ckpt")
+
+    data = tiny_data(tmp_path)
+    trainer = tiny_trainer(tmp_path, [DivergenceGuard(tmp_path), Overflow("", 0)])
+    with pytest.raises(DivergedError, match="step 6: the weights are not finite"):
+        trainer.fit(tiny_task(data), data)
+    assert not (tmp_path / "bad.ckpt").exists()
+
+
+def test_an_equilibrium_that_diverges_in_the_backward_pass_is_told_alike(tmp_path):
+    class Fail(Poison):
+        def on_train_start(self, trainer, pl_module):
+            def backward(loss, *args, **kwargs):
+                loss.backward(*args, **kwargs)
+                if trainer.global_step == 3:
+                    raise DivergenceError("as asked")
+
+            pl_module.backward = backward
+
+    data = tiny_data(tmp_path)
+    trainer = tiny_trainer(tmp_path, [Fail("", 0), DivergenceGuard(tmp_path)])
+    with pytest.raises(DivergedError, match="step 4: as asked"):
+        trainer.fit(tiny_task(data), data)
+
+
+def test_a_rollback_goes_on_from_the_checkpoint_with_lower_rates(tmp_path, capsys):
+    policy = ("--divergence.policy=rollback", "--divergence.lr_factor=0.25")
+    config = poisoned_config(tmp_path, {"what": "gradient", "step": 4, "while_lr": 0.01})
+    run("image", "fit", "--config", config, *policy)
+    err = capsys.readouterr().err
+    (warning,) = [line for line in err.splitlines() if line.startswith("warning: training diverged in step 4")]
+    assert "learning rates times 0.25 (1 of at most 3)" in warning
+    end = read_checkpoint(tmp_path / "runs/tiny/v/checkpoints/last.ckpt")
+    assert end["global_step"] == 6
+    assert end["callbacks"]["DivergenceGuard"] == {"num_rollbacks": 1}
+    muon, adamw = (state["param_groups"] for state in end["optimizer_states"][0]["optimizers"])
+    assert {group["lr"] for group in muon} == {0.02 * 0.25}
+    assert {group["lr"] for group in adamw} == {0.01 * 0.25}
+    assert sorted(losses(tmp_path)) == list(range(6))
+
+    # The same from the outside: an undisturbed run to the checkpoint, then resumed with the rates set by hand.
+    by_hand = tmp_path / "by-hand"
+    by_hand.mkdir()
+    run("image", "fit", "--config", poisoned_config(by_hand, max_steps=2))
+    last = by_hand / "runs/tiny/v/checkpoints/last.ckpt"
+    checkpoint = torch.load(last, weights_only=True)
+    for group in (g for o in checkpoint["optimizer_states"][0]["optimizers"] for g in o["param_groups"]):
+        group["lr"] *= 0.25
+    torch.save(checkpoint, last)
+    run("image", "fit", "--ckpt_path", last, "--trainer.max_steps=6")
+    assert losses(by_hand) == losses(tmp_path)
+
+
+def test_rollbacks_are_bounded(tmp_path, capsys):
+    config = poisoned_config(tmp_path, {"what": "gradient", "step": 4})
+    with pytest.raises(SystemExit) as stop:
+        run("image", "fit", "--config", config, "--divergence.policy=rollback", "--divergence.max_rollbacks=2")
+    assert stop.value.code == 1
+    err = capsys.readouterr().err
+    assert err.count("warning: training diverged in step 4") == 2
+    assert "after 2 rollbacks (divergence.max_rollbacks) the run stops" in err
+
+
+def test_without_a_checkpoint_there_is_no_rollback(tmp_path, capsys):
+    config = poisoned_config(tmp_path, {"what": "gradient", "step": 1})
+    with pytest.raises(SystemExit):
+        run("image", "fit", "--config", config, "--divergence.policy=rollback")
+    assert "there is no checkpoint to go back to" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "value"), [("lr_factor", 1.0), ("max_rollbacks", 0)])
+def test_settings_out_of_range_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name} must .*, got {value}"):
+        DivergenceConfig(**{name: value})
+
+
+@pytest.mark.slow
+def test_all_processes_agree_to_roll_back_where_one_diverges(tmp_path):
+    """The state of the second process diverges in its forward pass, while the first waits for its gradient."""
+    poison = {"what": "pixel", "step": 4, "rank": 1, "while_lr": 0.015}
+    config = poisoned_config(tmp_path, poison, devices=2, strategy="ddp")
+    helpers = Path(__file__).parents[1] / "helpers"
+    path = os.pathsep.join([str(helpers), *(p for p in sys.path if p)])
+    result = subprocess.run(
+        [sys.executable, "-m", "revdeq_lightning", "image", "fit", "--config", config, "--divergence.policy=rollback"],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        timeout=120,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert {f"process {rank}: weights unchanged" for rank in (0, 1)} <= set(result.stdout.splitlines())
+    folder = tmp_path / "runs/tiny/v"
+    file = folder / "diverged/step-4/process-1.ckpt"
+    assert result.stderr.count("warning: training diverged in step 4: the state is not finite") == 1
+    assert "on process 1. No step was made with it" in result.stderr
+    assert f"python -m revdeq_lightning replay --file {file};" in result.stderr
+    assert sorted(path.name for path in file.parent.iterdir()) == ["process-1.ckpt", "weights.ckpt"]
+    assert sorted(losses(tmp_path)) == list(range(6))
+    assert "DivergenceError: the state is not finite" in replay(str(file))

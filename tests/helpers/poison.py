@@ -1,0 +1,37 @@
+"""Callbacks that make training diverge, to be named in a configuration."""
+
+import math
+
+import torch
+from lightning.pytorch.callbacks import Callback
+
+
+class Poison(Callback):
+    """Puts NaN into one number of a process, in one step, while the learning rate is at least `while_lr`.
+
+    what: "pixel" (diverges in the state), "label weight" (in the loss) or "gradient".
+    """
+
+    def __init__(self, what: str, step: int, rank: int = 0, while_lr: float = 0.0):
+        self.what, self.step, self.rank, self.while_lr = what, step, rank, while_lr
+        self.weights = []
+
+    def strikes(self, trainer, what):
+        rate = trainer.optimizers[0].param_groups[0]["initial_lr" if trainer.lr_scheduler_configs else "lr"]
+        here = trainer.global_rank == self.rank and trainer.global_step + 1 == self.step
+        return self.what == what and here and rate >= self.while_lr
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.weights = [p.detach().clone() for p in pl_module.parameters()]
+        if self.strikes(trainer, "pixel"):
+            batch.images[0, 0, 0, 0] = math.nan
+        if self.strikes(trainer, "label weight"):
+            batch.weights[0] = math.nan
+
+    def on_after_backward(self, trainer, pl_module):
+        if self.strikes(trainer, "gradient"):
+            next(pl_module.parameters()).grad.view(-1)[0] = math.nan
+
+    def on_exception(self, trainer, pl_module, exception):
+        kept = all(torch.equal(a, b) for a, b in zip(self.weights, pl_module.parameters(), strict=True))
+        print(f"process {trainer.global_rank}: weights {'unchanged' if kept else 'changed'}", flush=True)
