@@ -9,6 +9,7 @@ import hashlib
 import os
 import struct
 import warnings
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
@@ -20,8 +21,8 @@ SHARDED_PARTS = (".metadata", "meta.pt")
 
 _LABEL = b"sha256:"
 _COMMENT_BYTES = len(_LABEL) + 64
-_END_OF_ARCHIVE = b"PK\x05\x06"
-"""Begins the last 22 bytes of an archive without a comment; the last two are the comment's length, zero."""
+_END_OF_ARCHIVE, _END_BYTES = b"PK\x05\x06", 22
+"""What an archive ends with, before its comment; the last two bytes are the comment's length."""
 _CHUNK_BYTES = 1 << 24
 
 
@@ -104,7 +105,8 @@ def steps_of(paths: list[Path]) -> tuple[dict[Path, int], dict[Path, str]]:
         try:
             if fault is None:
                 # As a memory map: of the weights nothing is read a second time.
-                content = _load(path / "meta.pt" if path.is_dir() else path, mmap=True)
+                file = path / "meta.pt" if path.is_dir() else path
+                content = _load(file, mmap=zipfile.is_zipfile(file))
                 steps[path] = int(content["global_step"])
         except Exception as error:  # torch raises many kinds for what is not a checkpoint
             fault = _reason(error)
@@ -121,18 +123,24 @@ def fault_of_seal(path: Path) -> str | None:
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - _COMMENT_BYTES))
-            comment = file.read()
-            if not comment.startswith(_LABEL):
-                return "is empty" if size == 0 else None
+            file.seek(max(0, size - _END_BYTES - _COMMENT_BYTES))
+            tail = file.read()
+            end = tail.rfind(_END_OF_ARCHIVE)
+            comment = tail[end + _END_BYTES :]
+            if end < 0:
+                return "is empty" if size == 0 else None  # of another kind, or cut further: reading will tell
+            if tail[end + _END_BYTES - 2 : end + _END_BYTES] != struct.pack("<H", len(comment)):
+                return "is damaged (its end is missing)"
+            if not comment:
+                return None
             file.seek(0)
             computed = hashlib.sha256()
-            for chunk in _chunks(file, size - _COMMENT_BYTES - 2):
+            for chunk in _chunks(file, size - len(comment) - 2):
                 computed.update(chunk)
             computed.update(b"\0\0")
     except OSError as error:
         return f"cannot be read ({error.strerror})"
-    whole = computed.hexdigest().encode() == comment.removeprefix(_LABEL)
+    whole = comment == _LABEL + computed.hexdigest().encode()
     return None if whole else "is damaged (its checksum does not match)"
 
 
@@ -181,7 +189,7 @@ def _save_sealed(checkpoint: Any, file: BinaryIO) -> None:
         if writer.error is not None:
             raise writer.error from None
         raise
-    file.seek(-22, os.SEEK_END)
+    file.seek(-_END_BYTES, os.SEEK_END)
     end = file.read()
     if not (end.startswith(_END_OF_ARCHIVE) and end.endswith(b"\0\0")):
         raise OSError(f"{getattr(file, 'name', file)}: torch.save wrote no zip archive to put a checksum in")

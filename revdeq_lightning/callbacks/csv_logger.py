@@ -8,7 +8,7 @@ from typing import Any
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from revdeq_lightning.checkpoints import remove_leftovers
 
@@ -43,6 +43,19 @@ class ContinuedCSVLogger(CSVLogger):
 
 class _ContinuedWriter(ExperimentWriter):
     """Appends whole lines; whatever is rewritten is written beside and renamed, so that a kill loses no line."""
+
+    def save(self) -> None:
+        """Append; what cannot be written (a full disk) is told, and written the next time."""
+        path = Path(self.metrics_file_path)
+        size = path.stat().st_size if path.is_file() else None
+        try:
+            super().save()
+        except OSError as error:
+            if size is not None and path.is_file():
+                os.truncate(path, min(size, path.stat().st_size))
+            rank_zero_warn(
+                f"{path} could not be written: {error.strerror or error}; its rows are kept for the next time"
+            )
 
     def rewind(self, step: int) -> None:
         path = Path(self.metrics_file_path)

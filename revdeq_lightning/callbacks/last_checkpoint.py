@@ -109,8 +109,7 @@ class LastCheckpoint(Checkpoint):
         """Save, also what was saved before the validation: only now it is behind the run."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             if made_step(trainer):
-                self.saved_step = -1
-                self._save(trainer, finish=False)
+                self._save(trainer, finish=False, again=True)
             else:
                 self._due = True
 
@@ -145,10 +144,10 @@ class LastCheckpoint(Checkpoint):
             signal.signal(signal.SIGINT, self._previous)
             self._previous = None
 
-    def _save(self, trainer: Trainer, *, finish: bool = True) -> None:
+    def _save(self, trainer: Trainer, *, finish: bool = True, again: bool = False) -> None:
         """Save on all ranks, unless it is done for this step; `finish`: return when it is on the disk."""
         self._settle(trainer)
-        if self.saved_step != trainer.global_step and not cast(Any, trainer).fast_dev_run:
+        if (again or self.saved_step != trainer.global_step) and not cast(Any, trainer).fast_dev_run:
             if trainer.is_global_zero:
                 self._keep_previous(trainer.global_step)
             trainer.save_checkpoint(self.path)

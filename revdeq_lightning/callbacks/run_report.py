@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 
 from revdeq_lightning.callbacks.csv_logger import ContinuedCSVLogger
 from revdeq_lightning.callbacks.curves import draw_curves
@@ -61,7 +62,10 @@ class RunReport(Callback):
                 logger.save()
             metrics = self.folder / METRICS
             if metrics.is_file():
-                draw_curves(metrics, metrics.with_name(CURVES))
+                try:
+                    draw_curves(metrics, metrics.with_name(CURVES))
+                except OSError as error:  # the checkpoint after it is worth more
+                    rank_zero_warn(f"{metrics.with_name(CURVES)} could not be drawn: {error.strerror or error}")
 
 
 def describe_solver(model: Any) -> str:

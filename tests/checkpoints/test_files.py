@@ -80,7 +80,7 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path, kind):
         write_checkpoint(content() | {"callbacks": Malice(trace)}, path)  # with a checksum that is right
         torch.load(path, weights_only=False)
     else:
-        path.write_bytes(pickle.dumps(Malice(trace)))
+        path.write_bytes(pickle.dumps(Malice(trace), protocol=2))
         pickle.loads(path.read_bytes())
     assert trace.exists()  # it does what is feared
     trace.unlink()

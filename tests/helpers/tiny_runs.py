@@ -41,7 +41,7 @@ def tiny_task(data: TextDataModule, *, solver=None, optimizer=None, seed=0) -> L
 
 def tiny_trainer(folder: Path, callbacks: list[Callback] = (), **settings) -> Trainer:
     settings = {"enable_progress_bar": False} | settings
-    quiet = {"enable_model_summary": False, "enable_checkpointing": False}
+    settings = {"enable_model_summary": False, "enable_checkpointing": False} | settings
     settings = {"max_steps": 20, "logger": False, "gradient_clip_val": 1.0, "log_every_n_steps": 2} | settings
     settings = {"check_val_every_n_epoch": None, "val_check_interval": 7, "num_sanity_val_steps": 0} | settings
     callbacks = [Cost(), FunctionEvaluations(), ResumableRandomState(), *callbacks]
@@ -50,7 +50,6 @@ def tiny_trainer(folder: Path, callbacks: list[Callback] = (), **settings) -> Tr
         callbacks=callbacks,
         plugins=[AtomicCheckpointIO()],
         default_root_dir=folder,
-        **quiet,
         **{"devices": 1} | settings,
     )
 

@@ -1,0 +1,41 @@
+"""A run resumed from any step ends bit for bit as the whole run: language model and classifier, by the command line."""
+
+import pytest
+from runs_on_disk import metrics, put_back, trained
+from tiny_command import run, tiny_config
+from tiny_images import tiny_image_config
+from tiny_runs import assert_equal
+
+EVERY_STEP = ("--run.checkpoint_every_n_steps=1", "--run.keep_last=99", "--run.version=v", "--run.test=false")
+STEPS = 8
+LANGUAGE = ("fit",), tiny_config, ("--run.sample_tokens=0", "--data.batch_size=32")
+IMAGES = ("image", "fit"), tiny_image_config, ()
+
+RUNS = {
+    # 4 batches an epoch, validations in the midst of accumulation (after the third batch), and with an epoch's end.
+    "language": (*LANGUAGE, ("--trainer.accumulate_grad_batches=3", "--trainer.val_check_interval=4")),
+    "language, workers": (*LANGUAGE, ("--data.num_workers=2", "--trainer.val_check_interval=3")),
+    "images": (*IMAGES, ("--trainer.val_check_interval=3",)),
+    "images, workers": (*IMAGES, ("--data.num_workers=2", "--data.augmentation.mixup_alpha=0.5")),
+}
+
+
+@pytest.fixture(scope="module", params=list(RUNS))
+def whole(request, tmp_path_factory):
+    command, config, *options = RUNS[request.param]
+    folder = tmp_path_factory.mktemp("whole")
+    arguments = [option for group in options for option in group]
+    run(*command, "--config", config(folder, max_steps=STEPS), *EVERY_STEP, *arguments)
+    return command, (folder / "runs/tiny/v").rename(folder / "kept"), folder / "runs/tiny/v"
+
+
+@pytest.mark.parametrize(
+    "step", [pytest.param(n, marks=() if n in (3, 6) else pytest.mark.slow) for n in range(1, STEPS)]
+)
+def test_the_rest_is_the_same_bit_for_bit(whole, step):
+    command, kept, folder = whole
+    put_back(kept, folder, f"step-{step}.ckpt", "best.ckpt")
+    run(*command, "--ckpt_path", folder / f"checkpoints/step-{step}.ckpt")
+    assert metrics(folder) == metrics(kept)
+    for name in ("last.ckpt", "best.ckpt"):
+        assert_equal(trained(folder / "checkpoints" / name), trained(kept / "checkpoints" / name))

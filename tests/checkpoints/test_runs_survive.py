@@ -1,0 +1,294 @@
+"""Faults around a run of the command line: what is told, what is left, and that it goes on."""
+
+import os
+import resource
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from runs_on_disk import damage, metrics, names, put_back, trained
+from tiny_command import run, tiny_config
+from tiny_images import tiny_image_config
+from tiny_runs import assert_equal, text_file, tiny_data, tiny_task, tiny_trainer
+
+from revdeq_lightning.callbacks.last_checkpoint import LastCheckpoint
+from revdeq_lightning.checkpoints import CheckpointError, read_checkpoint
+from revdeq_lightning.tasks.image_command_line import ImageCommandLine
+from revdeq_lightning.tasks.language_command_line import LanguageCommandLine
+
+QUIET = ("--run.version=v", "--run.test=false", "--run.sample_tokens=0")
+
+
+def errors(capsys, start="error: "):
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith(start)]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of 6 steps with checkpoints after steps 3 and 6: its folder kept aside, and where it belongs."""
+    folder = tmp_path_factory.mktemp("whole")
+    run("fit", "--config", tiny_config(folder), *QUIET)
+    return (folder / "runs/tiny/v").rename(folder / "kept"), folder / "runs/tiny/v", folder / "tiny.yaml"
+
+
+def test_a_damaged_last_checkpoint_is_named_and_the_one_before_taken(whole, capsys):
+    kept, folder, config = whole
+    put_back(kept, folder, "last.ckpt", "step-3.ckpt")
+    damage(folder / "checkpoints/last.ckpt")
+    (folder / "checkpoints/.last.ckpt.17.part").write_bytes(b"half")
+    run("fit", "--config", config, "--run.name=tiny", "--ckpt_path=last")
+    out, err = capsys.readouterr()
+    (warning,) = [line for line in err.splitlines() if line.startswith("warning: ")]
+    assert "last.ckpt is not a checkpoint, or a truncated one" in warning
+    assert warning.endswith(f"going on from {folder}/checkpoints/step-3.ckpt")
+    assert "resumed at step 3" in out
+    assert metrics(folder) == metrics(kept)
+    assert_equal(trained(folder / "checkpoints/last.ckpt"), trained(kept / "checkpoints/last.ckpt"))
+    assert names(folder) == names(kept)
+
+
+def test_a_damaged_checkpoint_given_by_name_is_refused_and_another_named(whole, capsys):
+    kept, folder, _ = whole
+    put_back(kept, folder, "last.ckpt", "step-3.ckpt")
+    last = folder / "checkpoints/last.ckpt"
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 1
+    last.unlink()
+    last.write_bytes(content)
+    for command in ("fit", "test"):
+        with pytest.raises(SystemExit) as stop:
+            run(command, "--ckpt_path", last)
+        assert stop.value.code != 0
+        (error,) = errors(capsys)
+        assert "last.ckpt is damaged (its checksum does not match): go on from" in error
+        assert error.endswith("step-3.ckpt")
+    (folder / "checkpoints/step-3.ckpt").unlink()
+    with pytest.raises(SystemExit):
+        run("fit", "--config", whole[2], "--run.name=tiny", "--ckpt_path=last")
+    (error,) = errors(capsys)
+    assert "can be used: last.ckpt is damaged" in error
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        (
+            "--model.network.d_model=32",
+            ("(17, 16) in the checkpoint and (17, 32) in the model (and ", "network.d_model 16 -> 32"),
+        ),
+        ("--model.optimizer.optimizer=adamw", ("state of optimizer=muon, this run has optimizer=adamw",)),
+        ("--data.tokenizer=bytes", ("network.vocab_size 17 -> 256",)),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_told_in_one_line(whole, capsys, option, words):
+    kept, folder, config = whole
+    put_back(kept, folder, "last.ckpt")
+    with pytest.raises(SystemExit):
+        run("fit", "--config", config, "--ckpt_path", folder / "checkpoints/last.ckpt", option)
+    (error,) = errors(capsys)
+    assert len(error) < 420
+    for word in words:
+        assert word in error
+
+
+def test_settings_that_the_optimizer_takes_from_the_checkpoint_are_told(whole):
+    kept, folder, _ = whole
+    put_back(kept, folder, "step-3.ckpt")
+    options = ("--model.optimizer.lr=0.5", "--model.optimizer.muon_momentum=0.9")
+    with pytest.warns(UserWarning, match=r"without effect are: lr 0.01 -> 0.5, muon_momentum 0.95 -> 0.9"):
+        run("fit", "--ckpt_path", folder / "checkpoints/step-3.ckpt", *options)
+    assert metrics(folder) == metrics(kept)  # and so it is
+
+
+def test_in_the_background_the_same_is_written(whole, tmp_path):
+    kept, _, config = whole
+    run("fit", "--config", config, *QUIET, f"--run.folder={tmp_path}", "--run.async_checkpoints=true")
+    assert names(tmp_path / "tiny/v") == names(kept)
+    for path in (kept / "checkpoints").iterdir():
+        assert_equal(trained(tmp_path / "tiny/v/checkpoints" / path.name), trained(path))
+
+
+class Disturb(Callback):
+    """Does something after a step."""
+
+    def __init__(self, step, what):
+        self.step, self.what = step, what
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == self.step:
+            self.what()
+
+
+def limit_files_to(num_bytes):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+@pytest.fixture
+def full_disk():
+    """Call it, and no file can grow beyond 20 kB: the checkpoints here have more, metrics.csv less."""
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda: limit_files_to(20_000)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.fixture
+def disturbed(monkeypatch):
+    """Put a callback into every run."""
+
+    def disturb(callback):
+        for command_line in (LanguageCommandLine, ImageCommandLine):
+            own = command_line.task_callbacks
+            monkeypatch.setattr(command_line, "task_callbacks", lambda self, own=own: [*own(self), callback])
+
+    return disturb
+
+
+@pytest.mark.filterwarnings("ignore:.*curves.png could not be drawn")
+def test_a_full_disk_is_a_warning_on_the_way_and_an_error_at_the_end(whole, tmp_path, capsys, disturbed, full_disk):
+    kept, _, config = whole
+    disturbed(Disturb(4, full_disk))
+    with (
+        pytest.warns(UserWarning, match=r"no checkpoint was written .*too large; .* intact"),
+        pytest.raises(SystemExit),
+    ):
+        run("fit", "--config", config, *QUIET, f"--run.folder={tmp_path}")
+    (error,) = errors(capsys)
+    assert "the run's end could not be saved" in error
+    assert "what was saved before is intact" in error
+    folder = tmp_path / "tiny/v/checkpoints"
+    assert {path.name for path in folder.iterdir()} == {"best.ckpt", "last.ckpt", "step-3.ckpt"}
+    assert_equal(trained(folder / "last.ckpt"), trained(kept / "checkpoints/step-3.ckpt"))
+
+
+def test_when_there_is_room_again_the_next_save_succeeds(whole, tmp_path, disturbed, full_disk):
+    kept, _, config = whole
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def free():
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+    disturbed(Disturb(2, full_disk))
+    disturbed(Disturb(4, free))
+    with pytest.warns(UserWarning, match="there is none of this name yet"):
+        run("fit", "--config", config, *QUIET, f"--run.folder={tmp_path}")
+    assert_equal(trained(tmp_path / "tiny/v/checkpoints/last.ckpt"), trained(kept / "checkpoints/last.ckpt"))
+    assert not (tmp_path / "tiny/v/checkpoints/step-3.ckpt").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_training(tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(SystemExit):
+        run("fit", "--config", tiny_config(tmp_path), *QUIET, f"--run.folder={tmp_path}/file/runs")
+    (error,) = errors(capsys)
+    assert f"cannot write to {tmp_path}/file/runs/tiny/v: Not a directory; choose another run.folder" in error
+
+
+def images_that_are_read_in_training(folder):
+    path = tiny_image_config(folder, data={"in_memory": False, "num_workers": 1})
+    return path, ("--run.version=v", "--run.test=false")
+
+
+def test_an_image_removed_in_mid_run_is_named_and_the_checkpoint_stays(tmp_path, capsys, disturbed):
+    config, options = images_that_are_read_in_training(tmp_path)
+
+    def remove():
+        for path in (tmp_path / "images/train/red").iterdir():
+            path.unlink()
+
+    disturbed(Disturb(5, remove))
+    with pytest.raises(SystemExit) as stop:
+        run("image", "fit", "--config", config, *options)
+    assert stop.value.code == 1
+    (error,) = errors(capsys)
+    assert "training cannot go on: " in error
+    assert str(tmp_path / "images/train/red") in error
+    assert read_checkpoint(tmp_path / "runs/tiny/v/checkpoints/last.ckpt")["global_step"] == 4
+
+
+def test_a_text_removed_in_mid_run_disturbs_nothing(whole, tmp_path, disturbed):
+    kept, *_ = whole
+    config = tiny_config(tmp_path)
+    disturbed(Disturb(2, lambda: [path.unlink() for path in (text_file(tmp_path), *(tmp_path / "cache").iterdir())]))
+    run("fit", "--config", config, *QUIET)
+    assert metrics(tmp_path / "runs/tiny/v") == metrics(kept)
+
+
+def test_a_killed_worker_ends_the_run_in_one_line(tmp_path, capsys, disturbed):
+    import multiprocessing
+
+    config, options = images_that_are_read_in_training(tmp_path)
+    disturbed(Disturb(5, lambda: [os.kill(p.pid, signal.SIGKILL) for p in multiprocessing.active_children()]))
+    with pytest.raises(SystemExit) as stop:
+        run("image", "fit", "--config", config, *options)
+    assert stop.value.code == 1
+    (error,) = errors(capsys)
+    assert "a process that loads data is gone" in error
+    assert read_checkpoint(tmp_path / "runs/tiny/v/checkpoints/last.ckpt")["global_step"] == 4
+
+
+def kept_steps(folder: Path) -> dict[str, int]:
+    return {p.stem: torch.load(p, weights_only=True)["global_step"] for p in (folder / "checkpoints").iterdir()}
+
+
+SAVING = {"max_steps": 9, "val_check_interval": 4, "enable_checkpointing": True}
+
+
+def fit(folder, last, **settings):
+    data = tiny_data(folder, batch_size=16)
+    trainer = tiny_trainer(folder, [last], **SAVING | settings)
+    trainer.fit(tiny_task(data), data)
+
+
+def test_so_many_are_kept(tmp_path):
+    fit(tmp_path, LastCheckpoint(keep_last=3, every_n_steps=1))
+    assert kept_steps(tmp_path) == {"step-7": 7, "step-8": 8, "last": 9}
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step-7.ckpt", "step-8.ckpt", "last.ckpt"}
+
+
+def test_one_alone_is_kept_if_asked(tmp_path):
+    fit(tmp_path, LastCheckpoint(keep_last=1, every_n_steps=2))
+    assert kept_steps(tmp_path) == {"last": 9}
+
+
+def test_they_are_written_by_the_clock(tmp_path):
+    """A clock of which each look takes a minute: one look a step, and one after each save."""
+    seconds = iter(range(0, 10_000, 60))
+    fit(tmp_path, LastCheckpoint(keep_last=99, every_minutes=3, clock=lambda: next(seconds)), val_check_interval=9)
+    assert kept_steps(tmp_path) == {"step-3": 3, "step-6": 6, "last": 9}
+
+
+def test_in_the_midst_of_accumulation_nothing_is_saved(tmp_path):
+    """Validation after batches 4 and 8 of 9: the steps are after 3, 6 and 9."""
+    fit(tmp_path, LastCheckpoint(keep_last=99), accumulate_grad_batches=3, max_steps=3)
+    assert kept_steps(tmp_path) == {"step-2": 2, "last": 3}
+
+
+def test_checkpoints_of_a_branch_that_was_left_go(tmp_path):
+    fit(tmp_path, LastCheckpoint(keep_last=4, every_n_steps=1))
+    assert kept_steps(tmp_path).keys() == {"step-6", "step-7", "step-8", "last"}
+    data = tiny_data(tmp_path, batch_size=16)
+    trainer = tiny_trainer(tmp_path, [LastCheckpoint(keep_last=4)], **SAVING | {"max_steps": 8})
+    trainer.fit(tiny_task(data), data, ckpt_path=tmp_path / "checkpoints/step-6.ckpt")
+    assert kept_steps(tmp_path) == {"step-6": 6, "step-7": 7, "last": 8}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"keep_last": 0}, "keep_last must be at least 1, got 0"),
+        ({"every_n_steps": 0}, "checkpoint_every_n_steps must be at least 1, got 0"),
+        ({"every_minutes": 0.0}, "checkpoint_every_minutes must be positive, got 0.0"),
+    ],
+)
+def test_settings_out_of_range_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        LastCheckpoint(**arguments)
+
+
+def test_a_folder_that_cannot_be_written_is_told_at_the_start(tmp_path):
+    (tmp_path / "checkpoints").write_text("in the way")
+    with pytest.raises(CheckpointError, match=r"checkpoints cannot be written to .*File exists"):
+        fit(tmp_path, LastCheckpoint())
