@@ -58,7 +58,12 @@ class SaveRunConfig(SaveConfigCallback):
         """Save for training only."""
         if stage == "fit":
             self.config.ckpt_path = self.config.run.version = None  # a relaunch from this file is a new run
+            name, self.config_filename = self.config_filename, f".{CONFIG}.part"
             super().setup(trainer, pl_module, stage)
+            self.config_filename = name
+            part = Path(str(trainer.log_dir)) / f".{CONFIG}.part"
+            if trainer.is_global_zero and part.is_file():
+                part.replace(part.with_name(name))  # a kill leaves the old file whole
 
     def save_config(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Hand the configuration to the loggers."""

@@ -1,0 +1,202 @@
+"""Kills runs of the command line at random moments and lets them go on; a process that imports once and forks.
+
+    python -m benchmarks.killing --config FILE --folder FOLDER --kills 30 --seed 0 [--report FILE]
+
+Half of the kills come from outside, at a uniform moment of training; half strike in the midst of writing: before the
+n-th write, fsync, link, rename or removal. Every run that reaches its end is compared with an undisturbed one.
+"""
+
+import argparse
+import csv
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+EVENTS = {"write": 500, "fsync": 12, "replace": 12, "link": 6, "unlink": 20}
+"""What a kill strikes before, and among how many of its calls it chooses."""
+
+
+def run(
+    arguments: Sequence[str], log: Path, *, event: tuple[str, int] | None = None, after: float | None = None
+) -> int:
+    """Run one command in a forked process: its exit code, negative if it was killed.
+
+    Args:
+        arguments: Of the command line.
+        log: File for what it prints.
+        event: Kill it before the n-th call of this kind.
+        after: Kill it so many seconds after training began.
+    """
+    log.write_text("")
+    pid = os.fork()
+    if pid == 0:
+        _child(arguments, log, event)
+    kill_at = float("inf")
+    while True:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        if after is not None and kill_at == float("inf") and "Run (" in log.read_text():
+            kill_at = time.monotonic() + after
+        if time.monotonic() >= kill_at:
+            os.kill(pid, signal.SIGKILL)
+        time.sleep(0.002)
+
+
+def _child(arguments: Sequence[str], log: Path, event: tuple[str, int] | None) -> None:
+    code = 1
+    try:
+        os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), 1)
+        os.dup2(1, 2)
+        sys.stdout, sys.stderr = open(1, "w", 1, closefd=False), open(2, "w", 1, closefd=False)  # noqa: SIM115
+        if event:
+            _kill_before(*event)
+        from revdeq_lightning.cli import main
+
+        main(list(arguments))
+        code = 0
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+    except BaseException as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    finally:
+        os._exit(code)
+
+
+def _kill_before(kind: str, number: int) -> None:
+    """Patch what a save calls, so that the n-th call is never made."""
+    from revdeq_lightning import checkpoints
+
+    holder: Any = checkpoints._HashingWriter if kind == "write" else os
+    own, calls = getattr(holder, kind), [0]
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return own(*args, **kwargs)
+
+    setattr(holder, kind, counted)
+
+
+def curve(folder: Path) -> list[dict[str, str]]:
+    """Everything in metrics.csv that does not depend on the clock."""
+    with (folder / "metrics.csv").open(newline="") as file:
+        rows = [{k: v for k, v in row.items() if v and not k.startswith("system/")} for row in csv.DictReader(file)]
+    return [row for row in rows if len(row) > 1]
+
+
+def files(folder: Path) -> set[str]:
+    """All files of a run."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+def weights(folder: Path) -> dict[str, Any]:
+    """Weights in training at the end."""
+    import torch
+
+    content = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    return dict(content.get("trained_weights") or content["state_dict"])
+
+
+def differences(folder: Path, reference: Path) -> list[str]:
+    """What distinguishes a finished run from the undisturbed one; nothing, if nothing was lost."""
+    import torch
+
+    found = []
+    if curve(folder) != curve(reference):
+        found.append("the curves differ")
+    ours, theirs = weights(folder), weights(reference)
+    if ours.keys() != theirs.keys() or not all(torch.equal(ours[name], theirs[name]) for name in ours):
+        found.append("the weights differ")
+    if files(folder) != files(reference):
+        found.append(f"files: {sorted(files(folder) ^ files(reference))}")
+    return found
+
+
+def newest_step(folder: Path) -> int:
+    """Steps of the newest checkpoint that can be used; 0 without."""
+    from revdeq_lightning.checkpoints import newest_good, steps_of
+
+    path = newest_good(folder / "checkpoints").path
+    return 0 if path is None else steps_of([path])[0][path]
+
+
+def last_logged_step(folder: Path) -> int:
+    """Steps that were logged before the kill; a line cut short does not count."""
+    path = folder / "metrics.csv"
+    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+    rows = [row for row in csv.DictReader(line.decode() for line in lines) if row.get("train/loss")]
+    return int(rows[-1]["step"]) + 1 if rows else 0
+
+
+def kill_and_go_on(config: Path, folder: Path, num_kills: int, seed: int) -> dict[str, Any]:
+    """Kill so many runs; what came of it."""
+    draws = random.Random(seed)
+    log = folder / "log"
+    common = ["fit", "--config", str(config), "--run.test=false", f"--run.folder={folder}", "--run.name=runs"]
+    begin = time.monotonic()
+    if code := run([*common, "--run.version=whole"], log):
+        raise RuntimeError(f"the undisturbed run failed with code {code}: {log.read_text()}")
+    seconds = time.monotonic() - begin
+    reference = folder / "runs" / "whole"
+    result: dict[str, Any] = {"kills": [], "finished": 0, "differences": [], "seconds_undisturbed": seconds}
+    current, attempt = folder / "runs" / "0", 0
+    while len(result["kills"]) < num_kills or current.exists():
+        arguments = [*common, f"--run.version={current.name}"]
+        step = newest_step(current)
+        if step:
+            arguments.append("--ckpt_path=last")
+        else:
+            shutil.rmtree(current, ignore_errors=True)
+        how: dict[str, Any] = {}
+        if len(result["kills"]) < num_kills:
+            if attempt % 2:
+                kind = draws.choice(list(EVENTS))
+                how["event"] = kind, draws.randint(1, EVENTS[kind])
+            else:
+                how["after"] = draws.uniform(0, seconds / 3)
+        attempt += 1
+        code = run(arguments, log, **how)
+        if code == -signal.SIGKILL:
+            lost = last_logged_step(current) - newest_step(current)
+            result["kills"].append({**how, "began_at": step, "newest": newest_step(current), "steps_to_repeat": lost})
+        elif code == 0:
+            result["finished"] += 1
+            result["differences"] += differences(current, reference)
+            shutil.rmtree(current)
+            current = folder / "runs" / str(result["finished"])
+        else:
+            raise RuntimeError(f"a run failed with code {code}: {log.read_text()}")
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--report", type=Path)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    import revdeq_lightning.tasks.language_command_line  # noqa: F401  before the forks
+
+    result = kill_and_go_on(options.config, options.folder, options.kills, options.seed)
+    text = json.dumps(result, indent=1)
+    if options.report:
+        options.report.write_text(text)
+    else:
+        print(text)
+
+
+if __name__ == "__main__":
+    main()

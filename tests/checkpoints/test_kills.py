@@ -1,0 +1,41 @@
+"""kill -9 at random moments, in the midst of saving too: every run goes on, and ends as if nothing had been."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_command import tiny_config
+
+ROOT = Path(__file__).parents[2]
+
+
+def kill(folder, num_kills, seed, **trainer):
+    config = tiny_config(folder, **trainer)
+    text = config.read_text().replace("run:\n", "run:\n  checkpoint_every_n_steps: 3\n")
+    config.write_text(text.replace("sample_tokens: 5", "sample_tokens: 0"))
+    report = folder / "report.json"
+    options = ["--config", config, "--folder", folder, "--kills", num_kills, "--seed", seed, "--report", report]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "benchmarks.killing", *map(str, options)]
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, timeout=900, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    return json.loads(report.read_text())
+
+
+@pytest.mark.parametrize(
+    ("num_kills", "seed"), [pytest.param(30, 0, marks=pytest.mark.slow), (4, 1)], ids=["thirty", "four"]
+)
+def test_killed_runs_go_on_and_end_as_the_undisturbed_one(tmp_path, num_kills, seed):
+    steps = 60 if num_kills == 30 else 12
+    report = kill(tmp_path, num_kills, seed, max_steps=steps, val_check_interval=10)
+    assert len(report["kills"]) == num_kills
+    assert report["differences"] == []
+    assert report["finished"] >= 1
+    # Nothing is lost but the steps since the last checkpoint, of which there is one every three steps.
+    assert all(kill["steps_to_repeat"] <= 3 for kill in report["kills"])
+    assert any("event" in kill for kill in report["kills"])
