@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,12 @@ EVENTS = {"write": 500, "fsync": 12, "replace": 12, "link": 6, "unlink": 20}
 
 
 def run(
-    arguments: Sequence[str], log: Path, *, event: tuple[str, int] | None = None, after: float | None = None
+    arguments: Sequence[str],
+    log: Path,
+    *,
+    event: tuple[str, int] | None = None,
+    after: float | None = None,
+    disturb: tuple[int, Callable[[], Any]] | None = None,
 ) -> int:
     """Run one command in a forked process: its exit code, negative if it was killed.
 
@@ -34,11 +39,12 @@ def run(
         log: File for what it prints.
         event: Kill it before the n-th call of this kind.
         after: Kill it so many seconds after training began.
+        disturb: A step of training, and what is then called in that process.
     """
     log.write_text("")
     pid = os.fork()
     if pid == 0:
-        _child(arguments, log, event)
+        _child(arguments, log, event, disturb)
     kill_at = float("inf")
     while True:
         done, status = os.waitpid(pid, os.WNOHANG)
@@ -51,7 +57,7 @@ def run(
         time.sleep(0.002)
 
 
-def _child(arguments: Sequence[str], log: Path, event: tuple[str, int] | None) -> None:
+def _child(arguments: Sequence[str], log: Path, event: Any, disturb: Any) -> None:
     code = 1
     try:
         os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), 1)
@@ -59,6 +65,8 @@ def _child(arguments: Sequence[str], log: Path, event: tuple[str, int] | None) -
         sys.stdout, sys.stderr = open(1, "w", 1, closefd=False), open(2, "w", 1, closefd=False)  # noqa: SIM115
         if event:
             _kill_before(*event)
+        if disturb:
+            _disturb_at(*disturb)
         from revdeq_lightning.cli import main
 
         main(list(arguments))
@@ -85,6 +93,17 @@ def _kill_before(kind: str, number: int) -> None:
         return own(*args, **kwargs)
 
     setattr(holder, kind, counted)
+
+
+def _disturb_at(step: int, what: Callable[[], Any]) -> None:
+    """Call something after a step, in all training of this process."""
+    from revdeq_lightning.callbacks.random_state import ResumableRandomState
+
+    def on_train_batch_end(self: Any, trainer: Any, *_: Any) -> None:
+        if trainer.global_step == step:
+            what()
+
+    ResumableRandomState.on_train_batch_end = on_train_batch_end  # type: ignore[method-assign]
 
 
 def curve(folder: Path) -> list[dict[str, str]]:

@@ -23,6 +23,7 @@ class ContinuedCSVLogger(CSVLogger):
     def __init__(self, folder: str | Path) -> None:
         path = Path(folder)
         super().__init__(save_dir=path.parent, name="", version=path.name, flush_logs_every_n_steps=1)
+        self._last = ""
 
     @property
     @rank_zero_experiment
@@ -32,12 +33,20 @@ class ContinuedCSVLogger(CSVLogger):
             self._experiment = _ContinuedWriter(log_dir=self.log_dir)
         return self._experiment
 
+    @rank_zero_only
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        """Log, unless it is what was logged last: a checkpoint in the midst of a step has the step logged before."""
+        if repr((metrics, step)) != self._last:
+            self._last = repr((metrics, step))
+            super().log_metrics(metrics, step)
+
     def log_hyperparams(self, params: Any = None) -> None:
         """Nothing: the run's folder holds the whole configuration."""
 
     @rank_zero_only
     def rewind(self, step: int) -> None:
         """Drop what was logged at this step or later: the run goes on from a checkpoint before."""
+        self._last = ""
         self.experiment.rewind(step)
 
 
@@ -51,8 +60,8 @@ class _ContinuedWriter(ExperimentWriter):
         try:
             super().save()
         except OSError as error:
-            if size is not None and path.is_file():
-                os.truncate(path, min(size, path.stat().st_size))
+            if size is not None and path.stat().st_size > size:
+                os.truncate(path, size)
             rank_zero_warn(
                 f"{path} could not be written: {error.strerror or error}; its rows are kept for the next time"
             )

@@ -98,6 +98,8 @@ class LastCheckpoint(Checkpoint):
         at_interval = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
         # A run resumed between a step and its validation would leave the validation out.
         if self._ending or ((self._due or at_interval) and not validation_follows(trainer)):
+            # Lightning logs the step after this hook: of a run killed in between it would be missing.
+            cast(Any, trainer)._logger_connector.update_train_step_metrics()
             self._save(trainer, finish=self._ending)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

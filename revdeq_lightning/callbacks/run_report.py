@@ -43,8 +43,8 @@ class RunReport(Callback):
             steps = trainer.estimated_stepping_batches
             print(f"Run ({begin}): {steps:,} steps, {batches:,} batches an epoch, in {self.folder}")
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw the curves."""
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw the curves, after the last checkpoint; also of a run that was killed in between."""
         self._draw(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -42,8 +42,15 @@ class AbstractTask(LightningModule):
             return optimizer
         schedule: dict[str, Any] = {"scheduler": scheduler, "interval": "step"}
         if isinstance(scheduler, WindowedPlateau):
-            schedule |= {"monitor": "train/loss", "reduce_on_plateau": True}
+            # Lightning's turn for it comes after a step's checkpoint, in which it would be missing.
+            schedule["reduce_on_plateau"] = False
         return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Step a schedule after an optimizer step; one that watches the loss gets it."""
+        if isinstance(scheduler, WindowedPlateau):
+            metric = self.trainer.callback_metrics["train/loss"]
+        super().lr_scheduler_step(scheduler, metric)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse weights of another model; say which settings of the optimizer stay those of the checkpoint.

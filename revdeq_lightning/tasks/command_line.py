@@ -1,12 +1,8 @@
 """What the tasks' command lines share: LightningCLI with short errors and a folder for each run."""
 
-import logging
-import os
 import sys
-import warnings
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -15,7 +11,6 @@ from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities import rank_zero_only
 
 from revdeq_lightning.callbacks.checkpoint_io import AtomicCheckpointIO
 from revdeq_lightning.callbacks.csv_logger import ContinuedCSVLogger
@@ -31,19 +26,13 @@ from revdeq_lightning.checkpoints import CheckpointError
 from revdeq_lightning.cli import ReadableErrors, fail, given_files
 from revdeq_lightning.equilibrium import DivergenceError
 from revdeq_lightning.runs import BEST, CONFIG, RunConfig, find_checkpoint, new_version, run_of_checkpoint
-
-# What Lightning says to everybody and what nobody who starts a run from here can or need act on.
-QUIET_INFO = (
-    *("GPU available", "TPU available", "HPU available", "💡 Tip", "Seed set to", "`Trainer.fit` stopped"),
-    *("Restored all states", "Restoring states", "Loaded model weights", "`weights_only` was not set"),
-    *("Detected KeyboardInterrupt", "to estimate number of stepping batches"),
-)
-QUIET_WARNINGS = (
-    r"Be aware that when using `ckpt_path`",  # evaluation needs none of the callbacks of training
-    r"LightningCLI's args parameter",  # the arguments are those of the command line, less the task
-    r".*does not have many workers",  # text comes from a memory map: 0 workers is fast enough
-    r".*Checkpoint directory .* exists and is not empty",  # a resumed run goes on in its folder
-    r".*`isinstance\(treespec, LeafSpec\)` is deprecated",  # between Lightning and PyTorch
+from revdeq_lightning.tasks.messages import (
+    check_writable,
+    lost_resource,
+    quieten_lightning,
+    readable_checkpoint,
+    readable_errors,
+    say,
 )
 
 
@@ -260,62 +249,6 @@ def run_command_line(
     )
 
 
-def quieten_lightning() -> None:
-    """Drop messages and warnings by name; all others stay."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        for handler in logging.getLogger(name).handlers:
-            handler.addFilter(lambda record: not any(text in record.getMessage() for text in QUIET_INFO))
-    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's calls, not the user's
-    for message in QUIET_WARNINGS:
-        warnings.filterwarnings("ignore", message)
-
-
-@contextmanager
-def readable_errors() -> Iterator[None]:
-    """Tell wrong settings and missing data in one line; an error in training keeps its traceback."""
-    try:
-        yield
-    except (ValueError, TypeError, OSError) as error:
-        reason: BaseException = error
-        while reason.__cause__ is not None:  # what the parser wraps in the names of its functions
-            reason = reason.__cause__
-        fail(str(reason))
-
-
-def lost_resource(error: Exception) -> str | None:
-    """One line on what a run lost on its way: a file, the disk, a worker; None for another error."""
-    *_, text = str(error).strip().splitlines() or [type(error).__name__]  # a worker's begins with its traceback
-    if isinstance(error, OSError):
-        return f"training cannot go on: {text}"
-    if "DataLoader worker" in str(error):
-        return f"training cannot go on: a process that loads data is gone: {text} Is memory short? Try data.num_workers"
-    return None
-
-
-@contextmanager
-def readable_checkpoint() -> Iterator[None]:
-    """Tell in one line that a checkpoint cannot be used."""
-    try:
-        yield
-    except CheckpointError as error:
-        fail(str(error))
-
-
-def check_writable(folder: Path) -> None:
-    """Say before the run that its folder cannot be written to.
-
-    Raises:
-        OSError: If not.
-    """
-    probe = folder / f".probe.{os.getpid()}.part"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"x")
-        probe.unlink()
-    except OSError as error:
-        raise OSError(f"cannot write to {folder}: {error.strerror}; choose another run.folder") from None
-
-
 def with_config_of_checkpoint(options: Sequence[str]) -> list[str]:
     """Without `--config` that of the checkpoint's run applies."""
     runs = [run_of_checkpoint(path) for path in given_files(options, "--ckpt_path")]
@@ -343,12 +276,6 @@ def best_or_last(trainer: Trainer) -> str | None:
     callbacks: list[Any] = trainer.checkpoint_callbacks
     paths = [c.best_model_path if isinstance(c, ModelCheckpoint) else str(c.path) for c in callbacks]
     return next((path for path in paths if path and Path(path).exists()), None)
-
-
-def say(line: str) -> None:
-    """Tell the user one line, once for all processes."""
-    if cast(Any, rank_zero_only).rank == 0:
-        print(line, file=sys.stderr, flush=True)
 
 
 def as_list(value: Any) -> list[Any]:

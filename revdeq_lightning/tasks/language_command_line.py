@@ -10,9 +10,10 @@ from lightning.pytorch.cli import LightningArgumentParser
 from revdeq_lightning.cli import fail
 from revdeq_lightning.data.text import TextDataModule
 from revdeq_lightning.runs import LanguageRunConfig
-from revdeq_lightning.tasks.command_line import AbstractCommandLine, readable_checkpoint, run_command_line
+from revdeq_lightning.tasks.command_line import AbstractCommandLine, run_command_line
 from revdeq_lightning.tasks.inference import continue_text, load_language_model
 from revdeq_lightning.tasks.language_modeling import LanguageModelingTask
+from revdeq_lightning.tasks.messages import readable_checkpoint
 
 
 class LanguageCommandLine(AbstractCommandLine):

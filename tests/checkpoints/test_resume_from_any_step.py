@@ -15,6 +15,15 @@ RUNS = {
     # 4 batches an epoch, validations in the midst of accumulation (after the third batch), and with an epoch's end.
     "language": (*LANGUAGE, ("--trainer.accumulate_grad_batches=3", "--trainer.val_check_interval=4")),
     "language, workers": (*LANGUAGE, ("--data.num_workers=2", "--trainer.val_check_interval=3")),
+    "language, plateau": (
+        *LANGUAGE,
+        (
+            "--model.optimizer.schedule=plateau",
+            "--model.optimizer.plateau_window=2",
+            "--model.optimizer.plateau_patience=1",
+        ),
+        ("--trainer.val_check_interval=3",),
+    ),
     "images": (*IMAGES, ("--trainer.val_check_interval=3",)),
     "images, workers": (*IMAGES, ("--data.num_workers=2", "--data.augmentation.mixup_alpha=0.5")),
 }

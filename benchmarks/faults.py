@@ -1,0 +1,297 @@
+"""What a run does when something fails, and what is lost: fills `results/faults.md`.
+
+    python -m benchmarks.faults                 # make bench-faults; some minutes
+    python -m benchmarks.faults --kills 4       # a smoke run
+
+Each fault strikes a run of a small language model or image classifier on this machine; then the run goes on as the
+message says, and its end (curves, weights, files) is compared bit for bit with that of an undisturbed run.
+"""
+
+import argparse
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.fault_runs import STEPS, write_image_config, write_language_config
+from benchmarks.killing import differences, kill_and_go_on, last_logged_step, newest_step, run
+from benchmarks.measure import provenance
+from benchmarks.report import table
+
+RESULTS = Path(__file__).parent / "results" / "faults.md"
+
+
+class Row(NamedTuple):
+    """One fault."""
+
+    fault: str
+    done: str
+    said: str
+    lost: str
+    seconds: str
+    is_met: bool
+
+
+class Bench:
+    """A folder with data, configurations and undisturbed runs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.log = folder, folder / "log"
+        self.rows: list[Row] = []
+        self.configs = {"lm": write_language_config(folder), "image": write_image_config(folder)}
+
+    def arguments(self, kind: str, version: str, *options: str) -> list[str]:
+        """Of `fit`."""
+        words = ["fit"] if kind == "lm" else ["image", "fit"]
+        runs = [f"--run.folder={self.folder}", f"--run.name={kind}", f"--run.version={version}", "--run.test=false"]
+        return [*words, "--config", str(self.configs[kind]), *runs, *options]
+
+    def path(self, kind: str, version: str) -> Path:
+        """Folder of a run."""
+        return self.folder / kind / version
+
+    def whole(self, kind: str) -> Path:
+        """The undisturbed run."""
+        path = self.path(kind, "whole")
+        if not path.exists() and (code := run(self.arguments(kind, "whole"), self.log)):
+            raise RuntimeError(f"the undisturbed run failed with code {code}: {self.log.read_text()}")
+        return path
+
+    def strike(
+        self,
+        fault: str,
+        done: str,
+        *,
+        kind: str = "lm",
+        disturb: Callable[[], Any] | None = None,
+        step: int = 40,
+        between: Callable[[Path], Any] = lambda path: None,
+        fails: bool = True,
+        options: tuple[str, ...] = (),
+    ) -> None:
+        """One fault: the run with it, what mends it, the run that goes on.
+
+        Args:
+            fault: Its name.
+            done: What was done.
+            kind: Of the run.
+            disturb: What happens in the run's process after `step`.
+            step: See there.
+            between: What happens to the run's folder before the run goes on.
+            fails: Whether the run has to end with an error (else: to its end).
+            options: Of the run that is struck.
+        """
+        reference, version = self.whole(kind), f"struck-{len(self.rows)}"
+        path = self.path(kind, version)
+        struck = (step, disturb) if disturb else None
+        code = run(self.arguments(kind, version, *options), self.log, disturb=struck)
+        said = message(self.log)
+        logged = last_logged_step(path)
+        between(path)
+        newest = newest_step(path)
+        begin = time.monotonic()
+        again = run(self.arguments(kind, version, "--ckpt_path=last"), self.log)
+        seconds = time.monotonic() - begin
+        said = said or message(self.log)
+        found = differences(path, reference) if again == 0 else [message(self.log)]
+        lost = f"nothing; {logged - newest} step(s) since step {newest} repeated" if not found else "; ".join(found)
+        is_met = (code != 0) == fails and again == 0 and not found
+        self.rows.append(Row(fault, done, said, lost, f"{seconds:.1f}", is_met))
+        print(self.rows[-1], flush=True)
+
+
+def message(log: Path) -> str:
+    """The warnings and errors that a run printed, without the machine's paths."""
+    lines = [line for line in log.read_text().splitlines() if line.startswith(("error: ", "warning: "))]
+    lines += [
+        line.split("UserWarning: ")[1] for line in log.read_text().splitlines() if "UserWarning: no check" in line
+    ]
+    return re.sub(r"/\S*/", "", lines[0]).replace("|", "\\|") if lines else ""
+
+
+def cut(path: Path) -> None:
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content[: len(content) // 2])
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.unlink()
+    path.write_bytes(content)
+
+
+def malice(path: Path) -> None:
+    """A checkpoint that would create a file."""
+    from revdeq_lightning.checkpoints import write_checkpoint
+
+    class Malice:
+        def __reduce__(self) -> Any:
+            return os.system, (f"touch {path.parent}/malice",)
+
+    path.unlink()
+    write_checkpoint({"global_step": 10**6, "state_dict": Malice()}, path)
+
+
+def kill_children() -> None:
+    import multiprocessing
+
+    for process in multiprocessing.active_children():
+        os.kill(int(process.pid or 0), signal.SIGKILL)
+
+
+@contextmanager
+def small_disk(folder: Path) -> Iterator[bool]:
+    """A file system of 8 MB at this folder, for root; says whether it is there."""
+    folder.mkdir()
+    mounted = not subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)], capture_output=True, check=False
+    ).returncode
+    try:
+        yield mounted
+    finally:
+        if mounted:
+            subprocess.run(["umount", "-l", str(folder)], check=False)
+
+
+def fill(folder: Path) -> None:
+    with (folder / "filler").open("wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(4096))
+        except OSError:
+            pass
+
+
+def disk_faults(bench: Bench) -> None:
+    """On a file system of its own; without root none of these."""
+    with small_disk(bench.folder / "disk") as mounted:
+        if not mounted:
+            print("no tmpfs can be mounted: the faults of the disk are left out (root is needed)", file=sys.stderr)
+            return
+        disk = Bench.__new__(Bench)
+        disk.__dict__ = bench.__dict__ | {"folder": bench.folder / "disk"}
+        disk.strike(
+            "disk full",
+            f"a file system of 8 MB filled up after step 40 of {STEPS}; emptied before going on",
+            disturb=lambda: fill(disk.folder),
+            between=lambda path: (disk.folder / "filler").unlink(),
+        )
+        remount = ["mount", "-o", "remount,rw", str(disk.folder)]
+        read_only = [*remount[:2], "remount,ro", remount[3]]
+        disk.strike(
+            "folder read-only",
+            f"mounted read-only after step 40 of {STEPS}; writable again before going on",
+            disturb=lambda: subprocess.run(read_only, check=True),
+            between=lambda path: subprocess.run(remount, check=True),
+        )
+
+
+def data_faults(bench: Bench) -> None:
+    images, aside = bench.folder / "images" / "red", bench.folder / "aside"
+    bench.strike(
+        "data removed",
+        "the image files of a class moved away after step 40; brought back before going on",
+        kind="image",
+        disturb=lambda: images.rename(aside),
+        between=lambda path: aside.rename(images),
+    )
+    bench.strike(
+        "worker killed", "kill -9 of the process that loads data, after step 40", kind="image", disturb=kill_children
+    )
+
+
+def checkpoint_faults(bench: Bench) -> None:
+    def last(what: Callable[[Path], None]) -> Callable[[Path], None]:
+        return lambda path: what(path / "checkpoints" / "last.ckpt")
+
+    def foreign(path: Path) -> None:
+        path.unlink()
+        path.write_text("something else")
+
+    for fault, done, what in (
+        ("checkpoint cut short", "last.ckpt cut to half of its length", cut),
+        ("bit flipped", "one bit of last.ckpt changed", flip_a_bit),
+        ("foreign file", "a text in the place of last.ckpt", foreign),
+        ("malicious file", "a pickle that runs a command in the place of last.ckpt", malice),
+    ):
+        # The run ends at step 50; what goes on is the whole one.
+        bench.strike(fault, done, between=last(what), disturb=lambda: os._exit(137), step=50)
+    if list(bench.folder.rglob("malice")):
+        raise RuntimeError("code in a checkpoint was run")
+
+
+def kills(bench: Bench, num_kills: int) -> None:
+    folder = bench.folder / "kills"
+    folder.mkdir()
+    result = kill_and_go_on(bench.configs["lm"], folder, num_kills, seed=0)
+    repeated = [kill["steps_to_repeat"] for kill in result["kills"]]
+    written = sum("event" in kill for kill in result["kills"])
+    done = f"kill -9 at {len(repeated)} random moments of {result['finished']} runs, {written} of them within a save"
+    lost = "; ".join(result["differences"])
+    lost = lost or f"nothing; at most {max(repeated)} steps since the last checkpoint repeated"
+    seconds = f"{result['seconds_undisturbed']:.1f} (a whole run)"
+    is_met = not result["differences"]
+    bench.rows.append(Row("process killed", done, "nothing: it is dead", lost, seconds, is_met))
+    print(bench.rows[-1], flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    begin = time.monotonic()
+    facts = provenance(f"python -m benchmarks.faults --kills {options.kills}")
+    importing = time.monotonic()
+    import revdeq_lightning.tasks.image_command_line
+    import revdeq_lightning.tasks.language_command_line  # noqa: F401  before the forks
+
+    importing = time.monotonic() - importing
+    folder = Path(tempfile.mkdtemp(prefix="faults-"))
+    try:
+        bench = Bench(folder)
+        kills(bench, options.kills)
+        checkpoint_faults(bench)
+        disk_faults(bench)
+        data_faults(bench)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    page = markdown(bench.rows, facts, importing, time.monotonic() - begin)
+    options.output.write_text(page)
+    print(f"in {options.output}")
+    sys.exit(0 if all(row.is_met for row in bench.rows) else 1)
+
+
+def markdown(rows: list[Row], facts: dict[str, Any], importing: float, seconds: float) -> str:
+    """The page."""
+    hardware, versions = facts["hardware"], facts["versions"]
+    changes = " with uncommitted changes" if facts["uncommitted_changes"] else ""
+    header = ("fault", "what was done", "what the run said", "lost", "seconds to go on to the end", "verdict")
+    cells = [(*row[:5], "met" if row.is_met else "MISSED") for row in rows]
+    sections = [
+        "# Faults",
+        f"`{facts['command']}`, {facts['date']}, {seconds:.0f} s on {hardware['cpu']}, {hardware['cores']} cores, load"
+        f" {hardware['load_average']} at the start; Python {versions['python']}, torch {versions['torch']}; commit"
+        f" {facts['commit']}{changes}. Written by the program.",
+        f"Runs of {STEPS} steps, a checkpoint every 7 steps and after each validation (every 15). Each run then went"
+        " on by `--ckpt_path last`, and its curves, weights and files were compared bit for bit with those of an"
+        f" undisturbed run. Starting Python and importing everything takes {importing:.1f} s more.",
+        table(header, cells),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+if __name__ == "__main__":
+    main()
