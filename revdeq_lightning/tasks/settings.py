@@ -51,6 +51,8 @@ class SolverConfig:
         rtol: Relative tolerance; with rtol and atol 0 every sample makes max_steps steps.
         atol: Absolute tolerance.
         arithmetic: How a reversible solver holds the state: exact, float64 or float32; null for exact.
+        compiled: Compile the exact state's updates (a C++ compiler on a CPU, Triton on a GPU): as exact, in a third of
+            the time, which counts where f is small.
         memory: Anderson and broyden: how many iterates or updates are kept; null for the solver's own default.
         ridge: Anderson only: relative regularisation of its least squares; null for its default.
         max_halvings: Broyden only: most halvings of a step in its line search; null for its default, 0 for none.
@@ -75,6 +77,7 @@ class SolverConfig:
     rtol: float = 0.0
     atol: float = 0.0
     arithmetic: Literal["exact", "float64", "float32"] | None = None
+    compiled: bool = False
     memory: int | None = None
     ridge: float | None = None
     max_halvings: int | None = None
@@ -97,6 +100,8 @@ class SolverConfig:
         """
         names = ("beta", "momentum", "arithmetic", "memory", "ridge", "max_halvings")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if self.compiled:
+            given["compiled"] = True
         for name in given.keys() - {field.name for field in fields(SOLVERS[self.solver])}:
             raise ValueError(f"solver={self.solver!r} has no {name}, got {name}={given[name]!r}: leave it out")
         return SOLVERS[self.solver](max_steps=self.max_steps, rtol=self.rtol, atol=self.atol, **given)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import kernels
 from ..function import EquilibriumFunction, Leaves, call_with_parameters, is_compiled, named_parameters
 from ..graph import evaluate_recorded, graph_leaves, vector_jacobian_products
 from ..remainders import Remainders
@@ -239,6 +240,10 @@ def _run_backwards(
             elif product is not None:
                 sums[i] = product.to(_accumulation_dtype(product), copy=True)
         for i, product in enumerate(products[: solve.num_leaves]):
+            if solver.compiled and active is None and product is not None:
+                kernels.run(kernels.carry_, g_previous[i], g_current[i], product, a, c, b)
+                g_current[i], g_previous[i] = g_previous[i], g_current[i]
+                continue
             before = g_previous[i] if active is None else g_previous[i].clone()
             if product is not None:
                 before.add_(product, alpha=b)
