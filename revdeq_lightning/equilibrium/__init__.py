@@ -29,6 +29,7 @@ from .solvers import (
     PicardSolver,
     RelaxedSolver,
     ReversibleSolver,
+    recorded_residuals,
 )
 
 __all__ = [
@@ -55,6 +56,7 @@ __all__ = [
     "SolverStats",
     "gradient_error",
     "jacobian_regularisation",
+    "recorded_residuals",
     "solve_fixed_point",
     "spectral_radius",
 ]
