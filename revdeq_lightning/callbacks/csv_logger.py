@@ -1,6 +1,7 @@
 """Metrics as one CSV file a run, which a resumed run continues."""
 
 import csv
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from lightning.pytorch.utilities import rank_zero_only
 
 class ContinuedCSVLogger(CSVLogger):
     """Writes `FOLDER/metrics.csv` at every logging step; a file that is there already is continued, not deleted.
+
+    A write that fails, on a full disk for instance, leaves the file as it was; its rows are written with the next ones.
 
     Args:
         folder: Folder of the run.
@@ -39,14 +42,54 @@ class ContinuedCSVLogger(CSVLogger):
 
 
 class _ContinuedWriter(ExperimentWriter):
+    def __init__(self, log_dir: str) -> None:
+        super().__init__(log_dir)
+        self.path = Path(self.metrics_file_path)
+        if self.path.is_file():
+            with self.path.open(newline="") as file:
+                self.metrics_keys = next(csv.reader(file), [])
+
     def rewind(self, step: int) -> None:
-        path = Path(self.metrics_file_path)
-        if path.is_file():
-            with path.open(newline="") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["step"]) < step]
-            path.unlink()
-            self.metrics = [{key: value for key, value in row.items() if value != ""} for row in rows]  # type: ignore[misc]
-            self.save()
+        if self.path.is_file():
+            rows = [row for row in self._rows() if int(row["step"]) < step]
+            self._write_anew([key for key in self.metrics_keys if any(row[key] for row in rows)], rows)
+
+    def save(self) -> None:
+        if not self.metrics:
+            return
+        keys = sorted(set(self.metrics_keys).union(*self.metrics))
+        if keys != self.metrics_keys or not self.path.is_file():
+            self._write_anew(keys, [*self._rows(), *self.metrics])
+        else:
+            self._append()
+        self.metrics = []
+
+    def _append(self) -> None:
+        size = self.path.stat().st_size
+        try:
+            with self.path.open("a", newline="") as file:
+                csv.DictWriter(file, self.metrics_keys).writerows(self.metrics)
+        except OSError:
+            os.truncate(self.path, size)  # no half of a row
+            raise
+
+    def _write_anew(self, keys: list[str], rows: list[dict[str, Any]]) -> None:
+        beside = self.path.with_name(f".{self.path.name}.part")
+        try:
+            with beside.open("w", newline="") as file:
+                writer = csv.DictWriter(file, keys)
+                writer.writeheader()
+                writer.writerows([{key: row[key] for key in keys if key in row} for row in rows])
+            beside.replace(self.path)
+        finally:
+            beside.unlink(missing_ok=True)
+        self.metrics_keys = keys
+
+    def _rows(self) -> list[dict[str, Any]]:
+        if not self.path.is_file():
+            return []
+        with self.path.open(newline="") as file:
+            return list(csv.DictReader(file))
 
     def _check_log_dir_exists(self) -> None:
         """The base class would delete the file."""

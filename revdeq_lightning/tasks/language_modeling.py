@@ -1,5 +1,6 @@
 """Predicting the next token: the loss of training, and the figures of evaluation with their units."""
 
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -7,10 +8,12 @@ from torch import Tensor, nn
 
 from revdeq_lightning.data.text import TextDataModule
 from revdeq_lightning.data.windows import TextBatch
+from revdeq_lightning.equilibrium.function import is_compiled
 from revdeq_lightning.metrics import LanguageMetrics
 from revdeq_lightning.models import TransformerConfig
 from revdeq_lightning.optimizers import OptimizerConfig
 from revdeq_lightning.tasks.base import AbstractTask, TrainingOutput
+from revdeq_lightning.tasks.inference import continue_text
 from revdeq_lightning.tasks.settings import SolverConfig, build_language_model, plain
 
 SPLITS = {"val": "validation", "test": "test"}
@@ -89,6 +92,19 @@ class LanguageModelingTask(AbstractTask):
     @property
     def _data(self) -> TextDataModule:
         return cast(TextDataModule, cast(Any, self.trainer).datamodule)
+
+    def evaluation_sums(self, batch: TextBatch) -> dict[str, Tensor]:
+        """Sums over the predicted tokens of the batch, for `DepthSweep`."""
+        output = self.model.loss(batch.tokens, batch.targets)
+        count = torch.as_tensor(output.num_targets)
+        return {"loss": output.loss.double() * count, "count": count}
+
+    def sample_text(self, prompt: str, *, max_new_tokens: int, temperature: float) -> str:
+        """A continuation of the prompt, for `TextSamples`; the same random numbers each time."""
+        sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+        # Compiled for the shapes of training: for those of generation it would be compiled anew.
+        with torch.compiler.set_stance("force_eager") if is_compiled(self.model) else nullcontext():
+            return continue_text(self.model, self._data.tokenizer, prompt, **sampling)[len(prompt) :]
 
     def _add_to(self, name: str, batch: TextBatch) -> None:
         output = self.model.loss(batch.tokens, batch.targets)
