@@ -21,6 +21,7 @@ from revdeq_lightning.callbacks.training_step import equilibria
 Sums = Callable[[LightningModule, Any], dict[str, Tensor]]
 Rows = list[dict[str, Any]]
 TEST, VALIDATION = "depth_sweep.csv", "depth_sweep_validation.csv"
+PICTURE = "depth_sweep/test_picture"
 NUM_SHOWN = 8
 """Newest sweeps in one table and one chart; the file has all."""
 
@@ -105,7 +106,7 @@ class DepthSweep(Callback):
             _print(rows, trained)
             with self._survives:
                 write(rows, trained, self._folder(trainer))
-                log_picture(trainer, "depth_sweep/test_picture", self._folder(trainer) / "depth_sweep.png", "test")
+                log_picture(trainer, PICTURE, self._folder(trainer) / "depth_sweep.png", "test", boards_only=True)
             self._log(trainer, "test", [(step_of(trainer), rows)])
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
