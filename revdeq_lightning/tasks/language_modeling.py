@@ -22,14 +22,16 @@ SPLITS = {"val": "validation", "test": "test"}
 class LanguageModelingTask(AbstractTask):
     """Train and evaluate a language model.
 
-    Logs `train/loss` and, over whole splits, `val/` and `test/`: `loss` (nats per token), `token_perplexity`,
-    `word_perplexity`, `bits_per_byte`. Checkpoints hold settings and tokenizer, so that they generate text alone.
+    Logs `train/loss` (without the penalty) and, over whole splits, `val/` and `test/`: `loss` (nats per token),
+    `token_perplexity`, `word_perplexity`, `bits_per_byte`. Checkpoints hold settings and tokenizer, so
+    that they generate text alone.
 
     Args:
         network: Sizes and block; vocabulary and context length come from the data.
         solver: How the equilibrium is found and differentiated.
         optimizer: Optimizer, schedule, averaging of the weights.
         compile: Compile f with torch.compile: worth its minutes on a GPU.
+        jacobian_weight: Weight of the penalty on df/dz at the fixed point; 0 for none (see `AbstractTask`).
     """
 
     model: Any  # ExplicitTransformerLM or TransformerLM
@@ -40,26 +42,30 @@ class LanguageModelingTask(AbstractTask):
         solver: SolverConfig,
         optimizer: OptimizerConfig,
         compile: bool = False,
+        jacobian_weight: float = 0.0,
     ) -> None:
         # A checkpoint gives plain containers.
         network = TransformerConfig(**network) if isinstance(network, dict) else network
         solver = SolverConfig(**solver) if isinstance(solver, dict) else solver
         optimizer = OptimizerConfig(**optimizer) if isinstance(optimizer, dict) else optimizer
-        super().__init__(optimizer)
+        super().__init__(optimizer, jacobian_weight)
         settings = plain(network=network, solver=solver, optimizer=optimizer)
-        self.save_hyperparameters({**settings, "compile": compile}, logger=False)
+        self.save_hyperparameters({**settings, "compile": compile, "jacobian_weight": jacobian_weight}, logger=False)
         self.model = build_language_model(network, solver)
         self.metrics = nn.ModuleDict({name: LanguageMetrics() for name in SPLITS})
         if compile:
             f = self.model.equilibrium.f if solver.solver != "none" else self.model.block
             f.compile()
+        self.check_penalty()
 
     def training_step(self, batch: TextBatch, batch_idx: int) -> dict[str, Any]:
         """Mean nats per token of the batch."""
-        output = self.model.loss(batch.tokens, batch.targets)
+        with self.penalised() as penalties:
+            output = self.model.loss(batch.tokens, batch.targets)
         self.log("train/loss", output.loss)
         stats = () if output.stats is None else (output.stats,)
-        return {"loss": output.loss, "step": TrainingOutput(stats, batch.tokens.numel(), "tokens")}
+        loss = self.with_penalty(output.loss, penalties)
+        return {"loss": loss, "step": TrainingOutput(stats, batch.tokens.numel(), "tokens")}
 
     def validation_step(self, batch: TextBatch, batch_idx: int) -> None:
         """Add the batch to the sums over the split."""

@@ -60,6 +60,8 @@ class SolverConfig:
             fixed point, by a linear solve) or phantom (a few steps in its place); null: reversible for momentum and
             reversible, implicit for anderson and broyden, else backprop.
         checkpoint: Backprop only: store the iterates, evaluate f once more in the backward pass.
+        backprop_evaluations: Backprop only: differentiate this many of the last evaluations (truncated back-propagation
+            through time); null for all.
         mismatch: Reversible adjoint only: what to do where a gradient is found not to be exact.
         unconverged: Implicit only: what to do where a solve does not reach its tolerance; null for a warning.
         backward_solver: Implicit only: solver of its linear system; null for anderson.
@@ -83,6 +85,7 @@ class SolverConfig:
     max_halvings: int | None = None
     adjoint: Literal["reversible", "backprop", "implicit", "phantom"] | None = None
     checkpoint: bool = False
+    backprop_evaluations: int | None = None
     mismatch: Literal["warn", "raise", "ignore"] = "warn"
     unconverged: Literal["warn", "raise", "ignore"] | None = None
     backward_solver: Literal["momentum", "reversible", "relaxed", "picard", "anderson", "broyden"] | None = None
@@ -121,6 +124,7 @@ class SolverConfig:
             )
         if self.checkpoint and adjoint != "backprop":
             raise ValueError(f"checkpoint=True belongs to adjoint='backprop', got adjoint={adjoint!r}: leave it out")
+        self._require_adjoint("backprop", adjoint, "backprop_evaluations")
         for name in ("unconverged", "backward_solver", "backward_max_steps", "backward_rtol"):
             self._require_adjoint("implicit", adjoint, name)
         for name in ("phantom_kind", "phantom_steps", "phantom_beta"):
@@ -142,7 +146,7 @@ class SolverConfig:
             }
             return PhantomAdjoint(**{name: value for name, value in options.items() if value is not None})
         if adjoint == "backprop":
-            return BackpropAdjoint(checkpoint=self.checkpoint)
+            return BackpropAdjoint(checkpoint=self.checkpoint, num_evaluations=self.backprop_evaluations)
         return ReversibleAdjoint(mismatch=self.mismatch)
 
     def _require_adjoint(self, owner: str, adjoint: str, name: str) -> None:
