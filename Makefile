@@ -14,7 +14,7 @@ DATA ?=
 CKPT ?=
 PROMPT ?= def
 
-.PHONY: help setup train-lm train-cifar train-imagenet generate test lint format typecheck bench-core bench-lm bench-image bench-image-block bench-cifar clean
+.PHONY: help setup train-lm train-cifar train-imagenet generate test lint format typecheck bench-core bench-lm bench-image bench-image-block bench-cifar bench-quality clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -68,6 +68,9 @@ bench-image-block: $(READY)  ## Train what was tried for the modern classifier: 
 
 bench-cifar: $(READY)  ## Train the CIFAR-10 table: DATA=folder-or-tar with train/CLASS/* (an hour on two cores)
 	@$(RUN) -m benchmarks.cifar10 --data '$(or $(DATA),data/cifar10)' $(ARGS)
+
+bench-quality: $(READY)  ## Quality at equal cost: DATA=tinyshakespeare.txt ARGS="--images=cifar10-train.tar.xz" (an hour each on one core)
+	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.quality --text '$(or $(DATA),data/tinyshakespeare.txt)' $(ARGS)
 
 clean:  ## Remove the virtual environment and caches (never runs/)
 	@rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info
