@@ -112,7 +112,7 @@ def survival(logger: Logger) -> AbstractContextManager[Any]:
 
 def _give_endurance(logger: Logger) -> None:
     own = type(logger)
-    logger.__class__ = type(f"Enduring{own.__name__}", (Enduring, own), {})
+    logger.__class__ = type(f"Enduring{own.__name__}", (Enduring, own), {"__module__": own.__module__})
 
 
 def _own_class(logger: Logger) -> type[Logger]:

@@ -13,7 +13,7 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from revdeq_lightning.callbacks.endurance import RecordWarning, Survives
+from revdeq_lightning.callbacks.endurance import RecordWarning, survival
 from revdeq_lightning.runs import RunConfig
 
 X_AXIS = "trainer/global_step"
@@ -23,8 +23,8 @@ BEST = {"val/loss": "min", "val/bits_per_byte": "min", "val/accuracy": "max"}
 """What a run's summary keeps of these, where others keep the newest value."""
 FINISH_SECONDS = 600.0
 """How long the end waits for a slow network; what was not sent lies in the run's folder."""
-_begun: list[Any] = []
-"""Runs of this process that are not finished."""
+_begun: list[WandbLogger] = []
+"""Those of this process whose run is not finished."""
 
 
 class RunWandbLogger(WandbLogger):
@@ -55,10 +55,11 @@ class RunWandbLogger(WandbLogger):
                 self._mode = "offline"
                 reason = " ".join(str(error).split())
                 warnings.warn(f"W&B cannot be reached ({reason}). {offline_line(self._folder)}", RecordWarning, 2)
+                end_service()  # which holds the run that failed
                 run = self._begin()
             for prefix in PREFIXES:
                 run.define_metric(f"{prefix}/*", step_metric=X_AXIS)
-            _begun.append(run)
+            _begun.append(self)
             for key, summary in BEST.items():
                 run.define_metric(key, step_metric=X_AXIS, summary=summary)
         return self._experiment
@@ -126,16 +127,27 @@ def group_of(run: RunConfig) -> str | None:
 
 
 def finish_wandb(exit_code: int) -> None:
-    """End the W&B runs that this process began, within a bounded time; a broken connection is told, not raised."""
+    """End the W&B runs that this process began, within a bounded time."""
     while _begun:
-        run = _begun.pop()
-        with Survives("the end of the W&B run"):
-            run.finish(exit_code=exit_code)
-            continue
-        import wandb
+        logger = _begun.pop()
+        is_finished = False
+        with survival(logger):
+            logger.experiment.finish(exit_code=exit_code)
+            is_finished = True
+        if not is_finished:
+            end_service()
 
-        with suppress(Exception):  # told above; at the interpreter's end it would be told once more, with a traceback
-            wandb.teardown()
+
+def end_service() -> None:
+    """End W&B's process and forget its run, whatever state they are in.
+
+    A broken one would be told again at the interpreter's end, in thirty lines, and be taken up by the next run.
+    """
+    import wandb
+
+    wandb.run = None
+    with suppress(Exception):
+        wandb.teardown()
 
 
 def stored_key() -> str | None:
