@@ -1,10 +1,15 @@
 """Runs with W&B offline and TensorBoard beside it, read back by these tools' own readers."""
 
+import importlib.util
 import json
 import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
+from PIL import Image
 from tiny_command import run, tiny_config
 from tiny_images import tiny_image_config
 from wandb_runs import metrics, read_back, without_key
@@ -130,3 +135,53 @@ def test_tensorboard_has_numbers_texts_and_pictures(language, image):
         assert {tag.removesuffix("/text_summary") for tag in board.Tags()["tensors"]} >= texts
         both = {"depth_sweep/test_picture", "equilibrium/residual_curve_picture"}
         assert set(board.Tags()["images"]) == pictures | both
+
+
+@pytest.fixture(scope="module")
+def dashboard():
+    """The script of the dashboard, and its template."""
+    path = Path("configs/wandb/dashboard.py")
+    specification = importlib.util.spec_from_file_location("dashboard", path)
+    script = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(script)
+    return script, yaml.safe_load(script.TEMPLATE.read_text())
+
+
+def test_every_key_of_the_dashboard_is_logged_by_a_run(dashboard, records, image_records):
+    script, template = dashboard
+    shown = script.keys(template)
+    logged = records.keys | image_records.keys
+    only_with_more_classes = {"val/top5_accuracy"}  # than five: the images here have three
+    assert set(shown["lines"]) - only_with_more_classes <= logged
+    assert {f"{key}_table" for key in shown["chart"]} <= logged
+    assert {*shown["table"], *shown["pictures"]} <= logged
+    # And what no panel shows is known.
+    hidden = {key for key in logged - set(shown["lines"]) if key.split("/")[0] in ("train", "val", "equilibrium")}
+    known = ("perplexity", "_table", "1/", "2/", "backward_relative")
+    assert not {key for key in hidden if not any(word in key for word in known)}
+
+
+def test_w_and_bs_library_serialises_the_dashboard(dashboard, records):
+    pytest.importorskip("wandb_workspaces", reason="needs the extra `dashboard`")
+    script, template = dashboard
+    made = script.workspace(template, "somebody", "revdeq")._spec["spec"]["section"]["panelBankConfig"]
+    assert [section["name"] for section in made["sections"]] == [section["name"] for section in template["sections"]]
+    panels = [panel for section in made["sections"] for panel in section["panels"]]
+    drawn = [key for panel in panels if "Line Plot" in panel["viewType"] for key in panel["config"]["metrics"]]
+    assert drawn == script.keys(template)["lines"]
+    assert {panel["config"]["xAxis"] for panel in panels if "Line Plot" in panel["viewType"]} == {script.X_AXIS}
+    chart = next(panel["config"] for panel in panels if panel["viewType"] == "Vega2")
+    logged = records.config["_wandb.visualize.equilibrium/residual_curve"]["panel_config"]
+    for setting in ("panelDefId", "fieldSettings", "transform"):
+        assert chart[setting] == logged[setting], setting
+    with pytest.raises(ValueError, match="a panel must have lines, chart, table or pictures, got"):
+        script.panel({"title": "x", "line": ["a"]})
+
+
+def test_the_picture_of_the_dashboard_is_drawn_from_run_folders(language, image, tmp_path):
+    command = [sys.executable, "configs/wandb/dashboard.py", "--picture", tmp_path / "out.png", language, image]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    with Image.open(tmp_path / "out.png") as drawn:
+        assert drawn.width > 1000
+        assert drawn.height > 1000
