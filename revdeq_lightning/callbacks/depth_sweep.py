@@ -16,7 +16,7 @@ from revdeq_lightning.callbacks.endurance import Survives
 from revdeq_lightning.callbacks.media import log_curves, log_picture, log_table, step_of
 from revdeq_lightning.callbacks.random_state import untouched_random_state
 from revdeq_lightning.callbacks.step_rows import append_rows, rewind_rows
-from revdeq_lightning.callbacks.training_step import equilibria
+from revdeq_lightning.callbacks.training_step import equilibria, run_folder
 
 Sums = Callable[[LightningModule, Any], dict[str, Tensor]]
 Rows = list[dict[str, Any]]
@@ -73,21 +73,23 @@ class DepthSweep(Callback):
         self.num_validations = 0
         self._totals: dict[int, dict[str, Tensor]] = {}
         self._sweeps: deque[tuple[int, Rows]] = deque(maxlen=NUM_SHOWN)
+        self._path = Path()
         self._survives = Survives("DepthSweep")
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a module that has no sums."""
+        """Refuse a module that has no sums; find the folder."""
         if self.sums is None and equilibria(pl_module) and not hasattr(pl_module, "evaluation_sums"):
             raise ValueError(
                 f"DepthSweep needs what to evaluate: {type(pl_module).__name__} has no evaluation_sums(batch); give"
                 " sums=function(module, batch)"
             )
+        self._path = run_folder(trainer, self.folder)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Drop what an interrupted run wrote after its checkpoint."""
         if trainer.is_global_zero:
             with self._survives:
-                rewind_rows(self._folder(trainer) / VALIDATION, trainer.global_step)
+                rewind_rows(self._path / VALIDATION, trainer.global_step)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin with empty sums."""
@@ -105,8 +107,8 @@ class DepthSweep(Callback):
             trained = most_steps(pl_module)
             _print(rows, trained)
             with self._survives:
-                write(rows, trained, self._folder(trainer))
-                log_picture(trainer, PICTURE, self._folder(trainer) / "depth_sweep.png", "test", boards_only=True)
+                write(rows, trained, self._path)
+                log_picture(trainer, PICTURE, self._path / "depth_sweep.png", "test", boards_only=True)
             self._log(trainer, "test", [(step_of(trainer), rows)])
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -134,7 +136,7 @@ class DepthSweep(Callback):
             step = step_of(trainer)
             self._sweeps.append((step, rows))
             with self._survives:
-                append_rows(self._folder(trainer) / VALIDATION, [{"step": step} | row for row in rows])
+                append_rows(self._path / VALIDATION, [{"step": step} | row for row in rows])
             self._log(trainer, "val", self._sweeps)
 
     def state_dict(self) -> dict[str, int]:
@@ -144,9 +146,6 @@ class DepthSweep(Callback):
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Go on counting."""
         self.num_validations = state_dict["num_validations"]
-
-    def _folder(self, trainer: Trainer) -> Path:
-        return Path(self.folder or trainer.log_dir or trainer.default_root_dir)
 
     @torch.no_grad()
     def _evaluate(self, trainer: Trainer, pl_module: Any, batch: Any) -> None:

@@ -12,7 +12,7 @@ from lightning import Callback, LightningModule, Trainer
 from revdeq_lightning.callbacks.endurance import Survives
 from revdeq_lightning.callbacks.media import log_curves, log_picture, step_of
 from revdeq_lightning.callbacks.step_rows import append_rows, read_rows, rewind_rows
-from revdeq_lightning.callbacks.training_step import StepStatistics, made_step
+from revdeq_lightning.callbacks.training_step import StepStatistics, made_step, run_folder
 from revdeq_lightning.equilibrium import SolverStats, recorded_residuals
 
 KEY = "equilibrium/residual_curve"
@@ -56,7 +56,7 @@ class ResidualCurve(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen to the layers; drop what an interrupted run wrote after its checkpoint."""
-        self._path = Path(self.folder or trainer.log_dir or trainer.default_root_dir) / "residual_curve.csv"
+        self._path = run_folder(trainer, self.folder) / "residual_curve.csv"
         if trainer.is_global_zero:
             self._statistics.attach(pl_module)
             with self._survives:

@@ -13,6 +13,7 @@ from revdeq_lightning.callbacks.endurance import Survives
 from revdeq_lightning.callbacks.media import log_picture, log_table, step_of
 from revdeq_lightning.callbacks.random_state import untouched_random_state
 from revdeq_lightning.callbacks.step_rows import append_rows, read_rows, rewind_rows
+from revdeq_lightning.callbacks.training_step import run_folder
 
 
 class AbstractSamples(Callback):
@@ -23,14 +24,16 @@ class AbstractSamples(Callback):
             raise ValueError(f"every_n_validations must be at least 1, got {every_n_validations}")
         self.folder, self.every_n_validations = folder, every_n_validations
         self.num_validations = 0
+        self.where = Path()
         self._is_due = False
         self._survives = Survives(type(self).__name__)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Drop what an interrupted run wrote after its checkpoint."""
+        """Find the folder; drop what an interrupted run wrote after its checkpoint."""
+        self.where = run_folder(trainer, self.folder)
         if trainer.is_global_zero:
             with self._survives:
-                self.rewind(self.where(trainer), trainer.global_step)
+                self.rewind(trainer.global_step)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count the validations of the training."""
@@ -53,16 +56,12 @@ class AbstractSamples(Callback):
         """Go on counting."""
         self.num_validations = state_dict["num_validations"]
 
-    def where(self, trainer: Trainer) -> Path:
-        """The folder."""
-        return Path(self.folder or trainer.log_dir or trainer.default_root_dir)
-
     @abstractmethod
     def make(self, trainer: Trainer, pl_module: Any) -> None:
         """Make the samples, write and log them."""
 
     @abstractmethod
-    def rewind(self, folder: Path, step: int) -> None:
+    def rewind(self, step: int) -> None:
         """Drop the samples of this step and later ones."""
 
 
@@ -113,15 +112,15 @@ class TextSamples(AbstractSamples):
         texts = [pl_module.sample_text(prompt, **self.sampling) for prompt in self.prompts]
         rows = [{"step": step, "prompt": p, "text": t} for p, t in zip(self.prompts, texts, strict=True)]
         if trainer.is_global_zero:
-            path = self.where(trainer) / "samples.jsonl"
+            path = self.where / "samples.jsonl"
             with self._survives:
                 append_rows(path, rows)
                 write_readably(read_rows(path), path.with_suffix(".txt"))
             log_table(trainer, "samples/text", list(rows[0]), [list(row.values()) for row in rows])
 
-    def rewind(self, folder: Path, step: int) -> None:
+    def rewind(self, step: int) -> None:
         """Drop rows."""
-        path = folder / "samples.jsonl"
+        path = self.where / "samples.jsonl"
         rewind_rows(path, step)
         write_readably(read_rows(path), path.with_suffix(".txt"))
 
@@ -173,7 +172,7 @@ class ImageSamples(AbstractSamples):
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         state = data.preprocessing_state()
-        path = self.where(trainer) / "samples" / f"{step_of(trainer):08}.png"
+        path = self.where / "samples" / f"{step_of(trainer):08}.png"
         with self._survives:
             path.parent.mkdir(parents=True, exist_ok=True)
             title = f"validation after step {trainer.global_step}: true class, predicted class and its probability"
@@ -181,9 +180,9 @@ class ImageSamples(AbstractSamples):
             log_picture(trainer, "samples/images", path, title)
         self._entries = []
 
-    def rewind(self, folder: Path, step: int) -> None:
+    def rewind(self, step: int) -> None:
         """Drop sheets."""
-        for path in (folder / "samples").glob("[0-9]*.png"):
+        for path in (self.where / "samples").glob("[0-9]*.png"):
             if int(path.stem) >= step:
                 path.unlink()
 

@@ -25,7 +25,7 @@ from revdeq_lightning.callbacks.last_checkpoint import LastCheckpoint
 from revdeq_lightning.callbacks.progress import RunProgress
 from revdeq_lightning.callbacks.random_state import ResumableRandomState
 from revdeq_lightning.callbacks.run_report import RunReport, print_closing_lines
-from revdeq_lightning.callbacks.training_step import equilibria
+from revdeq_lightning.callbacks.training_step import equilibria, run_folder
 from revdeq_lightning.callbacks.wandb_checkpoints import WandbCheckpoints
 from revdeq_lightning.callbacks.wandb_logger import finish_wandb, wandb_logger
 from revdeq_lightning.cli import ReadableErrors, fail, given_files
@@ -59,12 +59,13 @@ class SaveRunConfig(SaveConfigCallback):
         """Save for training only."""
         if stage == "fit":
             self.config.ckpt_path = self.config.run.version = None  # a relaunch from this file is a new run
+            self.folder = run_folder(trainer, None)
             super().setup(trainer, pl_module, stage)
 
     def save_config(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         """Hand the configuration to the loggers, and write down with what the run is made."""
         environment = describe_environment(trainer.world_size)
-        write_environment(Path(str(trainer.log_dir)) / ENVIRONMENT, environment)
+        write_environment(self.folder / ENVIRONMENT, environment)
         for logger in trainer.loggers:
             logger.log_hyperparams(self.config.as_dict() | {"environment": environment})
 
