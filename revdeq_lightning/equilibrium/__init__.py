@@ -31,6 +31,7 @@ from .solvers import (
     ReversibleSolver,
     recorded_residuals,
 )
+from .weights import normalise_weights
 
 __all__ = [
     "AbstractAdjoint",
@@ -56,6 +57,7 @@ __all__ = [
     "SolverStats",
     "gradient_error",
     "jacobian_regularisation",
+    "normalise_weights",
     "recorded_residuals",
     "solve_fixed_point",
     "spectral_radius",

@@ -76,7 +76,7 @@ class ReversibleAdjoint(AbstractAdjoint):
         parameters = named_parameters(f.f)
         refuse_unsuitable(f.f, parameters)
         x_is_tensor = [isinstance(leaf, Tensor) for leaf in x]
-        inputs = (*z0, *(leaf for leaf in x if isinstance(leaf, Tensor)), *parameters.values())
+        inputs = (*z0, *(leaf for leaf in x if isinstance(leaf, Tensor)), *parameters.values(), *f.weights.values)
         if not (torch.is_grad_enabled() and any(t.requires_grad for t in inputs)):
             iteration = iterate_to_fixed_point(solver, f, z0, x)
             _refuse_foreign_leaves(iteration.value, [])
@@ -114,7 +114,13 @@ class _Solve:
         end = self.num_leaves + sum(self.x_is_tensor)
         tensors = iter(inputs[self.num_leaves : end])
         x = [next(tensors) if is_tensor else leaf for is_tensor, leaf in zip(self.x_is_tensor, self.x, strict=True)]
-        return list(inputs[: self.num_leaves]), x, dict(zip(self.names, inputs[end:], strict=True))
+        return list(inputs[: self.num_leaves]), x, dict(zip(self.names, inputs[end:], strict=False))
+
+    def with_parameters(self, inputs: Sequence[Tensor], run: Callable[[], Any]) -> Any:
+        """`run()` with these inputs as the parameters of f, and those behind them as its computed weights."""
+        weights = inputs[len(inputs) - len(self.f.weights.values) :]
+        with self.f.weights.exchanged(weights):
+            return call_with_parameters(self.f.f, self.split(inputs)[2], run)
 
     def flatten(self, state: TwoStepState) -> Leaves:
         """The tensors of a state, for autograd to save; their arrangement is kept here."""
@@ -146,9 +152,8 @@ class _ReversibleFunction(torch.autograd.Function):
         z0, x, _ = solve.split(inputs)
         if solve.forward_with_grad:
             leaves = _as_leaves(inputs, ctx.needs_input_grad[1:])
-            iteration = call_with_parameters(
-                solve.f.f,
-                solve.split(leaves)[2],
+            iteration = solve.with_parameters(
+                leaves,
                 lambda: iterate_to_fixed_point(
                     solve.solver, _Recorded(solve.f), z0, solve.split(leaves)[1], reversible=True
                 ),
@@ -180,11 +185,8 @@ class _ReversibleFunction(torch.autograd.Function):
         needs_grad = ctx.needs_input_grad[1:]
         inputs = _as_leaves(saved[: len(needs_grad)], needs_grad)
         state = solve.unflatten(saved[len(needs_grad) :])
-        parameters = solve.split(inputs)[2]
         with solve.f.randomness.untouched():
-            gradients = call_with_parameters(
-                solve.f.f, parameters, lambda: _run_backwards(solve, state, inputs, needs_grad, grads)
-            )
+            gradients = solve.with_parameters(inputs, lambda: _run_backwards(solve, state, inputs, needs_grad, grads))
         return None, *gradients
 
 
