@@ -24,7 +24,12 @@ from torch.utils._pytree import tree_leaves
 
 Row = Mapping[str, Any]
 
-MEASURED_PATHS = ("revdeq_lightning/equilibrium", "benchmarks/*.py", "tests/helpers/blocks.py")
+MEASURED_PATHS = (
+    "revdeq_lightning/equilibrium",
+    "revdeq_lightning/models",
+    "benchmarks/*.py",
+    "tests/helpers/blocks.py",
+)
 """What a result depends on; changes elsewhere do not make it doubtful."""
 
 
