@@ -46,11 +46,11 @@ class Stable:
 
     def __init__(self, repository: Path, stack: ExitStack) -> None:
         self.repository = repository
-        builders = {n: "benchmarks.authors_code:build" if n.startswith("theirs") else "benchmarks.tasks:build" for n in VARIANTS}
-        self.measured = {n: stack.enter_context(Isolated(builder)) for n, builder in builders.items()}
-        self.weighed = {
-            n: stack.enter_context(Isolated(builders[n], environment=MEASURED_MEMORY)) for n in COMPETITORS
+        builders = {
+            n: "benchmarks.authors_code:build" if n.startswith("theirs") else "benchmarks.tasks:build" for n in VARIANTS
         }
+        self.measured = {n: stack.enter_context(Isolated(builder)) for n, builder in builders.items()}
+        self.weighed = {n: stack.enter_context(Isolated(builders[n], environment=MEASURED_MEMORY)) for n in COMPETITORS}
 
     def build(self, process: Isolated, name: str, task: Task, dtype: str) -> Isolated:
         """Let the process build a competitor."""
@@ -157,9 +157,9 @@ def page(tables: dict[str, list[dict[str, Any]]]) -> list[str]:
             }
         )
     return [
-        "Language model: the released one, vocabulary 512, context 128, d 256, 8 heads, batch 8, beta 0.5. Classifier: the"
-        " released multi-scale one, channels 32-64-64-32, widths 1-3-3-1, batch 16, beta 0.8, N steps a stage. Forward and"
-        " backward pass, float32; errors: float64, against their checkpointed back-propagation.",
+        "Language model: the released one, vocabulary 512, context 128, d 256, 8 heads, batch 8, beta 0.5. Classifier:"
+        " the released multi-scale one, channels 32-64-64-32, widths 1-3-3-1, batch 16, beta 0.8, N steps a stage."
+        " Forward and backward pass in float32; errors in float64, against their checkpointed back-propagation.",
         part.markdown_table(lines),
     ]
 

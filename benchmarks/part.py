@@ -19,7 +19,7 @@ from benchmarks.requirements import Requirement, Rows
 RESULTS = Path(__file__).parent / "results"
 
 
-class Skipped(Exception):  # noqa: N818 - not an error
+class Skipped(Exception):
     """The part cannot run here; the message says why, and what to do."""
 
 

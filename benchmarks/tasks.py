@@ -50,9 +50,7 @@ def build_model(task: Task) -> nn.Module:
             double_projection=True,
         )
         return TransformerLM(config, solver, adjoint)
-    sizes = ClassifierConfig(
-        10, architecture="paper_stages", channels=list(task.channels), widths=list(task.widths)
-    )
+    sizes = ClassifierConfig(10, architecture="paper_stages", channels=list(task.channels), widths=list(task.widths))
     return build_classifier(sizes, solver, adjoint)
 
 
