@@ -14,7 +14,7 @@ DATA ?=
 CKPT ?=
 PROMPT ?= def
 
-.PHONY: help setup train-lm train-cifar train-imagenet generate test lint format typecheck bench-core bench-lm bench-image bench-image-block bench-cifar bench-quality clean
+.PHONY: help setup train-lm train-cifar train-imagenet generate test lint format typecheck bench bench-quick bench-core bench-lm bench-image bench-image-block bench-cifar bench-quality clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +53,17 @@ format: $(READY)  ## Apply the style
 
 typecheck: $(READY)  ## Check types (strict on the core)
 	@$(RUN) -m mypy
+
+AUTHORS ?=
+TEXT ?=
+IMAGES ?=
+BENCH = $(RUN) -m benchmarks $(if $(AUTHORS),--repository '$(AUTHORS)') $(if $(TEXT),--text '$(TEXT)') $(if $(IMAGES),--images '$(IMAGES)')
+
+bench: $(READY)  ## Measure everything: AUTHORS=their-repository TEXT=tinyshakespeare.txt IMAGES=cifar10.tar.xz (hours)
+	@OMP_NUM_THREADS=1 $(BENCH) $(ARGS)
+
+bench-quick: $(READY)  ## The same in tiny sizes, to see that everything works (less than 10 minutes)
+	@OMP_NUM_THREADS=1 $(BENCH) --quick $(ARGS)
 
 bench-core: $(READY)  ## Measure the core: exactness, convergence, cost, memory (about 15 minutes on two cores)
 	@$(RUN) -m benchmarks.core $(ARGS)

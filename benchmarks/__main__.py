@@ -81,11 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     outcomes = [run(part, options, output) for part in PARTS if options.only is None or part.name in options.only]
     if output == RESULTS:
         write_verdict(PAGE, RESULTS)
-    header = ("part", "", "verdict", "seconds")
-    print(
-        "\n"
-        + aligned(header, [(o.part.name, o.part.title, f"{o.verdict} {o.reason}", f"{o.seconds:.0f}") for o in outcomes])
-    )
+    rows = [(o.part.name, o.part.title, f"{o.verdict} {o.reason}", f"{o.seconds:.0f}") for o in outcomes]
+    print("\n" + aligned(("part", "", "verdict", "seconds"), rows))
     return int(any(o.verdict in ("MISSED", "FAILED") for o in outcomes))
 
 

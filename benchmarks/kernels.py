@@ -10,7 +10,7 @@ plain, one with its vector-Jacobian products.
 
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from benchmarks import part
 from benchmarks.measure import paired_ratio, peak_tensor_bytes, time_interleaved
 from benchmarks.reference import bare_evaluations
-from benchmarks.requirements import Requirement, Rows, at_most
+from benchmarks.requirements import Requirement, at_most
 from revdeq_lightning.equilibrium import ReversibleAdjoint, ReversibleSolver, solve_fixed_point
+from revdeq_lightning.equilibrium import kernels as core
 from revdeq_lightning.equilibrium.arithmetic import ExactArithmetic
 from revdeq_lightning.equilibrium.norms import residual
-from revdeq_lightning.equilibrium.remainders import Remainders
 from revdeq_lightning.models import TransformerConfig
 from revdeq_lightning.models.classifier import PaperConvBlock
 from revdeq_lightning.models.transformer import PaperBlock
@@ -66,73 +66,40 @@ def cases(device: str, quick: bool) -> list[Case]:
     ]
 
 
-def kernels(case: Case, device: str, compiled: bool) -> dict[str, Kernel]:
-    """The work of one evaluation, forward and backward, by part."""
-    arithmetic = ExactArithmetic()
+def kernels(case: Case, device: str) -> dict[tuple[str, str], Kernel]:
+    """The work of one evaluation, forward and backward, by part and mode."""
     recurrence = ReversibleSolver(beta=case.beta).recurrence
+    a, _, b = recurrence
     value, z = (torch.randn(case.shape, device=device) for _ in range(2))
-    previous, current = arithmetic.encode(z), arithmetic.encode(value)
-    state = {"previous": previous.clone(), "even": torch.zeros_like(previous), "odd": torch.zeros_like(previous)}
-    g_current, g_previous = (torch.randn_like(previous) for _ in range(2))
+    eager, compiled = ExactArithmetic(), ExactArithmetic(compiled=True)
+    state, current = eager.encode(z), eager.encode(value)
+    remainders = eager.remainders(state, recurrence)
+    digits = torch.zeros_like(state)
+    g_current, g_previous = (torch.randn_like(state) for _ in range(2))
 
-    # The whole state is made anew from tensors, as a compiler wants it.
-    def advance(previous: Tensor, even: Tensor, odd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        remainders = Remainders([even, odd], [], recurrence.a.denominator, 0)
-        following = arithmetic.advance_(previous, current, value, recurrence, remainders)
-        return following, *remainders.words
-
-    def invert(following: Tensor, even: Tensor, odd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        remainders = Remainders([even, odd], [], recurrence.a.denominator, 1)
-        before = arithmetic.invert_(following, current, value, recurrence, remainders)
-        return before, *remainders.words
-
-    def store(digits: Tensor, even: Tensor, odd: Tensor) -> tuple[Tensor, ...]:
-        remainders = Remainders([even, odd], [], recurrence.a.denominator, 0)
-        remainders.push_(digits)
-        return tuple(remainders.words)
-
-    def take(even: Tensor, odd: Tensor) -> tuple[Tensor, ...]:
-        remainders = Remainders([even, odd], [], recurrence.a.denominator, 1)
-        return remainders.pop_(), *remainders.words
-
-    def decode(u: Tensor) -> Tensor:
-        return arithmetic.decode(u, z.dtype)
-
-    def propagate(g_current: Tensor, g_previous: Tensor, product: Tensor) -> Tensor:
-        g_previous.add_(product, alpha=recurrence.b)
-        g_current.mul_(float(recurrence.a))
-        return g_previous.to(product.dtype)
-
-    def final_residual(value: Tensor, z: Tensor) -> Tensor:
-        return residual([value], [z]).relative
-
-    use: Callable[[Any], Any] = torch.compile if compiled else lambda function: function
-    advance, invert, store, take, decode, propagate, extremes, final_residual = map(  # type: ignore[misc]
-        use, (advance, invert, store, take, decode, propagate, torch.aminmax, final_residual)
-    )
-
-    def update_and_inverse() -> None:
-        following, even, odd = advance(state["previous"], state["even"], state["odd"])
-        state["previous"], state["even"], state["odd"] = invert(following, even, odd)
-
-    digits = torch.zeros_like(previous)
+    def update_and_inverse(arithmetic: ExactArithmetic) -> None:
+        following = arithmetic.advance_(state, current, value, recurrence, remainders)
+        arithmetic.invert_(following, current, value, recurrence, remainders)
 
     def store_and_take() -> None:
-        even, odd = store(digits, state["even"], state["odd"])
-        _, state["even"], state["odd"] = take(even, odd)
+        remainders.push_(digits)
+        remainders.pop_()
 
-    def check() -> bool:
-        update_and_inverse()
-        return torch.equal(state["previous"], previous) and not state["even"].any() and not state["odd"].any()
+    def propagate() -> None:
+        g_previous.add_(value, alpha=b)
+        g_current.mul_(float(a))
 
     return {
-        "update and inverse": update_and_inverse,
-        "of these, remainders": store_and_take,
-        "conversion to f's precision, twice": lambda: (decode(current), decode(current)),
-        "range of the state": lambda: extremes(z),
-        "recurrence of the gradient": lambda: propagate(g_current, g_previous, value),
-        "residual (once a solve)": lambda: final_residual(value, z),
-        "undone bit for bit": check,
+        ("update and inverse", "eager"): lambda: update_and_inverse(eager),
+        ("update and inverse", "compiled"): lambda: update_and_inverse(compiled),
+        ("of these, remainders", "eager"): store_and_take,
+        ("gradient's recurrence", "eager"): propagate,
+        ("gradient's recurrence", "compiled"): lambda: core.run(
+            core.carry_, g_previous, g_current, value, float(a), 0.0, b
+        ),
+        ("conversion to f's precision, twice", "eager"): lambda: [eager.decode(current, z.dtype) for _ in range(2)],
+        ("range of the state", "eager"): lambda: torch.aminmax(z),
+        ("residual (once a solve)", "eager"): lambda: residual([value], [z]),
     }
 
 
@@ -152,62 +119,57 @@ def measure(device: str, quick: bool) -> dict[str, list[dict[str, Any]]]:
 
 
 def _parts(case: Case, f: nn.Module, x: Tensor, device: str, rounds: int) -> list[dict[str, Any]]:
-    parameters = list(f.parameters())
-    runs: dict[str, Kernel] = {"bare": lambda: bare_evaluations(f, x, x, parameters, REPEATS)}
-    exact = {}
-    for mode in ("eager", "compiled"):
-        torch._dynamo.reset()
-        for name, kernel in kernels(case, device, mode == "compiled").items():
-            if name == "undone bit for bit":
-                exact[mode] = kernel()
-            else:
-                runs[f"{mode}: {name}"] = lambda kernel=kernel: [kernel() for _ in range(REPEATS)]  # type: ignore[misc]
     x.requires_grad_()
-    seconds = _seconds(runs, device, rounds)
+    parameters = list(f.parameters())
+    parts = kernels(case, device)
+    runs = {key: lambda kernel=kernel: [kernel() for _ in range(REPEATS)] for key, kernel in parts.items()}  # type: ignore[misc]
+    bare: tuple[str, str] = ("f", "")
+    seconds = _seconds({**runs, bare: lambda: bare_evaluations(f, x, x, parameters, REPEATS)}, device, rounds)
     rows = []
-    for key in runs:
-        if key == "bare":
-            continue
-        mode, name = key.split(": ", 1)
-        ratio = paired_ratio(seconds[key], seconds["bare"])
-        row = {"case": case.name, "part": name, "mode": mode, "percent of f": 100 * ratio.median}
-        rows.append(row | {"milliseconds": 1e3 * sorted(seconds[key])[rounds // 2] / REPEATS, "exact": exact[mode]})
+    for name, mode in parts:
+        own = seconds[name, mode]
+        row = {"case": case.name, "part": name, "mode": mode, "milliseconds": 1e3 * sorted(own)[rounds // 2] / REPEATS}
+        rows.append(row | {"percent of f": 100 * paired_ratio(own, seconds[bare]).median})
     return rows
 
 
 def _solves(case: Case, f: nn.Module, x: Tensor, device: str, rounds: int) -> list[dict[str, Any]]:
     """Whole solves, forward and backward, over the bare evaluations."""
     parameters = list(f.parameters())
+    adjoint = ReversibleAdjoint(mismatch="raise")
 
-    def solve(num_steps: int) -> None:
-        solver, adjoint = ReversibleSolver(beta=case.beta, max_steps=num_steps), ReversibleAdjoint(mismatch="raise")
+    def solve(num_steps: int, compiled: bool) -> None:
+        solver = ReversibleSolver(beta=case.beta, max_steps=num_steps, compiled=compiled)
         value = solve_fixed_point(f, torch.zeros_like(x), x, solver=solver, adjoint=adjoint).value
         torch.autograd.grad(value, [x, *parameters], x.detach())
 
     rows = []
     for num_steps in STEPS[:2] if rounds < 5 else STEPS:
-        runs: dict[str, Kernel] = {
+        runs = {
             "bare": lambda n=num_steps: bare_evaluations(f, x, x, parameters, 2 * n),  # type: ignore[misc]
-            "solve": lambda n=num_steps: solve(n),  # type: ignore[misc]
+            "eager": lambda n=num_steps: solve(n, False),  # type: ignore[misc]
+            "compiled": lambda n=num_steps: solve(n, True),  # type: ignore[misc]
         }
         seconds = _seconds(runs, device, rounds)
-        ratio = paired_ratio(seconds["solve"], seconds["bare"])
-        rows.append(
-            {
-                "case": case.name,
-                "steps": num_steps,
-                "seconds": sorted(seconds["solve"])[rounds // 2],
-                "over bare evaluations": ratio.median,
-                "lower quartile": ratio.lower,
-                "upper quartile": ratio.upper,
-                "peak bytes": _peak_bytes(runs["solve"], device),
-                "synchronisations": _synchronisations(runs["solve"]) if device == "cuda" else None,
-            }
-        )
+        for mode in ("eager", "compiled"):
+            ratio = paired_ratio(seconds[mode], seconds["bare"])
+            rows.append(
+                {
+                    "case": case.name,
+                    "mode": mode,
+                    "steps": num_steps,
+                    "seconds": sorted(seconds[mode])[rounds // 2],
+                    "over bare evaluations": ratio.median,
+                    "lower quartile": ratio.lower,
+                    "upper quartile": ratio.upper,
+                    "peak bytes": _peak_bytes(runs[mode], device),
+                    "synchronisations": _synchronisations(runs[mode]) if device == "cuda" else None,
+                }
+            )
     return rows
 
 
-def _seconds(runs: dict[str, Kernel], device: str, rounds: int) -> dict[str, list[float]]:
+def _seconds(runs: Mapping[Any, Kernel], device: str, rounds: int) -> dict[Any, list[float]]:
     if device == "cuda":
 
         def synchronised(run: Kernel) -> Kernel:
@@ -240,46 +202,28 @@ def _synchronisations(run: Kernel) -> int:
 
 
 def judge(tables: dict[str, list[dict[str, Any]]], device: str, quick: bool) -> list[Requirement]:
-    """Overhead is judged on CUDA: that of a CPU, with its one core, is the core benchmark's."""
+    """Overhead is judged on CUDA: on a CPU it is the core benchmark's."""
     verdict = []
-    for name in dict.fromkeys(row["case"] for row in tables["solve"]):
-        rows = [row for row in tables["solve"] if row["case"] == name]
+    for name, mode in dict.fromkeys((row["case"], row["mode"]) for row in tables["solve"]):
+        rows = [row for row in tables["solve"] if (row["case"], row["mode"]) == (name, mode)]
         over = max(row["over bare evaluations"] for row in rows)
-        judged = device == "cuda" and not quick
-        verdict.append(at_most(f"{name}: time over bare evaluations", over, MAX_OVERHEAD, "{:.3f}", judged))
+        # The faster of the two is what the promise is about.
+        judged = device == "cuda" and not quick and mode == "compiled"
+        verdict.append(at_most(f"{name}, {mode}: time over bare evaluations", over, MAX_OVERHEAD, "{:.3f}", judged))
         growth = max(row["peak bytes"] for row in rows) / rows[0]["peak bytes"]
-        verdict.append(at_most(f"{name}: growth of the peak with N", growth, MAX_GROWTH, "{:.4f}"))
+        verdict.append(at_most(f"{name}, {mode}: growth of the peak with N", growth, MAX_GROWTH, "{:.4f}"))
         if device == "cuda":
             extra = rows[-1]["synchronisations"] - rows[0]["synchronisations"]
-            verdict.append(at_most(f"{name}: synchronisations with N", extra, MAX_SYNCHRONISATIONS, "{:.0f}"))
-    exact = [row["exact"] for row in tables["parts"]]
-    verdict.append(Requirement("update undone bit for bit, eager and compiled", "yes", _word(exact), all(exact)))
+            verdict.append(at_most(f"{name}, {mode}: synchronisations with N", extra, MAX_SYNCHRONISATIONS, "{:.0f}"))
     return verdict
-
-
-def _word(exact: Sequence[bool]) -> str:
-    return "yes" if all(exact) else "no"
 
 
 def page(tables: dict[str, list[dict[str, Any]]]) -> list[str]:
     """Both tables."""
-    rows: Rows = tables["parts"]
-    cells = {(row["case"], row["part"], row["mode"]): row for row in rows}
-    lines = [
-        {
-            "block": case,
-            "part": name,
-            **{
-                mode: f"{cells[case, name, mode]['percent of f']:.1f} % ({cells[case, name, mode]['milliseconds']:.2f} ms)"
-                for mode in ("eager", "compiled")
-            },
-        }
-        for case, name in dict.fromkeys((row["case"], row["part"]) for row in rows)
-    ]
     return [
         "Parts of one evaluation, in percent of its two evaluations of f:",
-        part.markdown_table(lines),
-        "Whole solves, eager, forward and backward pass:",
+        part.markdown_table(tables["parts"]),
+        "Whole solves, forward and backward pass; reconstructed bit for bit, or the run would have stopped:",
         part.markdown_table(tables["solve"]),
     ]
 

@@ -1,7 +1,7 @@
 """What the parts of `make bench` share: the command line, and the files that they leave.
 
-`NAME.json` (command, date, hardware, versions, commit, verdict), `NAME.md` (the page), `NAME_TABLE.csv` and, from parts
-with a figure, `NAME.png`. The exit code is 1 if a requirement is missed.
+`NAME.json` (command, date, hardware, versions, commit, verdict), `NAME.md` (the page), `NAME_TABLE.csv` (`NAME.csv` for
+a table without a name) and, from parts with a figure, `NAME.png`. The exit code is 1 if a requirement is missed.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def run(name: str, title: str, measure: Callable[[], Result], *, quick: bool, ou
     facts["verdict"] = [r._asdict() for r in result.verdict]
     (output / f"{name}.json").write_text(json.dumps(facts, indent=2) + "\n")
     for key, rows in result.tables.items():
-        write_csv(output / f"{name}_{key}.csv", rows)
+        write_csv(output / (f"{name}_{key}.csv" if key else f"{name}.csv"), rows)
     paragraphs = [f"# {title}", origin(facts)]
     if result.verdict:
         paragraphs.append(table(VERDICT_HEADER, verdict_lines(result.verdict)))

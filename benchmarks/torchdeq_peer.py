@@ -2,9 +2,9 @@
 
     python -m benchmarks.torchdeq_peer [--quick] [--output DIR]
 
-torchdeq: `pip install -e '.[peers]'`. Every method calls f K times in the forward pass and K times backwards (JFB once).
-Two blocks: `contracting` is half of a pre-norm attention block and has a fixed point, `as published` is the block
-itself, which moves on for ever. Errors, relative L2 of the gradient of x and all parameters:
+torchdeq: `pip install -e '.[peers]'`. Every method calls f K times in the forward pass and K times backwards (JFB:
+once). Two blocks: `contracting` is half of a pre-norm attention block and has a fixed point, `as published` is the
+block itself, which moves on for ever. Errors, relative L2 of the gradient of x and all parameters:
 
 * of the fixed point: against back-propagation through 200 plain iterations in float64, where there is a fixed point;
 * of the iteration: against back-propagation through the very iteration that made the value, in float64. This is the
