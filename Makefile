@@ -14,7 +14,7 @@ DATA ?=
 CKPT ?=
 PROMPT ?= def
 
-.PHONY: help setup train-lm train-cifar train-imagenet generate test lint format typecheck bench bench-quick bench-core bench-lm bench-image bench-image-block bench-cifar bench-quality clean
+.PHONY: help setup train-lm train-cifar train-imagenet generate test lint format typecheck bench bench-quick bench-core bench-lm bench-image bench-image-block bench-cifar bench-quality bench-callbacks clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -79,6 +79,9 @@ bench-image-block: $(READY)  ## Train what was tried for the modern classifier: 
 
 bench-cifar: $(READY)  ## Train the CIFAR-10 table: DATA=folder-or-tar with train/CLASS/* (an hour on two cores)
 	@$(RUN) -m benchmarks.cifar10 --data '$(or $(DATA),data/cifar10)' $(ARGS)
+
+bench-callbacks: $(READY)  ## Measure what the callbacks add to a training step (15 minutes on an idle core)
+	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.callbacks $(ARGS)
 
 bench-quality: $(READY)  ## Quality at equal cost: DATA=tinyshakespeare.txt ARGS="--images=cifar10-train.tar.xz" (an hour each on one core)
 	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.quality --text '$(or $(DATA),data/tinyshakespeare.txt)' $(ARGS)
