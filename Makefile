@@ -14,7 +14,7 @@ DATA ?=
 CKPT ?=
 PROMPT ?= def
 
-.PHONY: help setup train-lm train-cifar train-imagenet generate test test-slow lint format typecheck bench-core bench-lm bench-image bench-image-block bench-cifar bench-faults clean
+.PHONY: help setup train-lm train-cifar train-imagenet generate test test-slow lint format typecheck bench bench-quick bench-core bench-lm bench-image bench-image-block bench-cifar bench-quality bench-callbacks bench-faults clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,6 +57,17 @@ format: $(READY)  ## Apply the style
 typecheck: $(READY)  ## Check types (strict on the core)
 	@$(RUN) -m mypy
 
+AUTHORS ?=
+TEXT ?=
+IMAGES ?=
+BENCH = $(RUN) -m benchmarks $(if $(AUTHORS),--repository '$(AUTHORS)') $(if $(TEXT),--text '$(TEXT)') $(if $(IMAGES),--images '$(IMAGES)')
+
+bench: $(READY)  ## Measure everything: AUTHORS=their-repository TEXT=tinyshakespeare.txt IMAGES=cifar10.tar.xz (hours)
+	@OMP_NUM_THREADS=1 $(BENCH) $(ARGS)
+
+bench-quick: $(READY)  ## The same in tiny sizes, to see that everything works (less than 10 minutes)
+	@OMP_NUM_THREADS=1 $(BENCH) --quick $(ARGS)
+
 bench-core: $(READY)  ## Measure the core: exactness, convergence, cost, memory (about 15 minutes on two cores)
 	@$(RUN) -m benchmarks.core $(ARGS)
 
@@ -74,6 +85,12 @@ bench-cifar: $(READY)  ## Train the CIFAR-10 table: DATA=folder-or-tar with trai
 
 bench-faults: $(READY)  ## Kill runs, fill disks, damage checkpoints: what is lost (some minutes; the disks need root)
 	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.faults $(ARGS)
+
+bench-callbacks: $(READY)  ## Measure what the callbacks add to a training step (15 minutes on an idle core)
+	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.callbacks $(ARGS)
+
+bench-quality: $(READY)  ## Quality at equal cost: DATA=tinyshakespeare.txt ARGS="--images=cifar10-train.tar.xz" (an hour each on one core)
+	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.quality --text '$(or $(DATA),data/tinyshakespeare.txt)' $(ARGS)
 
 clean:  ## Remove the virtual environment and caches (never runs/)
 	@rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info

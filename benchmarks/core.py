@@ -51,8 +51,9 @@ def _run(output: Path, quick: bool) -> int:
         print(f"{time.perf_counter() - part_start:.0f} s", flush=True)
         write_csv(output / f"core_{name}.csv", results[name])
     origin["seconds"] = round(time.perf_counter() - start)
-    (output / "core.json").write_text(json.dumps(origin, indent=2) + "\n")
     verdict = judge(results["gradients"], results["cost"], results["memory"], quick)
+    origin["verdict"] = [r._asdict() for r in verdict]
+    (output / "core.json").write_text(json.dumps(origin, indent=2) + "\n")
     curves = (results["gradients"], results["convergence"], results["cost"], results["memory"])
     (output / "core.md").write_text(markdown(origin, *curves, verdict))
     figure.draw(output / "core.png", *curves)

@@ -25,8 +25,8 @@ TABLE = Table(
         "base": variant(6),
         "1 evaluation a stage": variant(3, f"{STEPS}=1"),
         "4 evaluations": variant(12, f"{STEPS}=4"),
-        "momentum 1/32": variant(6, "--model.solver.momentum=0.03125"),
-        "momentum 1/4": variant(6, "--model.solver.momentum=0.25"),
+        "momentum 0.03": variant(6, "--model.solver.momentum=0.03125"),
+        "momentum 0.25": variant(6, "--model.solver.momentum=0.25"),
         "paper's solver, beta 0.5": variant(6, f"{SOLVER}=reversible", f"{STEPS}=1", "--model.solver.beta=0.5"),
         "paper's solver, beta 0.8": variant(6, f"{SOLVER}=reversible", f"{STEPS}=1", "--model.solver.beta=0.8"),
         "paper's solver, beta 0.8, 4 evaluations": variant(

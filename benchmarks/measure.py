@@ -22,9 +22,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from revdeq_lightning.environment import cpu_name
+
 Row = Mapping[str, Any]
 
-MEASURED_PATHS = ("revdeq_lightning/equilibrium", "benchmarks/*.py", "tests/helpers/blocks.py")
+MEASURED_PATHS = (
+    "revdeq_lightning/equilibrium",
+    "revdeq_lightning/models",
+    "benchmarks/*.py",
+    "tests/helpers/blocks.py",
+)
 """What a result depends on; changes elsewhere do not make it doubtful."""
 
 
@@ -162,7 +169,7 @@ def provenance(command: str) -> dict[str, Any]:
         "command": command,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "hardware": {
-            "cpu": _cpu_name(),
+            "cpu": cpu_name(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "load_average": round(os.getloadavg()[0], 2),
@@ -171,14 +178,6 @@ def provenance(command: str) -> dict[str, Any]:
         "commit": _git("rev-parse", "HEAD") or "unknown",
         "uncommitted_changes": bool(_git("status", "--porcelain", "--", *MEASURED_PATHS)),
     }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _git(*arguments: str) -> str:

@@ -18,9 +18,17 @@ def reversible_loop(
     """The paper's iteration; autograd through it is back-propagation through time (BPTT). 2 evaluations of f a step."""
     y = z = z0.to(state_dtype)
     for _ in range(num_steps):
-        y = (1 - beta) * y + beta * f(z.to(z0.dtype), x).to(state_dtype)
-        z = (1 - beta) * z + beta * f(y.to(z0.dtype), x).to(state_dtype)
+        y, z = reversible_step_pair(f, y, z, x, beta=beta, dtype=z0.dtype)
     return z.to(z0.dtype)
+
+
+def reversible_step_pair(
+    f: Map, y: Tensor, z: Tensor, x: Tensor, *, beta: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """One step of the paper's iteration, f in `dtype`."""
+    y = (1 - beta) * y + beta * f(z.to(dtype), x).to(y.dtype)
+    z = (1 - beta) * z + beta * f(y.to(dtype), x).to(z.dtype)
+    return y, z
 
 
 def momentum_loop(

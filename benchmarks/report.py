@@ -17,14 +17,9 @@ def markdown(
     verdict: Sequence[Requirement],
 ) -> str:
     """The whole page."""
-    hardware, versions = provenance["hardware"], provenance["versions"]
-    changes = " with uncommitted changes" if provenance["uncommitted_changes"] else ""
     sections = [
         "# The core, measured",
-        f"`{provenance['command']}`, {provenance['date']}, {provenance['seconds']} s on {hardware['cpu']},"
-        f" {hardware['cores']} cores, {hardware['threads']} thread(s), load {hardware['load_average']} at the start;"
-        f" Python {versions['python']}, torch {versions['torch']}; commit {provenance['commit']}{changes}."
-        " Written by the program; what it means is in [the README](../README.md).",
+        origin(provenance) + " Written by the program; what it means is in [the README](../README.md).",
         "![At a glance](core.png)",
         "## Verdict",
         table(VERDICT_HEADER, verdict_lines(verdict)),
@@ -42,6 +37,18 @@ def markdown(
         _memory_table(memory),
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def origin(provenance: dict[str, Any]) -> str:
+    """Where, when and how something was measured, in a sentence."""
+    hardware = provenance["hardware"]
+    changes = " with uncommitted changes" if provenance["uncommitted_changes"] else ""
+    versions = ", ".join(f"{name} {version}" for name, version in provenance["versions"].items())
+    return (
+        f"`{provenance['command']}`, {provenance['date']}, {provenance['seconds']} s on {hardware['cpu']},"
+        f" {hardware['cores']} cores, {hardware['threads']} thread(s), load {hardware['load_average']} at the start;"
+        f" {versions}; commit {provenance['commit']}{changes}."
+    )
 
 
 def verdict_lines(verdict: Sequence[Requirement]) -> list[tuple[str, str, str, str]]:

@@ -37,11 +37,11 @@ def _gradient(rows: Rows) -> list[Requirement]:
     exact = [row for row in rows if row["arithmetic"] == "exact"]
     verdicts = []
     for dtype, limit in (("float32", 1e-5), ("float64", 1e-8)):
-        worst = _largest([row["error"] for row in exact if row["compute_dtype"] == dtype])
-        verdicts.append(_at_most(f"gradient error, exact, {dtype} f, largest", worst, limit, "{:.1e}"))
+        worst = largest([row["error"] for row in exact if row["compute_dtype"] == dtype])
+        verdicts.append(at_most(f"gradient error, exact, {dtype} f, largest", worst, limit, "{:.1e}"))
     autocast = [row for row in exact if row["compute_dtype"] == "bfloat16"]
-    ratio = _largest([row["error"] / row["bptt_error"] for row in autocast])
-    verdicts.append(_at_most("bfloat16 autocast: error over BPTT's, largest", ratio, 1.5, "{:.3f}"))
+    ratio = largest([row["error"] / row["bptt_error"] for row in autocast])
+    verdicts.append(at_most("bfloat16 autocast: error over BPTT's, largest", ratio, 1.5, "{:.3f}"))
     mismatch = max(row["reconstruction_mismatch"] for row in exact)
     verdicts.append(Requirement("reconstruction mismatch, exact, largest", "0", str(mismatch), mismatch == 0))
     return verdicts
@@ -56,8 +56,8 @@ def _cost(rows: Rows, quick: bool) -> list[Requirement]:
             continue
         where = f"{row['competitor']}, d {row['dim']}"
         cost, over = row["over bare median"], row["over stored BPTT median"]
-        verdicts.append(_at_most(f"time over bare evaluations, {where}", cost, MAX_COST, "{:.3f}", not quick))
-        verdicts.append(_at_most(f"time over stored BPTT, {where}", over, MAX_OVER_BPTT, "{:.3f}", not quick))
+        verdicts.append(at_most(f"time over bare evaluations, {where}", cost, MAX_COST, "{:.3f}", not quick))
+        verdicts.append(at_most(f"time over stored BPTT, {where}", over, MAX_OVER_BPTT, "{:.3f}", not quick))
     return verdicts
 
 
@@ -72,7 +72,7 @@ def _memory(rows: Rows, quick: bool) -> list[Requirement]:
         for kind in ("tensor", "process"):
             ratio = max(r[f"{kind}_ratio"] for r in free)
             judged = not quick or kind == "tensor"
-            verdicts.append(_at_most(f"{kind} peak over N = {BASE_STEPS}, {where}", ratio, MAX_RATIO, "{:.4f}", judged))
+            verdicts.append(at_most(f"{kind} peak over N = {BASE_STEPS}, {where}", ratio, MAX_RATIO, "{:.4f}", judged))
         deep = [r for r in curve if r["steps"] > promise.free_steps]
         if deep:
             verdicts.append(_growth(promise, max(r["growth_bits"] for r in deep)))
@@ -81,14 +81,15 @@ def _memory(rows: Rows, quick: bool) -> list[Requirement]:
 
 def _growth(promise: Promise, bits: float) -> Requirement:
     name = f"growth beyond, bits an element and evaluation, {promise.member.label}"
-    return _at_most(name, bits, MAX_BITS_RATIO * promise.bits, "{:.2f}")
+    return at_most(name, bits, MAX_BITS_RATIO * promise.bits, "{:.2f}")
 
 
-def _at_most(name: str, measured: float, limit: float, style: str, is_judged: bool = True) -> Requirement:
+def at_most(name: str, measured: float, limit: float, style: str, is_judged: bool = True) -> Requirement:
+    """The requirement `measured <= limit`."""
     required = f"<= {limit:.0e}" if limit < 1e-3 else f"<= {limit:.4g}"
     return Requirement(name, required, style.format(measured), measured <= limit, is_judged)
 
 
-def _largest(values: Sequence[float]) -> float:
+def largest(values: Sequence[float]) -> float:
     """The maximum; infinite if one of them is not finite."""
     return max(v if isfinite(v) else float("inf") for v in values)

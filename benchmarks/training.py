@@ -86,7 +86,6 @@ def train(table: Table, name: str, seed: int, arguments: argparse.Namespace) -> 
     with (folder / "run" / "metrics.csv").open() as file:
         values = [float(row[table.metric]) for row in csv.DictReader(file) if row.get(table.metric)]
     told = " ".join(["python -m revdeq_lightning", *shown]).replace(str(arguments.data), arguments.data.name)
-    facts = provenance(told)
     return {
         "variant": name,
         "seed": seed,
@@ -94,6 +93,14 @@ def train(table: Table, name: str, seed: int, arguments: argparse.Namespace) -> 
         "parameters": num_parameters(folder / "run" / "checkpoints" / "last.ckpt"),
         table.column: f"{values[-1]:.4f}",
         "minutes": f"{minutes:.1f}",
+        **facts_of(told),
+    }
+
+
+def facts_of(command: str) -> dict[str, Any]:
+    """Where and from what a row was made: `FACTS` without the minutes."""
+    facts = provenance(command)
+    return {
         "cpu": facts["hardware"]["cpu"],
         "torch": facts["versions"]["torch"],
         **{key: facts[key] for key in ("date", "commit", "uncommitted_changes", "command")},

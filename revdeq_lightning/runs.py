@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from revdeq_lightning.checkpoints import Found
 
 CHECKPOINTS, CONFIG, METRICS, CURVES = "checkpoints", "config.yaml", "metrics.csv", "curves.png"
+ENVIRONMENT = "environment.json"
 BEST, LAST = "best.ckpt", "last.ckpt"
 
 
@@ -24,6 +25,11 @@ class RunConfig:
         version: Names one run of this name; null: date and time.
         wandb: Log to Weights & Biases too: off, online (needs a key), offline, or auto: online if there is a key.
         wandb_project: Project there.
+        wandb_group: What the runs of one sweep share there; null: the environment's WANDB_RUN_GROUP, or the SLURM job
+            array.
+        wandb_checkpoints: Send the checkpoints there too, at the end of training, as artifacts.
+        tensorboard: Log to TensorBoard too, into the folder tensorboard in the run's.
+        depth_sweep: With each test, evaluate with other numbers of solver steps too, from 1 to four times as many.
         test: After training, evaluate the best checkpoint on the test split.
         keep_last: How many checkpoints to keep to go on from: `last.ckpt` and, before it, `step-N.ckpt`.
         checkpoint_every_n_steps: Write one after so many optimizer steps; null: after validations and by time only.
@@ -36,6 +42,10 @@ class RunConfig:
     version: str | None = None
     wandb: Literal["off", "auto", "online", "offline"] = "off"
     wandb_project: str = "revdeq"
+    wandb_group: str | None = None
+    wandb_checkpoints: bool = False
+    tensorboard: bool = False
+    depth_sweep: bool = True
     test: bool = True
     keep_last: int = 2
     checkpoint_every_n_steps: int | None = None
@@ -63,7 +73,7 @@ class LanguageRunConfig(RunConfig):
     """A run of a language model.
 
     Attributes:
-        sample_tokens: Length of the sample at the end; 0 for none.
+        sample_tokens: Length of the samples at validations and at the end; 0 for none.
         sample_prompt: What the sample continues.
         sample_temperature: Of the sample.
     """
@@ -78,14 +88,9 @@ class LanguageRunConfig(RunConfig):
 
 @dataclass
 class ImageRunConfig(RunConfig):
-    """A run of an image classifier.
-
-    Attributes:
-        depth_sweep: With each test, evaluate with other numbers of solver steps too, from 1 to four times as many.
-    """
+    """A run of an image classifier."""
 
     folder: str = "runs/image"
-    depth_sweep: bool = True
 
     task: ClassVar[tuple[str, ...]] = ("image",)
     usage: ClassVar[tuple[str, ...]] = ("Predict", "predict", "--images", "FOLDER")

@@ -117,8 +117,15 @@ def draw_matrix(counts: Any, names: list[str], path: Path) -> None:
     canvas.savefig(path, dpi=120)
 
 
-def draw_sheet(entries: list[Any], names: list[str], mean: list[float], std: list[float], path: Path) -> None:
-    """Images with their true class, the prediction and its probability."""
+def draw_sheet(
+    entries: list[Any],
+    names: list[str],
+    mean: list[float],
+    std: list[float],
+    path: Path,
+    title: str = "wrongly classified: true class, predicted class and its probability",
+) -> None:
+    """Images with their true class, the prediction and its probability; what is wrong stands in bold."""
     from matplotlib.figure import Figure
 
     columns = 8
@@ -129,10 +136,12 @@ def draw_sheet(entries: list[Any], names: list[str], mean: list[float], std: lis
     for axis, (confidence, _, image_CHW, label, prediction) in zip(axes, entries, strict=False):
         pixels = (image_CHW * scale + shift).clamp(0, 1).permute(1, 2, 0).numpy()
         axis.imshow(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels, cmap="gray")
-        axis.set_title(f"{names[label]}\n{names[prediction]} {confidence:.0%}", fontsize="x-small")
+        weight = "normal" if label == prediction else "bold"
+        text = f"{names[label]}\n{names[prediction]} {confidence:.0%}"
+        axis.set_title(text, fontsize="x-small", fontweight=weight)
     for axis in axes:
         axis.set_axis_off()
     for axis in canvas.axes:
         axis.set_axis_off()
-    canvas.suptitle("wrongly classified: true class, predicted class and its probability", fontsize="small")
+    canvas.suptitle(title, fontsize="small")
     canvas.savefig(path, dpi=120)

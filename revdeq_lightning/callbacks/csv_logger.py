@@ -8,13 +8,15 @@ from typing import Any
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
-from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only
 
 from revdeq_lightning.checkpoints import remove_leftovers
 
 
 class ContinuedCSVLogger(CSVLogger):
     """Writes `FOLDER/metrics.csv` at every logging step; a file that is there already is continued, not deleted.
+
+    A write that fails, on a full disk for instance, leaves the file as it was; its rows are written with the next ones.
 
     Args:
         folder: Folder of the run.
@@ -51,52 +53,55 @@ class ContinuedCSVLogger(CSVLogger):
 
 
 class _ContinuedWriter(ExperimentWriter):
-    """Appends whole lines; whatever is rewritten is written beside and renamed, so that a kill loses no line."""
-
-    def save(self) -> None:
-        """Append; what cannot be written (a full disk) is told, and written the next time."""
-        path = Path(self.metrics_file_path)
-        size = path.stat().st_size if path.is_file() else None
-        try:
-            super().save()
-        except OSError as error:
-            if size is not None and path.stat().st_size > size:
-                os.truncate(path, size)
-            rank_zero_warn(
-                f"{path} could not be written: {error.strerror or error}; its rows are kept for the next time"
-            )
+    def __init__(self, log_dir: str) -> None:
+        super().__init__(log_dir)
+        self.path = Path(self.metrics_file_path)
+        if self.path.is_file():
+            with self.path.open(newline="") as file:
+                self.metrics_keys = next(csv.reader(file), [])
 
     def rewind(self, step: int) -> None:
-        path = Path(self.metrics_file_path)
-        remove_leftovers(path.parent)
-        if path.is_file():
-            with path.open(newline="") as file:
-                whole_lines = [line for line in file if line.endswith("\n")]  # a kill may have cut the last one short
-            rows = list(csv.DictReader(whole_lines))
-            self.metrics_keys = list(rows[0]) if rows else []
-            self._rewrite([row for row in rows if int(row["step"]) < step])
+        remove_leftovers(self.path.parent)
+        if self.path.is_file():
+            rows = [row for row in self._rows() if int(row["step"]) < step]
+            self._write_anew([key for key in self.metrics_keys if any(row[key] for row in rows)], rows)
+
+    def save(self) -> None:
+        if not self.metrics:
+            return
+        keys = sorted(set(self.metrics_keys).union(*self.metrics))
+        if keys != self.metrics_keys or not self.path.is_file():
+            self._write_anew(keys, [*self._rows(), *self.metrics])
+        else:
+            self._append()
+        self.metrics = []
+
+    def _append(self) -> None:
+        size = self.path.stat().st_size
+        try:
+            with self.path.open("a", newline="") as file:
+                csv.DictWriter(file, self.metrics_keys).writerows(self.metrics)
+        except OSError:
+            os.truncate(self.path, size)  # no half of a row
+            raise
+
+    def _write_anew(self, keys: list[str], rows: list[dict[str, Any]]) -> None:
+        beside = self.path.with_name(f".{self.path.name}.part")
+        try:
+            with beside.open("w", newline="") as file:
+                writer = csv.DictWriter(file, keys)
+                writer.writeheader()
+                writer.writerows([{key: row[key] for key in keys if key in row} for row in rows])
+            beside.replace(self.path)
+        finally:
+            beside.unlink(missing_ok=True)
+        self.metrics_keys = keys
+
+    def _rows(self) -> list[dict[str, Any]]:
+        if not self.path.is_file():
+            return []
+        with self.path.open(newline="") as file:
+            return list(csv.DictReader(line for line in file if line.endswith("\n")))  # a kill may have cut the last
 
     def _check_log_dir_exists(self) -> None:
         """The base class would delete the file."""
-
-    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
-        """The base class would write over the file."""
-        with Path(self.metrics_file_path).open(newline="") as file:
-            self._rewrite(list(csv.DictReader(file)))
-
-    def _rewrite(self, rows: list[dict[str, str]]) -> None:
-        path = Path(self.metrics_file_path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-        try:
-            with temporary.open("w", newline="") as file:
-                if self.metrics_keys:
-                    writer = csv.DictWriter(file, fieldnames=self.metrics_keys)
-                    writer.writeheader()
-                    writer.writerows(rows)
-            if rows:
-                temporary.replace(path)
-            else:
-                path.unlink()
-                self.metrics_keys = []
-        finally:
-            temporary.unlink(missing_ok=True)

@@ -2,7 +2,8 @@
 
 import csv
 import dataclasses
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,87 +12,173 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from revdeq_lightning.callbacks.training_step import equilibria
+from revdeq_lightning.callbacks.endurance import Survives
+from revdeq_lightning.callbacks.media import log_curves, log_picture, log_table, step_of
+from revdeq_lightning.callbacks.random_state import untouched_random_state
+from revdeq_lightning.callbacks.step_rows import append_rows, rewind_rows
+from revdeq_lightning.callbacks.training_step import equilibria, run_folder
+
+Sums = Callable[[LightningModule, Any], dict[str, Tensor]]
+Rows = list[dict[str, Any]]
+TEST, VALIDATION = "depth_sweep.csv", "depth_sweep_validation.csv"
+PICTURE = "depth_sweep/test_picture"
+NUM_SHOWN = 8
+"""Newest sweeps in one table and one chart; the file has all."""
 
 
 class DepthSweep(Callback):
-    """Evaluates each batch of a test with 1, 2, 4, ... solver steps too, up to four times as many as the model makes.
+    """Evaluates with 1, 2, 4, ... solver steps too, up to four times as many as the model makes.
 
-    A validation outside training (`trainer.validate`) counts as a test.
+    * A test, and a validation outside training (`trainer.validate`): every batch. Writes `depth_sweep.csv` (`steps`,
+      `forward_nfe`: evaluations of f, and the means of what is summed) and `depth_sweep.png`, and prints the table.
+    * Every n-th validation within training: the first batches, so that its cost is bounded. Appends to
+      `depth_sweep_validation.csv` (`step`, then as above).
 
-    A model with several equilibria makes the same fraction of its steps in each, at least one. Writes `depth_sweep.csv`
-    (evaluations of f and the means of what the task sums) and `depth_sweep.png`, and prints the table. Logs no keys.
+    Both go to W&B and TensorBoard as a table, `depth_sweep/val` or `depth_sweep/test`, and W&B draws each figure in it
+    as curves, `depth_sweep/val_loss` ... It logs no numbers.
 
-    Assumes that the task has `evaluation_sums(batch) -> dict`, sums over the batch with their divisor as "count", and
-    leaves the random state, the weights and the solvers as they were. A model without solver is left alone.
+    A model with several equilibria makes the same fraction of its steps in each, at least one. Weights, solvers and
+    random numbers are afterwards as they were. A model without solver is left alone.
+
+    Assumes that the module has `evaluation_sums(batch) -> dict`, sums over the batch with their divisor as "count".
 
     Args:
-        folder: Where to write.
+        folder: Where to write; None: the run's.
+        every_n_validations: Within training, validations from one sweep to the next; 0 for none.
+        num_batches: Batches of each of these sweeps, of every process.
+        at_test: Whether to sweep in tests and in validations outside training.
+        sums: `(module, batch) -> dict`; None: the module's own.
+
+    Raises:
+        ValueError: If a setting is out of its range, or nobody gives the sums (when it begins).
 
     Example:
         `Trainer(callbacks=[DepthSweep("runs/mine")]).test(task, data)`
     """
 
-    def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        self.sums: dict[int, dict[str, Tensor]] = {}
+    def __init__(
+        self,
+        folder: str | Path | None = None,
+        *,
+        every_n_validations: int = 0,
+        num_batches: int = 1,
+        at_test: bool = True,
+        sums: Sums | None = None,
+    ) -> None:
+        for name, value, least in (("every_n_validations", every_n_validations, 0), ("num_batches", num_batches, 1)):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        self.folder, self.every_n_validations, self.num_batches = folder, every_n_validations, num_batches
+        self.at_test, self.sums = at_test, sums
+        self.num_validations = 0
+        self._totals: dict[int, dict[str, Tensor]] = {}
+        self._sweeps: deque[tuple[int, Rows]] = deque(maxlen=NUM_SHOWN)
+        self._path = Path()
+        self._survives = Survives("DepthSweep")
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse a module that has no sums; find the folder."""
+        if self.sums is None and equilibria(pl_module) and not hasattr(pl_module, "evaluation_sums"):
+            raise ValueError(
+                f"DepthSweep needs what to evaluate: {type(pl_module).__name__} has no evaluation_sums(batch); give"
+                " sums=function(module, batch)"
+            )
+        self._path = run_folder(trainer, self.folder)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Drop what an interrupted run wrote after its checkpoint."""
+        if trainer.is_global_zero:
+            with self._survives:
+                rewind_rows(self._path / VALIDATION, trainer.global_step)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin with empty sums."""
-        self.sums = {steps: {} for steps in depths(most_steps(pl_module))}
+        self._totals = {steps: {} for steps in depths(most_steps(pl_module))} if self.at_test else {}
 
-    @torch.no_grad()
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Evaluate the batch at each depth."""
-        for steps, sums in self.sums.items():
-            with solver_steps(pl_module, steps), trainer.precision_plugin.test_step_context():
-                for key, value in pl_module.evaluation_sums(batch).items():
-                    sums[key] = sums.get(key, 0) + value.double()
+        self._evaluate(trainer, pl_module, batch)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write table and figure."""
+        if rows := self._rows(trainer, pl_module):
+            trained = most_steps(pl_module)
+            _print(rows, trained)
+            with self._survives:
+                write(rows, trained, self._path)
+                log_picture(trainer, PICTURE, self._path / "depth_sweep.png", "test", boards_only=True)
+            self._log(trainer, "test", [(step_of(trainer), rows)])
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin, outside training."""
-        self.sums = {}
+        """Begin, if it is its turn."""
+        self._totals = {}
         if trainer.state.fn == "validate":
             self.on_test_start(trainer, pl_module)
+        elif self.every_n_validations and not trainer.sanity_checking:
+            self.num_validations += 1
+            if self.num_validations % self.every_n_validations == 0:
+                self._totals = {steps: {} for steps in depths(most_steps(pl_module))}
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Evaluate, outside training."""
-        self.on_test_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        """Evaluate the batch at each depth; within training the first ones."""
+        if trainer.state.fn == "validate" or (batch_idx < self.num_batches and dataloader_idx == 0):
+            self._evaluate(trainer, pl_module, batch)
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write, outside training."""
-        self.on_test_end(trainer, pl_module)
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write."""
+        if trainer.state.fn == "validate":
+            self.on_test_end(trainer, pl_module)
+        elif rows := self._rows(trainer, pl_module):
+            step = step_of(trainer)
+            self._sweeps.append((step, rows))
+            with self._survives:
+                append_rows(self._path / VALIDATION, [{"step": step} | row for row in rows])
+            self._log(trainer, "val", self._sweeps)
 
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write table and figure."""
-        if not self.sums:
-            return
+    def state_dict(self) -> dict[str, int]:
+        """Validations so far, for the checkpoint."""
+        return {"num_validations": self.num_validations}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on counting."""
+        self.num_validations = state_dict["num_validations"]
+
+    @torch.no_grad()
+    def _evaluate(self, trainer: Trainer, pl_module: Any, batch: Any) -> None:
+        with untouched_random_state():
+            for steps, totals in self._totals.items():
+                with solver_steps(pl_module, steps), trainer.precision_plugin.val_step_context():
+                    found = self.sums(pl_module, batch) if self.sums else pl_module.evaluation_sums(batch)
+                for key, value in found.items():
+                    totals[key] = totals.get(key, 0) + value.double()
+
+    def _rows(self, trainer: Trainer, pl_module: LightningModule) -> Rows:
+        """The means over all processes, which must all ask; none on the others."""
         rows = []
-        for steps, sums in self.sums.items():
+        for steps, sums in self._totals.items():
             totals = {key: trainer.strategy.reduce(value, reduce_op="sum") for key, value in sums.items()}
             count = totals.pop("count")
             with solver_steps(pl_module, steps):
-                nfe = evaluations(pl_module)
-            rows.append(
-                {"steps": steps, "forward_nfe": nfe} | {key: float(value / count) for key, value in totals.items()}
-            )
-        if trainer.is_global_zero:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with (self.folder / "depth_sweep.csv").open("w", newline="") as file:
-                writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(rows)
-            trained = most_steps(pl_module)
-            draw(rows, trained, self.folder / "depth_sweep.png")
-            print("\nWith other numbers of solver steps than in training:")
-            for row in rows:
-                figures = "  ".join(f"{key} {row[key]:.4f}" for key in list(row)[2:])
-                mark = "  (as trained)" if row["steps"] == trained else ""
-                print(f"  {row['steps']:>4} steps, {row['forward_nfe']:>4} evaluations: {figures}{mark}")
+                row: dict[str, Any] = {"steps": steps, "forward_nfe": evaluations(pl_module)}
+            rows.append(row | {key: float(value / count) for key, value in totals.items()})
+        self._totals = {}
+        return rows if trainer.is_global_zero else []
+
+    def _log(self, trainer: Trainer, split: str, sweeps: Iterable[tuple[int, Rows]]) -> None:
+        """A table of the sweeps, and a chart of each figure with a curve for each sweep."""
+        lines = [{"step": step} | row for step, rows in sweeps for row in rows]
+        log_table(trainer, f"depth_sweep/{split}", list(lines[0]), [list(line.values()) for line in lines])
+        for figure in list(lines[0])[3:]:
+            curves = {
+                f"step {step + 1}": ([row["forward_nfe"] for row in rows], [row[figure] for row in rows])
+                for step, rows in sweeps
+            }
+            title = f"{split}: {figure} by evaluations of f"
+            log_curves(trainer, f"depth_sweep/{split}_{figure}", title, "evaluations of f", curves)
 
 
 def most_steps(module: nn.Module) -> int:
@@ -126,7 +213,17 @@ def solver_steps(module: nn.Module, steps: int) -> Iterator[None]:
             layer.solver = solver
 
 
-def draw(rows: list[dict[str, Any]], trained: int, path: Path) -> None:
+def write(rows: Rows, trained: int, folder: Path) -> None:
+    """Table and figure."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / TEST).open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    draw(rows, trained, folder / "depth_sweep.png")
+
+
+def draw(rows: Rows, trained: int, path: Path) -> None:
     """One panel for each figure over the evaluations of f."""
     from matplotlib.figure import Figure
 
@@ -140,3 +237,11 @@ def draw(rows: list[dict[str, Any]], trained: int, path: Path) -> None:
         axis.set_xscale("log", base=2)
         axis.grid(alpha=0.3)
     canvas.savefig(path, dpi=120)
+
+
+def _print(rows: Rows, trained: int) -> None:
+    print("\nWith other numbers of solver steps than in training:")
+    for row in rows:
+        figures = "  ".join(f"{key} {row[key]:.4f}" for key in list(row)[2:])
+        mark = "  (as trained)" if row["steps"] == trained else ""
+        print(f"  {row['steps']:>4} steps, {row['forward_nfe']:>4} evaluations: {figures}{mark}")

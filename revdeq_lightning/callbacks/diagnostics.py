@@ -1,5 +1,6 @@
 """The callbacks that watch equilibria and cost, from one dataclass."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,6 +11,7 @@ from revdeq_lightning.callbacks.cost import Cost
 from revdeq_lightning.callbacks.function_evaluations import FunctionEvaluations
 from revdeq_lightning.callbacks.gradient_error import GradientError
 from revdeq_lightning.callbacks.reconstruction_certificate import ReconstructionCertificate
+from revdeq_lightning.callbacks.residual_curve import ResidualCurve
 
 
 @dataclass
@@ -24,6 +26,11 @@ class DiagnosticsConfig:
         gradient_error_num_samples: Samples of each of these comparisons.
         gradient_error_float64: Whether their references are computed in float64.
         contraction_every_n_steps: Optimizer steps between two estimates of the spectral radius of df/dz; 0 for none.
+        residual_curve_every_n_steps: Optimizer steps between two curves of the residual along the iteration; 0:
+            none.
+        depth_sweep_every_n_validations: Validations between two sweeps over the solver's steps; 0 for none.
+        depth_sweep_num_batches: Batches of each of these sweeps, which cost about eight times their evaluation.
+        samples_every_n_validations: Validations between two samples, text or a sheet of images; 0 for none.
         peak_flops: Peak of one device in operations a second, for model FLOP utilization; null: from a table of GPUs.
     """
 
@@ -32,6 +39,10 @@ class DiagnosticsConfig:
     gradient_error_num_samples: int = 2
     gradient_error_float64: bool = False
     contraction_every_n_steps: int = 0
+    residual_curve_every_n_steps: int = 100
+    depth_sweep_every_n_validations: int = 1
+    depth_sweep_num_batches: int = 1
+    samples_every_n_validations: int = 1
     peak_flops: float | None = None
 
     def callbacks(self, has_equilibrium: bool = True) -> list[Callback]:
@@ -48,12 +59,14 @@ class DiagnosticsConfig:
             FunctionEvaluations(),
             ReconstructionCertificate(self.certificate),
         ]
+        for field in dataclasses.fields(self):
+            if "_every_n_" in field.name and getattr(self, field.name) < 0:
+                raise ValueError(f"{field.name} must not be negative, got {getattr(self, field.name)}")
         for name in ("gradient_error_every_n_steps", "contraction_every_n_steps"):
-            every_n_steps = getattr(self, name)
-            if every_n_steps < 0:
-                raise ValueError(f"{name} must not be negative, got {every_n_steps}")
-            if every_n_steps and not has_equilibrium:
-                raise ValueError(f"{name} needs a model with an equilibrium, got {every_n_steps}: set it to 0")
+            if getattr(self, name) and not has_equilibrium:
+                raise ValueError(f"{name} needs a model with an equilibrium, got {getattr(self, name)}: set it to 0")
+        if self.residual_curve_every_n_steps and has_equilibrium:
+            callbacks.append(ResidualCurve(self.residual_curve_every_n_steps))
         if self.gradient_error_every_n_steps:
             settings = {"num_samples": self.gradient_error_num_samples, "float64": self.gradient_error_float64}
             callbacks.append(GradientError(self.gradient_error_every_n_steps, **settings))  # type: ignore[arg-type]

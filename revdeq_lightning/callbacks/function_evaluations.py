@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from torch import Tensor
 
+from revdeq_lightning.callbacks.media import log_histogram
 from revdeq_lightning.callbacks.training_step import StepStatistics, is_logging_step, solvers_of
 from revdeq_lightning.equilibrium import AbstractSolver, SolverStats
 
@@ -29,6 +29,8 @@ class FunctionEvaluations(Callback):
     * `fraction_converged`: samples that meet the tolerance, if there is one.
     * `sample_nfe_mean`, `sample_nfe_median`, `sample_nfe_max`: forward evaluations until a sample met the tolerance, of
       all batches since the last logging step; `sample_nfe` is their histogram, on W&B and TensorBoard.
+
+    The residual along the iteration is kept by `ResidualCurve`.
 
     A model with several equilibria logs all but the sums for each of them too: `1/forward_nfe`, `2/forward_nfe` ...;
     and `sample_nfe...` for each only. What an adjoint or a solver does not have is not logged.
@@ -121,16 +123,8 @@ def _total(values: list[Any]) -> Any:
 
 
 def _log_histogram(trainer: Trainer, key: str, counts_on_device: Tensor, per_step: int) -> dict[str, float]:
-    """Hand the histogram to the loggers that take one; its figures, for all."""
+    """Hand the histogram to the loggers that show one; its figures, for all."""
     counts = counts_on_device.cpu().numpy()
     nfe = np.repeat(np.arange(len(counts)) * per_step, counts)
-    edges = (np.arange(len(counts) + 1) - 0.5) * per_step
-    for logger in trainer.loggers if trainer.is_global_zero else []:
-        if isinstance(logger, WandbLogger):
-            import wandb
-
-            histogram: Any = wandb.Histogram(np_histogram=(counts, edges))
-            logger.log_metrics({f"equilibrium/{key}": histogram}, step=trainer.global_step - 1)
-        elif isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_histogram(f"equilibrium/{key}", nfe, trainer.global_step - 1, bins=edges)
+    log_histogram(trainer, f"equilibrium/{key}", counts, (np.arange(len(counts) + 1) - 0.5) * per_step)
     return {f"{key}_mean": nfe.mean(), f"{key}_median": np.median(nfe), f"{key}_max": nfe.max()}

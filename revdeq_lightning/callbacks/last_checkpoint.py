@@ -1,5 +1,6 @@
 """`last.ckpt`: always there, also after Ctrl-C, and always at a moment from which the run can be resumed exactly."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -181,11 +182,12 @@ class LastCheckpoint(Checkpoint):
             shutil.rmtree(kept, ignore_errors=True)
             self.path.rename(kept)  # a folder of shards is written file by file: never over the one before
             return
-        try:
-            kept.unlink(missing_ok=True)
-            os.link(self.path, kept)
-        except OSError:
-            self.path.replace(kept)  # no links there; until the new one is whole this one is the newest
+        with contextlib.suppress(OSError):  # where nothing can be written the save after this one says so
+            try:
+                kept.unlink(missing_ok=True)
+                os.link(self.path, kept)
+            except OSError:
+                self.path.replace(kept)  # no links there; until the new one is whole this one is the newest
 
     def _prune(self) -> None:
         """Keep the newest; those of later steps belong to a branch of the run that was left."""

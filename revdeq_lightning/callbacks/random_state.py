@@ -1,6 +1,8 @@
 """The random states of every process in the checkpoint: a resumed run draws what the whole run would have drawn."""
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -67,3 +69,13 @@ def set_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"].cpu())
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"].cpu())
+
+
+@contextmanager
+def untouched_random_state() -> Iterator[None]:
+    """Whatever is drawn within, the global generators are afterwards where they were."""
+    state = random_state()
+    try:
+        yield
+    finally:
+        set_random_state(state)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -37,6 +38,11 @@ def log_now(trainer: Trainer, values: Mapping[str, float]) -> None:
     for logger in trainer.loggers:
         logger.log_metrics(dict(values), step=trainer.global_step - 1)
         logger.save()
+
+
+def run_folder(trainer: Trainer, folder: str | Path | None) -> Path:
+    """The folder that was given, or the run's; all processes must ask, for it is the first one's."""
+    return Path(folder or trainer.log_dir or trainer.default_root_dir)
 
 
 def equilibria(module: nn.Module) -> list[EquilibriumLayer]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -19,7 +20,7 @@ class AbstractDataModule(LightningDataModule):
     """Loaders split over the ranks; a checkpoint holds the position of the first batch not yet trained.
 
     Needs the hyper-parameters `batch_size` and `num_workers`. Implementations say on what the order of training depends
-    (`_order_settings`).
+    (`_order_settings`), what is prepared (`_prepared`) and how a split is read once (`_evaluation_loader`).
     """
 
     _items: str
@@ -31,6 +32,26 @@ class AbstractDataModule(LightningDataModule):
         self._open_loaders: list[ResumableLoader] = []
         self._resumed: dict[str, Any] = {}
         self._shared_batch_size: int | None = None
+
+    def prepare_data(self) -> None:
+        """Download and prepare, or find that it has been done."""
+        self._prepared()
+
+    def setup(self, stage: str) -> None:
+        """Open what was prepared."""
+        self._prepared()
+
+    def val_dataloader(self) -> ResumableLoader:
+        """The whole validation split once, in order."""
+        return self._evaluation_loader("validation")
+
+    def test_dataloader(self) -> ResumableLoader:
+        """The whole test split once, in order."""
+        return self._evaluation_loader("test")
+
+    def predict_dataloader(self) -> ResumableLoader:
+        """The whole test split once, in order."""
+        return self._evaluation_loader("test")
 
     def state_dict(self) -> dict[str, Any]:
         """Position of the first batch not yet trained, and what the order depends on; plain containers."""
@@ -63,9 +84,17 @@ class AbstractDataModule(LightningDataModule):
         # Lightning's own would run through every batch of a loader that is not a DataLoader.
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.hparams.items())})"
 
+    @abstractmethod
+    def _prepared(self) -> Any:
+        """The data: prepared at the first call, found at later ones."""
+
+    @abstractmethod
+    def _evaluation_loader(self, split: str) -> ResumableLoader:
+        """All of a split once, in order."""
+
+    @abstractmethod
     def _order_settings(self) -> dict[str, Any]:
         """What the order of training depends on besides the global batch size; plain containers."""
-        raise NotImplementedError
 
     def _training_loader(
         self, dataset: Dataset[Any], num_items: int, order: Callable[[int], NDArray[np.int64]]

@@ -200,31 +200,11 @@ class ImageDataModule(AbstractDataModule):
             "class_names": list(data.class_names),
         }
 
-    def prepare_data(self) -> None:
-        """Download, decode and store, or find that it has been done."""
-        self._prepared()
-
-    def setup(self, stage: str) -> None:
-        """Open the images."""
-        self._prepared()
-
     def train_dataloader(self) -> ResumableLoader:
         """Shuffled; only whole batches."""
         dataset = self._dataset("train")
         order = partial(_training_order, len(dataset), self.hparams["seed"])
         return self._training_loader(dataset, len(dataset), order)
-
-    def val_dataloader(self) -> ResumableLoader:
-        """Every validation image once, in order."""
-        return self._evaluation_loader("validation")
-
-    def test_dataloader(self) -> ResumableLoader:
-        """Every test image once, in order."""
-        return self._evaluation_loader("test")
-
-    def predict_dataloader(self) -> ResumableLoader:
-        """Every test image once, in order."""
-        return self.test_dataloader()
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Augment (training only) and normalize, on the device."""

@@ -145,10 +145,6 @@ class TextDataModule(AbstractDataModule):
         self._tokens(split, at_least=2)
         return SplitStatistics(**self._prepared().metadata["statistics"][split])
 
-    def prepare_data(self) -> None:
-        """Tokenize the text, or find that it has been done."""
-        self._prepared()
-
     def setup(self, stage: str) -> None:
         """Open the tokens; fail before training, not at its first evaluation, where the text is too short."""
         self._tokens("train", at_least=self.hparams["context_length"] + 1)
@@ -162,18 +158,6 @@ class TextDataModule(AbstractDataModule):
         sizes = {"num_tokens": len(tokens), "context_length": context_length}
         order = partial(window_starts, **sizes, seed=self.hparams["seed"], order=self.hparams["window_order"])
         return self._training_loader(TokenWindows(tokens, context_length), count_windows(**sizes), order)
-
-    def val_dataloader(self) -> ResumableLoader:
-        """Every window of the validation text once."""
-        return self._evaluation_loader("validation")
-
-    def test_dataloader(self) -> ResumableLoader:
-        """Every window of the test text once."""
-        return self._evaluation_loader("test")
-
-    def predict_dataloader(self) -> ResumableLoader:
-        """Every window of the test text once, in order."""
-        return self.test_dataloader()
 
     def state_dict(self) -> dict[str, Any]:
         """Position of the first batch not yet trained, and what the order depends on; plain containers."""

@@ -29,7 +29,9 @@ from .solvers import (
     PicardSolver,
     RelaxedSolver,
     ReversibleSolver,
+    recorded_residuals,
 )
+from .weights import normalise_weights
 
 __all__ = [
     "AbstractAdjoint",
@@ -55,6 +57,8 @@ __all__ = [
     "SolverStats",
     "gradient_error",
     "jacobian_regularisation",
+    "normalise_weights",
+    "recorded_residuals",
     "solve_fixed_point",
     "spectral_radius",
 ]

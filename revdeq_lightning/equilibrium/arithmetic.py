@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import kernels
 from .remainders import Remainders, divisor
 
 MAX_DENOMINATOR = 4096
@@ -98,10 +99,16 @@ class ExactArithmetic(AbstractArithmetic):
 
     All is exact while `max(|p|, q) * |U| < 2^52`: one bit less than float64 holds, so that the rounded quotient never
     reaches the next whole number. float64 rather than int64, because integer division does not vectorise on CPUs.
+
+    Args:
+        compiled: Whether the updates are compiled; with a tolerance, where samples stop one by one, they never are.
     """
 
     dtype = torch.float64
     scale = 2.0**32
+
+    def __init__(self, *, compiled: bool = False) -> None:
+        self.compiled = compiled
 
     def encode(self, u: Tensor) -> Tensor:
         if torch.is_grad_enabled() and u.requires_grad:
@@ -117,6 +124,10 @@ class ExactArithmetic(AbstractArithmetic):
         remainders: Remainders | None = None,
         active: Tensor | None = None,
     ) -> Tensor:
+        if self.compiled and remainders is not None and active is None:
+            word = remainders.begin_push()
+            kernels.run(kernels.advance_, previous, current, value, word, *self._coefficients(recurrence))
+            return previous
         p, q = recurrence.a.numerator, recurrence.a.denominator
         if p != 1:
             previous.mul_(p)
@@ -136,6 +147,11 @@ class ExactArithmetic(AbstractArithmetic):
         active: Tensor | None = None,
     ) -> Tensor:
         assert remainders is not None, "the exact state is invertible only with its remainders"
+        if self.compiled and active is None:
+            word = remainders.words[remainders.begin_pop()]
+            kernels.run(kernels.invert_, following, current, value, word, *self._coefficients(recurrence))
+            remainders.end_pop()
+            return following
         p, q = recurrence.a.numerator, recurrence.a.denominator
         following.sub_(self._increment(current, value, recurrence, out=remainders.scratch))
         torch.add(remainders.pop_(active), following, alpha=q, out=following)
@@ -147,6 +163,9 @@ class ExactArithmetic(AbstractArithmetic):
         if recurrence.c != 0:
             increment.add_(current, alpha=recurrence.c)
         return increment.round_()
+
+    def _coefficients(self, recurrence: Recurrence) -> tuple[int, int, float, float]:
+        return recurrence.a.numerator, recurrence.a.denominator, recurrence.c, recurrence.b * self.scale
 
     def check(self, recurrence: Recurrence, origin: str) -> None:
         if recurrence.a.denominator > MAX_DENOMINATOR:
@@ -219,6 +238,7 @@ ARITHMETICS: dict[str, AbstractArithmetic] = {
     "float64": FloatArithmetic(torch.float64),
     "float32": FloatArithmetic(torch.float32),
 }
+COMPILED_EXACT = ExactArithmetic(compiled=True)
 
 
 class _Round(torch.autograd.Function):

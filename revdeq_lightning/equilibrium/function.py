@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from .weights import ComputedWeights
 
 Leaves = list[Tensor]
 
@@ -18,6 +19,7 @@ class EquilibriumFunction:
     * One random state a solve: every call draws the same numbers (one dropout mask), in the backward pass too.
     * The autocast state of the forward pass holds in every call. Under autocast the result may be of lower precision
       than the state, and is cast back; otherwise a changed shape, dtype or device is an error.
+    * Weights that f computes from its parameters are computed once (in a compiled f with every call).
     * `nfe` counts the calls.
     """
 
@@ -33,13 +35,14 @@ class EquilibriumFunction:
         self.autocast_enabled = torch.is_autocast_enabled(device.type)
         self.autocast_dtype = torch.get_autocast_dtype(device.type)
         self.randomness = _Randomness(device)
+        self.weights = ComputedWeights(None if is_compiled(f) else f)
         self.nfe = 0
 
     def __call__(self, z: Leaves, x: Sequence[Any]) -> Leaves:
         """Evaluate f once."""
         self.nfe += 1
         z_tree, x_tree = tree_unflatten(z, self.z_spec), tree_unflatten(x, self.x_spec)
-        with self._autocast(), _parametrizations_uncached(), self.randomness.same_draws():
+        with self._autocast(), self.weights.in_place(), self.randomness.same_draws():
             value = self.f(z_tree, x_tree)
         leaves, spec = tree_flatten(value)
         if spec != self.z_spec:
@@ -75,17 +78,6 @@ class EquilibriumFunction:
         if torch.is_autocast_enabled(self.device_type):
             return torch.autocast(self.device_type, enabled=False)
         return contextlib.nullcontext()
-
-
-@contextlib.contextmanager
-def _parametrizations_uncached() -> Iterator[None]:
-    """As autocast's cache: under `parametrize.cached()` a weight made under no_grad would be handed to a later call."""
-    enabled = parametrize._cache_enabled
-    parametrize._cache_enabled = 0
-    try:
-        yield
-    finally:
-        parametrize._cache_enabled = enabled
 
 
 class _Randomness:

@@ -22,8 +22,7 @@ class Remainders:
 
     def __init__(self, words: Iterable[Tensor], spilled: Iterable[Tensor], radix: int, count: int) -> None:
         self.words = list(words)
-        self.scratch = torch.empty_like(self.words[0])
-        """Working memory for the update, kept so that no evaluation allocates."""
+        self._scratch: Tensor | None = None
         self.spilled = list(spilled)
         self.radix = radix
         self.count = count
@@ -35,34 +34,55 @@ class Remainders:
         """An empty stack for a state of this shape."""
         return cls([torch.zeros_like(state), torch.zeros_like(state)], [], radix, 0)
 
-    def push_(self, digits: Tensor, active: Tensor | None = None) -> None:
-        """Put one digit on every element's stack; with `active`, shape `(batch,)`, on the active samples' only."""
+    @property
+    def scratch(self) -> Tensor:
+        """Working memory for the update, kept so that no evaluation allocates."""
+        if self._scratch is None:
+            self._scratch = torch.empty_like(self.words[0])
+        return self._scratch
+
+    def begin_push(self) -> Tensor:
+        """The word on which the next digit goes, with room for it."""
         word, depth = self.words[self.count % 2], self.count // 2
         if self._word_is_full(depth):
             oldest = torch.div(word, divisor(self._group_unit, word)).floor_()
             word.sub_(oldest, alpha=self._group_unit)
             self.spilled.append(oldest.to(self.group_type))
+        self.count += 1
+        return word
+
+    def begin_pop(self) -> int:
+        """Index of the word on which the newest digit lies; `end_pop` follows when it is off."""
+        self.count -= 1
+        return self.count % 2
+
+    def end_pop(self) -> None:
+        """Fill the word up with what was put aside for this digit."""
+        index, depth = self.count % 2, self.count // 2
+        if self._word_is_full(depth):
+            self.words[index].add_(self.spilled.pop(), alpha=self._group_unit)
+
+    def push_(self, digits: Tensor, active: Tensor | None = None) -> None:
+        """Put one digit on every element's stack; with `active`, shape `(batch,)`, on the active samples' only."""
+        word = self.begin_push()
         if active is None:
             torch.add(digits, word, alpha=self.radix, out=word)
         else:
             torch.where(broadcast_to_leaf(active, word), digits.add(word, alpha=self.radix), word, out=word)
-        self.count += 1
 
     def pop_(self, active: Tensor | None = None) -> Tensor:
         """Take the newest digit of every element off its stack; inactive samples have none, and return 0."""
-        self.count -= 1
-        index, depth = self.count % 2, self.count // 2
+        index = self.begin_pop()
         word = self.words[index]
         shifted = torch.div(word, divisor(self.radix, word), out=self.scratch).floor_()
         if active is None:
             digits = word.sub_(shifted, alpha=self.radix)
-            self.words[index], self.scratch = shifted, word
+            self.words[index], self._scratch = shifted, word
         else:
             mask = broadcast_to_leaf(active, word)
             digits = torch.where(mask, word.sub(shifted, alpha=self.radix), 0.0)
             self.words[index] = torch.where(mask, shifted, word)
-        if self._word_is_full(depth):
-            self.words[index].add_(self.spilled.pop(), alpha=self._group_unit)
+        self.end_pop()
         return digits
 
     def _word_is_full(self, depth: int) -> bool:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class SolverStats:
-    """Costs and quality of one solve; the last four fields are filled in by its backward pass.
+    """Costs and quality of one solve; the mismatch and what begins with `backward_` is filled in by its backward pass.
 
     A plain class, neither a tuple nor a dataclass: Lightning and FSDP2 copy those when they look for tensors, and a
     copy made before the backward pass would never learn of it.
@@ -27,6 +27,9 @@ class SolverStats:
             beside the one for x and the parameters; None before it, and where no system is solved.
         backward_relative_residual: `norm(J^T w + g - w) / (norm(J^T w + g) + 1e-5 * norm(g))` of the solution w of
             that system, dimensionless, shape `(batch,)`; None as above, and where the sum is cut off by choice.
+        residual_curve: Relative residual at each state at which f was evaluated in the forward pass, shape
+            `(evaluations, batch)`; NaN for a sample that had stopped before. None unless asked for by
+            `recorded_residuals()`.
     """
 
     __slots__ = (
@@ -38,6 +41,7 @@ class SolverStats:
         "num_steps",
         "reconstruction_mismatch",
         "relative_residual",
+        "residual_curve",
     )
 
     def __init__(
@@ -51,6 +55,7 @@ class SolverStats:
         self.reconstruction_mismatch: Tensor | None = None
         self.backward_num_products: int | None = None
         self.backward_relative_residual: Tensor | None = None
+        self.residual_curve: Tensor | None = None
 
     def __repr__(self) -> str:
         return f"SolverStats({', '.join(f'{name}={getattr(self, name)!r}' for name in self.__slots__)})"

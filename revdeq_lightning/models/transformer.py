@@ -22,6 +22,7 @@ from revdeq_lightning.equilibrium import BackpropAdjoint, EquilibriumLayer, Solv
 from revdeq_lightning.models.config import TransformerConfig
 from revdeq_lightning.models.cross_entropy import IGNORE_INDEX, chunked_cross_entropy
 from revdeq_lightning.models.generation import KeyValueCache
+from revdeq_lightning.models.linear import Linear
 
 PAPER_NORM_EPS, MODERN_NORM_EPS = 1e-5, 1e-6
 
@@ -67,9 +68,9 @@ class PaperAttention(nn.Module):
         super().__init__()
         d = config.d_model
         self.num_heads = config.num_heads
-        self.query, self.key, self.value = (nn.Linear(d, d) for _ in range(3))
-        self.inner = nn.ModuleList(nn.Linear(d, d, bias=False) for _ in range(3)) if config.double_projection else None
-        self.output = nn.Linear(d, d, bias=False)
+        self.query, self.key, self.value = (Linear(d, d) for _ in range(3))
+        self.inner = nn.ModuleList(Linear(d, d, bias=False) for _ in range(3)) if config.double_projection else None
+        self.output = Linear(d, d, bias=False)
 
     def forward(self, h_BTD: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """Causal self-attention."""
@@ -93,7 +94,7 @@ class PaperBlock(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(d, PAPER_NORM_EPS), nn.LayerNorm(d, PAPER_NORM_EPS)
         self.attention = PaperAttention(config)
         self.mlp = nn.Sequential(
-            nn.Linear(d, d_mlp), nn.GELU("tanh"), nn.Linear(d_mlp, d_mlp), nn.GELU("tanh"), nn.Linear(d_mlp, d)
+            Linear(d, d_mlp), nn.GELU("tanh"), Linear(d_mlp, d_mlp), nn.GELU("tanh"), Linear(d_mlp, d)
         )
 
     def forward(self, z_BTD: Tensor, x_BTD: Tensor, cache: KeyValueCache | None = None) -> Tensor:
@@ -113,7 +114,7 @@ class ModernAttention(nn.Module):
         super().__init__()
         d = config.d_model
         self.num_heads = config.num_heads
-        self.query, self.key, self.value, self.output = (nn.Linear(d, d, bias=False) for _ in range(4))
+        self.query, self.key, self.value, self.output = (Linear(d, d, bias=False) for _ in range(4))
         wavelengths = config.rope_base ** torch.linspace(0, 1, config.head_size // 2 + 1, dtype=torch.float64)[:-1]
         angles_TK = torch.arange(config.context_length)[:, None] / wavelengths
         self.register_buffer("cos_TK", angles_TK.cos().float(), persistent=False)
@@ -143,8 +144,8 @@ class GatedMLP(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         d, d_mlp = config.d_model, config.mlp_width
-        self.gate, self.up = nn.Linear(d, d_mlp, bias=False), nn.Linear(d, d_mlp, bias=False)
-        self.down = nn.Linear(d_mlp, d, bias=False)
+        self.gate, self.up = Linear(d, d_mlp, bias=False), Linear(d, d_mlp, bias=False)
+        self.down = Linear(d_mlp, d, bias=False)
 
     def forward(self, h_BTD: Tensor) -> Tensor:
         """Apply the MLP to each token."""
@@ -248,7 +249,7 @@ class AbstractLanguageModel(nn.Module):
         is_paper = config.block == "paper"
         self.embedding = PaperEmbedding(config) if is_paper else ModernEmbedding(config)
         self.norm = nn.Identity() if is_paper else nn.RMSNorm(config.d_model, MODERN_NORM_EPS)
-        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.head = Linear(config.d_model, config.vocab_size, bias=False)
         if not is_paper:
             nn.init.zeros_(self.head.weight)
 

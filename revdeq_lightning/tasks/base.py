@@ -1,12 +1,17 @@
-"""What every task shares: optimizer, schedule and averaged weights from one dataclass."""
+"""What every task shares: optimizer, schedule and averaged weights from one dataclass, and the Jacobian penalty."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
 from lightning import Callback, LightningModule
-from torch import nn
+from torch import Tensor, nn
 
 from revdeq_lightning.callbacks.averaged_weights import AveragedWeights
-from revdeq_lightning.equilibrium import SolverStats
+from revdeq_lightning.callbacks.training_step import equilibria
+from revdeq_lightning.equilibrium import SolverStats, jacobian_regularisation
+from revdeq_lightning.equilibrium.function import is_compiled
 from revdeq_lightning.optimizers import OptimizerConfig, WindowedPlateau, build_optimizer, build_scheduler
 from revdeq_lightning.tasks.checkpoint_fit import changed_settings, check_optimizer, check_weights
 
@@ -26,13 +31,65 @@ class TrainingOutput(NamedTuple):
 
 
 class AbstractTask(LightningModule):
-    """A model, its loss and its optimizer."""
+    """A model, its loss and its optimizer.
+
+    Args:
+        optimizer: Optimizer, schedule, averaging of the weights.
+        jacobian_weight: Above 0: this times the mean of `jacobian_regularisation` over the equilibria, at their
+            solutions, is added to the loss that is trained on. It costs an evaluation of f with a double backward.
+
+    Raises:
+        ValueError: If the weight is negative or not finite.
+    """
 
     model: nn.Module
 
-    def __init__(self, optimizer: OptimizerConfig) -> None:
+    def __init__(self, optimizer: OptimizerConfig, jacobian_weight: float = 0.0) -> None:
         super().__init__()
+        if not 0 <= jacobian_weight < float("inf"):
+            raise ValueError(f"jacobian_weight must be 0 (no penalty) or positive and finite, got {jacobian_weight}")
         self.optimizer_config = optimizer
+        self.jacobian_weight = jacobian_weight
+
+    def check_penalty(self) -> None:
+        """Ask this once the model is built.
+
+        Raises:
+            ValueError: If the penalty has a weight but the model has no equilibrium, or a compiled one.
+        """
+        layers = equilibria(self.model)
+        if self.jacobian_weight and not layers:
+            raise ValueError(f"jacobian_weight={self.jacobian_weight} needs a model with an equilibrium: leave it out")
+        if self.jacobian_weight and any(is_compiled(layer.f) for layer in layers):
+            raise ValueError(
+                f"jacobian_weight={self.jacobian_weight} needs second derivatives, which torch.compile does not give:"
+                " set compile=false"
+            )
+
+    @contextmanager
+    def penalised(self) -> Iterator[list[Tensor]]:
+        """Within, the Jacobian penalty of every solve is added to the list, where it has a weight."""
+        penalties: list[Tensor] = []
+
+        def add(layer: Any, args: Any, kwargs: Any, solution: Any) -> None:
+            x = args[0] if args else kwargs["x"]
+            penalties.append(jacobian_regularisation(layer.f, solution.value, x))
+
+        layers = equilibria(self.model) if self.jacobian_weight else []
+        handles = [layer.register_forward_hook(add, with_kwargs=True) for layer in layers]
+        try:
+            yield penalties
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def with_penalty(self, loss: Tensor, penalties: list[Tensor]) -> Tensor:
+        """The loss that is trained on; logs the mean penalty, without its weight, as `train/jacobian_penalty`."""
+        if not penalties:
+            return loss
+        penalty = torch.stack(penalties).mean()
+        self.log("train/jacobian_penalty", penalty.detach())
+        return loss + self.jacobian_weight * penalty
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer, and the schedule over the whole run, stepped after each optimizer step."""

@@ -32,6 +32,7 @@ class ClassificationTask(AbstractTask):
         label_smoothing: Probability that the training targets spread over all classes, in [0, 1).
         channels_last: Keep images and states in the memory order (B, H, W, C): faster on recent GPUs and with bfloat16.
         compile: Compile each f with torch.compile: worth its minutes on a GPU.
+        jacobian_weight: Weight of the penalty on df/dz at the fixed point; 0 for none (see `AbstractTask`).
     """
 
     model: Any
@@ -44,17 +45,18 @@ class ClassificationTask(AbstractTask):
         label_smoothing: float = 0.0,
         channels_last: bool = False,
         compile: bool = False,
+        jacobian_weight: float = 0.0,
     ) -> None:
         # A checkpoint gives plain containers.
         network = ClassifierConfig(**network) if isinstance(network, dict) else network
         solver = SolverConfig(**solver) if isinstance(solver, dict) else solver
         optimizer = OptimizerConfig(**optimizer) if isinstance(optimizer, dict) else optimizer
-        super().__init__(optimizer)
+        super().__init__(optimizer, jacobian_weight)
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
         settings = plain(network=network, solver=solver, optimizer=optimizer)
         options = {"label_smoothing": label_smoothing, "channels_last": channels_last, "compile": compile}
-        self.save_hyperparameters({**settings, **options}, logger=False)
+        self.save_hyperparameters({**settings, **options, "jacobian_weight": jacobian_weight}, logger=False)
         self.label_smoothing = label_smoothing
         self.model = build_image_classifier(network, solver)
         if channels_last:
@@ -65,6 +67,7 @@ class ClassificationTask(AbstractTask):
             for module in self.model.modules():
                 if isinstance(module, EquilibriumLayer):
                     module.f.compile()
+        self.check_penalty()
 
     def setup(self, stage: str) -> None:
         """Refuse data with other classes than the model has."""
@@ -77,10 +80,12 @@ class ClassificationTask(AbstractTask):
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> dict[str, Any]:
         """Mean nats per image; of a mixed image, those of both labels by their shares."""
-        output = self(batch.images)
+        with self.penalised() as penalties:
+            output = self(batch.images)
         logits_BV = output.logits_BV.float()
         loss = sum(self._nats(logits_BV, *target) for target in targets(batch)) / num_images(batch)
         self.log("train/loss", loss)
+        loss = self.with_penalty(loss, penalties)
         return {"loss": loss, "step": TrainingOutput(output.stats, len(batch.labels), "images")}
 
     def validation_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:

@@ -2,7 +2,8 @@
 
 import sys
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -10,22 +11,26 @@ from typing import Any, ClassVar, cast
 from lightning import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from revdeq_lightning.callbacks.checkpoint_io import AtomicCheckpointIO
 from revdeq_lightning.callbacks.csv_logger import ContinuedCSVLogger
+from revdeq_lightning.callbacks.depth_sweep import DepthSweep
 from revdeq_lightning.callbacks.diagnostics import DiagnosticsConfig
 from revdeq_lightning.callbacks.divergence import DivergedError, DivergenceConfig, DivergenceGuard
+from revdeq_lightning.callbacks.endurance import enduring
 from revdeq_lightning.callbacks.last_checkpoint import LastCheckpoint
 from revdeq_lightning.callbacks.progress import RunProgress
 from revdeq_lightning.callbacks.random_state import ResumableRandomState
 from revdeq_lightning.callbacks.run_report import RunReport, print_closing_lines
-from revdeq_lightning.callbacks.training_step import equilibria
-from revdeq_lightning.callbacks.wandb_logger import wandb_logger
+from revdeq_lightning.callbacks.training_step import equilibria, run_folder
+from revdeq_lightning.callbacks.wandb_checkpoints import WandbCheckpoints
+from revdeq_lightning.callbacks.wandb_logger import finish_wandb, wandb_logger
 from revdeq_lightning.checkpoints import CheckpointError
 from revdeq_lightning.cli import ReadableErrors, fail, given_files
+from revdeq_lightning.environment import describe_environment, write_environment
 from revdeq_lightning.equilibrium import DivergenceError
-from revdeq_lightning.runs import BEST, CONFIG, RunConfig, find_checkpoint, new_version, run_of_checkpoint
+from revdeq_lightning.runs import BEST, CONFIG, ENVIRONMENT, RunConfig, find_checkpoint, new_version, run_of_checkpoint
 from revdeq_lightning.tasks.messages import (
     check_writable,
     lost_resource,
@@ -47,17 +52,20 @@ class SaveRunConfig(SaveConfigCallback):
         """Save for training only."""
         if stage == "fit":
             self.config.ckpt_path = self.config.run.version = None  # a relaunch from this file is a new run
+            self.folder = run_folder(trainer, None)
             name, self.config_filename = self.config_filename, f".{CONFIG}.part"
             super().setup(trainer, pl_module, stage)
             self.config_filename = name
-            part = Path(str(trainer.log_dir)) / f".{CONFIG}.part"
+            part = self.folder / f".{CONFIG}.part"
             if trainer.is_global_zero and part.is_file():
                 part.replace(part.with_name(name))  # a kill leaves the old file whole
 
     def save_config(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Hand the configuration to the loggers."""
+        """Hand the configuration to the loggers, and write down with what the run is made."""
+        environment = describe_environment(trainer.world_size)
+        write_environment(self.folder / ENVIRONMENT, environment)
         for logger in trainer.loggers:
-            logger.log_hyperparams(self.config.as_dict())
+            logger.log_hyperparams(self.config.as_dict() | {"environment": environment})
 
 
 class AbstractCommandLine(LightningCLI):
@@ -127,13 +135,19 @@ class AbstractCommandLine(LightningCLI):
         """The trainer of this run: its callbacks, loggers and checkpoints."""
         settings = self._get(self.config_init, "trainer")
         progress = settings.get("enable_progress_bar") is not False
-        callbacks: list[Any] = [*([RunProgress()] if progress else []), *self.task_callbacks()]
+        run, diagnostics = self.run_config, self.diagnostics
+        sweep = DepthSweep(
+            run.path,
+            every_n_validations=diagnostics.depth_sweep_every_n_validations,
+            num_batches=diagnostics.depth_sweep_num_batches,
+            at_test=run.depth_sweep,
+        )
+        callbacks: list[Any] = [*([RunProgress()] if progress else []), *self.task_callbacks(), sweep]
         loggers: list[Logger] = []
         if self.subcommand == "fit":
             if settings.get("logger") is False:
                 fail("trainer.logger=false: a run always has a folder with its metrics; choose where by run.folder")
-            report = RunReport(self.run_config)
-            diagnostics: DiagnosticsConfig = self._get(self.config_init, "diagnostics")
+            report = RunReport(run)
             watching = diagnostics.callbacks(has_equilibrium=bool(equilibria(self.model)))
             callbacks[:0] = [*watching, ResumableRandomState(), report]
             divergence: DivergenceConfig = self._get(self.config_init, "divergence")
@@ -143,14 +157,21 @@ class AbstractCommandLine(LightningCLI):
                     callbacks.append(best_checkpoint())
                 callbacks.append(last_checkpoint(self.run_config))
             own = settings.get("logger")
-            check_writable(self.run_config.path)
-            loggers = [ContinuedCSVLogger(self.run_config.path), *([] if own is True else as_list(own))]
-            if self.run_config.wandb != "off":
-                loggers.append(wandb_logger(self.run_config))
+            check_writable(run.path)
+            loggers = [ContinuedCSVLogger(run.path), *([] if own is True else as_list(own)), *asked_loggers(run)]
+            if run.wandb_checkpoints:
+                callbacks.append(WandbCheckpoints(run.checkpoints))
         self.trainer_defaults = {"callbacks": callbacks}
-        checkpoint_io = AtomicCheckpointIO(errors="warn", background=self.run_config.async_checkpoints)
+        checkpoint_io = AtomicCheckpointIO(errors="warn", background=run.async_checkpoints)
         plugins = [*as_list(settings.get("plugins")), checkpoint_io]
-        return super().instantiate_trainer(logger=loggers or False, plugins=plugins, **kwargs)
+        return super().instantiate_trainer(
+            logger=[enduring(logger) for logger in loggers] or False, plugins=plugins, **kwargs
+        )
+
+    @property
+    def diagnostics(self) -> DiagnosticsConfig:
+        """What is measured."""
+        return cast(DiagnosticsConfig, self._get(self.config_init, "diagnostics"))
 
     def instantiate_classes(self) -> None:
         """Build data, model and trainer; find faults of the data here, where they can be told in one line."""
@@ -234,19 +255,20 @@ def run_command_line(
 ) -> None:
     """Parse and run; what the user can mend is told in one line."""
     quieten_lightning()
-    command_line(
-        task,
-        data,
-        args=[subcommand, *with_config_of_checkpoint(options)],
-        seed_everything_default=0,
-        trainer_defaults={"num_sanity_val_steps": 0, "enable_model_summary": False},
-        parser_class=Parser,
-        parser_kwargs={"parser_mode": "omegaconf+", "allow_abbrev": False, "prog": "python -m revdeq_lightning"},
-        save_config_callback=SaveRunConfig,
-        save_config_kwargs={"config_filename": CONFIG, "overwrite": True},
-        auto_configure_optimizers=False,
-        load_from_checkpoint_support=False,
-    )
+    with finished_wandb():
+        command_line(
+            task,
+            data,
+            args=[subcommand, *with_config_of_checkpoint(options)],
+            seed_everything_default=0,
+            trainer_defaults={"num_sanity_val_steps": 0, "enable_model_summary": False},
+            parser_class=Parser,
+            parser_kwargs={"parser_mode": "omegaconf+", "allow_abbrev": False, "prog": "python -m revdeq_lightning"},
+            save_config_callback=SaveRunConfig,
+            save_config_kwargs={"config_filename": CONFIG, "overwrite": True},
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
 
 
 def with_config_of_checkpoint(options: Sequence[str]) -> list[str]:
@@ -255,6 +277,30 @@ def with_config_of_checkpoint(options: Sequence[str]) -> list[str]:
     if runs and runs[-1] and not given_files(options, "--config", "-c"):
         return ["--config", str(runs[-1] / CONFIG), *options]
     return list(options)
+
+
+def asked_loggers(run: RunConfig) -> list[Logger]:
+    """Those that are asked for beside the CSV file."""
+    loggers: list[Logger] = []
+    if (wandb := wandb_logger(run)) is not None:
+        loggers.append(wandb)
+    if run.tensorboard:
+        loggers.append(TensorBoardLogger(run.path, name="tensorboard", version="", default_hp_metric=False))
+    return loggers
+
+
+@contextmanager
+def finished_wandb() -> Iterator[None]:
+    """End the W&B runs of the command with its exit code: a later run in this process would go on with them."""
+    code = 1
+    try:
+        yield
+        code = 0
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        raise
+    finally:
+        finish_wandb(code)
 
 
 def best_checkpoint() -> ModelCheckpoint:

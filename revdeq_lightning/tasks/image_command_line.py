@@ -1,12 +1,12 @@
 """The image classifiers' command line; `predict` is in `revdeq_lightning.tasks.image_inference`."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 from lightning.pytorch.cli import LightningArgumentParser
 
 from revdeq_lightning.callbacks.classification_report import ClassificationReport
-from revdeq_lightning.callbacks.depth_sweep import DepthSweep
+from revdeq_lightning.callbacks.samples import ImageSamples
 from revdeq_lightning.data.images import ImageDataModule
 from revdeq_lightning.runs import ImageRunConfig
 from revdeq_lightning.tasks.classification import ClassificationTask
@@ -32,9 +32,10 @@ class ImageCommandLine(AbstractCommandLine):
             parser.link_arguments(f"data.{source}", target, apply_on="instantiate")
 
     def task_callbacks(self) -> list[Any]:
-        """The files that a test writes into the run's folder."""
-        run = cast(ImageRunConfig, self.run_config)
-        return [ClassificationReport(run.path), *([DepthSweep(run.path)] if run.depth_sweep else [])]
+        """What a test writes into the run's folder, and sheets of images at validations."""
+        every = self.diagnostics.samples_every_n_validations
+        samples = [ImageSamples(folder=self.run_config.path, every_n_validations=every)] if every else []
+        return [ClassificationReport(self.run_config.path), *samples]
 
     def closing_split(self) -> str | None:
         """Without test images the validation images: the sheets and the depth sweep are for every run."""

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, cast
 import torch
 from lightning.pytorch.cli import LightningArgumentParser
 
+from revdeq_lightning.callbacks.samples import TextSamples
 from revdeq_lightning.cli import fail
 from revdeq_lightning.data.text import TextDataModule
 from revdeq_lightning.runs import LanguageRunConfig
@@ -31,6 +32,22 @@ class LanguageCommandLine(AbstractCommandLine):
         """Context length and vocabulary."""
         parser.link_arguments("data.context_length", "model.network.context_length")
         parser.link_arguments("data", "model.network.vocab_size", compute_fn=vocab_size, apply_on="instantiate")
+
+    def task_callbacks(self) -> list[Any]:
+        """Text at validations."""
+        run, every = cast(LanguageRunConfig, self.run_config), self.diagnostics.samples_every_n_validations
+        if not (run.sample_tokens and every):
+            return []
+        length, temperature = run.sample_tokens, run.sample_temperature
+        return [
+            TextSamples(
+                [run.sample_prompt],
+                max_new_tokens=length,
+                temperature=temperature,
+                folder=run.path,
+                every_n_validations=every,
+            )
+        ]
 
     def show(self, checkpoint: str) -> None:
         """Print a sample."""

@@ -1,5 +1,6 @@
 """Predicting the next token: the loss of training, and the figures of evaluation with their units."""
 
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -7,10 +8,12 @@ from torch import Tensor, nn
 
 from revdeq_lightning.data.text import TextDataModule
 from revdeq_lightning.data.windows import TextBatch
+from revdeq_lightning.equilibrium.function import is_compiled
 from revdeq_lightning.metrics import LanguageMetrics
 from revdeq_lightning.models import TransformerConfig
 from revdeq_lightning.optimizers import OptimizerConfig
 from revdeq_lightning.tasks.base import AbstractTask, TrainingOutput
+from revdeq_lightning.tasks.inference import continue_text
 from revdeq_lightning.tasks.settings import SolverConfig, build_language_model, plain
 
 SPLITS = {"val": "validation", "test": "test"}
@@ -19,14 +22,16 @@ SPLITS = {"val": "validation", "test": "test"}
 class LanguageModelingTask(AbstractTask):
     """Train and evaluate a language model.
 
-    Logs `train/loss` and, over whole splits, `val/` and `test/`: `loss` (nats per token), `token_perplexity`,
-    `word_perplexity`, `bits_per_byte`. Checkpoints hold settings and tokenizer, so that they generate text alone.
+    Logs `train/loss` (without the penalty) and, over whole splits, `val/` and `test/`: `loss` (nats per token),
+    `token_perplexity`, `word_perplexity`, `bits_per_byte`. Checkpoints hold settings and tokenizer, so
+    that they generate text alone.
 
     Args:
         network: Sizes and block; vocabulary and context length come from the data.
         solver: How the equilibrium is found and differentiated.
         optimizer: Optimizer, schedule, averaging of the weights.
         compile: Compile f with torch.compile: worth its minutes on a GPU.
+        jacobian_weight: Weight of the penalty on df/dz at the fixed point; 0 for none (see `AbstractTask`).
     """
 
     model: Any  # ExplicitTransformerLM or TransformerLM
@@ -37,26 +42,30 @@ class LanguageModelingTask(AbstractTask):
         solver: SolverConfig,
         optimizer: OptimizerConfig,
         compile: bool = False,
+        jacobian_weight: float = 0.0,
     ) -> None:
         # A checkpoint gives plain containers.
         network = TransformerConfig(**network) if isinstance(network, dict) else network
         solver = SolverConfig(**solver) if isinstance(solver, dict) else solver
         optimizer = OptimizerConfig(**optimizer) if isinstance(optimizer, dict) else optimizer
-        super().__init__(optimizer)
+        super().__init__(optimizer, jacobian_weight)
         settings = plain(network=network, solver=solver, optimizer=optimizer)
-        self.save_hyperparameters({**settings, "compile": compile}, logger=False)
+        self.save_hyperparameters({**settings, "compile": compile, "jacobian_weight": jacobian_weight}, logger=False)
         self.model = build_language_model(network, solver)
         self.metrics = nn.ModuleDict({name: LanguageMetrics() for name in SPLITS})
         if compile:
             f = self.model.equilibrium.f if solver.solver != "none" else self.model.block
             f.compile()
+        self.check_penalty()
 
     def training_step(self, batch: TextBatch, batch_idx: int) -> dict[str, Any]:
         """Mean nats per token of the batch."""
-        output = self.model.loss(batch.tokens, batch.targets)
+        with self.penalised() as penalties:
+            output = self.model.loss(batch.tokens, batch.targets)
         self.log("train/loss", output.loss)
         stats = () if output.stats is None else (output.stats,)
-        return {"loss": output.loss, "step": TrainingOutput(stats, batch.tokens.numel(), "tokens")}
+        loss = self.with_penalty(output.loss, penalties)
+        return {"loss": loss, "step": TrainingOutput(stats, batch.tokens.numel(), "tokens")}
 
     def validation_step(self, batch: TextBatch, batch_idx: int) -> None:
         """Add the batch to the sums over the split."""
@@ -89,6 +98,19 @@ class LanguageModelingTask(AbstractTask):
     @property
     def _data(self) -> TextDataModule:
         return cast(TextDataModule, cast(Any, self.trainer).datamodule)
+
+    def evaluation_sums(self, batch: TextBatch) -> dict[str, Tensor]:
+        """Sums over the predicted tokens of the batch, for `DepthSweep`."""
+        output = self.model.loss(batch.tokens, batch.targets)
+        count = torch.as_tensor(output.num_targets)
+        return {"loss": output.loss.double() * count, "count": count}
+
+    def sample_text(self, prompt: str, *, max_new_tokens: int, temperature: float) -> str:
+        """A continuation of the prompt, for `TextSamples`; the same random numbers each time."""
+        sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+        # Compiled for the shapes of training: for those of generation it would be compiled anew.
+        with torch.compiler.set_stance("force_eager") if is_compiled(self.model) else nullcontext():
+            return continue_text(self.model, self._data.tokenizer, prompt, **sampling)[len(prompt) :]
 
     def _add_to(self, name: str, batch: TextBatch) -> None:
         output = self.model.loss(batch.tokens, batch.targets)

@@ -51,6 +51,8 @@ class SolverConfig:
         rtol: Relative tolerance; with rtol and atol 0 every sample makes max_steps steps.
         atol: Absolute tolerance.
         arithmetic: How a reversible solver holds the state: exact, float64 or float32; null for exact.
+        compiled: Compile the exact state's updates (a C++ compiler on a CPU, Triton on a GPU): as exact, in a third of
+            the time, which counts where f is small.
         memory: Anderson and broyden: how many iterates or updates are kept; null for the solver's own default.
         ridge: Anderson only: relative regularisation of its least squares; null for its default.
         max_halvings: Broyden only: most halvings of a step in its line search; null for its default, 0 for none.
@@ -58,6 +60,8 @@ class SolverConfig:
             fixed point, by a linear solve) or phantom (a few steps in its place); null: reversible for momentum and
             reversible, implicit for anderson and broyden, else backprop.
         checkpoint: Backprop only: store the iterates, evaluate f once more in the backward pass.
+        backprop_evaluations: Backprop only: differentiate this many of the last evaluations (truncated back-propagation
+            through time); null for all.
         mismatch: Reversible adjoint only: what to do where a gradient is found not to be exact.
         unconverged: Implicit only: what to do where a solve does not reach its tolerance; null for a warning.
         backward_solver: Implicit only: solver of its linear system; null for anderson.
@@ -75,11 +79,13 @@ class SolverConfig:
     rtol: float = 0.0
     atol: float = 0.0
     arithmetic: Literal["exact", "float64", "float32"] | None = None
+    compiled: bool = False
     memory: int | None = None
     ridge: float | None = None
     max_halvings: int | None = None
     adjoint: Literal["reversible", "backprop", "implicit", "phantom"] | None = None
     checkpoint: bool = False
+    backprop_evaluations: int | None = None
     mismatch: Literal["warn", "raise", "ignore"] = "warn"
     unconverged: Literal["warn", "raise", "ignore"] | None = None
     backward_solver: Literal["momentum", "reversible", "relaxed", "picard", "anderson", "broyden"] | None = None
@@ -97,6 +103,8 @@ class SolverConfig:
         """
         names = ("beta", "momentum", "arithmetic", "memory", "ridge", "max_halvings")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if self.compiled:
+            given["compiled"] = True
         for name in given.keys() - {field.name for field in fields(SOLVERS[self.solver])}:
             raise ValueError(f"solver={self.solver!r} has no {name}, got {name}={given[name]!r}: leave it out")
         return SOLVERS[self.solver](max_steps=self.max_steps, rtol=self.rtol, atol=self.atol, **given)
@@ -116,6 +124,7 @@ class SolverConfig:
             )
         if self.checkpoint and adjoint != "backprop":
             raise ValueError(f"checkpoint=True belongs to adjoint='backprop', got adjoint={adjoint!r}: leave it out")
+        self._require_adjoint("backprop", adjoint, "backprop_evaluations")
         for name in ("unconverged", "backward_solver", "backward_max_steps", "backward_rtol"):
             self._require_adjoint("implicit", adjoint, name)
         for name in ("phantom_kind", "phantom_steps", "phantom_beta"):
@@ -137,7 +146,7 @@ class SolverConfig:
             }
             return PhantomAdjoint(**{name: value for name, value in options.items() if value is not None})
         if adjoint == "backprop":
-            return BackpropAdjoint(checkpoint=self.checkpoint)
+            return BackpropAdjoint(checkpoint=self.checkpoint, num_evaluations=self.backprop_evaluations)
         return ReversibleAdjoint(mismatch=self.mismatch)
 
     def _require_adjoint(self, owner: str, adjoint: str, name: str) -> None:

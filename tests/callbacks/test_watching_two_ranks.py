@@ -7,16 +7,21 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from lightning import Callback
-from strangers import StepByStep, Stranger, loader, trainer
+from strangers import StepByStep, Stranger, Validated, loader, trainer
 from tiny_runs import assert_equal
 from torch.utils.data import DataLoader, DistributedSampler
 
 from revdeq_lightning.callbacks.contraction import Contraction
 from revdeq_lightning.callbacks.cost import Cost
+from revdeq_lightning.callbacks.depth_sweep import DepthSweep
 from revdeq_lightning.callbacks.function_evaluations import FunctionEvaluations
 from revdeq_lightning.callbacks.gradient_error import GradientError
 from revdeq_lightning.callbacks.reconstruction_certificate import ReconstructionCertificate
+from revdeq_lightning.callbacks.residual_curve import ResidualCurve
+from revdeq_lightning.callbacks.samples import TextSamples
+from revdeq_lightning.callbacks.step_rows import read_rows
 from revdeq_lightning.equilibrium import (
     MomentumSolver,
     PhantomAdjoint,
@@ -50,9 +55,21 @@ class SaveAtEnd(Callback):
         torch.save(content, self.path.with_suffix(f".{trainer.global_rank}"))
 
 
+class Speaking(Validated):
+    """Draws from the global generator for its text."""
+
+    def sample_text(self, prompt, max_new_tokens, temperature):
+        return str(torch.rand(()).item())
+
+
+def sums(module, batch):
+    logits = module(batch[0])
+    return {"loss": F.cross_entropy(logits, batch[1], reduction="sum"), "count": torch.tensor(len(batch[1]))}
+
+
 def run(folder, name, callbacks):
     notes = StepByStep()
-    module = Stranger(
+    module = Speaking(
         ReversibleSolver(max_steps=3),
         MomentumSolver(max_steps=4),
         dropout=0.3,
@@ -60,7 +77,7 @@ def run(folder, name, callbacks):
     )
     callbacks = [ChangeF(), *callbacks, notes, SaveAtEnd(notes, folder / name)]
     settings = {"strategy": "ddp_fork", "devices": 2, "accumulate_grad_batches": 2, "max_steps": 3}
-    trainer(folder / name, callbacks, **settings).fit(module, loader(num_samples=96))
+    trainer(folder / name, callbacks, **settings).fit(module, loader(num_samples=96), loader(num_samples=32))
 
 
 def one_step_adjoint():
@@ -93,6 +110,20 @@ def test_two_ranks(tmp_path):
             assert with_callbacks[1][1][key] == value
     assert figures["gradient_error/bptt/relative_l2"] < 1e-5
 
+    # The files are written once, the sweep is over the first batches of both processes.
+    folder = tmp_path / "with" / "logs"
+    assert len(read_rows(folder / "residual_curve.csv")) == 3 * (6 + 4)
+    assert [row["step"] for row in read_rows(folder / "samples.jsonl")] == [2]
+    rows = read_rows(folder / "depth_sweep_validation.csv")
+    assert [row["steps"] for row in rows] == ["1", "2", "4", "8", "16"]
+    module = Stranger(ReversibleSolver(max_steps=3), MomentumSolver(max_steps=4)).eval()
+    inputs, labels = (t[:16] for t in loader(num_samples=32).dataset.tensors)
+    losses = []
+    for rank in (0, 1):  # each has BatchNorm's running statistics of its own
+        module.load_state_dict(with_callbacks[rank][0][3])
+        losses.append(F.cross_entropy(module(inputs[rank::2]), labels[rank::2]).item())
+    assert float(rows[2]["loss"]) == pytest.approx(sum(losses) / 2, rel=1e-6)
+
     # An error over the samples of both processes lies between those over each one's.
     together = torch.load(tmp_path / "together.0")[1]
     for rank in (0, 1):
@@ -116,6 +147,9 @@ if __name__ == "__main__":
         ReconstructionCertificate(),
         GradientError(1),
         Contraction(1, warn_at=9.0),
+        ResidualCurve(1),
+        DepthSweep(every_n_validations=1, sums=sums),
+        TextSamples(["a"]),
     ]
     run(directory, "with", watching)
     run(directory, "without", [])

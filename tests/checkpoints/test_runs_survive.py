@@ -38,7 +38,7 @@ def test_a_damaged_last_checkpoint_is_named_and_the_one_before_taken(whole, caps
     put_back(kept, folder, "last.ckpt", "step-3.ckpt")
     damage(folder / "checkpoints/last.ckpt")
     (folder / "checkpoints/.last.ckpt.17.part").write_bytes(b"half")
-    run("fit", "--config", config, "--run.name=tiny", "--ckpt_path=last")
+    run("fit", "--config", config, *QUIET[1:], "--run.name=tiny", "--ckpt_path=last")
     out, err = capsys.readouterr()
     (warning,) = [line for line in err.splitlines() if line.startswith("warning: ")]
     assert "last.ckpt is not a checkpoint, or a truncated one" in warning

@@ -11,6 +11,13 @@ import pytest
 import torch
 import yaml
 from tiny_command import run, tiny_config
+from wandb_runs import without_key
+
+FILES = {
+    *("checkpoints", "config.yaml", "curves.png", "metrics.csv", "environment.json", "samples.jsonl", "samples.txt"),
+    *("depth_sweep.csv", "depth_sweep.png", "depth_sweep_validation.csv"),
+}
+"""Of a short run: no curve of the residual is kept before step 100."""
 
 
 def only(folder: Path) -> Path:
@@ -28,7 +35,7 @@ def test_a_run_leaves_all_that_is_needed_and_can_be_gone_on_with(tmp_path, capsy
     run("fit", "--config", config, "--model.solver.beta=0.8", "--run.name=small")
     folder = only(tmp_path / "runs" / "small")
     assert re.fullmatch(r"\d{8}-\d{6}", folder.name)
-    assert {p.name for p in folder.iterdir()} == {"checkpoints", "config.yaml", "curves.png", "metrics.csv"}
+    assert {p.name for p in folder.iterdir()} == FILES
     assert {p.name for p in (folder / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt", "step-3.ckpt"}
     assert steps(folder, "train/loss") == list(range(6))
     assert steps(folder, "val/bits_per_byte") == [2, 5]
@@ -121,11 +128,11 @@ def test_interrupt_leaves_a_checkpoint_from_which_the_run_goes_on(tmp_path, caps
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_wandb_is_offline_without_a_key_and_says_where(tmp_path, capsys, monkeypatch):
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("WANDB_SILENT", "true")
+    without_key(monkeypatch, tmp_path)
     options = ("--run.version=v", "--run.wandb=auto", "--run.test=false", "--run.sample_tokens=0")
     run("fit", "--config", tiny_config(tmp_path), *options)
     folder = tmp_path / "runs/tiny/v/wandb"
-    assert f"W&B is offline: the run lies in {folder}; to send it: wandb sync" in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert f"W&B is offline: the run lies in {folder}; to send it: wandb sync" in out
+    assert "wandb:" not in out + err  # nothing but this line
     assert list(folder.glob("offline-run-*/*.wandb"))

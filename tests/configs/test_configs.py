@@ -17,6 +17,12 @@ CONFIGS = sorted(Path("configs/lm").glob("*.yaml"))
 FULL = {
     "default": (2048, 1_230_336),
     "tinyshakespeare": (65, 242_944),
+    "tinyshakespeare_deq": (65, 242_944),
+    "tinyshakespeare_deq_jacobian": (65, 242_944),
+    "tinyshakespeare_explicit": (65, 919_552),
+    "tinyshakespeare_looped": (65, 242_944),
+    "tinyshakespeare_looped_truncated": (65, 242_944),
+    "tinyshakespeare_revdeq": (65, 242_944),
     "wikitext103": (50304, 94_138_368),
     "wikitext103_modern": (50304, None),
 }

@@ -18,12 +18,16 @@ CONFIGS = sorted(path for folder in FOLDERS for path in Path("configs", folder).
 # classes, most parameters
 FULL = {
     "cifar10/cpu": (10, 2_000_000),
+    "cifar10/mdeq": (10, 1_431_322),
     "cifar10/modern": (10, 10_319_754),
     "cifar10/paper_multi": (10, 10_319_754),
     "cifar10/paper_single": (10, 24_714),
+    "cifar10/resnet18": (10, 11_173_962),
+    "cifar10/resnet_matched": (10, 1_047_882),
     "cifar100/modern": (100, 10_319_754),
     "digits/default": (10, 1_000_000),
     "imagenet/modern": (1000, 25_557_032),  # ResNet-50's
+    "imagenet/resnet18": (1000, 11_689_512),
 }
 SMALL = {
     "data.source": "folder",

@@ -19,7 +19,7 @@ SOLVERS = {
 }
 REVERSIBLE, BPTT = ReversibleAdjoint(mismatch="raise"), BackpropAdjoint()
 """`mismatch="raise"`: a test also fails if the backward pass does not come back to the initial state bit for bit."""
-TOLERANCE = 1e-5  # of the issue, for float32
+TOLERANCE = 1e-5  # float32: rounding of f, some 1e-7, summed over the evaluations
 
 with_solver = pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
 

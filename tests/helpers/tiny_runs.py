@@ -32,11 +32,11 @@ def tiny_data(folder: Path, **arguments) -> TextDataModule:
     return TextDataModule("files", path=str(text_file(folder)), cache_dir=str(folder / "cache"), **arguments)
 
 
-def tiny_task(data: TextDataModule, *, solver=None, optimizer=None, seed=0) -> LanguageModelingTask:
+def tiny_task(data: TextDataModule, *, solver=None, optimizer=None, seed=0, **settings) -> LanguageModelingTask:
     torch.manual_seed(seed)
     sizes = {"vocab_size": data.vocab_size, "context_length": 8, "d_model": 16, "num_heads": 2, "d_mlp": 24}
     solver = SolverConfig(**{"max_steps": 3, "mismatch": "raise"} | (solver or {}))
-    return LanguageModelingTask(TransformerConfig(**sizes), solver, OptimizerConfig(**(optimizer or MUON)))
+    return LanguageModelingTask(TransformerConfig(**sizes), solver, OptimizerConfig(**(optimizer or MUON)), **settings)
 
 
 def tiny_trainer(folder: Path, callbacks: list[Callback] = (), **settings) -> Trainer:

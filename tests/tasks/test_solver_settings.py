@@ -6,6 +6,7 @@ import pytest
 
 from revdeq_lightning.equilibrium import (
     AndersonSolver,
+    BackpropAdjoint,
     BroydenSolver,
     ImplicitAdjoint,
     PhantomAdjoint,
@@ -27,6 +28,7 @@ def test_names_stand_for_solvers_and_adjoints():
     assert settings.build_adjoint() == ImplicitAdjoint(
         solver=RelaxedSolver(max_steps=9, rtol=1e-2), unconverged="raise"
     )
+    assert SolverConfig(solver="picard", backprop_evaluations=2).build_adjoint() == BackpropAdjoint(num_evaluations=2)
     assert SolverConfig(adjoint="phantom").build_adjoint() == PhantomAdjoint()
     settings = SolverConfig(adjoint="phantom", phantom_kind="neumann", phantom_steps=1, phantom_beta=1.0)
     assert settings.build_adjoint() == PhantomAdjoint(num_steps=1, beta=1.0, kind="neumann")
@@ -44,6 +46,8 @@ def test_names_stand_for_solvers_and_adjoints():
         ({"backward_rtol": 1e-3}, ("backward_rtol=0.001", "adjoint='implicit'", "adjoint='reversible'")),
         ({"adjoint": "phantom", "unconverged": "raise"}, ("unconverged='raise'", "'implicit'", "'phantom'")),
         ({"adjoint": "implicit", "phantom_steps": 2}, ("phantom_steps=2", "'phantom'", "'implicit'")),
+        ({"backprop_evaluations": 2}, ("backprop_evaluations=2", "adjoint='backprop'", "adjoint='reversible'")),
+        ({"adjoint": "backprop", "backprop_evaluations": 0}, ("num_evaluations", "at least 1")),
         ({"adjoint": "implicit", "checkpoint": True}, ("checkpoint=True", "'backprop'", "'implicit'")),
         ({"adjoint": "implicit", "backward_rtol": 0.0}, ("needs a tolerance",)),
         ({"adjoint": "implicit", "backward_max_steps": 0}, ("max_steps", "at least 1")),

@@ -1,4 +1,4 @@
-"""Back-propagation through time: autograd through every iterate of the solver."""
+"""Back-propagation through time: autograd through every iterate of the solver, or through the last ones."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ..function import EquilibriumFunction, Leaves
 from ..solution import SolverStats
-from ..solvers.base import AbstractSolver, iterate_to_fixed_point
+from ..solvers.base import AbstractSolver, Evaluation, iterate_to_fixed_point, require_count
+from .attached import attach
 from .base import AbstractAdjoint
 
 
@@ -20,20 +21,63 @@ class BackpropAdjoint(AbstractAdjoint):
     Args:
         checkpoint: Store only the iterates and evaluate f once more in the backward pass: less memory (still linear in
             the evaluations), a third more time.
+        num_evaluations: Truncated BPTT: differentiate only this many of the last evaluations, taking the state before
+            them for a constant. Memory and backward pass are those of so many; the gradient of z0 is 0. Needs a solver
+            without a tolerance. None: all, the exact gradient.
+
+    Raises:
+        ValueError: If `num_evaluations` is not a whole number of at least 1, or the solver then has a tolerance.
     """
 
     checkpoint: bool = False
+    num_evaluations: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_evaluations is not None:
+            require_count("num_evaluations", self.num_evaluations, least=1)
 
     def solve(
         self, f: EquilibriumFunction, z0: Leaves, x: Sequence[Any], solver: AbstractSolver
     ) -> tuple[Leaves, SolverStats]:
-        if not (self.checkpoint and torch.is_grad_enabled()):
+        num_constant = self._num_constant(solver)
+        if not torch.is_grad_enabled():
             iteration = iterate_to_fixed_point(solver, f, z0, x)
             return iteration.value, iteration.stats
         checkpointed = _Checkpointed(f)
-        iteration = iterate_to_fixed_point(solver, checkpointed, z0, x)
+        evaluation = _Truncated(checkpointed if self.checkpoint else f, num_constant)
+        start = [z.detach() for z in z0] if num_constant else z0
+        iteration = iterate_to_fixed_point(solver, evaluation, start, x)
         checkpointed.stats = iteration.stats
+        if num_constant and any(z.requires_grad for z in z0):
+            return attach([v.detach() for v in iteration.value], iteration.value, z0, lambda g: g), iteration.stats
         return iteration.value, iteration.stats
+
+    def _num_constant(self, solver: AbstractSolver) -> int:
+        """Evaluations before those that are differentiated."""
+        if self.num_evaluations is None:
+            return 0
+        if solver.has_tolerance:
+            raise ValueError(
+                f"num_evaluations={self.num_evaluations} needs a solver without a tolerance, got {solver}: which"
+                " evaluation is the last would not be known. Set rtol=0 and atol=0, or use PhantomAdjoint"
+            )
+        return max(0, solver.max_steps * solver.evaluations_per_step - self.num_evaluations)
+
+
+class _Truncated:
+    """Calls f without recording, the first `num_constant` times."""
+
+    def __init__(self, f: Evaluation, num_constant: int) -> None:
+        self.f = f
+        self.num_constant = num_constant
+
+    @property
+    def nfe(self) -> int:
+        return self.f.nfe
+
+    def __call__(self, z: Leaves, x: Sequence[Any]) -> Leaves:
+        with torch.set_grad_enabled(self.nfe >= self.num_constant):
+            return self.f(z, x)
 
 
 class _Checkpointed:

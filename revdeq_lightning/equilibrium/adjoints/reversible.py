@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import kernels
 from ..function import EquilibriumFunction, Leaves, call_with_parameters, is_compiled, named_parameters
 from ..graph import evaluate_recorded, graph_leaves, vector_jacobian_products
 from ..remainders import Remainders
@@ -75,7 +76,7 @@ class ReversibleAdjoint(AbstractAdjoint):
         parameters = named_parameters(f.f)
         refuse_unsuitable(f.f, parameters)
         x_is_tensor = [isinstance(leaf, Tensor) for leaf in x]
-        inputs = (*z0, *(leaf for leaf in x if isinstance(leaf, Tensor)), *parameters.values())
+        inputs = (*z0, *(leaf for leaf in x if isinstance(leaf, Tensor)), *parameters.values(), *f.weights.values)
         if not (torch.is_grad_enabled() and any(t.requires_grad for t in inputs)):
             iteration = iterate_to_fixed_point(solver, f, z0, x)
             _refuse_foreign_leaves(iteration.value, [])
@@ -113,7 +114,13 @@ class _Solve:
         end = self.num_leaves + sum(self.x_is_tensor)
         tensors = iter(inputs[self.num_leaves : end])
         x = [next(tensors) if is_tensor else leaf for is_tensor, leaf in zip(self.x_is_tensor, self.x, strict=True)]
-        return list(inputs[: self.num_leaves]), x, dict(zip(self.names, inputs[end:], strict=True))
+        return list(inputs[: self.num_leaves]), x, dict(zip(self.names, inputs[end:], strict=False))
+
+    def with_parameters(self, inputs: Sequence[Tensor], run: Callable[[], Any]) -> Any:
+        """`run()` with these inputs as the parameters of f, and those behind them as its computed weights."""
+        weights = inputs[len(inputs) - len(self.f.weights.values) :]
+        with self.f.weights.exchanged(weights):
+            return call_with_parameters(self.f.f, self.split(inputs)[2], run)
 
     def flatten(self, state: TwoStepState) -> Leaves:
         """The tensors of a state, for autograd to save; their arrangement is kept here."""
@@ -145,9 +152,8 @@ class _ReversibleFunction(torch.autograd.Function):
         z0, x, _ = solve.split(inputs)
         if solve.forward_with_grad:
             leaves = _as_leaves(inputs, ctx.needs_input_grad[1:])
-            iteration = call_with_parameters(
-                solve.f.f,
-                solve.split(leaves)[2],
+            iteration = solve.with_parameters(
+                leaves,
                 lambda: iterate_to_fixed_point(
                     solve.solver, _Recorded(solve.f), z0, solve.split(leaves)[1], reversible=True
                 ),
@@ -179,11 +185,8 @@ class _ReversibleFunction(torch.autograd.Function):
         needs_grad = ctx.needs_input_grad[1:]
         inputs = _as_leaves(saved[: len(needs_grad)], needs_grad)
         state = solve.unflatten(saved[len(needs_grad) :])
-        parameters = solve.split(inputs)[2]
         with solve.f.randomness.untouched():
-            gradients = call_with_parameters(
-                solve.f.f, parameters, lambda: _run_backwards(solve, state, inputs, needs_grad, grads)
-            )
+            gradients = solve.with_parameters(inputs, lambda: _run_backwards(solve, state, inputs, needs_grad, grads))
         return None, *gradients
 
 
@@ -239,6 +242,10 @@ def _run_backwards(
             elif product is not None:
                 sums[i] = product.to(_accumulation_dtype(product), copy=True)
         for i, product in enumerate(products[: solve.num_leaves]):
+            if solver.compiled and active is None and product is not None:
+                kernels.run(kernels.carry_, g_previous[i], g_current[i], product, a, c, b)
+                g_current[i], g_previous[i] = g_previous[i], g_current[i]
+                continue
             before = g_previous[i] if active is None else g_previous[i].clone()
             if product is not None:
                 before.add_(product, alpha=b)

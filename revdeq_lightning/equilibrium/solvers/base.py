@@ -2,7 +2,9 @@
 
 import abc
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -17,8 +19,21 @@ State = Any
 """What a solver carries from one evaluation to the next; each solver has its own type."""
 
 
+_records_residuals: ContextVar[bool] = ContextVar("records_residuals", default=False)
+
+
 class DivergenceError(RuntimeError):
     """The state became non-finite or left the range that its arithmetic holds."""
+
+
+@contextmanager
+def recorded_residuals() -> Iterator[None]:
+    """Within, every solve fills in `stats.residual_curve`: a few norms for each evaluation, no evaluation more."""
+    token = _records_residuals.set(True)
+    try:
+        yield
+    finally:
+        _records_residuals.reset(token)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +126,7 @@ def iterate_to_fixed_point(
         num_steps = torch.zeros_like(num_steps)
     interval = host_check_interval(z0[0].device)
     extremes: list[list[Tensor]] = []
+    curve: list[Tensor] | None = [] if _records_residuals.get() else None
     last: Residual | None = None
     num_evaluations = 0
     for step in range(solver.max_steps):
@@ -118,6 +134,8 @@ def iterate_to_fixed_point(
             iterate = solver.iterate(state)
             extremes.append(_extremes(iterate))
             value = f(iterate, x)
+            if curve is not None:
+                curve.append(_residual_of(active, value, iterate))
             if active is not None and part == 0 and step > 0:
                 last = residual(value, iterate, solver.rtol, solver.atol)
                 active = active & ~last.converged
@@ -136,10 +154,15 @@ def iterate_to_fixed_point(
     extremes.append(_extremes(iterate))
     _check_magnitudes(extremes, solver)
     if active is not None and num_evaluations == solver.max_steps * per_step:
-        last = residual(f(iterate, x), iterate, solver.rtol, solver.atol)
+        value = f(iterate, x)
+        if curve is not None:
+            curve.append(_residual_of(active, value, iterate))
+        last = residual(value, iterate, solver.rtol, solver.atol)
     assert last is not None
     converged = None if active is None else last.converged
-    return Iteration(state, iterate, num_evaluations, SolverStats(num_steps, f.nfe, last.relative, converged))
+    stats = SolverStats(num_steps, f.nfe, last.relative, converged)
+    stats.residual_curve = None if curve is None else torch.stack(curve)
+    return Iteration(state, iterate, num_evaluations, stats)
 
 
 def host_check_interval(device: torch.device) -> int:
@@ -163,6 +186,13 @@ def require_count(name: str, value: object, *, least: int) -> None:
     """Raise a ValueError that shows the value, unless it is a whole number of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+
+
+@torch.no_grad()
+def _residual_of(active: Tensor | None, value: Leaves, iterate: Leaves) -> Tensor:
+    """Relative residual of the samples that this evaluation is for; NaN, which is no residual, for the others."""
+    relative = residual(value, iterate).relative
+    return relative if active is None else relative.masked_fill(~active, math.nan)
 
 
 @torch.no_grad()

@@ -1,0 +1,138 @@
+"""All benchmarks in one run, one after the other, and the verdict over all of them on the page.
+
+    python -m benchmarks [--quick] [--repository PATH] [--text FILE] [--images PATH] [--only PART ...] [--output DIR]
+
+Each part is a command of its own (`python -m benchmarks.PART`) and says itself what it needs; what is not there (the
+authors' repository, jax, torchdeq, a data set) is skipped with its reason. The exit code is 1 if any part missed a
+requirement or failed. `--quick`, less than ten minutes on two cores, shows that everything works: its times say
+nothing, and nothing is written to the repository.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.part import RESULTS
+from benchmarks.report import aligned, table
+
+PAGE = Path(__file__).parent / "README.md"
+BEGIN, END = "<!-- verdict: written by `make bench` -->", "<!-- end of the verdict -->"
+
+
+class Part(NamedTuple):
+    """A command, and what it measures."""
+
+    name: str
+    title: str
+    needs: str | None = None
+    """Option of this program that it is given as `option`."""
+    option: str = ""
+
+
+PARTS = (
+    Part("core", "the core: exactness, convergence, cost, memory"),
+    Part("classifier_cost", "classifiers beside plain back-propagation"),
+    Part("authors", "the authors' JAX code", "repository", "--repository"),
+    Part("torchdeq_peer", "torchdeq"),
+    Part("depth", "which gradient at which depth"),
+    Part("kernels", "parts of an evaluation"),
+    Part("pairs", "every solver with every adjoint"),
+    Part("quality", "quality at equal cost", "text", "--text"),
+)
+
+
+class Outcome(NamedTuple):
+    """How a part ended: `met`, `MISSED`, `skipped` or `FAILED`."""
+
+    part: Part
+    verdict: str
+    reason: str
+    seconds: float
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the parts; the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything works")
+    parser.add_argument("--repository", type=Path, help="checkout of the authors' repository")
+    parser.add_argument("--text", type=Path, help="tiny Shakespeare, for the part quality")
+    parser.add_argument("--images", type=Path, help="CIFAR-10 as train/CLASS/*, for the part quality")
+    parser.add_argument("--only", nargs="+", choices=[part.name for part in PARTS], metavar="PART")
+    parser.add_argument("--output", type=Path, help="folder of the results (default: benchmarks/results)")
+    options = parser.parse_args(arguments)
+    for name in ("repository", "text", "images"):
+        path = getattr(options, name)
+        if path is not None and not path.exists():
+            parser.error(f"--{name} {path}: no such file or folder")
+    output = options.output or (Path(tempfile.mkdtemp(prefix="bench-quick-")) if options.quick else RESULTS)
+    outcomes = [run(part, options, output) for part in PARTS if options.only is None or part.name in options.only]
+    if output == RESULTS:
+        write_verdict(PAGE, RESULTS)
+    rows = [(o.part.name, o.part.title, f"{o.verdict} {o.reason}", f"{o.seconds:.0f}") for o in outcomes]
+    print("\n" + aligned(("part", "", "verdict", "seconds"), rows))
+    return int(any(o.verdict in ("MISSED", "FAILED") for o in outcomes))
+
+
+def run(part: Part, options: argparse.Namespace, output: Path) -> Outcome:
+    """One part in its own process; its lines are shown as they come."""
+    print(f"\n== {part.name}: {part.title}", flush=True)
+    if importlib.util.find_spec(f"benchmarks.{part.name}") is None:
+        return Outcome(part, "skipped", "(no such module)", 0.0)
+    command = [sys.executable, "-m", f"benchmarks.{part.name}", "--output", str(output)]
+    if options.quick:
+        command.append("--quick")
+    given = getattr(options, part.needs) if part.needs else None
+    if given is not None:
+        command += [part.option, str(given)]
+    if part.name == "quality" and options.images is not None:
+        command += ["--images", str(options.images)]
+    start = time.monotonic()
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout is not None
+    skipped = ""
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        if line.startswith("skipped: "):
+            skipped = line.removeprefix("skipped: ").strip()
+    code = process.wait()
+    seconds = time.monotonic() - start
+    if code == 0:
+        return Outcome(part, "skipped" if skipped else "met", f"({skipped})" if skipped else "", seconds)
+    return Outcome(part, "MISSED" if code == 1 else "FAILED", "" if code == 1 else f"(exit code {code})", seconds)
+
+
+def write_verdict(page: Path, results: Path) -> None:
+    """Put every requirement that a part's latest results judge between the two marks of the page."""
+    rows = []
+    for part in PARTS:
+        path = results / f"{part.name}.json"
+        facts: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+        for requirement in facts.get("verdict", []):
+            verdict = "not judged" if not requirement["is_judged"] else "met" if requirement["is_met"] else "MISSED"
+            origin = f"{facts['date'][:10]}, {facts['commit'][:7]}"
+            link = f"[{part.name}](results/{part.name}.md)"
+            rows.append((link, requirement["name"], requirement["required"], requirement["measured"], verdict, origin))
+    text = page.read_text()
+    if BEGIN not in text or END not in text:
+        raise SystemExit(f"{page} must hold the lines {BEGIN} and {END}, between which the verdict is written")
+    before, after = text[: text.index(BEGIN)], text[text.index(END) :]
+    verdict = table(("part", "what", "required", "measured", "verdict", "date, commit"), rows)
+    page.write_text(f"{before}{BEGIN}\n\n{verdict}\n\n{after}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

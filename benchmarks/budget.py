@@ -1,0 +1,246 @@
+"""Training until a budget is spent, in FLOPs and in CPU time of one thread: one run gives the quality at both.
+
+The learning rate is constant after its warm-up and the evaluated weights are a moving average, so that no schedule has
+to know where the run will end: the same run can be read at any cost.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+from lightning import Callback, LightningModule, Trainer, seed_everything
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from benchmarks.measure import peak_tensor_bytes
+from revdeq_lightning.callbacks.averaged_weights import AveragedWeights
+from revdeq_lightning.callbacks.probe import Probe
+from revdeq_lightning.callbacks.training_step import equilibria
+
+ROOT = Path(__file__).resolve().parent.parent
+COUNT_EVERY = 50
+"""Steps between two counts of a step's FLOPs: those of a solver with a tolerance change as f does."""
+RATES = ("lr", "embedding_lr", "muon_lr")
+
+
+class Budget(NamedTuple):
+    """What a run may spend; it ends when both are spent, at the latest at `longest` CPU seconds."""
+
+    cpu_seconds: float
+    flops: float
+    longest: float
+    num_points: int = 8
+    """Points of the curve, at equal parts of `cpu_seconds`; 0: no curve and no depths."""
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What a run gave.
+
+    Attributes:
+        at: Figure on the whole validation split when the budget of that name, "cpu" or "flops", was spent.
+        spent: CPU seconds, FLOPs and steps at that moment.
+        curve: CPU seconds, FLOPs, steps and the figure on a part of the split.
+        depths: Evaluations of f and the figure with so many, at the end, on a part of the split.
+        forward_nfe: Mean evaluations of f in the forward pass of a training step.
+        peak_bytes: Of the tensors of one training step.
+        diverged: Whether the loss became non-finite: what was not reached is then `nan`.
+    """
+
+    parameters: int = 0
+    forward_nfe: float = 0.0
+    peak_bytes: int = 0
+    at: dict[str, float] = dataclasses.field(default_factory=dict)
+    spent: dict[str, tuple[float, float, int]] = dataclasses.field(default_factory=dict)
+    curve: list[tuple[float, float, int, float]] = dataclasses.field(default_factory=list)
+    depths: list[tuple[int, float]] = dataclasses.field(default_factory=list)
+    diverged: bool = False
+
+
+class FlopCount(TorchDispatchMode):
+    """Adds up the FLOPs of matrix products and convolutions, by PyTorch's formulas, in inner backward passes too.
+
+    `FlopCounterMode` itself follows modules by hooks that an `autograd.grad` inside a backward pass does not allow.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operator and count it."""
+        out = func(*args, **(kwargs or {}))
+        formula = flop_registry.get(func.overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+def step_flops(run: Callable[[], Any]) -> int:
+    """FLOPs of `run`; attention as plain matrix products, of which every version of PyTorch has the formulas."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCount() as count:
+        run()
+    return count.total
+
+
+class Meter(Callback):
+    """Counts what the training steps cost, reads the figure where a budget is spent, and ends the run.
+
+    The clock is the CPU time of this process from the end of one batch to the end of the next, data included; it stands
+    still while the run is looked at.
+    """
+
+    def __init__(self, budget: Budget, evaluate: Callable[[LightningModule, bool], float]) -> None:
+        self.budget, self.evaluate = budget, evaluate
+        self.outcome = Outcome()
+        self.seconds = self.flops = 0.0
+        self.steps = 0
+        self._flops_a_step = 0
+        self._nfe = 0
+        self._since = 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self.outcome.parameters = sum(p.numel() for p in pl_module.parameters())
+        self._since = time.process_time()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count the step; look where it is time to."""
+        self.seconds += time.process_time() - self._since
+        if self.steps % COUNT_EVERY == 0:
+            self._count(trainer, pl_module, batch)
+        self.steps += 1
+        self.flops += self._flops_a_step
+        self._nfe += sum(s.forward_nfe for s in outputs["step"].stats)
+        self.outcome.diverged = not bool(torch.isfinite(outputs["loss"]))
+        if not self.outcome.diverged:
+            self._look(trainer, pl_module)
+        if self.outcome.diverged or len(self.outcome.at) == 2 or self.seconds >= self.budget.longest:
+            trainer.should_stop = True
+        self._since = time.process_time()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Evaluate with other depths than in training."""
+        self.outcome.forward_nfe = self._nfe / self.steps
+        if self.outcome.diverged or not self.budget.num_points:
+            return
+        with _averaged(trainer, pl_module):
+            for evaluations in (1, 2, 4, 8, 16) if equilibria(pl_module) else (1,):
+                with _depth(pl_module, evaluations) as possible:
+                    if possible:
+                        self.outcome.depths.append((evaluations, self.evaluate(pl_module, False)))
+
+    def _count(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+        probe = Probe(trainer, pl_module, batch)
+        self._flops_a_step = step_flops(probe.gradients)
+        if self.steps in (0, COUNT_EVERY):  # the first one allocates what stays
+            self.outcome.peak_bytes = peak_tensor_bytes(probe.gradients)
+
+    def _look(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        spent = {"cpu": self.seconds / self.budget.cpu_seconds, "flops": self.flops / self.budget.flops}
+        due = [name for name, share in spent.items() if share >= 1 and name not in self.outcome.at]
+        is_point = spent["cpu"] * self.budget.num_points >= len(self.outcome.curve) + 1
+        if not due and not is_point:
+            return
+        now = (self.seconds, self.flops, self.steps)
+        with _averaged(trainer, pl_module):
+            if due:
+                figure = self.evaluate(pl_module, True)
+                self.outcome.at |= dict.fromkeys(due, figure)
+                self.outcome.spent |= dict.fromkeys(due, now)
+            if is_point:
+                self.outcome.curve.append((*now, self.evaluate(pl_module, False)))
+
+
+@contextmanager
+def _averaged(trainer: Trainer, module: LightningModule) -> Iterator[None]:
+    """Within, the model is evaluated as a validation would: averaged weights, evaluation mode, no gradients."""
+    averages: list[Any] = [c for c in trainer.callbacks if isinstance(c, AveragedWeights)]  # type: ignore[attr-defined]
+    for callback in averages:
+        callback.on_validation_start(trainer, module)
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        module.train()
+        for callback in averages:
+            callback.on_validation_end(trainer, module)
+
+
+@contextmanager
+def _depth(module: LightningModule, evaluations: int) -> Iterator[bool]:
+    """Within, every equilibrium makes this many evaluations of f, without a tolerance; whether it can."""
+    layers = equilibria(module)
+    own = [layer.solver for layer in layers]
+    if any(evaluations % solver.evaluations_per_step for solver in own):
+        yield False
+        return
+    for layer, solver in zip(layers, own, strict=True):
+        steps = evaluations // solver.evaluations_per_step
+        layer.solver = dataclasses.replace(solver, max_steps=steps, rtol=0.0, atol=0.0)
+    try:
+        yield True
+    finally:
+        for layer, solver in zip(layers, own, strict=True):
+            layer.solver = solver
+
+
+def settings_of(config: str, changes: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+    """A configuration file with some settings changed, by their names with dots."""
+    settings: dict[str, Any] = yaml.safe_load((ROOT / config).read_text())
+    for key, value in changes.items():
+        place = settings
+        *path, last = key.split(".")
+        for name in path:
+            place = place[name]
+        place[last] = value
+    return settings
+
+
+def scaled(optimizer: Mapping[str, Any], rate: float) -> dict[str, Any]:
+    """Optimizer settings with every learning rate times `rate`, constant after the warm-up."""
+    rates = {name: optimizer[name] * rate for name in RATES if optimizer.get(name) is not None}
+    return {**optimizer, **rates, "schedule": "constant"}
+
+
+def spend(
+    make: Callable[[], tuple[LightningModule, Any]],
+    evaluate: Callable[[LightningModule, Any, bool], float],
+    budget: Budget,
+    seed: int,
+) -> Outcome:
+    """Train what `make()` gives, task and data, until the budget is spent.
+
+    Args:
+        make: Called once the seed is set.
+        evaluate: `(task, data, whole)`: the figure, on the whole validation split or on a part of it.
+        budget: What may be spent.
+        seed: Of the weights.
+    """
+    seed_everything(seed, verbose=False)
+    task, data = make()
+    meter = Meter(budget, lambda module, whole: evaluate(module, data, whole))
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_steps=-1,
+        max_epochs=-1,
+        logger=False,
+        callbacks=[meter],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+    )
+    trainer.fit(task, data)
+    return meter.outcome

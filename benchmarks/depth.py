@@ -1,0 +1,197 @@
+"""At which depth which gradient: reversible, stored or checkpointed back-propagation through the same iteration.
+
+    python -m benchmarks.depth [--quick] [--output DIR]
+
+RevDEQ at beta 0.8 around an attention block, 2 to 128 evaluations of f. All of them give the same gradient; what
+differs is time and memory. "Segments" stores the state after every sqrt(N) steps and one segment's activations.
+Times: CPU time of one thread, all competitors in one round; the ratio is taken within the round. Memory: bytes held by
+tensors (`measure.peak_tensor_bytes`).
+"""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from math import ceil, sqrt
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from benchmarks import part
+from benchmarks.measure import paired_ratio, peak_tensor_bytes, time_interleaved
+from benchmarks.problems import Problem, attention_problem, bptt_step, revdeq, reversible_step
+from benchmarks.reference import reversible_step_pair
+from benchmarks.requirements import Requirement, Rows, at_most
+
+BETA = 0.8
+EVALUATIONS = (2, 4, 8, 16, 32, 64, 128)
+STORED, EVERY, SEGMENTS, REVERSIBLE = "stored", "checkpoint each evaluation", "checkpoint segments", "reversible"
+METHODS = (STORED, EVERY, SEGMENTS, REVERSIBLE)
+MAX_TIME = 1.33
+"""Reversible over stored: 8 units of f to 6."""
+
+
+def competitors(problem: Problem, num_steps: int) -> dict[str, Callable[[], Any]]:
+    """Forward and backward pass by each method."""
+    member = revdeq(BETA)
+    return {
+        STORED: bptt_step(problem, member, num_steps),
+        EVERY: bptt_step(problem, member, num_steps, checkpoint=True),
+        SEGMENTS: segmented_step(problem, num_steps),
+        REVERSIBLE: reversible_step(problem, member, num_steps, "exact"),
+    }
+
+
+def segmented_step(problem: Problem, num_steps: int) -> Callable[[], None]:
+    """Forward and backward pass with a checkpoint every sqrt(N) steps."""
+    length = ceil(sqrt(num_steps))
+
+    def segment(y: Tensor, z: Tensor, x: Tensor, num: int) -> tuple[Tensor, Tensor]:
+        for _ in range(num):
+            y, z = reversible_step_pair(problem.f, y, z, x, beta=BETA, dtype=y.dtype)
+        return y, z
+
+    def run() -> None:
+        y = z = problem.z0
+        for start in range(0, num_steps, length):
+            y, z = checkpoint(segment, y, z, problem.x, min(length, num_steps - start), use_reentrant=False)
+        torch.autograd.grad(z, problem.sources, problem.weight)
+
+    return run
+
+
+def measure(quick: bool) -> list[dict[str, Any]]:
+    """A row a depth and method."""
+    tokens, dim, rounds = (32, 32, 1) if quick else (512, 192, 5)
+    problem = attention_problem(1, tokens, dim, dim // 32)
+    rows = []
+    for evaluations in EVALUATIONS[: 3 if quick else None]:
+        runs = competitors(problem, evaluations // 2)
+        timings = time_interleaved(runs, rounds)
+        seconds = {name: timing.process_seconds for name, timing in timings.items()}
+        for name, run in runs.items():
+            ratio = paired_ratio(seconds[name], seconds[STORED])
+            row = {"evaluations": evaluations, "method": name, "seconds": sorted(seconds[name])[rounds // 2]}
+            row |= {f"time over stored, {quartile}": value for quartile, value in ratio._asdict().items()}
+            rows.append(row | {"peak_bytes": peak_tensor_bytes(run)})
+    return rows
+
+
+def best(rows: Rows) -> list[dict[str, Any]]:
+    """Of one depth, from the fastest on: each method that needs less memory than every faster one."""
+    chosen: list[dict[str, Any]] = []
+    for row in sorted(rows, key=lambda row: row["time over stored, median"]):
+        if not chosen or row["peak_bytes"] < chosen[-1]["peak_bytes"]:
+            chosen.append(row)
+    return chosen
+
+
+def advice(rows: Rows) -> str:
+    """What to choose at one depth."""
+    words = []
+    for row in best(rows):
+        needs = f"{row['method']} ({row['peak_bytes'] / 2**20:.1f} MiB, {row['time over stored, median']:.2f}x)"
+        words.append(needs)
+    return ", else ".join(words)
+
+
+def page(rows: Rows) -> list[str]:
+    """The table and what follows from it."""
+    lines = []
+    for evaluations, group in by_depth(rows).items():
+        line: dict[str, Any] = {"evaluations": evaluations}
+        for row in group:
+            line[row["method"]] = f"{row['time over stored, median']:.2f}x, {row['peak_bytes'] / 2**20:.1f} MiB"
+        lines.append(line | {"choose the first that fits": advice(group)})
+    return [
+        "Time over stored back-propagation (median of paired CPU times) and peak of the tensors of one training step."
+        " Choose from left to right the first whose memory there is:",
+        part.markdown_table(lines),
+        summary(rows),
+    ]
+
+
+def summary(rows: Rows) -> str:
+    """The depth from which on the checkpoints are never the right choice."""
+    depths = by_depth(rows)
+    useful = [n for n, group in depths.items() if any(row["method"] in (EVERY, SEGMENTS) for row in best(group))]
+    deeper = [n for n in depths if n > max(useful, default=0)]
+    if not deeper:
+        return "At every depth measured there is a memory for which a checkpointed gradient is the right choice."
+    return (
+        f"From {deeper[0]} evaluations on the reversible gradient needs less memory than both checkpointed ones and is"
+        " at least as fast: stored where it fits, reversible elsewhere."
+    )
+
+
+def by_depth(rows: Rows) -> Mapping[int, list[dict[str, Any]]]:
+    """Rows by the evaluations made."""
+    return {n: [row for row in rows if row["evaluations"] == n] for n in dict.fromkeys(r["evaluations"] for r in rows)}
+
+
+def judge(rows: Rows, quick: bool) -> list[Requirement]:
+    """Memory below stored back-propagation's at depth, time as the count of evaluations says."""
+    deep = [row for row in rows if row["evaluations"] >= 16 and row["method"] == REVERSIBLE]
+    if not deep:
+        return []
+    stored = {row["evaluations"]: row["peak_bytes"] for row in rows if row["method"] == STORED}
+    memory = max(row["peak_bytes"] / stored[row["evaluations"]] for row in deep)
+    time = max(row["time over stored, median"] for row in deep)
+    return [
+        at_most("reversible over stored from 16 evaluations on: time", time, MAX_TIME, "{:.3f}", not quick),
+        at_most("reversible over stored from 16 evaluations on: memory", memory, 1.0, "{:.3f}", not quick),
+    ]
+
+
+def draw(path: Path, rows: Rows) -> None:
+    """Memory, time, and the method to choose for a depth and a memory."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.patches import Patch
+
+    colours = dict(zip(METHODS, ("tab:grey", "tab:orange", "tab:green", "tab:blue"), strict=True))
+    figure, (memory, time, choice) = plt.subplots(1, 3, figsize=(16, 5), layout="constrained")
+    for name, colour in colours.items():
+        own = [row for row in rows if row["method"] == name]
+        depth = [row["evaluations"] for row in own]
+        memory.plot(depth, [row["peak_bytes"] / 2**20 for row in own], "o-", color=colour, label=name)
+        time.plot(depth, [row["time over stored, median"] for row in own], "o-", color=colour, label=name)
+    memory.set(yscale="log", ylabel="peak of the tensors (MiB)", title="Memory of one training step")
+    time.set(ylabel="CPU time over stored (dimensionless)", title="Time of one training step", ylim=(0.9, None))
+    sizes = [row["peak_bytes"] / 2**20 for row in rows]
+    low, high = min(sizes) / 1.5, max(sizes) * 1.5
+    for evaluations, group in by_depth(rows).items():
+        edges = [(row["peak_bytes"] / 2**20, colours[row["method"]]) for row in reversed(best(group))]
+        tops = [edge for edge, _ in edges[1:]] + [high]
+        choice.bar(evaluations, edges[0][0] - low, width=0.6 * evaluations, bottom=low, color="white", hatch="//")
+        for (bottom, colour), top in zip(edges, tops, strict=True):
+            choice.bar(evaluations, top - bottom, width=0.6 * evaluations, bottom=bottom, color=colour)
+    choice.set(yscale="log", ylim=(low, high), ylabel="memory that there is (MiB)", title="The fastest that fits")
+    choice.legend(handles=[Patch(color=c, label=n) for n, c in colours.items()], frameon=False, fontsize=9)
+    memory.legend(frameon=False, fontsize=9)
+    for axis in (memory, time, choice):
+        axis.set_xscale("log", base=2)
+        axis.set_xlabel("evaluations of f in the forward pass (count)")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run; the exit code."""
+    options = part.options(__doc__).parse_args(arguments)
+    torch.set_num_threads(1)
+
+    def run() -> part.Result:
+        rows = measure(options.quick)
+        return part.Result({"methods": rows}, judge(rows, options.quick), page(rows), lambda path: draw(path, rows))
+
+    return part.run("depth", "Which gradient at which depth", run, quick=options.quick, output=options.output)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

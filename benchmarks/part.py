@@ -1,0 +1,87 @@
+"""What the parts of `make bench` share: the command line, and the files that they leave.
+
+`NAME.json` (command, date, hardware, versions, commit, verdict), `NAME.md` (the page), `NAME_TABLE.csv` (`NAME.csv` for
+a table without a name) and, from parts with a figure, `NAME.png`. The exit code is 1 if a requirement is missed.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.measure import provenance, write_csv
+from benchmarks.report import VERDICT_HEADER, aligned, origin, table, verdict_lines
+from benchmarks.requirements import Requirement, Rows
+
+RESULTS = Path(__file__).parent / "results"
+
+
+class Skipped(Exception):
+    """The part cannot run here; the message says why, and what to do."""
+
+
+class Result(NamedTuple):
+    """What a part measured."""
+
+    tables: Mapping[str, Rows]
+    verdict: Sequence[Requirement]
+    page: Sequence[str]
+    """Paragraphs of Markdown, after title, origin and verdict."""
+    draw: Callable[[Path], None] | None = None
+    packages: Sequence[str] = ()
+    """Distributions whose versions matter, besides torch."""
+
+
+def options(description: str) -> argparse.ArgumentParser:
+    """The options that every part has."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it works: times say nothing")
+    parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="folder of the results")
+    return parser
+
+
+def run(name: str, title: str, measure: Callable[[], Result], *, quick: bool, output: Path) -> int:
+    """Measure, write, print; the exit code."""
+    output.mkdir(parents=True, exist_ok=True)
+    facts = provenance(f"python -m benchmarks.{name}" + (" --quick" if quick else ""))
+    start = time.perf_counter()
+    try:
+        result = measure()
+    except Skipped as reason:
+        print(f"skipped: {reason}")
+        return 0
+    facts["seconds"] = round(time.perf_counter() - start)
+    facts["versions"] |= {package: metadata.version(package) for package in result.packages}
+    facts["verdict"] = [r._asdict() for r in result.verdict]
+    (output / f"{name}.json").write_text(json.dumps(facts, indent=2) + "\n")
+    for key, rows in result.tables.items():
+        write_csv(output / (f"{name}_{key}.csv" if key else f"{name}.csv"), rows)
+    paragraphs = [f"# {title}", origin(facts)]
+    if result.verdict:
+        paragraphs.append(table(VERDICT_HEADER, verdict_lines(result.verdict)))
+    if result.draw is not None:
+        result.draw(output / f"{name}.png")
+        paragraphs.append(f"![{title}]({name}.png)")
+    (output / f"{name}.md").write_text("\n\n".join([*paragraphs, *result.page]) + "\n")
+    print("\n\n".join(result.page))
+    if result.verdict:
+        print("\n" + aligned(VERDICT_HEADER, verdict_lines(result.verdict)))
+    print(f"\n{output / f'{name}.md'}")
+    return int(any(r.is_judged and not r.is_met for r in result.verdict))
+
+
+def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as they are, keys as header."""
+    return table(list(rows[0]), [[shown(value) for value in row.values()] for row in rows])
+
+
+def shown(value: Any) -> str:
+    """A cell: four digits of a float."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "" if value is None else str(value)

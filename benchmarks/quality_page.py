@@ -1,0 +1,141 @@
+"""Quality at equal cost, as a page of tables and a figure."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from benchmarks.report import table
+
+Rows = Sequence[Mapping[str, str]]
+Results = Sequence[tuple[Any, Mapping[str, Rows]]]
+
+
+def page(results: Results) -> str:
+    """The whole page."""
+    sections = [
+        "# Quality at equal cost",
+        "Written by `python -m benchmarks.quality`; what it means is in [the README](../README.md). Every model was"
+        " trained until two budgets were spent, and is evaluated on the whole validation split where each was: CPU time"
+        " of one thread (data, forward and backward pass, optimizer), and FLOPs of the training steps (matrix products"
+        " and convolutions, forward and backward, counted on the way by PyTorch's formulas). All have the same"
+        " optimizer, batches and learning rates times 1/4, 1/2 or 1, the best of three short runs of each model; the"
+        " rate is constant and the weights that are evaluated are averaged. Memory: tensors of one training step. In"
+        " brackets: least and largest of the seeds.",
+    ]
+    for part, rows in results:
+        sections += [
+            f"## {part.title}",
+            _provenance(part, rows["runs"]),
+            _runs(part, rows),
+            _depths(part, rows["depths"]),
+        ]
+    sections.append("![Quality at equal cost](quality.png)")
+    return "\n\n".join(sections) + "\n"
+
+
+def _provenance(part: Any, runs: Rows) -> str:
+    commits = sorted({row["commit"][:7] for row in runs})
+    budget, search = part.budget, len(part.rates) * part.search_seconds
+    return (
+        f"{budget.cpu_seconds / 60:g} CPU minutes or {budget.flops / 1e12:g} TFLOP a run, after a search of {search:g}"
+        f" CPU seconds for each model; {', '.join(sorted({row['cpu'] for row in runs}))}, torch"
+        f" {', '.join(sorted({row['torch'] for row in runs}))}, commit {', '.join(commits)}. Figure: {part.unit}."
+    )
+
+
+def _runs(part: Any, rows: Mapping[str, Rows]) -> str:
+    header = (
+        *("model", "parameters", "evaluations of f", "rates x", "seeds", "at equal CPU time", "at equal FLOPs"),
+        *("CPU minutes for the FLOPs", "TFLOP in the CPU time", "peak MiB"),
+    )
+    lines = []
+    for name in part.variants:
+        own = [row for row in rows["runs"] if row["variant"] == name]
+        if not own:
+            continue
+        evaluations = mean(float(row["evaluations"]) for row in own)
+        lines.append(
+            (
+                *(name, f"{int(own[0]['parameters']):,}", f"{evaluations:.1f}" if evaluations else "none"),
+                *(f"{float(own[0]['rate']):g}", str(len(own))),
+                *(_spread([row[f"figure_{budget}"] for row in own], part) for budget in ("cpu", "flops")),
+                f"{mean(float(row['cpu_minutes_flops']) for row in own):.2f}",
+                f"{mean(float(row['tflop_cpu']) for row in own):.2f}",
+                f"{float(own[0]['peak_mib']):.1f}",
+            )
+        )
+    return table(header, lines)
+
+
+def _spread(figures: Sequence[str], part: Any) -> str:
+    values = [float(figure) for figure in figures]
+    if any(value != value for value in values):
+        return "not reached"
+    digits = 3 if part.smaller_is_better else 1
+    spread = f" ({min(values):.{digits}f} - {max(values):.{digits}f})" if len(values) > 1 else ""
+    return f"{mean(values):.{digits}f}{spread}"
+
+
+def _depths(part: Any, rows: Rows) -> str:
+    """The figure over evaluations, for the models that have them."""
+    names = [name for name in part.variants if any(r["variant"] == name and int(r["evaluations"]) > 1 for r in rows)]
+    counts = sorted({int(row["evaluations"]) for row in rows})
+    digits = 3 if part.smaller_is_better else 1
+    lines = []
+    for name in names:
+        cells = []
+        for count in counts:
+            own = [float(r["figure"]) for r in rows if r["variant"] == name and int(r["evaluations"]) == count]
+            cells.append(f"{mean(own):.{digits}f}" if own else "")
+        lines.append((name, *cells))
+    title = "The trained models with another number of evaluations, on a quarter of the split (mean of the seeds):"
+    return f"{title}\n\n" + table(("model", *map(str, counts)), lines)
+
+
+def draw(path: Path, results: Results) -> None:
+    """For each part: the figure over CPU time, over FLOPs, and over evaluations of the trained model."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(len(results), 3, figsize=(15, 5 * len(results)), layout="constrained", squeeze=False)
+    for line, (part, rows) in zip(axes, results, strict=True):
+        for i, name in enumerate(part.variants):
+            points = [row for row in rows["curves"] if row["variant"] == name]
+            style = {"color": f"C{i}", "label": name, "marker": "o", "markersize": 3}
+            _curve(line[0], points, "cpu_seconds", 1 / 60, style)
+            _curve(line[1], points, "flops", 1e-12, style)
+            depths = [row for row in rows["depths"] if row["variant"] == name]
+            _mean_at(line[2], depths, style)
+        for axis, title in zip(line, ("CPU minutes of training", "TFLOP of training", "evaluations of f"), strict=True):
+            axis.set(xlabel=title, ylabel=part.unit)
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.grid(alpha=0.3)
+        line[0].set_title(part.title)
+        line[2].set_xscale("log", base=2)
+        line[2].set_title("The trained model, other depths")
+        line[1].legend(fontsize=8, frameon=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _curve(axis: Any, points: Rows, cost: str, unit: float, style: Mapping[str, Any]) -> None:
+    """Mean over the seeds, point by point of the curve."""
+    by_seed: dict[str, list[Mapping[str, str]]] = {}
+    for row in points:
+        by_seed.setdefault(row["seed"], []).append(row)
+    columns = list(zip(*by_seed.values(), strict=False))
+    if columns:
+        costs = [unit * mean(float(row[cost]) for row in column) for column in columns]
+        axis.plot(costs, [mean(float(row["figure"]) for row in column) for column in columns], **style)
+
+
+def _mean_at(axis: Any, depths: Rows, style: Mapping[str, Any]) -> None:
+    counts = sorted({int(row["evaluations"]) for row in depths})
+    figures = [mean(float(row["figure"]) for row in depths if int(row["evaluations"]) == n) for n in counts]
+    if len(counts) > 1:
+        axis.plot(counts, figures, **style)
+    elif counts:
+        axis.axhline(figures[0], color=style["color"], linestyle=":")

@@ -1,0 +1,196 @@
+"""What the model makes of a prompt or of some images, at validations."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from revdeq_lightning.callbacks.classification_report import draw_sheet
+from revdeq_lightning.callbacks.endurance import Survives
+from revdeq_lightning.callbacks.media import log_picture, log_table, step_of
+from revdeq_lightning.callbacks.random_state import untouched_random_state
+from revdeq_lightning.callbacks.step_rows import append_rows, read_rows, rewind_rows
+from revdeq_lightning.callbacks.training_step import run_folder
+
+
+class AbstractSamples(Callback):
+    """Every n-th validation within training, in eval mode, with the weights that are validated."""
+
+    def __init__(self, folder: str | Path | None, every_n_validations: int) -> None:
+        if every_n_validations < 1:
+            raise ValueError(f"every_n_validations must be at least 1, got {every_n_validations}")
+        self.folder, self.every_n_validations = folder, every_n_validations
+        self.num_validations = 0
+        self.where = Path()
+        self._is_due = False
+        self._survives = Survives(type(self).__name__)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the folder; drop what an interrupted run wrote after its checkpoint."""
+        self.where = run_folder(trainer, self.folder)
+        if trainer.is_global_zero:
+            with self._survives:
+                self.rewind(trainer.global_step)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count the validations of the training."""
+        self._is_due = False
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self.num_validations += 1
+            self._is_due = self.num_validations % self.every_n_validations == 0
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make the samples; on all processes, as the weights may be spread over them."""
+        if self._is_due:
+            with untouched_random_state():
+                self.make(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, int]:
+        """Validations so far, for the checkpoint."""
+        return {"num_validations": self.num_validations}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on counting."""
+        self.num_validations = state_dict["num_validations"]
+
+    @abstractmethod
+    def make(self, trainer: Trainer, pl_module: Any) -> None:
+        """Make the samples, write and log them."""
+
+    @abstractmethod
+    def rewind(self, step: int) -> None:
+        """Drop the samples of this step and later ones."""
+
+
+class TextSamples(AbstractSamples):
+    """Lets a language model continue the same prompts at validations, so that one can read how it learns.
+
+    Appends to `samples.jsonl` (objects with `step`, `prompt`, `text`: the continuation) and writes `samples.txt`, to be
+    read by people. Logs no numbers; on W&B a table of the newest samples, `samples/text`, on TensorBoard a text.
+
+    The same random numbers are drawn each time, from a generator of their own: training is bit for bit the same with
+    and without this callback. It costs one evaluation of the model a token.
+
+    Assumes that the module has `sample_text(prompt, max_new_tokens=..., temperature=...) -> str`, which returns the
+    continuation.
+
+    Args:
+        prompts: What to continue.
+        max_new_tokens: Length of each continuation.
+        temperature: 0 for the most likely token; below 1 safer, above 1 wilder.
+        folder: Where to write; None: the run's.
+        every_n_validations: Validations from one time to the next.
+
+    Raises:
+        ValueError: If there is no prompt, or `every_n_validations` is below 1.
+
+    Example:
+        `Trainer(callbacks=[TextSamples(["def ", "class "], every_n_validations=5)])`
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int = 100,
+        temperature: float = 0.8,
+        folder: str | Path | None = None,
+        every_n_validations: int = 1,
+    ) -> None:
+        super().__init__(folder, every_n_validations)
+        if not prompts or not all(prompts):
+            raise ValueError(f"prompts must hold at least one text, none of them empty, got {list(prompts)}")
+        self.prompts = list(prompts)
+        self.sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+
+    def make(self, trainer: Trainer, pl_module: Any) -> None:
+        """Continue the prompts."""
+        step = step_of(trainer)
+        texts = [pl_module.sample_text(prompt, **self.sampling) for prompt in self.prompts]
+        rows = [{"step": step, "prompt": p, "text": t} for p, t in zip(self.prompts, texts, strict=True)]
+        if trainer.is_global_zero:
+            path = self.where / "samples.jsonl"
+            with self._survives:
+                append_rows(path, rows)
+                write_readably(read_rows(path), path.with_suffix(".txt"))
+            log_table(trainer, "samples/text", list(rows[0]), [list(row.values()) for row in rows])
+
+    def rewind(self, step: int) -> None:
+        """Drop rows."""
+        path = self.where / "samples.jsonl"
+        rewind_rows(path, step)
+        write_readably(read_rows(path), path.with_suffix(".txt"))
+
+
+class ImageSamples(AbstractSamples):
+    """Draws the first images of the validation split with their classes, predictions and probabilities.
+
+    Writes `samples/STEP.png`. Logs no numbers; on W&B and TensorBoard the picture, `samples/images`. It costs the
+    drawing, a second or so; training is bit for bit the same with and without this callback.
+
+    Assumes what `ClassificationReport` does.
+
+    Args:
+        num_images: Images on the sheet, at most a batch, of the first process.
+        folder: Where to write; None: the run's.
+        every_n_validations: Validations from one time to the next.
+
+    Raises:
+        ValueError: If a setting is below 1.
+
+    Example:
+        `Trainer(callbacks=[ImageSamples(num_images=24)])`
+    """
+
+    def __init__(self, *, num_images: int = 16, folder: str | Path | None = None, every_n_validations: int = 1) -> None:
+        super().__init__(folder, every_n_validations)
+        if num_images < 1:
+            raise ValueError(f"num_images must be at least 1, got {num_images}")
+        self.num_images = num_images
+        self._entries: list[Any] = []
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        """Keep the first images."""
+        if not (self._is_due and batch_idx == 0 and trainer.is_global_zero):
+            return
+        logits_BV: Tensor = outputs
+        confidence_B, predictions_B = logits_BV.softmax(-1).max(-1)
+        real = (batch.labels >= 0).nonzero().flatten()[: self.num_images].tolist()
+        self._entries = [
+            (float(confidence_B[i]), i, batch.images[i].float().cpu(), int(batch.labels[i]), int(predictions_B[i]))
+            for i in real
+        ]
+
+    def make(self, trainer: Trainer, pl_module: Any) -> None:
+        """Draw the sheet."""
+        if not (trainer.is_global_zero and self._entries):
+            return
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        state = data.preprocessing_state()
+        path = self.where / "samples" / f"{step_of(trainer):08}.png"
+        with self._survives:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            title = f"validation after step {trainer.global_step}: true class, predicted class and its probability"
+            draw_sheet(self._entries, data.class_names, state["mean"], state["std"], path, title=title)
+            log_picture(trainer, "samples/images", path, title)
+        self._entries = []
+
+    def rewind(self, step: int) -> None:
+        """Drop sheets."""
+        for path in (self.where / "samples").glob("[0-9]*.png"):
+            if int(path.stem) >= step:
+                path.unlink()
+
+
+def write_readably(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """The samples as a text; no file where there are none."""
+    texts = [f"--- after step {row['step'] + 1}\n{row['prompt']}{row['text']}\n" for row in rows]
+    if texts:
+        path.write_text("\n".join(texts), encoding="utf-8")
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,119 @@
+"""Weights that f computes from its parameters (torch.nn.utils.parametrizations): once a solve, and how to make some."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
+
+NormalisationKind = Literal["weight", "spectral"]
+NORMALISED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class ComputedWeights:
+    """The parametrized weights of f, computed when this is made and the same in every evaluation from then on.
+
+    Computed anew in each, they would cost as often, and spectral normalisation in training mode, which improves its
+    estimate with every access, would make f another function each time.
+
+    Attributes:
+        values: The weights, with the autograd graph to the parameters they come from.
+    """
+
+    def __init__(self, f: Callable[[Any, Any], Any] | None) -> None:
+        modules = f.modules() if isinstance(f, nn.Module) else ()
+        self._lists: list[nn.Module] = [m for m in modules if isinstance(m, parametrize.ParametrizationList)]
+        self.values: list[Tensor] = [computed() for computed in self._lists]
+
+    @contextlib.contextmanager
+    def exchanged(self, values: Sequence[Tensor]) -> Iterator[None]:
+        """Within, these tensors are the weights."""
+        own = self.values
+        self.values = list(values)
+        try:
+            yield
+        finally:
+            self.values = own
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Around a call of f: its modules find `values`."""
+        # Under `parametrize.cached()` a weight made under no_grad would be handed to a later call.
+        is_caching, parametrize._cache_enabled = parametrize._cache_enabled, 0
+        # An equilibrium around this one may have done the same.
+        before = [computed.__dict__.get("forward") for computed in self._lists]
+        try:
+            for computed, value in zip(self._lists, self.values, strict=True):
+                computed.__dict__["forward"] = lambda value=value: value
+            yield
+        finally:
+            parametrize._cache_enabled = is_caching
+            for computed, forward in zip(self._lists, before, strict=True):
+                if forward is None:
+                    del computed.__dict__["forward"]
+                else:
+                    computed.__dict__["forward"] = forward
+
+
+def normalise_weights(f: nn.Module, kind: NormalisationKind = "spectral", *, norm: float | None = None) -> nn.Module:
+    """Normalise the weight of every linear map and convolution in f, so that training keeps f from expanding.
+
+    The weights are computed once a solve, and are differentiated with any adjoint. PyTorch's own functions, and any
+    other parametrization, do as well on single layers: `torch.nn.utils.parametrizations.spectral_norm(f.linear)`.
+
+    Args:
+        f: The map, changed in place.
+        kind: "weight": each output's weights are a direction times a learnt length, the present one at first.
+            "spectral": each weight matrix (of a kernel, `(out, in * height * width)`) has a fixed largest singular
+            value, by one power iteration a solve in training mode.
+        norm: Spectral only: that value; None for 1. It bounds each layer, not f: a residual connection adds its 1.
+
+    Returns:
+        f.
+
+    Raises:
+        ValueError: If a setting is out of its range, f has nothing to normalise, or a weight is 0, which has no
+            direction, or has a parametrization already.
+
+    Source: Salimans and Kingma 2016, arXiv:1602.07868; Miyato et al. 2018, arXiv:1802.05957.
+    """
+    if kind not in get_args(NormalisationKind):
+        raise ValueError(f"kind must be one of {', '.join(map(repr, get_args(NormalisationKind)))}, got {kind!r}")
+    if norm is not None and (kind != "spectral" or not 0 < norm < float("inf")):
+        raise ValueError(f"norm must be positive and belongs to kind='spectral', got norm={norm!r}, kind={kind!r}")
+    layers = {name: module for name, module in f.named_modules() if isinstance(module, NORMALISED)}
+    if not layers:
+        raise ValueError(f"nothing to normalise: {type(f).__name__} has no linear map and no convolution")
+    for name, module in layers.items():
+        if parametrize.is_parametrized(module, "weight"):
+            raise ValueError(f"the weight of {name!r} is parametrized already: normalise once, or the layers by hand")
+        if not (module.weight.detach().flatten(1).norm(dim=1) > 0).all():
+            raise ValueError(
+                f"the weight of {name!r} has outputs that are 0, without a direction to normalise: initialise it first"
+            )
+    for module in layers.values():
+        if kind == "weight":
+            parametrizations.weight_norm(module)
+            continue
+        parametrizations.spectral_norm(module)
+        if norm not in (None, 1.0):
+            parametrize.register_parametrization(module, "weight", _Scaled(norm))
+    return f
+
+
+class _Scaled(nn.Module):
+    """`factor * weight`."""
+
+    def __init__(self, factor: float | None) -> None:
+        super().__init__()
+        assert factor is not None
+        self.factor = factor
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return self.factor * weight
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """The tensor that gives the weight; only its shape is asked for."""
+        return torch.as_tensor(weight / self.factor)

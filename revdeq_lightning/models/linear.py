@@ -1,0 +1,89 @@
+"""Linear layers that are not slow on processors with AVX-512 that are not Intel's.
+
+There PyTorch's float32 products run in MKL, which keeps AVX-512 for Intel's own; oneDNN, which PyTorch brings too, does
+not (AMD EPYC, one core, 1024 x 1024 x 1024: 105 and 223 GFLOP/s). Everywhere else these are plain `nn.Linear`.
+"""
+
+import functools
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
+
+
+class Linear(nn.Linear):
+    """`x @ weight.T + bias`; parameters, initialisation and gradients are those of `nn.Linear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer."""
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x @ weight.T + bias` by the faster of the two libraries."""
+    if not _is_transformed() and mkl_is_slow() and _is_plain(x) and _is_plain(weight) and x.dim() > 1:
+        product: Tensor = _OneDNNLinear.apply(x, weight, bias)
+        return product
+    return F.linear(x, weight, bias)
+
+
+@functools.cache
+def mkl_is_slow() -> bool:
+    """Whether this processor has AVX-512, PyTorch both libraries, and MKL will not use it."""
+    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):  # type: ignore[no-untyped-call]
+        return False
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "GenuineIntel" not in text
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Float32 numbers in the CPU's memory: no subclass that stands for something else, such as a DTensor."""
+    is_plain = type(tensor) is Tensor or type(tensor) is nn.Parameter
+    return is_plain and tensor.dtype == torch.float32 and tensor.device.type == "cpu" and tensor.numel() > 0
+
+
+def _is_transformed() -> bool:
+    """Whether the product is not to be computed as it stands, which the operator knows nothing of."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.is_autocast_enabled("cpu")
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+class _OneDNNLinear(torch.autograd.Function):
+    """The backward pass is made of the same function, so that it has every further derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return product
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        rows = grad.flatten(0, -2)
+        return (
+            linear(grad, weight.T) if ctx.needs_input_grad[0] else None,
+            linear(rows.T, x.flatten(0, -2).T) if ctx.needs_input_grad[1] else None,
+            rows.sum(0) if ctx.needs_input_grad[2] else None,
+        )
+
+
+if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+
+    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+    def _num_flops(x_shape: tuple[int, ...], weight_shape: tuple[int, ...], *_: Any, **__: Any) -> int:
+        """What PyTorch's counter is to count: it knows only its own products."""
+        return 2 * prod(x_shape) * weight_shape[0]
