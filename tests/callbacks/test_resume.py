@@ -112,7 +112,40 @@ def test_resumed_run_equals_whole_run_on_two_ranks(tmp_path):
     assert together == pytest.approx(alone, rel=1e-6)
 
 
+def fit_on(devices, folder, name, *, batch_size, save=None, ckpt_path=None):
+    settings = {"strategy": "ddp_fork", "devices": 2} if devices == 2 else {}
+    data, notes = tiny_data(folder, batch_size=batch_size), DrawAndSave(save, step=6)
+    trainer = tiny_trainer(folder, [notes, NoteAtEnd(notes, folder / f"{name}.ckpt")], max_steps=12, **settings)
+    trainer.fit(tiny_task(data, optimizer=MUON), data, ckpt_path=ckpt_path)
+
+
+def test_on_another_number_of_ranks_the_batches_stay(tmp_path):
+    """Begun on two ranks with 4 windows each, ended on one: the losses of one process with 8 windows all along."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", __file__, str(tmp_path), "two ranks, then one"]
+    run = subprocess.run(command, env=environment, timeout=180, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    with pytest.warns(
+        UserWarning, match="2 process.* with 4 windows each, now 1 take 8 each: the batches stay the same"
+    ):
+        fit_on(1, tmp_path, "rest", batch_size=4, ckpt_path=tmp_path / "middle.ckpt")
+    fit_on(1, tmp_path, "alone", batch_size=8)
+    losses = {name: [note[0] for note in torch.load(tmp_path / f"{name}.0")] for name in ("rest", "alone")}
+    # Sums over processes round otherwise.
+    assert losses["rest"] == pytest.approx(losses["alone"][6:], rel=1e-5)
+    with pytest.raises(ValueError, match="cannot be shared among 3 processes"):
+        share_out(tmp_path / "middle.ckpt", tiny_data(tmp_path), world_size=3)
+
+
+def share_out(checkpoint, data, world_size):
+    data._rank_and_world_size = lambda: (0, world_size)
+    data.load_state_dict(torch.load(checkpoint, weights_only=True)["TextDataModule"])
+
+
 if __name__ == "__main__":
     directory = Path(sys.argv[1])
+    if sys.argv[2:]:
+        fit_on(2, directory, "begin", batch_size=4, save=directory / "middle.ckpt")
+        sys.exit()
     fit_on_two_ranks(directory, "whole", save=directory / "middle.ckpt")
     fit_on_two_ranks(directory, "rest", ckpt_path=directory / "middle.ckpt", seed=1)
