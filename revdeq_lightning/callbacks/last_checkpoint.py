@@ -128,8 +128,10 @@ class LastCheckpoint(Checkpoint):
             raise CheckpointError(fault)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the signal back."""
+        """Give the signal back; end what a run that was killed at its very end had begun."""
         self._give_back_signal()
+        if trainer.is_global_zero and self._step_of_file is not None:
+            self._prune()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Give the signal back; Lightning ignores it while it shuts down after Ctrl-C."""
@@ -192,7 +194,7 @@ class LastCheckpoint(Checkpoint):
     def _prune(self) -> None:
         """Keep the newest; those of later steps belong to a branch of the run that was left."""
         steps = {int(path.stem.removeprefix("step-")): path for path in self.path.parent.glob("step-*.ckpt")}
-        before = sorted(step for step in steps if step < self.saved_step)
+        before = sorted(step for step in steps if step < (self._step_of_file or 0))
         for step in steps.keys() - set(before[max(0, len(before) - self.keep_last + 1) :]):
             path = steps[step]
             shutil.rmtree(path) if path.is_dir() else path.unlink()

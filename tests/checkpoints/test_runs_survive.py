@@ -248,6 +248,14 @@ def test_so_many_are_kept(tmp_path):
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step-7.ckpt", "step-8.ckpt", "last.ckpt"}
 
 
+def test_what_a_kill_at_the_end_left_too_many_goes_when_it_goes_on(whole):
+    kept, folder, _ = whole
+    put_back(kept, folder, "last.ckpt", "step-3.ckpt", "best.ckpt")
+    (folder / "checkpoints/step-2.ckpt").write_bytes((folder / "checkpoints/step-3.ckpt").read_bytes())
+    run("fit", "--ckpt_path", folder / "checkpoints/last.ckpt")
+    assert names(folder) == names(kept)
+
+
 def test_one_alone_is_kept_if_asked(tmp_path):
     fit(tmp_path, LastCheckpoint(keep_last=1, every_n_steps=2))
     assert kept_steps(tmp_path) == {"last": 9}
