@@ -17,6 +17,7 @@ SUBCOMMANDS = {
     "test": "evaluate a checkpoint on the test data",
     "predict": "write the nats of every token of the test text; image: the class probabilities of a folder of images",
     "generate": "continue a text with a trained language model",
+    "export": "write the weights of a checkpoint to one safetensors file",
 }
 
 # One concrete command line a task; `lm` may be left out. Subclass mode (one
@@ -70,6 +71,8 @@ def main(args: Sequence[str] | None = None) -> None:
             _generate(options)
         elif subcommand == "predict" and task == "image":
             _predict_images(options)
+        elif subcommand == "export":
+            _export(options)
         else:
             import importlib
 
@@ -134,6 +137,12 @@ def _predict_images(options: Sequence[str]) -> None:
     from revdeq_lightning.tasks.image_inference import predict_images
 
     print(call_with_options(predict_images, "image predict", options))
+
+
+def _export(options: Sequence[str]) -> None:
+    from revdeq_lightning.tasks.export import export_weights
+
+    print(call_with_options(export_weights, "export", options))
 
 
 def call_with_options(function: Callable[..., str], command: str, options: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 import warnings
 from abc import abstractmethod
@@ -11,10 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
+import torch
+import yaml
 from lightning import Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 from revdeq_lightning.callbacks.checkpoint_io import AtomicCheckpointIO
 from revdeq_lightning.callbacks.csv_logger import ContinuedCSVLogger
@@ -32,6 +37,9 @@ from revdeq_lightning.cli import ReadableErrors, fail, given_files
 from revdeq_lightning.environment import describe_environment, write_environment
 from revdeq_lightning.equilibrium import DivergenceError
 from revdeq_lightning.runs import BEST, CONFIG, ENVIRONMENT, RunConfig, find_checkpoint, new_version, run_of_checkpoint
+from revdeq_lightning.sharded_checkpoint import is_sharded_checkpoint
+from revdeq_lightning.sharding import ParallelismError, deferred_weights
+from revdeq_lightning.strategies import is_fsdp2, register_strategies
 
 # What Lightning says to everybody and what nobody who starts a run from here can or need act on.
 QUIET_INFO = (
@@ -111,13 +119,19 @@ class AbstractCommandLine(LightningCLI):
         config = self.config[self.config.subcommand]
         run = config.run
         files = config.get("config") or []
-        run.name = run.name or (Path(str(files[-1])).stem if files else "run")
+        naming = [path for path in map(Path, map(str, files)) if describes_run(path)]
+        run.name = run.name or (naming[-1].stem if naming else "run")
         checkpoint = config.get("ckpt_path")
         if checkpoint in ("last", "best"):
             with readable_errors():
                 checkpoint = config.ckpt_path = str(find_checkpoint(checkpoint, self.run_class(**run.as_dict())))
         if self.config.subcommand != "fit" and checkpoint is None:
             fail(f"which checkpoint? {self.config.subcommand} needs --ckpt_path FILE, or last, or best")
+        if checkpoint and is_sharded_checkpoint(checkpoint) and not is_fsdp2(config.trainer.strategy):
+            fail(
+                f"{checkpoint} is a sharded checkpoint (a folder): add --trainer.strategy=fsdp2, on any number of"
+                " processes, or take its weights alone: export --ckpt_path"
+            )
         self.run_config = self.run_class(**run.as_dict())
         folder = run_of_checkpoint(checkpoint) if checkpoint else None
         if folder and run.version is None:
@@ -144,6 +158,9 @@ class AbstractCommandLine(LightningCLI):
         if self.subcommand == "fit":
             if settings.get("logger") is False:
                 fail("trainer.logger=false: a run always has a folder with its metrics; choose where by run.folder")
+            asked = diagnostics.gradient_error_every_n_steps or diagnostics.contraction_every_n_steps
+            if asked and is_fsdp2(settings.get("strategy")):
+                fail("diagnostics.*_every_n_steps need the whole model in each process: trainer.strategy=ddp, not fsdp2")
             report = RunReport(run)
             watching = diagnostics.callbacks(has_equilibrium=bool(equilibria(self.model)))
             callbacks[:0] = [*watching, ResumableRandomState(), report]
@@ -168,14 +185,16 @@ class AbstractCommandLine(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Build data, model and trainer; find faults of the data here, where they can be told in one line."""
-        with readable_errors():
+        strategy = self._get(self.config, "trainer").get("strategy")
+        with readable_errors(), deferred_weights(is_fsdp2(strategy)):
             super().instantiate_classes()
             self.datamodule.setup(str(self.subcommand))
 
     def fit(self, **kwargs: Any) -> None:
         """Train."""
         try:
-            self.trainer.fit(**kwargs)
+            with device_errors():
+                self.trainer.fit(**kwargs)
         except DivergenceError as error:
             fail(str(error), code=1)
         except SystemExit:
@@ -203,12 +222,14 @@ class AbstractCommandLine(LightningCLI):
     def validate(self, **kwargs: Any) -> None:
         """Print the figures of the validation split."""
         self._require("validation")
-        self._print_figures("Validation", self.trainer.validate(**kwargs | {"verbose": False}))
+        with device_errors():
+            self._print_figures("Validation", self.trainer.validate(**kwargs | {"verbose": False}))
 
     def test(self, **kwargs: Any) -> None:
         """Print the figures of the test split."""
         self._require("test")
-        self._print_figures("Test", self.trainer.test(**kwargs | {"verbose": False}))
+        with device_errors():
+            self._print_figures("Test", self.trainer.test(**kwargs | {"verbose": False}))
 
     def _require(self, split: str) -> None:
         if split not in self.datamodule.splits:
@@ -227,6 +248,7 @@ def run_command_line(
 ) -> None:
     """Parse and run; what the user can mend is told in one line."""
     quieten_lightning()
+    register_strategies()
     with finished_wandb():
         command_line(
             task,
@@ -258,17 +280,37 @@ def readable_errors() -> Iterator[None]:
     """Tell wrong settings and missing data in one line; an error in training keeps its traceback."""
     try:
         yield
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, MisconfigurationException) as error:
         reason: BaseException = error
         while reason.__cause__ is not None:  # what the parser wraps in the names of its functions
             reason = reason.__cause__
-        fail(str(reason))
+        fail(" ".join(str(reason).split()))
+
+
+@contextmanager
+def device_errors() -> Iterator[None]:
+    """Tell in one line, in training too, what does not fit the devices."""
+    rank = cast(Any, rank_zero_only).rank
+    try:
+        yield
+    except ParallelismError as error:  # all processes find the same
+        if rank:
+            sys.exit(2)
+        fail(str(error))
+    except torch.OutOfMemoryError as error:
+        wanted = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
+        fail(
+            f"process {rank} ran out of GPU memory{f' (it wanted {wanted[1]} more)' if wanted else ''}: lower"
+            " data.batch_size and raise trainer.accumulate_grad_batches as much, use trainer.precision=bf16-mixed, or"
+            " share parameters and optimizer state out with trainer.strategy=fsdp2 (more solver steps need no more)",
+            code=1,
+        )
 
 
 def with_config_of_checkpoint(options: Sequence[str]) -> list[str]:
-    """Without `--config` that of the checkpoint's run applies."""
+    """Without a `--config` of a model that of the checkpoint's run applies."""
     runs = [run_of_checkpoint(path) for path in given_files(options, "--ckpt_path")]
-    if runs and runs[-1] and not given_files(options, "--config", "-c"):
+    if runs and runs[-1] and not any(map(describes_run, given_files(options, "--config", "-c"))):
         return ["--config", str(runs[-1] / CONFIG), *options]
     return list(options)
 
@@ -295,6 +337,15 @@ def finished_wandb() -> Iterator[None]:
         raise
     finally:
         finish_wandb(code)
+
+
+def describes_run(path: Path) -> bool:
+    """Whether a configuration says what is trained, and not only how: then it names the run."""
+    try:
+        settings = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return True  # told when it is parsed
+    return not isinstance(settings, dict) or bool({"model", "data"} & settings.keys())
 
 
 def best_checkpoint() -> ModelCheckpoint:

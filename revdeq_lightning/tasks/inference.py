@@ -8,6 +8,7 @@ import torch
 from revdeq_lightning.data.tokenizers import AbstractTokenizer, tokenizer_from_state
 from revdeq_lightning.models import TransformerConfig
 from revdeq_lightning.models.generation import generate
+from revdeq_lightning.sharded_checkpoint import is_sharded_checkpoint, read_rest, read_whole
 from revdeq_lightning.tasks.settings import SolverConfig, build_language_model
 
 
@@ -32,16 +33,24 @@ def read_checkpoint(ckpt_path: str | Path, state: str, kind: str, folder: str) -
         FileNotFoundError: If there is no such file.
         ValueError: If it is something else.
     """
-    if not Path(ckpt_path).is_file():
+    if not Path(ckpt_path).exists():
         raise FileNotFoundError(f"no checkpoint {ckpt_path}: training writes it to {folder}/NAME/DATE/checkpoints")
     try:
-        checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True)
+        checkpoint = load_checkpoint(Path(ckpt_path))
         settings, weights, needed = (checkpoint[key] for key in ("hyper_parameters", "state_dict", state))
     except Exception as error:  # torch raises many kinds for what is not a checkpoint
         raise ValueError(f"{ckpt_path} is not a checkpoint of {kind} ({type(error).__name__})") from None
     prefix = "model."
     own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
     return Trained(settings, own, needed)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint's content, of a file or of a sharded one's folder (without optimizers); no code in it is run."""
+    if is_sharded_checkpoint(path):
+        return read_rest(path) | read_whole(path, "state_dict")
+    content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return content
 
 
 def load_language_model(ckpt_path: str | Path, device: str = "cpu") -> tuple[Any, AbstractTokenizer]:
