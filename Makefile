@@ -14,7 +14,7 @@ DATA ?=
 CKPT ?=
 PROMPT ?= def
 
-.PHONY: help setup train-lm train-cifar train-imagenet generate test lint format typecheck bench bench-quick bench-core bench-lm bench-image bench-image-block bench-cifar bench-quality bench-callbacks clean
+.PHONY: help setup train-lm train-cifar train-imagenet generate test lint format typecheck bench bench-quick bench-core bench-lm bench-image bench-image-block bench-cifar bench-quality bench-callbacks test-slow clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,7 +43,10 @@ generate: $(READY)  ## Continue a text: CKPT=runs/lm/NAME/DATE/checkpoints/best.
 
 # One process a core, one thread each: many small tensors gain nothing from threads.
 test: $(READY)  ## Run the tests: ARGS="-k golden"
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto $(ARGS)
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto -m "not slow" $(ARGS)
+
+test-slow: $(READY)  ## Run the tests that take minutes: many processes, kills, clusters
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto -m slow $(ARGS)
 
 lint: $(READY)  ## Check style
 	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check .
