@@ -17,6 +17,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 METADATA, REST = ".metadata", "meta.pt"
@@ -40,7 +41,7 @@ def load_into(state: dict[str, Any], path: Path, *, no_dist: bool = False) -> No
     """Fill the tensors of a nested state from the folder, each process its parts, and replace its other values.
 
     Raises:
-        ValueError: If the folder lacks one of them, holds it in another shape, or holds code.
+        ValueError: If the folder lacks one of them, holds it in another shape, is damaged, or holds code.
     """
     metadata = read_metadata(path)
     held = metadata.state_dict_metadata
@@ -51,7 +52,15 @@ def load_into(state: dict[str, Any], path: Path, *, no_dist: bool = False) -> No
             wanted = f" of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else ""
             found = f"holds {shape}" if entry is not None else "has none"
             raise ValueError(f"the checkpoint does not fit the model: it needs {name}{wanted}, {path} {found}")
-    dcp.load(state, storage_reader=_Reader(path), planner=_Planner(), no_dist=no_dist)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as asked
+            dcp.load(state, storage_reader=_Reader(path), planner=_Planner(), no_dist=no_dist)
+    except CheckpointException as error:  # no Exception: it would end the process in the midst of the others
+        rank, (reason, _) = next(iter(error.failures.items()))
+        raise ValueError(
+            f"{path} cannot be read (process {rank}, {type(reason).__name__}): {str(reason).splitlines()[0]}"
+        ) from None
 
 
 def read_whole(path: Path, *names: str) -> dict[str, Any]:
@@ -64,9 +73,7 @@ def read_whole(path: Path, *names: str) -> dict[str, Any]:
     for key, entry in read_metadata(path).state_dict_metadata.items():
         if key.split(".")[0] in names and isinstance(entry, TensorStorageMetadata):
             state[key] = torch.empty(entry.size, dtype=entry.properties.dtype)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as asked
-        load_into(state, path, no_dist=True)
+    load_into(state, path, no_dist=True)
     found: dict[str, Any] = {name: {} for name in names}
     for key, value in state.items():
         name, _, rest = key.partition(".")

@@ -33,8 +33,8 @@ def shard_equilibria(
         model: Model whose forward pass includes all of its equilibria.
         mesh: One-dimensional device mesh.
         reshard_after_forward: Give a layer's parameters back after its solve.
-        gather_dtype: In what parameters are sent and used; None for their own. Inputs, and so the state, stay as they
-            are, and gradients are averaged in float32.
+        gather_dtype: In what the layers' parameters are sent and used; None for their own. The rest of the model, x
+            and the state stay as they are, and gradients are averaged in float32.
 
     Raises:
         ParallelismError: If a part of a layer is sharded already.
@@ -58,7 +58,8 @@ def shard_equilibria(
     policy = MixedPrecisionPolicy(param_dtype=gather_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     for layer in layers.values():
         fully_shard(layer, mesh=mesh, reshard_after_forward=reshard_after_forward, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+    # Not in that dtype: an embedding rounded to bfloat16 would make x, the input of every evaluation, bfloat16.
+    fully_shard(model, mesh=mesh)
     for method in FORWARD_METHODS:
         if hasattr(model, method):
             register_fsdp_forward_method(model, method)

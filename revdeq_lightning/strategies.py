@@ -95,8 +95,8 @@ class EquilibriumFSDP2(ModelParallelStrategy):
     Args:
         reshard_after_forward: Give the parameters of a layer back after its solve, and gather them once more for the
             backward pass: half of the communication more, and only one layer at a time in memory.
-        gather_dtype: Send parameters as float32, or as bfloat16: half of the bytes; for bf16-mixed, whose products
-            round them anyway. Gradients then are rounded to bfloat16 once, before they are averaged in float32.
+        gather_dtype: Send the layers' parameters as float32, or as bfloat16: half of the bytes; for bf16-mixed, whose
+            products round them anyway. Their gradients are rounded to bfloat16 once, then averaged in float32.
         sharded_checkpoints: Write a folder with a file for each process, readable on any number of processes, instead
             of one file, for which the first process gathers all.
         allow_mixed_gpus: Train on GPUs of different kinds together, at the pace of the slowest.

@@ -36,7 +36,7 @@ def run_group(world_size: int, function: Callable[..., Any], *args: Any, seconds
             process.join()
     codes = [process.exitcode for process in processes]
     if any(codes):
-        raise RuntimeError(f"{function.__name__}{args} ended with {codes}")
+        raise RuntimeError(f"{function}{args} ended with {codes}")
 
 
 def _member(rank: int, world_size: int, port: int, function: Callable[..., Any], args: tuple[Any, ...]) -> None:

@@ -88,13 +88,18 @@ def fit(folder, name):
     torch.save(result, folder / f"{name}.{trainer.global_rank}.pt")
 
 
-def main(folder, names):
+def prepare(folder):
+    """The text; Lightning without its messages."""
     warnings.simplefilter("ignore")
     for logger in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(logger).setLevel(logging.ERROR)
     numbers = torch.randint(97, 113, (4000,), generator=torch.Generator().manual_seed(0))
     # Long enough that 20 steps end within the first epoch: at its end a step may be made of fewer batches.
     (folder / "text.txt").write_text("".join(" " if i % 5 == 0 else chr(n) for i, n in enumerate(numbers.tolist())))
+
+
+def main(folder, names):
+    prepare(folder)
     for name in names:
         run_group(int(name.split("-")[2]), fit, folder, name)
 
