@@ -58,9 +58,8 @@ def load_into(state: dict[str, Any], path: Path, *, no_dist: bool = False) -> No
             dcp.load(state, storage_reader=_Reader(path), planner=_Planner(), no_dist=no_dist)
     except CheckpointException as error:  # no Exception: it would end the process in the midst of the others
         rank, (reason, _) = next(iter(error.failures.items()))
-        raise ValueError(
-            f"{path} cannot be read (process {rank}, {type(reason).__name__}): {str(reason).splitlines()[0]}"
-        ) from None
+        text = next(iter(str(reason).splitlines()), "it is damaged")
+        raise ValueError(f"{path} cannot be read (process {rank}, {type(reason).__name__}): {text}") from None
 
 
 def read_whole(path: Path, *names: str) -> dict[str, Any]:

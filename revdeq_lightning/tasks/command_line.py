@@ -160,7 +160,10 @@ class AbstractCommandLine(LightningCLI):
                 fail("trainer.logger=false: a run always has a folder with its metrics; choose where by run.folder")
             asked = diagnostics.gradient_error_every_n_steps or diagnostics.contraction_every_n_steps
             if asked and is_fsdp2(settings.get("strategy")):
-                fail("diagnostics.*_every_n_steps need the whole model in each process: trainer.strategy=ddp, not fsdp2")
+                fail(
+                    "diagnostics.gradient_error_every_n_steps and contraction_every_n_steps need the whole model in"
+                    " each process: trainer.strategy=ddp, not fsdp2"
+                )
             report = RunReport(run)
             watching = diagnostics.callbacks(has_equilibrium=bool(equilibria(self.model)))
             callbacks[:0] = [*watching, ResumableRandomState(), report]
@@ -192,13 +195,13 @@ class AbstractCommandLine(LightningCLI):
 
     def fit(self, **kwargs: Any) -> None:
         """Train."""
-        try:
-            with device_errors():
+        with device_errors():
+            try:
                 self.trainer.fit(**kwargs)
-        except DivergenceError as error:
-            fail(str(error), code=1)
-        except SystemExit:
-            sys.exit(130 if self.trainer.interrupted else 1)  # Lightning's code after Ctrl-C is 1
+            except DivergenceError as error:
+                fail(str(error), code=1)
+            except SystemExit:
+                sys.exit(130 if self.trainer.interrupted else 1)  # Lightning's code after Ctrl-C is 1
 
     def after_fit(self) -> None:
         """Test, show, and say how to go on."""

@@ -249,4 +249,3 @@ def test_heads_shared_out_give_the_gradient_of_the_whole(ranks, case):
         assert share > 0.5
         for name, gradient in plain.items():
             torch.testing.assert_close(shared[name], gradient, rtol=1e-4, atol=1e-6, msg=f"{case}: {name}")
-

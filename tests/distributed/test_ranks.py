@@ -31,7 +31,7 @@ def fast(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def slow(tmp_path_factory) -> Path:
-    return run(tmp_path_factory.mktemp("slow"), SLOW)
+    return run(tmp_path_factory.mktemp("slow"), [*SLOW, "lm-half-2-1"])
 
 
 def results(folder, name):
@@ -53,6 +53,8 @@ def assert_same_as_one_process(folder, name):
         # (With BatchNorm an evaluation depends on whose running statistics it uses.)
         for key in ("val/loss", "val/token_perplexity", "val/bits_per_byte"):
             assert ranks[0]["figures"][key] == pytest.approx(reference["figures"][key], rel=1e-6)  # logged in float32
+    # Running statistics are each process's own until it evaluates.
+    assert all(r["statistics"] == ranks[0]["statistics"] for r in ranks)
     # Together they see what the one process sees, and no two of them the same.
     seen = [[sample for batch in r["seen"] for sample in batch] for r in ranks]
     together = sorted(sample for own in seen for sample in own)
@@ -63,6 +65,16 @@ def assert_same_as_one_process(folder, name):
 @pytest.mark.parametrize("name", FAST)
 def test_two_processes_train_the_weights_of_one(fast, name):
     assert_same_as_one_process(fast, name)
+
+
+@pytest.mark.slow
+def test_gradients_sent_in_bfloat16_train_nearly_the_same_weights(slow):
+    (reference,), halved = results(slow, REFERENCES["lm"]), results(slow, "lm-half-2-1")
+    difference = max(
+        float((halved[0]["weights"][key] - weight).abs().max()) for key, weight in reference["weights"].items()
+    )
+    assert 1e-6 < difference < 0.2 * reference["moved"]
+    assert all(torch.equal(halved[0]["weights"][key], halved[1]["weights"][key]) for key in reference["weights"])
 
 
 @pytest.mark.slow

@@ -129,7 +129,10 @@ def test_code_in_a_value_is_refused(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("state", "words"),
     [
-        ({"state_dict": {"model.nowhere": torch.zeros(2)}}, r"needs state_dict.model.nowhere of shape \(2,\).*has none"),
+        (
+            {"state_dict": {"model.nowhere": torch.zeros(2)}},
+            r"needs state_dict.model.nowhere of shape \(2,\).*has none",
+        ),
         ({"state_dict": {"model.head.weight": torch.zeros(2)}}, r"head.weight of shape \(2,\).*holds \(17, 16\)"),
     ],
 )

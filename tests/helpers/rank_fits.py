@@ -3,6 +3,7 @@
 A scenario is `TASK-STRATEGY-RANKS-ACCUMULATION`; all have the same global batch of 8, and 20 optimizer steps.
 """
 
+import functools
 import logging
 import sys
 import warnings
@@ -24,18 +25,22 @@ from revdeq_lightning.strategies import EquilibriumDDP, EquilibriumFSDP2
 from revdeq_lightning.tasks.classification import ClassificationTask
 from revdeq_lightning.tasks.settings import SolverConfig
 
-STRATEGIES = {"one": lambda: "auto", "ddp": EquilibriumDDP, "fsdp2": EquilibriumFSDP2}
+half = functools.partial(EquilibriumDDP, compress_gradients=True)
+STRATEGIES = {"one": lambda: "auto", "ddp": EquilibriumDDP, "half": half, "fsdp2": EquilibriumFSDP2}
 GLOBAL_BATCH, NUM_STEPS = 8, 20
 
 
 class Seen(Callback):
-    """The samples that this process trained on, as sums that name them."""
+    """The samples that this process trained on, as sums that name them; the buffers that it evaluated with."""
 
     def __init__(self):
-        self.sums = []
+        self.sums, self.statistics = [], []
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self.sums.append([float(x.double().sum()) for x in batch[0]])
+
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.statistics = [float(b.double().sum()) for b in pl_module.model.buffers()]
 
 
 class DoubleClassification(ClassificationTask):
@@ -84,7 +89,7 @@ def fit(folder, name):
     weights = {key: whole(p.detach()).clone() for key, p in task.named_parameters()}
     moved = max(float((w - b).abs().max()) for w, b in zip(weights.values(), before, strict=True))
     figures = {key: float(value) for key, value in trainer.callback_metrics.items()}
-    result = {"weights": weights, "moved": moved, "figures": figures, "seen": seen.sums}
+    result = {"weights": weights, "moved": moved, "figures": figures, "seen": seen.sums, "statistics": seen.statistics}
     torch.save(result, folder / f"{name}.{trainer.global_rank}.pt")
 
 
