@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
 
 METADATA, REST = ".metadata", "meta.pt"
 """PyTorch's description of the tensors; what Lightning stores beside them."""
@@ -55,7 +56,7 @@ def load_into(state: dict[str, Any], path: Path, *, no_dist: bool = False) -> No
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as asked
-            dcp.load(state, storage_reader=_Reader(path), planner=_Planner(), no_dist=no_dist)
+            load(state, storage_reader=_Reader(path), planner=_Planner(), no_dist=no_dist)
     except CheckpointException as error:  # no Exception: it would end the process in the midst of the others
         rank, (reason, _) = next(iter(error.failures.items()))
         text = next(iter(str(reason).splitlines()), "it is damaged")

@@ -136,12 +136,12 @@ def is_sharded(value: Any) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """This process's part, the same memory; of an ordinary tensor the tensor itself."""
-    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def whole(tensor: Tensor) -> Tensor:
     """All of it, on every process: each must call this."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def shared_out_like(tensor: Tensor, like: Tensor) -> Tensor:

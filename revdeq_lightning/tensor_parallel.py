@@ -1,8 +1,9 @@
 """Tensor parallelism inside f of the language model, from outside of its file; no Lightning in here.
 
 Each process computes its share of the heads and of the widths of the MLP. Every evaluation of f then exchanges its
-result twice, forward and backward: bytes grow with the solver's steps, unlike those of DDP and FSDP2. It pays only where
-one layer's matrices do not fit one device, hence it is a function, not a strategy.
+result twice, forward and backward: bytes grow with the solver's steps, unlike those of DDP and FSDP2. It pays only
+where one layer's matrices do not fit one device, hence it is a function, not a strategy: beside FSDP2, clipping and
+optimizers would meet parameters on two meshes.
 """
 
 from typing import Any

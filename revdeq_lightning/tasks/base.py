@@ -99,6 +99,8 @@ class AbstractTask(LightningModule):
 
     def configure_model(self) -> None:
         """Share the model out, where the strategy asks for it."""
+        if self._trainer is None:  # loaded from a checkpoint, to be used alone
+            return None
         strategy = self.trainer.strategy
         if isinstance(strategy, EquilibriumFSDP2):
             return strategy.shard(self.model, self._recipe)
