@@ -103,6 +103,11 @@ class AbstractTask(LightningModule):
             return None
         strategy = self.trainer.strategy
         if isinstance(strategy, EquilibriumFSDP2):
+            if self.jacobian_weight:
+                raise ParallelismError(
+                    f"model.jacobian_weight={self.jacobian_weight} evaluates f outside of its layer, where FSDP2 has"
+                    " taken its parameters apart: use trainer.strategy=ddp"
+                )
             return strategy.shard(self.model, self._recipe)
         refuse_foreign(strategy)
         if any(p.is_meta for p in self.model.parameters()):

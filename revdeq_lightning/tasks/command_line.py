@@ -2,7 +2,6 @@
 
 import logging
 import os
-import re
 import sys
 import warnings
 from abc import abstractmethod
@@ -12,14 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
-import torch
-import yaml
 from lightning import Trainer
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
-from lightning.pytorch.utilities import rank_zero_only
 
 from revdeq_lightning.callbacks.checkpoint_io import AtomicCheckpointIO
 from revdeq_lightning.callbacks.csv_logger import ContinuedCSVLogger
@@ -36,10 +31,20 @@ from revdeq_lightning.callbacks.wandb_logger import finish_wandb, wandb_logger
 from revdeq_lightning.cli import ReadableErrors, fail, given_files
 from revdeq_lightning.environment import describe_environment, write_environment
 from revdeq_lightning.equilibrium import DivergenceError
-from revdeq_lightning.runs import BEST, CONFIG, ENVIRONMENT, RunConfig, find_checkpoint, new_version, run_of_checkpoint
+from revdeq_lightning.runs import (
+    BEST,
+    CONFIG,
+    ENVIRONMENT,
+    RunConfig,
+    describes_run,
+    find_checkpoint,
+    new_version,
+    run_of_checkpoint,
+)
 from revdeq_lightning.sharded_checkpoint import is_sharded_checkpoint
-from revdeq_lightning.sharding import ParallelismError, deferred_weights
+from revdeq_lightning.sharding import deferred_weights
 from revdeq_lightning.strategies import is_fsdp2, register_strategies
+from revdeq_lightning.tasks.readable_errors import device_errors, readable_errors
 
 # What Lightning says to everybody and what nobody who starts a run from here can or need act on.
 QUIET_INFO = (
@@ -278,38 +283,6 @@ def quieten_lightning() -> None:
         warnings.filterwarnings("ignore", message)
 
 
-@contextmanager
-def readable_errors() -> Iterator[None]:
-    """Tell wrong settings and missing data in one line; an error in training keeps its traceback."""
-    try:
-        yield
-    except (ValueError, TypeError, OSError, MisconfigurationException) as error:
-        reason: BaseException = error
-        while reason.__cause__ is not None:  # what the parser wraps in the names of its functions
-            reason = reason.__cause__
-        fail(" ".join(str(reason).split()))
-
-
-@contextmanager
-def device_errors() -> Iterator[None]:
-    """Tell in one line, in training too, what does not fit the devices."""
-    rank = cast(Any, rank_zero_only).rank
-    try:
-        yield
-    except ParallelismError as error:  # all processes find the same
-        if rank:
-            sys.exit(2)
-        fail(str(error))
-    except torch.OutOfMemoryError as error:
-        wanted = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
-        fail(
-            f"process {rank} ran out of GPU memory{f' (it wanted {wanted[1]} more)' if wanted else ''}: lower"
-            " data.batch_size and raise trainer.accumulate_grad_batches as much, use trainer.precision=bf16-mixed, or"
-            " share parameters and optimizer state out with trainer.strategy=fsdp2 (more solver steps need no more)",
-            code=1,
-        )
-
-
 def with_config_of_checkpoint(options: Sequence[str]) -> list[str]:
     """Without a `--config` of a model that of the checkpoint's run applies."""
     runs = [run_of_checkpoint(path) for path in given_files(options, "--ckpt_path")]
@@ -340,15 +313,6 @@ def finished_wandb() -> Iterator[None]:
         raise
     finally:
         finish_wandb(code)
-
-
-def describes_run(path: Path) -> bool:
-    """Whether a configuration says what is trained, and not only how: then it names the run."""
-    try:
-        settings = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return True  # told when it is parsed
-    return not isinstance(settings, dict) or bool({"model", "data"} & settings.keys())
 
 
 def best_checkpoint() -> ModelCheckpoint:

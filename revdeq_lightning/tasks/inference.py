@@ -9,6 +9,7 @@ from revdeq_lightning.data.tokenizers import AbstractTokenizer, tokenizer_from_s
 from revdeq_lightning.models import TransformerConfig
 from revdeq_lightning.models.generation import generate
 from revdeq_lightning.sharded_checkpoint import is_sharded_checkpoint, read_rest, read_whole
+from revdeq_lightning.sharding import is_sharded
 from revdeq_lightning.tasks.settings import SolverConfig, build_language_model
 
 
@@ -109,7 +110,8 @@ def continue_text(model: Any, tokenizer: AbstractTokenizer, prompt: str, *, seed
     tokens_BT = torch.tensor([ids[-context_length:]], device=device)
     solver = getattr(getattr(model, "equilibrium", None), "solver", None)
     generator = torch.Generator(device).manual_seed(seed)
-    use_cache = solver is None or not solver.has_tolerance
+    # With the cache f is evaluated outside of its layer, for which alone FSDP2 gathers parameters.
+    use_cache = (solver is None or not solver.has_tolerance) and not any(map(is_sharded, model.parameters()))
     new = generate(model, tokens_BT, generator=generator, use_cache=use_cache, **sampling)[0, tokens_BT.shape[1] :]
     # A vocabulary padded to a round size has ids that mean no text; an untrained model may draw them.
     return prompt + tokenizer.decode([i for i in new.tolist() if i < tokenizer.vocab_size])

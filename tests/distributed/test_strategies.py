@@ -91,6 +91,7 @@ def test_a_run_goes_on_under_another_strategy_with_the_settings_of_the_run(tmp_p
         (["--trainer.strategy=fsdp2", "--trainer.precision=bf16-true"], "state in float32 or better"),
         (["--trainer.strategy=fsdp2", "--diagnostics.gradient_error_every_n_steps=2"], "trainer.strategy=ddp, not"),
         (["--config=configs/trainer/fsdp2.yaml", "--trainer.strategy.gather_dtype=bfloat16"], "trainer.precision=bf16"),
+        (["--trainer.strategy=fsdp2", "--model.jacobian_weight=0.1"], "jacobian_weight=0.1 evaluates f outside"),
         (["--trainer.strategy=ddq"], "invalid strategy name"),
         (["--trainer.strategy=ddp", "--trainer.devices=0"], "0"),
     ],
