@@ -1,7 +1,7 @@
 """Time and memory of a process on 8 to 1,024 GPUs: `python -m benchmarks.scaling [--measure]`; see `scaling.md`.
 
-Counts (parameters, operations, bytes) are taken from the models themselves; what hardware does with them is the model of
-`scaling.md`, with the constants below. Writes `results/scaling.md`.
+Counts (parameters, operations, bytes) are taken from the models themselves; what hardware does with them is the model
+of `scaling.md`, with the constants below. Writes `results/scaling.md`.
 """
 
 import argparse
@@ -34,7 +34,7 @@ UTILISATIONS = (0.1, 0.4)  # assumed, of small and of well filled GPUs: give the
 NVLINK, NETWORK = (
     450e9,
     50e9,
-)  # bytes/s of a GPU in one direction; data sheets of the DGX H100 (900 GB/s both, 400 Gb/s)
+)  # bytes/s of a GPU and direction; data sheet of the DGX H100 (900 GB/s both, 400 Gb/s)
 BANDWIDTH = 0.8  # assumed, the fraction of these that NCCL reaches with large messages
 BASE, INTRA, INTER = 8.4e-6, 3.4e-6, 14e-6  # seconds, protocol Simple; NCCL, src/graph/tuning.cc
 IMAGE_BYTES = 115e3  # of a JPEG file: ImageNet's 1.28 M training images take about 148 GB
@@ -217,8 +217,8 @@ def measured() -> list[str]:
     return [
         f"Measured {time.strftime('%Y-%m-%d')}, gloo, `configs/lm/default.yaml`'s model and batch in each process,"
         f" median of {STEPS} steps after {WARMUP}: efficiency {efficiency:.0%}. {os.cpu_count()} cores, torch"
-        f" {torch.__version__}, commit {commit or 'unknown'}; other processes: load {load:.1f} at the start (well above 0,"
-        " the times say nothing).",
+        f" {torch.__version__}, commit {commit or 'unknown'}; other processes: load {load:.1f} at the start"
+        " (well above 0, the times say nothing).",
         "",
         "| processes | ms a step | ms of an all-reduce of the gradients alone | MB |",
         "|---|---|---|---|",
@@ -239,8 +239,8 @@ def main() -> None:
         lines += [
             f"## {path}",
             "",
-            f"{counted.parameters / 1e6:.1f} M parameters, {counted.in_layers / 1e6:.1f} M of them in equilibrium layers;"
-            f" {counted.flops / counted.units / 1e9:.2f} GFLOP and {counted.kept_bytes / counted.units / 2**20:.2f} MiB"
+            f"{counted.parameters / 1e6:.1f} M parameters, {counted.in_layers / 1e6:.1f} M of them in equilibrium"
+            f" layers; {counted.flops / counted.units / 1e9:.2f} GFLOP and {counted.kept_bytes / counted.units / 2**20:.2f} MiB"
             f" for each of the {counted.unit} in a training step.",
             "",
             f"Batch of {counted.batch_size} a GPU held (the global batch grows):",

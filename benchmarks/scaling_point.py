@@ -1,4 +1,4 @@
-"""`python -m benchmarks.scaling_point RANKS`: prints seconds a DDP step, seconds of its all-reduce alone, and its bytes."""
+"""`python -m benchmarks.scaling_point RANKS`: seconds of a DDP step, of its all-reduce alone, its bytes."""
 
 import statistics
 import sys
