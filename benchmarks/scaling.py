@@ -240,8 +240,8 @@ def main() -> None:
             f"## {path}",
             "",
             f"{counted.parameters / 1e6:.1f} M parameters, {counted.in_layers / 1e6:.1f} M of them in equilibrium"
-            f" layers; {counted.flops / counted.units / 1e9:.2f} GFLOP and {counted.kept_bytes / counted.units / 2**20:.2f} MiB"
-            f" for each of the {counted.unit} in a training step.",
+            f" layers; {counted.flops / counted.units / 1e9:.2f} GFLOP and"
+            f" {counted.kept_bytes / counted.units / 2**20:.2f} MiB for each of the {counted.unit} in a training step.",
             "",
             f"Batch of {counted.batch_size} a GPU held (the global batch grows):",
             "",
