@@ -14,7 +14,7 @@ DATA ?=
 CKPT ?=
 PROMPT ?= def
 
-.PHONY: help setup train-lm train-cifar train-imagenet generate test test-slow lint format typecheck bench bench-quick bench-core bench-lm bench-image bench-image-block bench-cifar bench-quality bench-callbacks bench-faults clean
+.PHONY: help setup train-lm train-cifar train-imagenet generate test test-slow lint format typecheck bench bench-quick bench-core bench-lm bench-image bench-image-block bench-cifar bench-quality bench-callbacks bench-faults bench-scaling clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,7 +45,7 @@ generate: $(READY)  ## Continue a text: CKPT=runs/lm/NAME/DATE/checkpoints/best.
 test: $(READY)  ## Run the tests: ARGS="-k golden"
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto -m "not slow" $(ARGS)
 
-test-slow: $(READY)  ## Run the tests that take minutes
+test-slow: $(READY)  ## Run the tests that take minutes: many processes, kills, clusters
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto -m slow $(ARGS)
 
 lint: $(READY)  ## Check style
@@ -91,6 +91,9 @@ bench-callbacks: $(READY)  ## Measure what the callbacks add to a training step 
 
 bench-quality: $(READY)  ## Quality at equal cost: DATA=tinyshakespeare.txt ARGS="--images=cifar10-train.tar.xz" (an hour each on one core)
 	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.quality --text '$(or $(DATA),data/tinyshakespeare.txt)' $(ARGS)
+
+bench-scaling: $(READY)  ## Model of steps on 8 to 1,024 GPUs, and two processes on this CPU measured
+	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.scaling --measure $(ARGS)
 
 clean:  ## Remove the virtual environment and caches (never runs/)
 	@rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info

@@ -7,6 +7,7 @@ between two writes at which one file speaks of another's content. `torch.load` a
 
 import hashlib
 import os
+import shutil
 import struct
 import warnings
 import zipfile
@@ -148,7 +149,7 @@ def remove_leftovers(folder: Path) -> list[Path]:
     """Remove what processes that were killed in the midst of a write left behind; no other may be writing there."""
     leftovers = sorted(folder.glob(".*.part")) if folder.is_dir() else []
     for path in leftovers:
-        path.unlink(missing_ok=True)
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     return leftovers
 
 

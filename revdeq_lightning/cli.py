@@ -18,6 +18,7 @@ SUBCOMMANDS = {
     "predict": "write the nats of every token of the test text; image: the class probabilities of a folder of images",
     "replay": "look again at a batch that made training diverge",
     "generate": "continue a text with a trained language model",
+    "export": "write the weights of a checkpoint to one safetensors file",
 }
 
 # One concrete command line a task; `lm` may be left out. Subclass mode (one
@@ -73,6 +74,8 @@ def main(args: Sequence[str] | None = None) -> None:
             _replay(options)
         elif subcommand == "predict" and task == "image":
             _predict_images(options)
+        elif subcommand == "export":
+            _export(options)
         else:
             import importlib
 
@@ -143,6 +146,12 @@ def _replay(options: Sequence[str]) -> None:
     from revdeq_lightning.tasks.replay import replay
 
     print(call_with_options(replay, "replay", options))
+
+
+def _export(options: Sequence[str]) -> None:
+    from revdeq_lightning.tasks.export import export_weights
+
+    print(call_with_options(export_weights, "export", options))
 
 
 def call_with_options(function: Callable[..., str], command: str, options: Sequence[str]) -> str:

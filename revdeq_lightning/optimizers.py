@@ -1,5 +1,6 @@
 """Optimizers and learning rate schedules, each from one dataclass."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
+
+from revdeq_lightning.sharding import shared_out_like, whole
 
 
 @dataclass
@@ -78,7 +81,9 @@ class Muon(Optimizer):
     """Moves each matrix by its orthogonalised (Nesterov) momentum; a kernel is the matrix `(out, in * height * width)`.
 
     Like `torch.optim.Muon`, which takes no kernels and computes in bfloat16 everywhere: on a CPU without instructions
-    for it that is 30 times slower, and slower than the model. Here CPUs compute in float32.
+    for it that is 30 times slower, and slower than the model. Here CPUs compute in float32. Of matrices sharded over
+    processes (FSDP2) each is gathered on every process, which all compute its direction: as many bytes once more as
+    the gradients have.
 
     Args:
         parameters: Matrices and kernels.
@@ -108,11 +113,12 @@ class Muon(Optimizer):
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(p.grad)
                 buffer = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
-                update = p.grad.lerp(buffer, group["momentum"]).flatten(1)
+                # A sharded matrix is gathered: its directions are not those of its parts.
+                update = whole(p.grad.lerp(buffer, group["momentum"])).flatten(1)
                 if not p.is_cpu:
                     update = update.bfloat16()
                 rows, columns = update.shape
-                direction = orthogonalise(update).to(p.dtype).view(p.shape)
+                direction = shared_out_like(orthogonalise(update).to(p.dtype).view(p.shape), p)
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(direction, alpha=-group["lr"] * math.sqrt(max(1.0, rows / columns)))
         return loss
@@ -160,14 +166,14 @@ class JointOptimizer(Optimizer):
             optimizer.step()
         return loss
 
-    def state_dict(self) -> dict[str, Any]:
-        """The states of the optimizers, in order."""
-        return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` gave."""
-        for optimizer, state in zip(self.optimizers, state_dict["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
+        """Load what `state_dict` gave, each optimizer its groups."""
+        groups = iter(state_dict["param_groups"])
+        for optimizer in self.optimizers:
+            own = list(itertools.islice(groups, len(optimizer.param_groups)))
+            keys = [key for group in own for key in group["params"]]
+            states = {key: state_dict["state"][key] for key in keys if key in state_dict["state"]}
+            optimizer.load_state_dict({"state": states, "param_groups": own})
         self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 if TYPE_CHECKING:
     from revdeq_lightning.checkpoints import Found
 
+import yaml
+
 CHECKPOINTS, CONFIG, METRICS, CURVES = "checkpoints", "config.yaml", "metrics.csv", "curves.png"
 ENVIRONMENT = "environment.json"
 BEST, LAST = "best.ckpt", "last.ckpt"
@@ -105,6 +107,15 @@ def run_of_checkpoint(checkpoint: str | Path) -> Path | None:
     """Folder of the run that wrote this checkpoint, if it lies in one."""
     folder = Path(checkpoint).parent.parent
     return folder if Path(checkpoint).parent.name == CHECKPOINTS and (folder / CONFIG).is_file() else None
+
+
+def describes_run(path: Path) -> bool:
+    """Whether a configuration says what is trained, and not only how: then it names the run."""
+    try:
+        settings = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return True  # told when it is parsed
+    return not isinstance(settings, dict) or bool({"model", "data"} & settings.keys())
 
 
 def find_checkpoint(alias: str, run: RunConfig) -> "Found":

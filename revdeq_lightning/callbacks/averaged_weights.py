@@ -6,6 +6,8 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from revdeq_lightning.sharding import is_sharded, local, shared_out_like, whole
+
 
 class AveragedWeights(Callback):
     """Keeps `average = d * average + (1 - d) * weights`, updated at each optimizer step, and validates with it.
@@ -51,8 +53,8 @@ class AveragedWeights(Callback):
         if self.average:
             self._update(trainer, pl_module)  # a callback that saves may come before this one
             weights = checkpoint["state_dict"]
-            checkpoint["trained_weights"] = {name: weights[name] for name in self.average}
-            checkpoint["state_dict"] = {**weights, **self.average}
+            checkpoint["trained_weights"] = {name: weights[name] for name in self.average if name in weights}
+            checkpoint["state_dict"] = {**weights, **self._average_as(weights)}
 
     @torch.no_grad()
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -64,20 +66,37 @@ class AveragedWeights(Callback):
             return
         self.num_updates = checkpoint["global_step"]
         for name, p in averaged_tensors(pl_module).items():
-            self.average[name] = checkpoint["state_dict"][name].to(p.device, copy=True)
-            p.copy_(checkpoint["trained_weights"][name])
+            self.average[name] = shared_out_like(checkpoint["state_dict"][name], p).clone()
+            p.copy_(shared_out_like(checkpoint["trained_weights"][name], p))
 
     @torch.no_grad()
     def _update(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step > self.num_updates:
             self.num_updates = trainer.global_step
             weight = 1 - min(self.decay, self.num_updates / (self.num_updates + 9))
-            new = [p.detach() for p in averaged_tensors(pl_module).values()]
-            torch._foreach_lerp_(list(self.average.values()), new, weight)
+            new = [local(p.detach()) for p in averaged_tensors(pl_module).values()]
+            torch._foreach_lerp_([local(average) for average in self.average.values()], new, weight)
 
+    @torch.no_grad()
     def _swap(self, pl_module: LightningModule) -> None:
+        # By value: FSDP2 gathers from the memory that a parameter had at first, whatever its `data` is set to.
         for name, p in averaged_tensors(pl_module).items() if self.average else ():
-            p.data, self.average[name] = self.average[name], p.data
+            held = p.detach().clone()
+            p.copy_(self.average[name])
+            self.average[name].copy_(held)
+
+    def _average_as(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The average in the form in which the strategy saves the weights: sharded, or whole on the first process."""
+        if not any(map(is_sharded, self.average.values())):
+            return self.average
+        if any(map(is_sharded, weights.values())):
+            return {name: average.cpu() for name, average in self.average.items()}
+        gathered = {}
+        for name, average in self.average.items():
+            tensor = whole(average)  # on all processes, one after the other
+            if name in weights:
+                gathered[name] = tensor.cpu()
+        return gathered
 
 
 def averaged_tensors(module: LightningModule) -> dict[str, Tensor]:

@@ -89,9 +89,9 @@ def print_closing_lines(folder: Path, run: RunConfig) -> None:
     for label, path in (known | files).items():
         if path.is_file():
             print(f"  {label:<16} {path}")
-    if last.is_file():
-        print(f"  {'checkpoints':<16} {', '.join(str(p) for p in (best, last) if p.is_file())}")
-        newest = best if best.is_file() else last
+    if last.exists():  # a folder, if sharded
+        print(f"  {'checkpoints':<16} {', '.join(str(p) for p in (best, last) if p.exists())}")
+        newest = best if best.exists() else last
         label, subcommand, *arguments = run.usage
         print(f"Go on              {command(run, 'fit', last)}")
         print(f"Test               {command(run, 'test', newest)}")

@@ -13,7 +13,7 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     is_new = not path.is_file()
     with path.open("a", newline="", encoding="utf-8") as file:
         if path.suffix == ".jsonl":
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            file.writelines(json.dumps(row) + "\n" for row in rows)
             return
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         if is_new:

@@ -1,6 +1,6 @@
 """What every task shares: optimizer, schedule and averaged weights from one dataclass, and the Jacobian penalty."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -13,6 +13,8 @@ from revdeq_lightning.callbacks.training_step import equilibria
 from revdeq_lightning.equilibrium import SolverStats, jacobian_regularisation
 from revdeq_lightning.equilibrium.function import is_compiled
 from revdeq_lightning.optimizers import OptimizerConfig, WindowedPlateau, build_optimizer, build_scheduler
+from revdeq_lightning.sharding import ParallelismError, Recipe
+from revdeq_lightning.strategies import EquilibriumFSDP2, refuse_foreign
 from revdeq_lightning.tasks.checkpoint_fit import changed_settings, check_optimizer, check_weights
 
 
@@ -90,6 +92,31 @@ class AbstractTask(LightningModule):
         penalty = torch.stack(penalties).mean()
         self.log("train/jacobian_penalty", penalty.detach())
         return loss + self.jacobian_weight * penalty
+
+    def make_model(self, build: Callable[[], nn.Module]) -> None:
+        """Make `self.model`; within `deferred_weights()` without weights, which it gets when it is sharded."""
+        self._recipe = Recipe(build)
+        self.model = self._recipe.model()
+
+    def configure_model(self) -> None:
+        """Share the model out, where the strategy asks for it."""
+        if self._trainer is None:  # loaded from a checkpoint, to be used alone
+            return None
+        strategy = self.trainer.strategy
+        if isinstance(strategy, EquilibriumFSDP2):
+            if self.jacobian_weight:
+                raise ParallelismError(
+                    f"model.jacobian_weight={self.jacobian_weight} evaluates f outside of its layer, where FSDP2 has"
+                    " taken its parameters apart: use trainer.strategy=ddp"
+                )
+            return strategy.shard(self.model, self._recipe)
+        refuse_foreign(strategy)
+        if any(p.is_meta for p in self.model.parameters()):
+            raise ParallelismError(
+                f"the model was made within deferred_weights(), whose weights come with trainer.strategy=fsdp2, got"
+                f" {type(strategy).__name__}"
+            )
+        return None
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer, and the schedule over the whole run, stepped after each optimizer step."""

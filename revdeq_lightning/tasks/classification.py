@@ -1,5 +1,6 @@
 """Image classification: the loss of training, with mixed images, and the figures of evaluation."""
 
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -58,10 +59,8 @@ class ClassificationTask(AbstractTask):
         options = {"label_smoothing": label_smoothing, "channels_last": channels_last, "compile": compile}
         self.save_hyperparameters({**settings, **options, "jacobian_weight": jacobian_weight}, logger=False)
         self.label_smoothing = label_smoothing
-        self.model = build_image_classifier(network, solver)
-        if channels_last:
-            self.model = self.model.to(memory_format=torch.channels_last)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.make_model(partial(build_in_order, network, solver, self.memory_format))
         self.metrics = nn.ModuleDict({name: figures(network.num_classes) for name in ("val", "test")})
         if compile:
             for module in self.model.modules():
@@ -138,6 +137,11 @@ class ClassificationTask(AbstractTask):
         metrics = cast(MetricCollection, self.metrics[name])
         self.log_dict({f"{name}/{key}": value for key, value in metrics.compute().items()}, sync_dist=True)
         metrics.reset()
+
+
+def build_in_order(network: ClassifierConfig, solver: SolverConfig, memory_format: torch.memory_format) -> nn.Module:
+    """The model that the settings describe, its kernels in this memory order."""
+    return build_image_classifier(network, solver).to(memory_format=memory_format)
 
 
 def targets(batch: ImageBatch) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:

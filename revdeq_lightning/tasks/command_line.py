@@ -30,14 +30,29 @@ from revdeq_lightning.checkpoints import CheckpointError
 from revdeq_lightning.cli import ReadableErrors, fail, given_files
 from revdeq_lightning.environment import describe_environment, write_environment
 from revdeq_lightning.equilibrium import DivergenceError
-from revdeq_lightning.runs import BEST, CONFIG, ENVIRONMENT, RunConfig, find_checkpoint, new_version, run_of_checkpoint
+from revdeq_lightning.runs import (
+    BEST,
+    CONFIG,
+    ENVIRONMENT,
+    RunConfig,
+    describes_run,
+    find_checkpoint,
+    new_version,
+    run_of_checkpoint,
+)
+from revdeq_lightning.sharded_checkpoint import is_sharded_checkpoint
+from revdeq_lightning.sharding import deferred_weights
+from revdeq_lightning.strategies import is_fsdp2, register_strategies
 from revdeq_lightning.tasks.messages import (
     check_writable,
     lost_resource,
     quieten_lightning,
     readable_checkpoint,
-    readable_errors,
     say,
+)
+from revdeq_lightning.tasks.readable_errors import (
+    device_errors,
+    readable_errors,
 )
 
 
@@ -111,7 +126,8 @@ class AbstractCommandLine(LightningCLI):
         config = self.config[self.config.subcommand]
         run = config.run
         files = config.get("config") or []
-        run.name = run.name or (Path(str(files[-1])).stem if files else "run")
+        naming = [path for path in map(Path, map(str, files)) if describes_run(path)]
+        run.name = run.name or (naming[-1].stem if naming else "run")
         checkpoint = config.get("ckpt_path")
         if checkpoint in ("last", "best"):
             with readable_errors():
@@ -121,6 +137,11 @@ class AbstractCommandLine(LightningCLI):
                 say(f"warning: {path} {fault}: going on from {checkpoint}")
         if self.config.subcommand != "fit" and checkpoint is None:
             fail(f"which checkpoint? {self.config.subcommand} needs --ckpt_path FILE, or last, or best")
+        if checkpoint and is_sharded_checkpoint(checkpoint) and not is_fsdp2(config.trainer.strategy):
+            fail(
+                f"{checkpoint} is a sharded checkpoint (a folder): add --trainer.strategy=fsdp2, on any number of"
+                " processes, or take its weights alone: export --ckpt_path"
+            )
         self.run_config = self.run_class(**run.as_dict())
         folder = run_of_checkpoint(checkpoint) if checkpoint else None
         if folder and run.version is None:
@@ -147,6 +168,12 @@ class AbstractCommandLine(LightningCLI):
         if self.subcommand == "fit":
             if settings.get("logger") is False:
                 fail("trainer.logger=false: a run always has a folder with its metrics; choose where by run.folder")
+            asked = diagnostics.gradient_error_every_n_steps or diagnostics.contraction_every_n_steps
+            if asked and is_fsdp2(settings.get("strategy")):
+                fail(
+                    "diagnostics.gradient_error_every_n_steps and contraction_every_n_steps need the whole model in"
+                    " each process: trainer.strategy=ddp, not fsdp2"
+                )
             report = RunReport(run)
             watching = diagnostics.callbacks(has_equilibrium=bool(equilibria(self.model)))
             callbacks[:0] = [*watching, ResumableRandomState(), report]
@@ -175,26 +202,28 @@ class AbstractCommandLine(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Build data, model and trainer; find faults of the data here, where they can be told in one line."""
-        with readable_errors():
+        strategy = self._get(self.config, "trainer").get("strategy")
+        with readable_errors(), deferred_weights(is_fsdp2(strategy)):
             super().instantiate_classes()
             self.datamodule.setup(str(self.subcommand))
 
     def fit(self, **kwargs: Any) -> None:
         """Train."""
-        try:
-            self.trainer.fit(**kwargs)
-        except DivergedError as error:
-            if error.checkpoint is None:
+        with device_errors():
+            try:
+                self.trainer.fit(**kwargs)
+            except DivergedError as error:
+                if error.checkpoint is None:
+                    fail(str(error), code=1)
+                self._roll_back(error)
+            except (DivergenceError, CheckpointError) as error:
                 fail(str(error), code=1)
-            self._roll_back(error)
-        except (DivergenceError, CheckpointError) as error:
-            fail(str(error), code=1)
-        except (OSError, RuntimeError) as error:
-            if (line := lost_resource(error)) is None:
-                raise
-            fail(line, code=1)
-        except SystemExit:
-            sys.exit(130 if self.trainer.interrupted else 1)  # Lightning's code after Ctrl-C is 1
+            except (OSError, RuntimeError) as error:
+                if (line := lost_resource(error)) is None:
+                    raise
+                fail(line, code=1)
+            except SystemExit:
+                sys.exit(130 if self.trainer.interrupted else 1)  # Lightning's code after Ctrl-C is 1
 
     def _roll_back(self, error: DivergedError) -> None:
         """Train again from the checkpoint: with new objects, so that nothing but it is carried over."""
@@ -227,14 +256,14 @@ class AbstractCommandLine(LightningCLI):
     def validate(self, **kwargs: Any) -> None:
         """Print the figures of the validation split."""
         self._require("validation")
-        with readable_checkpoint():
+        with device_errors(), readable_checkpoint():
             results = self.trainer.validate(**kwargs | {"verbose": False})
         self._print_figures("Validation", results)
 
     def test(self, **kwargs: Any) -> None:
         """Print the figures of the test split."""
         self._require("test")
-        with readable_checkpoint():
+        with device_errors(), readable_checkpoint():
             results = self.trainer.test(**kwargs | {"verbose": False})
         self._print_figures("Test", results)
 
@@ -255,6 +284,7 @@ def run_command_line(
 ) -> None:
     """Parse and run; what the user can mend is told in one line."""
     quieten_lightning()
+    register_strategies()
     with finished_wandb():
         command_line(
             task,
@@ -272,9 +302,9 @@ def run_command_line(
 
 
 def with_config_of_checkpoint(options: Sequence[str]) -> list[str]:
-    """Without `--config` that of the checkpoint's run applies."""
+    """Without a `--config` of a model that of the checkpoint's run applies."""
     runs = [run_of_checkpoint(path) for path in given_files(options, "--ckpt_path")]
-    if runs and runs[-1] and not given_files(options, "--config", "-c"):
+    if runs and runs[-1] and not any(map(describes_run, given_files(options, "--config", "-c"))):
         return ["--config", str(runs[-1] / CONFIG), *options]
     return list(options)
 

@@ -10,6 +10,8 @@ from revdeq_lightning.checkpoints import read_checkpoint as read_file
 from revdeq_lightning.data.tokenizers import AbstractTokenizer, tokenizer_from_state
 from revdeq_lightning.models import TransformerConfig
 from revdeq_lightning.models.generation import generate
+from revdeq_lightning.sharded_checkpoint import is_sharded_checkpoint, read_rest, read_whole
+from revdeq_lightning.sharding import is_sharded
 from revdeq_lightning.tasks.settings import SolverConfig, build_language_model
 
 
@@ -34,16 +36,23 @@ def read_checkpoint(ckpt_path: str | Path, state: str, kind: str, folder: str) -
         FileNotFoundError: If there is no such file.
         CheckpointError: If it is damaged, or something else.
     """
-    if not Path(ckpt_path).is_file():
+    if not Path(ckpt_path).exists():
         raise FileNotFoundError(f"no checkpoint {ckpt_path}: training writes it to {folder}/NAME/DATE/checkpoints")
     try:
-        checkpoint = read_file(ckpt_path)
+        checkpoint = load_checkpoint(Path(ckpt_path))
         settings, weights, needed = (checkpoint[key] for key in ("hyper_parameters", "state_dict", state))
     except KeyError as error:
         raise CheckpointError(f"{ckpt_path} is not a checkpoint of {kind} (it has no {error})") from None
     prefix = "model."
     own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
     return Trained(settings, own, needed)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint's content, of a file or of a sharded one's folder (without optimizers); no code in it is run."""
+    if is_sharded_checkpoint(path):
+        return read_rest(path) | read_whole(path, "state_dict")
+    return read_file(path)
 
 
 def load_language_model(ckpt_path: str | Path, device: str = "cpu") -> tuple[Any, AbstractTokenizer]:
@@ -102,7 +111,8 @@ def continue_text(model: Any, tokenizer: AbstractTokenizer, prompt: str, *, seed
     tokens_BT = torch.tensor([ids[-context_length:]], device=device)
     solver = getattr(getattr(model, "equilibrium", None), "solver", None)
     generator = torch.Generator(device).manual_seed(seed)
-    use_cache = solver is None or not solver.has_tolerance
+    # With the cache f is evaluated outside of its layer, for which alone FSDP2 gathers parameters.
+    use_cache = (solver is None or not solver.has_tolerance) and not any(map(is_sharded, model.parameters()))
     new = generate(model, tokens_BT, generator=generator, use_cache=use_cache, **sampling)[0, tokens_BT.shape[1] :]
     # A vocabulary padded to a round size has ids that mean no text; an untrained model may draw them.
     return prompt + tokenizer.decode([i for i in new.tolist() if i < tokenizer.vocab_size])

@@ -1,6 +1,7 @@
 """Predicting the next token: the loss of training, and the figures of evaluation with their units."""
 
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -51,7 +52,7 @@ class LanguageModelingTask(AbstractTask):
         super().__init__(optimizer, jacobian_weight)
         settings = plain(network=network, solver=solver, optimizer=optimizer)
         self.save_hyperparameters({**settings, "compile": compile, "jacobian_weight": jacobian_weight}, logger=False)
-        self.model = build_language_model(network, solver)
+        self.make_model(partial(build_language_model, network, solver))
         self.metrics = nn.ModuleDict({name: LanguageMetrics() for name in SPLITS})
         if compile:
             f = self.model.equilibrium.f if solver.solver != "none" else self.model.block

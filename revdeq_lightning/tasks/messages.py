@@ -40,18 +40,6 @@ def quieten_lightning() -> None:
 
 
 @contextmanager
-def readable_errors() -> Iterator[None]:
-    """Tell wrong settings and missing data in one line; an error in training keeps its traceback."""
-    try:
-        yield
-    except (ValueError, TypeError, OSError) as error:
-        reason: BaseException = error
-        while reason.__cause__ is not None:  # what the parser wraps in the names of its functions
-            reason = reason.__cause__
-        fail(str(reason))
-
-
-@contextmanager
 def readable_checkpoint() -> Iterator[None]:
     """Tell in one line that a checkpoint cannot be used."""
     try:

@@ -74,7 +74,7 @@ class ReversibleAdjoint(AbstractAdjoint):
                 " MomentumSolver, or BackpropAdjoint, ImplicitAdjoint or PhantomAdjoint"
             )
         parameters = named_parameters(f.f)
-        refuse_unsuitable(f.f, parameters)
+        refuse_unsuitable(f.f)
         x_is_tensor = [isinstance(leaf, Tensor) for leaf in x]
         inputs = (*z0, *(leaf for leaf in x if isinstance(leaf, Tensor)), *parameters.values(), *f.weights.values)
         if not (torch.is_grad_enabled() and any(t.requires_grad for t in inputs)):
@@ -304,8 +304,8 @@ def _refuse_foreign_leaves(value: Leaves, sources: Leaves) -> None:
             )
 
 
-def refuse_unsuitable(f: Callable[[Any, Any], Any], parameters: dict[str, Tensor]) -> None:
-    """Raise for modules that are not the same function in both passes, and parameters whose gradient would be lost."""
+def refuse_unsuitable(f: Callable[[Any, Any], Any]) -> None:
+    """Raise for modules that are not the same function in both passes, and those whose gradient would be lost."""
     if not isinstance(f, nn.Module):
         return
     for name, module in f.named_modules():
@@ -318,13 +318,13 @@ def refuse_unsuitable(f: Callable[[Any, Any], Any], parameters: dict[str, Tensor
                     " update its statistics. Use GroupNorm or LayerNorm inside the equilibrium, or put this module"
                     " into eval mode"
                 )
-    for name, parameter in parameters.items():
-        if torch.distributed.is_available():
-            from torch.distributed.tensor import DTensor
+    if torch.distributed.is_available():
+        from torch.distributed.fsdp import FSDPModule
 
-            if isinstance(parameter, DTensor):
+        for name, module in f.named_modules():
+            if isinstance(module, FSDPModule):
                 raise ValueError(
-                    f"parameter {name!r} of f is a DTensor: f or a part of it was sharded by itself, and its"
-                    " gradient would be lost. Shard the module that owns f and the solver"
-                    " (fully_shard(equilibrium_layer)), or a parent of it"
+                    f"a part of f is a sharding unit of FSDP2 (module {name!r}, {type(module).__name__}): it would be"
+                    " gathered for every evaluation, and its gradient lost. Shard the module that owns f and the"
+                    " solver (fully_shard(equilibrium_layer)), or a parent of it"
                 )

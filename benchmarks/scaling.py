@@ -1,0 +1,261 @@
+"""Time and memory of a process on 8 to 1,024 GPUs: `python -m benchmarks.scaling [--measure]`; see `scaling.md`.
+
+Counts (parameters, operations, bytes) are taken from the models themselves; what hardware does with them is the model
+of `scaling.md`, with the constants below. Writes `results/scaling.md`.
+"""
+
+import argparse
+import dataclasses
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from revdeq_lightning.equilibrium import EquilibriumLayer
+from revdeq_lightning.models import ClassifierConfig, TransformerConfig
+from revdeq_lightning.optimizers import group_parameters
+from revdeq_lightning.tasks.settings import SolverConfig, build_image_classifier, build_language_model
+
+PAGE = Path(__file__).parent / "results" / "scaling.md"
+GPUS_A_NODE = 8
+RANKS = (8, 16, 32, 64, 128, 256, 512, 1024)
+PEAK = 989e12  # operations/s, bfloat16 dense; NVIDIA's data sheet of the H100 SXM
+UTILISATIONS = (0.1, 0.4)  # assumed, of small and of well filled GPUs: give the measured one
+NVLINK, NETWORK = (
+    450e9,
+    50e9,
+)  # bytes/s of a GPU and direction; data sheet of the DGX H100 (900 GB/s both, 400 Gb/s)
+BANDWIDTH = 0.8  # assumed, the fraction of these that NCCL reaches with large messages
+BASE, INTRA, INTER = 8.4e-6, 3.4e-6, 14e-6  # seconds, protocol Simple; NCCL, src/graph/tuning.cc
+IMAGE_BYTES = 115e3  # of a JPEG file: ImageNet's 1.28 M training images take about 148 GB
+
+
+@dataclasses.dataclass
+class Counted:
+    """What a model is, per sample (a sequence, an image)."""
+
+    name: str
+    batch_size: int
+    unit: str
+    units: int
+    parameters: int
+    in_layers: int
+    matrices: int
+    averaged: bool
+    muon: bool
+    read_bytes: float
+    flops: float = 0.0
+    kept_bytes: float = 0.0
+
+
+def load(path: Path) -> tuple[Counted, nn.Module, Any]:
+    """The model of a configuration, with what its data give, and one sample."""
+    settings = yaml.safe_load(path.read_text())
+    solver = SolverConfig(**{k: float(v) if k == "rtol" else v for k, v in settings["model"]["solver"].items()})
+    data, network = settings["data"], settings["model"]["network"]
+    torch.manual_seed(0)
+    if "context_length" in data:
+        length = data["context_length"]
+        model: Any = build_language_model(TransformerConfig(50304, length, **network), solver)
+        tokens = torch.randint(50304, (1, length + 1))
+        sample: Any = (tokens[:, :-1], tokens[:, 1:])
+        what = ("tokens", length, 2.0 * length)
+    else:
+        model = build_image_classifier(ClassifierConfig(num_classes=1000, **network), solver)
+        sample = (torch.randn(1, 3, data["image_size"], data["image_size"]),)
+        what = ("images", 1, IMAGE_BYTES)
+    layers = [m for m in model.modules() if isinstance(m, EquilibriumLayer)]
+    counted = Counted(
+        name=str(path),
+        batch_size=data["batch_size"],
+        unit=what[0],
+        units=what[1],
+        parameters=count(model.parameters()),
+        in_layers=sum(count(layer.parameters()) for layer in layers),
+        matrices=count(group_parameters(model).matrices),
+        averaged=settings["model"]["optimizer"].get("ema_decay", 0) > 0,
+        muon=settings["model"]["optimizer"]["optimizer"] == "muon",
+        read_bytes=what[2],
+    )
+    return counted, model, sample
+
+
+def count(parameters: Any) -> int:
+    """Elements."""
+    return sum(p.numel() for p in parameters)
+
+
+@contextmanager
+def saved(exclude: nn.Module) -> Iterator[dict[int, int]]:
+    """Within, the bytes of each storage that autograd keeps, parameters aside."""
+    own = {p.untyped_storage()._cdata for p in exclude.parameters()}
+    kept: dict[int, int] = {}
+    tensors: list[Tensor] = []  # alive, so that no storage's number is used again
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage.nbytes()
+            tensors.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield kept
+
+
+def take_counts(counted: Counted, model: Any, sample: Any) -> None:
+    """Operations of a training step and bytes that are kept for its backward pass, both of one sample.
+
+    Backward: f is evaluated once more at each state (1), and differentiated (2); the rest is differentiated only.
+    """
+    seen: list[tuple[EquilibriumLayer, Any, Any]] = []
+    layers = [m for m in model.modules() if isinstance(m, EquilibriumLayer)]
+
+    def note(layer: Any, args: Any, output: Any) -> None:
+        seen.append((layer, args[0], output))
+
+    handles = [layer.register_forward_hook(note) for layer in layers]
+    # Batch normalisation needs more than one value a channel: its running statistics do here.
+    model.eval()
+    with torch.autocast("cpu", torch.bfloat16), FlopCounterMode(display=False) as forward, saved(model) as kept:
+        (model.loss(*sample).loss if len(sample) == 2 else model(*sample).logits_BV.sum()).detach()
+    in_solves, largest = 0.0, 0.0
+    for layer, x, solution in seen:
+        with torch.autocast("cpu", torch.bfloat16), FlopCounterMode(display=False) as once, saved(model) as of_f:
+            layer.f(solution.value.detach(), x.detach())
+        in_solves += once.get_total_flops() * solution.stats.forward_nfe
+        largest = max(largest, sum(of_f.values()))
+    for handle in handles:
+        handle.remove()
+    counted.flops = 3 * (forward.get_total_flops() - in_solves) + 4 * in_solves
+    counted.kept_bytes = sum(kept.values()) + largest
+
+
+def memory(c: Counted, ranks: int, strategy: str, batch: float) -> float:
+    """Bytes of a process: parameters, gradients, optimizer state, averages, and what the batch needs."""
+    adam = c.parameters - c.matrices if c.muon else c.parameters
+    state = 4 * (2 * c.parameters + 2 * adam + (c.matrices if c.muon else 0) + (c.parameters if c.averaged else 0))
+    if strategy == "fsdp2":
+        state = state / ranks + 8 * c.parameters  # gathered parameters and their gradients, all units at once at most
+    return state + batch * c.kept_bytes
+
+
+def all_reduce(num_bytes: float, ranks: int) -> float:
+    """Seconds: by ring within a node and by the GPUs' own network ports between nodes, one after the other."""
+    nodes, gpus = max(1, ranks // GPUS_A_NODE), min(ranks, GPUS_A_NODE)
+    latency = BASE + 2 * ((gpus - 1) * INTRA + math.log2(nodes) * INTER)
+    within = 2 * (gpus - 1) / gpus * num_bytes / (BANDWIDTH * NVLINK)
+    between = 2 * (nodes - 1) / nodes * num_bytes / gpus / (BANDWIDTH * NETWORK)
+    return latency + within + between
+
+
+def gather(num_bytes: float, ranks: int) -> float:
+    """Seconds of an all-gather or a reduce-scatter, by ring: its steps grow with the ranks."""
+    nodes, gpus = max(1, ranks // GPUS_A_NODE), min(ranks, GPUS_A_NODE)
+    latency = BASE + (ranks - nodes) * INTRA + (nodes - 1) * INTER
+    # A ring passes each node boundary once a step, over all ports of the node.
+    slowest = NVLINK if nodes == 1 else min(NVLINK, GPUS_A_NODE * NETWORK)
+    return latency + (ranks - 1) / ranks * num_bytes / (BANDWIDTH * slowest) * (1 if gpus > 1 else 0)
+
+
+def communication(c: Counted, ranks: int, strategy: str) -> float:
+    """Seconds that nothing hides: gradients of a layer come all at once, at the end of its backward pass."""
+    rest = c.parameters - c.in_layers
+    if strategy == "ddp":
+        return all_reduce(4 * c.parameters, ranks)
+    return 3 * gather(4 * c.in_layers, ranks) + 2 * gather(4 * rest, ranks)
+
+
+def table(c: Counted, *, strong: bool) -> list[str]:
+    """Rows of a configuration: the global batch held (strong), or that of a GPU (weak)."""
+    low, high = (f"{u:.0%}" for u in UTILISATIONS)
+    lines = [
+        f"| GPUs | {c.unit} a GPU | ms of compute at {low}, {high} | ms of DDP | efficiency | ms of FSDP2 | efficiency"
+        " | GiB DDP | GiB FSDP2 | read |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for ranks in RANKS:
+        batch = c.batch_size * RANKS[0] / ranks if strong else c.batch_size
+        if batch < 1:
+            break
+        compute = [batch * c.flops / (u * PEAK) for u in UTILISATIONS]
+        cells = [f"{ranks:,}", f"{batch * c.units:,.0f}", ", ".join(f"{1e3 * t:.1f}" for t in compute)]
+        for strategy in ("ddp", "fsdp2"):
+            seconds = communication(c, ranks, strategy)
+            cells += [f"{1e3 * seconds:.1f}", ", ".join(f"{t / (t + seconds):.0%}" for t in compute)]
+        cells += [f"{memory(c, ranks, s, batch) / 2**30:.1f}" for s in ("ddp", "fsdp2")]
+        rate = ranks * batch * c.read_bytes / (compute[-1] + communication(c, ranks, "ddp"))
+        cells.append(f"{rate / 1e9:.2g} GB/s")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def measured() -> list[str]:
+    """One and two processes on this machine's CPU, each with the same batch: steps by the command line's own task."""
+    from benchmarks.scaling_point import STEPS, WARMUP
+
+    load, results = os.getloadavg()[0], {}
+    for ranks in (1, 2):
+        command = [sys.executable, "-W", "ignore", "-m", "benchmarks.scaling_point", str(ranks)]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        results[ranks] = [float(word) for word in output.split()[-3:]]
+    rows = []
+    for ranks, (seconds, reduce_seconds, num_bytes) in results.items():
+        rows.append(f"| {ranks} | {1e3 * seconds:.0f} | {1e3 * reduce_seconds:.1f} | {num_bytes / 1e6:.1f} |")
+    efficiency = results[1][0] / results[2][0]
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    return [
+        f"Measured {time.strftime('%Y-%m-%d')}, gloo, `configs/lm/default.yaml`'s model and batch in each process,"
+        f" median of {STEPS} steps after {WARMUP}: efficiency {efficiency:.0%}. {os.cpu_count()} cores, torch"
+        f" {torch.__version__}, commit {commit or 'unknown'}; other processes: load {load:.1f} at the start"
+        " (well above 0, the times say nothing).",
+        "",
+        "| processes | ms a step | ms of an all-reduce of the gradients alone | MB |",
+        "|---|---|---|---|",
+        *rows,
+    ]
+
+
+def main() -> None:
+    """Write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--measure", action="store_true", help="also time one and two processes on this CPU")
+    parser.add_argument("--output", type=Path, default=PAGE)
+    arguments = parser.parse_args()
+    lines = ["<!-- Written by `python -m benchmarks.scaling`; the model and its constants: ../scaling.md -->", ""]
+    for path in (Path("configs/lm/wikitext103.yaml"), Path("configs/imagenet/modern.yaml")):
+        counted, model, sample = load(path)
+        take_counts(counted, model, sample)
+        lines += [
+            f"## {path}",
+            "",
+            f"{counted.parameters / 1e6:.1f} M parameters, {counted.in_layers / 1e6:.1f} M of them in equilibrium"
+            f" layers; {counted.flops / counted.units / 1e9:.2f} GFLOP and"
+            f" {counted.kept_bytes / counted.units / 2**20:.2f} MiB for each of the {counted.unit} in a training step.",
+            "",
+            f"Batch of {counted.batch_size} a GPU held (the global batch grows):",
+            "",
+            *table(counted, strong=False),
+            "",
+            f"Global batch of {counted.batch_size * RANKS[0]:,} held:",
+            "",
+            *table(counted, strong=True),
+            "",
+        ]
+    lines += ["## On this machine", "", *measured()] if arguments.measure else []
+    arguments.output.write_text("\n".join(lines).rstrip() + "\n")
+    print(f"written: {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()

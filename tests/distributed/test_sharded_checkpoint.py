@@ -1,0 +1,157 @@
+"""Checkpoints of FSDP2: read on other numbers of processes and by other strategies, exported, and never run as code."""
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import rank_resumes
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from revdeq_lightning.cli import main
+from revdeq_lightning.sharded_checkpoint import METADATA, is_sharded_checkpoint, load_into, read_metadata, read_whole
+from revdeq_lightning.tasks.inference import load_language_model
+
+# FROM-TO: a run that stops after 10 of 20 steps, and the run that goes on.
+FAST = ["folder_2-fsdp2_4", "folder_2-fsdp2_1", "file_2-one_1", "file_1-fsdp2_2"]
+SLOW = ["folder_4-fsdp2_2", "file_2-ddp_2", "file_2-fsdp2_4", "folder_2-folder_2", "file_1-folder_2"]
+
+
+def run(folder, names):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", rank_resumes.__file__, str(folder), *names]
+    result = subprocess.run(command, env=environment, timeout=300, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def fast(tmp_path_factory) -> Path:
+    return run(tmp_path_factory.mktemp("fast"), FAST)
+
+
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory) -> Path:
+    return run(tmp_path_factory.mktemp("slow"), SLOW)
+
+
+def assert_as_if_never_stopped(folder, name):
+    resumed, whole = torch.load(folder / f"{name}.pt"), torch.load(folder / "whole.pt")
+    for kind in ("weights", "average"):  # of the moments a wrong one would show in the weights
+        assert resumed[kind].keys() == whole[kind].keys()
+        for key, tensor in whole[kind].items():
+            torch.testing.assert_close(resumed[kind][key], tensor, rtol=0, atol=1e-12, msg=f"{name}: {kind} of {key}")
+    assert any(not torch.equal(whole["weights"][key], whole["average"][key]) for key in whole["average"])
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_a_run_goes_on_with_other_processes_as_if_never_stopped(fast, name):
+    assert_as_if_never_stopped(fast, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW)
+def test_a_run_goes_on_with_another_strategy_as_if_never_stopped(slow, name):
+    assert_as_if_never_stopped(slow, name)
+
+
+def test_a_folder_is_whole_and_leaves_nothing_beside_it(fast):
+    checkpoint = fast / "folder_2.ckpt"
+    assert sorted(p.name for p in checkpoint.iterdir()) == [METADATA, "__0_0.distcp", "__1_0.distcp", "meta.pt"]
+    assert not [p.name for p in fast.iterdir() if p.name.startswith(".")]
+
+
+def test_export_writes_the_averaged_weights_of_either_kind(fast, tmp_path, capsys):
+    contents = []
+    for name in ("folder_2", "file_2"):
+        target = tmp_path / f"{name}.safetensors"
+        main(["export", "--ckpt_path", str(fast / f"{name}.ckpt"), "--output", str(target)])
+        contents.append(load_file(target))
+        with safe_open(target, "pt") as file:
+            metadata = file.metadata()
+        assert json.loads(metadata["hyper_parameters"])["network"]["d_model"] == 16
+        assert metadata["global_step"] == "10"
+        assert str(target) in capsys.readouterr().out
+    average = torch.load(fast / "file_2.ckpt", weights_only=True)["state_dict"]
+    expected = {key.removeprefix("model."): value for key, value in average.items() if key.startswith("model.")}
+    for content in contents:
+        assert content.keys() == expected.keys()
+        for key, value in expected.items():
+            torch.testing.assert_close(content[key], value, rtol=0, atol=1e-14)
+    model, _ = load_language_model(fast / "folder_2.ckpt")
+    assert all(torch.equal(value, contents[0][key].float()) for key, value in model.state_dict().items())
+
+
+class Malicious:
+    """What a pickle does when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.fixture
+def checkpoint(fast, tmp_path):
+    return shutil.copytree(fast / "folder_2.ckpt", tmp_path / "copy.ckpt")
+
+
+def test_code_in_the_metadata_is_refused(checkpoint, tmp_path):
+    assert is_sharded_checkpoint(checkpoint)
+    (checkpoint / METADATA).write_bytes(pickle.dumps(Malicious(tmp_path / "trace")))
+    with pytest.raises(ValueError, match=r"copy\.ckpt is not a sharded checkpoint: it refers to (io|_io)\.open"):
+        read_whole(checkpoint, "state_dict")
+    assert not (tmp_path / "trace").exists()
+
+
+def test_code_in_a_value_is_refused(checkpoint, tmp_path):
+    metadata = read_metadata(checkpoint)
+    key = "optimizer_0.param_groups.0.lr"
+    place = next(info for index, info in metadata.storage_data.items() if index.fqn == key)
+    torch.save(Malicious(tmp_path / "trace"), tmp_path / "bad")
+    bad = (tmp_path / "bad").read_bytes()
+    with (checkpoint / place.relative_path).open("r+b") as file:
+        place.offset, place.length = file.seek(0, os.SEEK_END), len(bad)
+        file.write(bad)
+    (checkpoint / METADATA).write_bytes(pickle.dumps(metadata))
+    with pytest.raises(ValueError, match=r"copy\.ckpt cannot be read \(process 0, UnpicklingError\): Weights only"):
+        load_into({"optimizer_0": {"param_groups": [{"lr": 0.0}]}}, checkpoint, no_dist=True)
+    assert not (tmp_path / "trace").exists()
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        (
+            {"state_dict": {"model.nowhere": torch.zeros(2)}},
+            r"needs state_dict.model.nowhere of shape \(2,\).*has none",
+        ),
+        ({"state_dict": {"model.head.weight": torch.zeros(2)}}, r"head.weight of shape \(2,\).*holds \(17, 16\)"),
+    ],
+)
+def test_another_model_is_told_in_one_line(checkpoint, state, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        load_into(state, checkpoint, no_dist=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_truncated_file_is_told_in_one_line(checkpoint):
+    file = checkpoint / "__1_0.distcp"
+    os.truncate(file, file.stat().st_size // 2)
+    with pytest.raises(ValueError, match=r"copy\.ckpt cannot be read") as caught:
+        read_whole(checkpoint, "state_dict", "optimizer_0")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_that_is_no_checkpoint_is_told(tmp_path, capsys):
+    (tmp_path / "empty.ckpt").mkdir()
+    with pytest.raises(SystemExit):
+        main(["export", "--ckpt_path", str(tmp_path / "empty.ckpt")])
+    assert "empty.ckpt is not a checkpoint of a training run" in capsys.readouterr().err

@@ -1,0 +1,195 @@
+"""Strategies by the command line: files beside a task's, and what does not fit, in one line."""
+
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import yaml
+from lightning import Trainer
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from small_language_models import make_model
+from tiny_command import run, tiny_config
+from tiny_runs import tiny_data, tiny_task, tiny_trainer
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from revdeq_lightning.sharding import ParallelismError, deferred_weights, shard_equilibria
+from revdeq_lightning.strategies import (
+    EquilibriumDDP,
+    EquilibriumFSDP2,
+    compare_devices,
+    refuse_foreign,
+    require_nccl,
+)
+
+CONFIGS = sorted(Path("configs/trainer").glob("*.yaml"))
+ON_THIS = ["--trainer.accelerator=cpu", "--trainer.devices=1"]
+
+
+@pytest.fixture(autouse=True)
+def no_process_group_left():
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@pytest.fixture
+def trainers(monkeypatch):
+    """Every trainer that fits."""
+    seen, original = [], Trainer.fit
+
+    @functools.wraps(original)
+    def fit(self, *args, **kwargs):
+        seen.append(self)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "fit", fit)
+    return seen
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_a_trainer_file_beside_a_tasks_file_says_how_and_not_what(path, tmp_path, trainers):
+    run("fit", "--config", tiny_config(tmp_path), "--config", path, *ON_THIS)
+    expected = EquilibriumFSDP2 if "fsdp2" in path.stem else EquilibriumDDP
+    assert type(trainers[0].strategy) is expected
+    (folder,) = (tmp_path / "runs").glob("tiny/*")  # the task's file names the run
+    assert torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 6
+    header = path.read_text().split("trainer:")[0]
+    assert f"--config {path}" in header
+    assert "hardware" in header
+    assert set(yaml.safe_load(path.read_text())) == {"trainer"}
+
+
+def test_a_run_goes_on_under_another_strategy_with_the_settings_of_the_run(tmp_path, trainers, capsys):
+    run("fit", "--config", tiny_config(tmp_path))
+    (last,) = (tmp_path / "runs").glob("tiny/*/checkpoints/last.ckpt")
+    sharded = "--trainer.strategy.sharded_checkpoints=true"
+    fsdp2 = "configs/trainer/fsdp2.yaml"
+    run("fit", "--ckpt_path", last, "--config", fsdp2, sharded, "--trainer.max_steps=8", *ON_THIS)
+    assert type(trainers[1].strategy) is EquilibriumFSDP2
+    assert trainers[1].global_step == 8
+    assert last.is_dir()  # as the other is replaced
+    assert "8 of 8 gradients certified exact" in capsys.readouterr().out
+    dist.destroy_process_group()
+    with pytest.raises(SystemExit):
+        run("test", "--ckpt_path", last, "--trainer.strategy=auto")
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ")
+    assert "is a sharded checkpoint (a folder): add --trainer.strategy=fsdp2" in error
+    run("test", "--ckpt_path", last)
+    assert "nats per token" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--trainer.strategy=fsdp2", "--trainer.precision=bf16-true"], "state in float32 or better"),
+        (["--trainer.strategy=fsdp2", "--diagnostics.gradient_error_every_n_steps=2"], "trainer.strategy=ddp, not"),
+        (["--config=configs/trainer/fsdp2.yaml", "--trainer.strategy.gather_dtype=bfloat16"], "trainer.precision=bf16"),
+        (["--trainer.strategy=fsdp2", "--model.jacobian_weight=0.1"], "jacobian_weight=0.1 evaluates f outside"),
+        (["--trainer.strategy=ddq"], "invalid strategy name"),
+        (["--trainer.strategy=ddp", "--trainer.devices=0"], "0"),
+    ],
+)
+def test_settings_that_do_not_fit_are_told_in_one_line(tmp_path, capsys, options, words):
+    with pytest.raises(SystemExit) as caught:
+        run("fit", "--config", tiny_config(tmp_path), *options, *ON_THIS[: 1 if "devices" in options[-1] else 2])
+    assert caught.value.code == 2
+    (line,) = (li for li in capsys.readouterr().err.splitlines() if not li.startswith(("INFO", "Initializing")))
+    assert line.startswith("error: ")
+    assert words in line
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for GPUs where there are none")
+def test_devices_that_are_not_there_are_told_in_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run("fit", "--config", tiny_config(tmp_path), "--trainer.accelerator=cuda", "--trainer.devices=8")
+    (line,) = (li for li in capsys.readouterr().err.splitlines() if not li.startswith("INFO"))
+    assert line.startswith("error: ")
+    assert "CUDA" in line
+
+
+def test_a_model_that_does_not_fit_the_gpu_is_told_with_advice(tmp_path, capsys, monkeypatch):
+    @functools.wraps(Trainer.fit)
+    def fit(self, *args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has ...")
+
+    monkeypatch.setattr(Trainer, "fit", fit)
+    with pytest.raises(SystemExit) as caught:
+        run("fit", "--config", tiny_config(tmp_path))
+    assert caught.value.code == 1
+    (line,) = (li for li in capsys.readouterr().err.splitlines() if not li.startswith("INFO"))
+    for words in ("process 0 ran out of GPU memory (it wanted 2.50 GiB more)", "data.batch_size", "fsdp2"):
+        assert words in line
+
+
+def test_gpus_without_nccl_are_told(monkeypatch):
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: False)
+    require_nccl(torch.device("cpu"))
+    with pytest.raises(ParallelismError, match="built without NCCL"):
+        require_nccl(torch.device("cuda"))
+
+
+class Properties:
+    def __init__(self, name, gib):
+        self.name, self.total_memory = name, gib * 2**30
+
+
+@pytest.mark.parametrize("mixed", [True, False])
+def test_gpus_of_different_kinds_are_told_with_their_numbers(monkeypatch, mixed):
+    def gather(kinds, own):
+        kinds[:] = [own, "B200 (180 GiB)" if mixed else own, own]
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties("H200", 141))
+    monkeypatch.setattr(dist, "get_world_size", lambda: 3)
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    device = torch.device("cuda")
+    compare_devices(device, allow_mixed=True)
+    if not mixed:
+        compare_devices(device, allow_mixed=False)
+        return
+    with pytest.raises(ParallelismError, match=r"2 x H200 \(141 GiB\), 1 x B200 \(180 GiB\).*allow_mixed_gpus"):
+        compare_devices(device, allow_mixed=False)
+
+
+def test_strategies_that_would_shard_f_by_itself_are_refused_by_name():
+    refuse_foreign(EquilibriumDDP())
+    for strategy in (ModelParallelStrategy(), FSDPStrategy()):
+        with pytest.raises(ParallelismError, match=rf"^{type(strategy).__name__} .*trainer.strategy=fsdp2"):
+            refuse_foreign(strategy)
+
+
+def test_a_sharding_unit_inside_an_equilibrium_is_refused_before_training(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    mesh = init_device_mesh("cpu", (1,))
+    model = make_model("modern")
+    fully_shard(model.equilibrium.f.layers[0].mlp, mesh=mesh)
+    with pytest.raises(ParallelismError, match=r"equilibrium.f.layers.0.mlp is .*fully_shard\(model.equilibrium\)"):
+        shard_equilibria(model, mesh)
+
+
+def test_weights_that_never_come_are_told(tmp_path):
+    data = tiny_data(tmp_path)
+    with deferred_weights():
+        task = tiny_task(data)
+    with pytest.raises(NotImplementedError) as caught:  # of Lightning, which moves the weights when it cleans up
+        tiny_trainer(tmp_path).fit(task, data)
+    assert "weights come with trainer.strategy=fsdp2, got SingleDeviceStrategy" in str(caught.value.__context__)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cpu_ddp", "cpu_fsdp2"])
+def test_two_processes_by_the_command_line(tmp_path, name):
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "revdeq_lightning", "fit", "--config", str(tiny_config(tmp_path))]
+    command += ["--config", f"configs/trainer/{name}.yaml", "--run.version=two"]
+    result = subprocess.run(command, env=environment, timeout=200, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "12 of 12 gradients certified exact" in result.stdout
+    assert "Sample (5 tokens" in result.stdout
+    assert (tmp_path / "runs/tiny/two/checkpoints/last.ckpt").is_file()
