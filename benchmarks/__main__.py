@@ -101,14 +101,14 @@ def run(part: Part, options: argparse.Namespace, output: Path) -> Outcome:
         command += ["--images", str(options.images)]
     start = time.monotonic()
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-    assert process.stdout is not None
     skipped = ""
-    for line in process.stdout:
-        print(line, end="", flush=True)
-        if line.startswith("skipped: "):
-            skipped = line.removeprefix("skipped: ").strip()
-    code = process.wait()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            if line.startswith("skipped: "):
+                skipped = line.removeprefix("skipped: ").strip()
+    code = process.returncode
     seconds = time.monotonic() - start
     if code == 0:
         return Outcome(part, "skipped" if skipped else "met", f"({skipped})" if skipped else "", seconds)
@@ -118,13 +118,13 @@ def run(part: Part, options: argparse.Namespace, output: Path) -> Outcome:
 def write_verdict(page: Path, results: Path) -> None:
     """Put every requirement that a part's latest results judge between the two marks of the page."""
     rows = []
-    for part in PARTS:
-        path = results / f"{part.name}.json"
+    for name in (name for part in PARTS for name in (part.name, f"{part.name}_cuda")):
+        path = results / f"{name}.json"
         facts: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
         for requirement in facts.get("verdict", []):
             verdict = "not judged" if not requirement["is_judged"] else "met" if requirement["is_met"] else "MISSED"
             origin = f"{facts['date'][:10]}, {facts['commit'][:7]}"
-            link = f"[{part.name}](results/{part.name}.md)"
+            link = f"[{name}](results/{name}.md)"
             rows.append((link, requirement["name"], requirement["required"], requirement["measured"], verdict, origin))
     text = page.read_text()
     if BEGIN not in text or END not in text:
