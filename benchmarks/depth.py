@@ -73,7 +73,7 @@ def measure(quick: bool) -> list[dict[str, Any]]:
     tokens, dim, rounds = (32, 32, 1) if quick else (512, 192, 5)
     problem = attention_problem(1, tokens, dim, dim // 32)
     rows = []
-    for evaluations in EVALUATIONS[: 3 if quick else None]:
+    for evaluations in EVALUATIONS[: 2 if quick else None]:
         runs = competitors(problem, evaluations // 2)
         timings = time_interleaved(runs, rounds)
         seconds = {name: timing.process_seconds for name, timing in timings.items()}
