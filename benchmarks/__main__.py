@@ -32,20 +32,19 @@ class Part(NamedTuple):
 
     name: str
     title: str
-    needs: str | None = None
-    """Option of this program that it is given as `option`."""
-    option: str = ""
+    needs: tuple[str, ...] = ()
+    """Options of this program that it is given; without any of them it is skipped."""
 
 
 PARTS = (
     Part("core", "the core: exactness, convergence, cost, memory"),
     Part("classifier_cost", "classifiers beside plain back-propagation"),
-    Part("authors", "the authors' JAX code", "repository", "--repository"),
+    Part("authors", "the authors' JAX code", ("repository",)),
     Part("torchdeq_peer", "torchdeq"),
     Part("depth", "which gradient at which depth"),
     Part("kernels", "parts of an evaluation"),
     Part("pairs", "every solver with every adjoint"),
-    Part("quality", "quality at equal cost", "text", "--text"),
+    Part("quality", "quality at equal cost", ("text", "images")),
 )
 
 
@@ -94,11 +93,13 @@ def run(part: Part, options: argparse.Namespace, output: Path) -> Outcome:
     command = [sys.executable, "-m", f"benchmarks.{part.name}", "--output", str(output)]
     if options.quick:
         command.append("--quick")
-    given = getattr(options, part.needs) if part.needs else None
-    if given is not None:
-        command += [part.option, str(given)]
-    if part.name == "quality" and options.images is not None:
-        command += ["--images", str(options.images)]
+    given = [name for name in part.needs if getattr(options, name) is not None]
+    if part.needs and not given:
+        reason = f"(no {' or '.join(f'--{name}' for name in part.needs)})"
+        print(f"skipped: {reason}")
+        return Outcome(part, "skipped", reason, 0.0)
+    for name in given:
+        command += [f"--{name}", str(getattr(options, name))]
     start = time.monotonic()
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     skipped = ""

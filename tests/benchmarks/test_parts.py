@@ -77,6 +77,8 @@ def test_all_parts_are_run_and_the_worst_decides(tmp_path, capsys, monkeypatch):
     run = ["--quick", "--output", str(tmp_path), "--only"]
     assert bench.main([*run, "core"]) == 0
     assert "skipped (it)" in capsys.readouterr().out
+    assert bench.main([*run, "authors"]) == 0
+    assert "skipped (no --repository)" in capsys.readouterr().out
     assert bench.main([*run, *codes]) == 1
     words = capsys.readouterr().out
     assert "MISSED" in words
