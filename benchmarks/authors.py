@@ -72,6 +72,9 @@ def measure(repository: Path, tasks: Sequence[Task], num_rounds: int) -> dict[st
             for name in COMPETITORS:
                 process = stable.build(stable.weighed[name], name, task, "float32")
                 tables["memory"].append({**label, "competitor": name, "peak_bytes": process.ask("peak_bytes")})
+            print(
+                part.markdown_table(lines({key: rows[-len(COMPETITORS) :] for key, rows in tables.items()})), flush=True
+            )
     return tables
 
 
@@ -137,13 +140,13 @@ def judge(tables: dict[str, list[dict[str, Any]]], quick: bool) -> list[Requirem
     return verdict
 
 
-def page(tables: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """One table for both models."""
-    lines = []
+def lines(tables: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """One line a model, depth and competitor."""
+    joined = []
     for error, memory in zip(tables["gradients"], tables["memory"], strict=True):
         key = (error["model"], error["steps"], error["competitor"])
         time = next(r for r in tables["times"] if (r["model"], r["steps"], r["competitor"]) == key)
-        lines.append(
+        joined.append(
             {
                 "model": error["model"],
                 "N": error["steps"],
@@ -156,11 +159,16 @@ def page(tables: dict[str, list[dict[str, Any]]]) -> list[str]:
                 "gradient error": f"{error['gradient error']:.0e}",
             }
         )
+    return joined
+
+
+def page(tables: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """One table for both models."""
     return [
         "Language model: the released one, vocabulary 512, context 128, d 256, 8 heads, batch 8, beta 0.5. Classifier:"
         " the released multi-scale one, channels 32-64-64-32, widths 1-3-3-1, batch 16, beta 0.8, N steps a stage."
         " Forward and backward pass in float32; errors in float64, against their checkpointed back-propagation.",
-        part.markdown_table(lines),
+        part.markdown_table(lines(tables)),
     ]
 
 
