@@ -147,3 +147,17 @@ def test_advice_names_only_what_is_worth_its_time():
 def test_depth_quick_writes_page_and_figure(tmp_path):
     assert depth.main(["--quick", "--output", str(tmp_path)]) == 0
     assert {p.name for p in tmp_path.iterdir()} == {"depth.json", "depth.md", "depth.png", "depth_methods.csv"}
+
+
+@pytest.mark.parametrize(
+    ("ratio", "quick", "word"), [(0.70, False, "met"), (0.71, False, "MISSED"), (0.71, True, "not judged")]
+)
+def test_the_authors_time_decides(ratio, quick, word):
+    label = {"model": "language", "steps": 2, "competitor": authors.OURS}
+    tables = {
+        "gradients": [label | {"loss error": 0.0, "gradient error": 1e-9}],
+        "times": [label | {f"process over {authors.RELEASED}, median": ratio}],
+        "memory": [label | {"peak_bytes": 0}, label | {"competitor": authors.BATCHED, "peak_bytes": 0}],
+    }
+    (requirement,) = [r for r in authors.judge(tables, quick) if "time" in r.name]
+    assert requirement.verdict == word
