@@ -2,11 +2,10 @@
 
 import logging
 import os
-import sys
 import warnings
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -25,6 +24,8 @@ from revdeq_lightning.callbacks.last_checkpoint import LastCheckpoint
 from revdeq_lightning.callbacks.progress import RunProgress
 from revdeq_lightning.callbacks.random_state import ResumableRandomState
 from revdeq_lightning.callbacks.run_report import RunReport, print_closing_lines
+from revdeq_lightning.callbacks.same_start import SameStart
+from revdeq_lightning.callbacks.stop_signal import StopSignal
 from revdeq_lightning.callbacks.training_step import equilibria, run_folder
 from revdeq_lightning.callbacks.wandb_checkpoints import WandbCheckpoints
 from revdeq_lightning.callbacks.wandb_logger import finish_wandb, wandb_logger
@@ -36,14 +37,17 @@ from revdeq_lightning.runs import (
     CONFIG,
     ENVIRONMENT,
     RunConfig,
+    checkpoint_to_resume,
     describes_run,
     find_checkpoint,
+    job_version,
     new_version,
     run_of_checkpoint,
 )
 from revdeq_lightning.sharded_checkpoint import is_sharded_checkpoint
 from revdeq_lightning.sharding import deferred_weights
 from revdeq_lightning.strategies import is_fsdp2, register_strategies
+from revdeq_lightning.tasks.process_end import end_after_interrupt, end_process_group, lost_peer, stop_signals_noted
 from revdeq_lightning.tasks.readable_errors import device_errors, readable_errors
 
 # What Lightning says to everybody and what nobody who starts a run from here can or need act on.
@@ -72,6 +76,7 @@ class SaveRunConfig(SaveConfigCallback):
         """Save for training only."""
         if stage == "fit":
             self.config.ckpt_path = self.config.run.version = None  # a relaunch from this file is a new run
+            self.config.run.resume = RunConfig.resume
             self.folder = run_folder(trainer, None)
             super().setup(trainer, pl_module, stage)
 
@@ -142,10 +147,29 @@ class AbstractCommandLine(LightningCLI):
         if folder and run.version is None:
             run_folder, name = str(folder.parent.parent), folder.parent.name
             self.run_config = replace(self.run_config, folder=run_folder, name=name, version=folder.name)
-        path = self.run_config.path
-        if self.config.subcommand == "fit" and run.version and path != folder and (path / CONFIG).is_file():
-            fail(f"there is a run in {path} already: choose another run.version, or go on from a checkpoint in it")
+        if self.config.subcommand == "fit":
+            self._find_run_to_go_on_with(folder)
         self.run_config.version = self.run_config.version or new_version()
+
+    def _find_run_to_go_on_with(self, folder: Path | None) -> None:
+        """With `resume=auto` the run of this job; never a run that is there by chance.
+
+        Args:
+            folder: Of the run whose checkpoint was given, if any.
+        """
+        run = self.run_config
+        if run.resume == "auto":
+            run.version = run.version or job_version()
+            with readable_errors():
+                newest = checkpoint_to_resume(run)
+            if newest:
+                self.config["fit"].ckpt_path = str(newest)
+            return
+        if run.version and run.path != folder and (run.path / CONFIG).is_file():
+            fail(
+                f"there is a run in {run.path} already: choose another run.version, or go on from a checkpoint in it, "
+                "as --run.resume=auto does by itself"
+            )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer of this run: its callbacks, loggers and checkpoints."""
@@ -171,7 +195,7 @@ class AbstractCommandLine(LightningCLI):
                 )
             report = RunReport(run)
             watching = diagnostics.callbacks(has_equilibrium=bool(equilibria(self.model)))
-            callbacks[:0] = [*watching, ResumableRandomState(), report]
+            callbacks[:0] = [StopSignal(), SameStart(), *watching, ResumableRandomState(), report]
             if settings.get("enable_checkpointing") is not False:
                 if "validation" in self.datamodule.splits:
                     callbacks.append(best_checkpoint())
@@ -205,8 +229,12 @@ class AbstractCommandLine(LightningCLI):
                 self.trainer.fit(**kwargs)
             except DivergenceError as error:
                 fail(str(error), code=1)
+            except RuntimeError as error:
+                if message := lost_peer(error):
+                    fail(message, code=1)
+                raise
             except SystemExit:
-                sys.exit(130 if self.trainer.interrupted else 1)  # Lightning's code after Ctrl-C is 1
+                end_after_interrupt(self.trainer)
 
     def after_fit(self) -> None:
         """Test, show, and say how to go on."""
@@ -216,7 +244,10 @@ class AbstractCommandLine(LightningCLI):
         split = self.closing_split() if best and self.run_config.test else None
         if split:
             evaluate = self.trainer.test if split == "test" else self.trainer.validate
-            results = evaluate(self.model, self.datamodule, ckpt_path=best, verbose=False, weights_only=True)
+            try:
+                results = evaluate(self.model, self.datamodule, ckpt_path=best, verbose=False, weights_only=True)
+            except SystemExit:
+                end_after_interrupt(self.trainer)
             self._print_figures(f"{split.capitalize()} ({Path(str(best)).name})", results)
         if self.trainer.is_global_zero:
             if best:
@@ -257,7 +288,7 @@ def run_command_line(
     """Parse and run; what the user can mend is told in one line."""
     quieten_lightning()
     register_strategies()
-    with finished_wandb():
+    with stop_signals_noted() if subcommand == "fit" else nullcontext(), finished_wandb():
         command_line(
             task,
             data,
@@ -271,6 +302,7 @@ def run_command_line(
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )
+    end_process_group()
 
 
 def quieten_lightning() -> None:

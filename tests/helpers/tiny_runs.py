@@ -50,8 +50,7 @@ def tiny_trainer(folder: Path, callbacks: list[Callback] = (), **settings) -> Tr
         callbacks=callbacks,
         plugins=[AtomicCheckpointIO()],
         default_root_dir=folder,
-        **quiet,
-        **{"devices": 1} | settings,
+        **{"devices": 1} | quiet | settings,
     )
 
 
