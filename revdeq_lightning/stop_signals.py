@@ -46,6 +46,11 @@ class StopSignals:
             signal.signal(number, handler)
         self._previous, self.received, self.agreed = {}, 0, 0
 
+    def ignore(self) -> None:
+        """For a program at its end: while it ends Python would let the signals kill again, and spoil the exit code."""
+        for number in self._previous:
+            signal.signal(number, signal.SIG_IGN)
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number
 
