@@ -141,17 +141,18 @@ def find_checkpoint(alias: str, run: RunConfig) -> Path:
 
 
 def checkpoint_to_resume(run: RunConfig) -> Path | None:
-    """The newest good checkpoint of a run that has any.
+    """The newest good checkpoint of a run that has got as far as its first.
 
     Raises:
         ValueError: If nothing tells which run that is.
-        FileNotFoundError: If it has checkpoints, and none of them is good: to begin anew would overwrite them.
+        FileNotFoundError: If there are checkpoints and none of them is good: a run that begins would overwrite them.
     """
     if run.version is None:
         raise ValueError(
             "run.resume=auto: which run? Give run.version (in a SLURM job and under torchrun --rdzv-id it is their id)"
         )
-    return find_checkpoint("last", run) if any(run.checkpoints.glob("*.ckpt")) else None
+    saved = [path for pattern in (LAST, "step-*.ckpt") for path in run.checkpoints.glob(pattern)]
+    return find_checkpoint("last", run) if saved else None
 
 
 def command(run: RunConfig, subcommand: str, checkpoint: Path, *arguments: str) -> str:
