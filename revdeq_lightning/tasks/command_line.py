@@ -1,8 +1,5 @@
 """What the tasks' command lines share: LightningCLI with short errors and a folder for each run."""
 
-import logging
-import os
-import warnings
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -48,21 +45,8 @@ from revdeq_lightning.sharded_checkpoint import is_sharded_checkpoint
 from revdeq_lightning.sharding import deferred_weights
 from revdeq_lightning.strategies import is_fsdp2, register_strategies
 from revdeq_lightning.tasks.process_end import end_after_interrupt, end_process_group, lost_peer, stop_signals_noted
+from revdeq_lightning.tasks.quiet import quieten_lightning
 from revdeq_lightning.tasks.readable_errors import device_errors, readable_errors
-
-# What Lightning says to everybody and what nobody who starts a run from here can or need act on.
-QUIET_INFO = (
-    *("GPU available", "TPU available", "HPU available", "💡 Tip", "Seed set to", "`Trainer.fit` stopped"),
-    *("Restored all states", "Restoring states", "Loaded model weights", "`weights_only` was not set"),
-    *("Detected KeyboardInterrupt", "to estimate number of stepping batches"),
-)
-QUIET_WARNINGS = (
-    r"Be aware that when using `ckpt_path`",  # evaluation needs none of the callbacks of training
-    r"LightningCLI's args parameter",  # the arguments are those of the command line, less the task
-    r".*does not have many workers",  # text comes from a memory map: 0 workers is fast enough
-    r".*Checkpoint directory .* exists and is not empty",  # a resumed run goes on in its folder
-    r".*`isinstance\(treespec, LeafSpec\)` is deprecated",  # between Lightning and PyTorch
-)
 
 
 class Parser(ReadableErrors, LightningArgumentParser):
@@ -303,16 +287,6 @@ def run_command_line(
             load_from_checkpoint_support=False,
         )
     end_process_group()
-
-
-def quieten_lightning() -> None:
-    """Drop messages and warnings by name; all others stay."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        for handler in logging.getLogger(name).handlers:
-            handler.addFilter(lambda record: not any(text in record.getMessage() for text in QUIET_INFO))
-    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's calls, not the user's
-    for message in QUIET_WARNINGS:
-        warnings.filterwarnings("ignore", message)
 
 
 def with_config_of_checkpoint(options: Sequence[str]) -> list[str]:
