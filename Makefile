@@ -13,8 +13,15 @@ ARGS ?=
 DATA ?=
 CKPT ?=
 PROMPT ?= def
+TASK ?= lm
+TRAINER ?= configs/trainer/ddp.yaml
+NODES ?= 1
+GPUS ?= 1
+ADDRESS ?=
+NAME ?=
+FIT = $(TASK) fit --config $(or $(CONFIG),configs/lm/wikitext103.yaml) --config $(TRAINER) $(ARGS)
 
-.PHONY: help setup train-lm train-cifar train-imagenet generate test test-slow lint format typecheck bench bench-quick bench-core bench-lm bench-image bench-image-block bench-cifar bench-quality bench-callbacks bench-faults bench-scaling clean
+.PHONY: help setup train-lm train-cifar train-imagenet generate test test-slow lint format typecheck bench bench-quick bench-core bench-lm bench-image bench-image-block bench-cifar bench-quality bench-callbacks bench-faults bench-scaling submit train-nodes clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +45,12 @@ train-cifar: $(READY)  ## Train a RevDEQ classifier on CIFAR-10: CONFIG=configs/
 train-imagenet: $(READY)  ## Train on ImageNet: DATA=folder with train/CLASS/* and val/CLASS/*
 	@$(RUN) -m revdeq_lightning image fit --config $(or $(CONFIG),configs/imagenet/modern.yaml) $(if $(DATA),--data.path='$(DATA)') $(ARGS)
 
+submit: $(READY)  ## Train on a SLURM cluster: NODES=2 GPUS=8 CONFIG=FILE TASK=lm|image TRAINER=configs/trainer/ddp.yaml SBATCH="--time=4:00:00"
+	@sbatch --nodes=$(NODES) --ntasks-per-node=$(GPUS) --gpus-per-node=$(GPUS) $(SBATCH) configs/cluster/slurm.sh $(FIT)
+
+train-nodes: $(READY)  ## Train on machines without a scheduler, the same line on each: NODES=2 GPUS=8 ADDRESS=HOST:PORT NAME=first CONFIG=FILE
+	@NODES=$(NODES) GPUS=$(GPUS) ADDRESS='$(ADDRESS)' RUN='$(NAME)' configs/cluster/torchrun.sh $(FIT)
+
 generate: $(READY)  ## Continue a text: CKPT=runs/lm/NAME/DATE/checkpoints/best.ckpt PROMPT="def "
 	@$(RUN) -m revdeq_lightning generate --ckpt_path '$(CKPT)' --prompt '$(PROMPT)' $(ARGS)
 
@@ -45,7 +58,7 @@ generate: $(READY)  ## Continue a text: CKPT=runs/lm/NAME/DATE/checkpoints/best.
 test: $(READY)  ## Run the tests: ARGS="-k golden"
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto -m "not slow" $(ARGS)
 
-test-slow: $(READY)  ## Run the tests that take minutes: many processes, kills, clusters
+test-slow: $(READY)  ## Run the tests that take minutes: many processes, kills, several machines, SLURM
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto -m slow $(ARGS)
 
 lint: $(READY)  ## Check style

@@ -32,20 +32,19 @@ class Part(NamedTuple):
 
     name: str
     title: str
-    needs: str | None = None
-    """Option of this program that it is given as `option`."""
-    option: str = ""
+    needs: tuple[str, ...] = ()
+    """Options of this program that it is given; without any of them it is skipped."""
 
 
 PARTS = (
     Part("core", "the core: exactness, convergence, cost, memory"),
     Part("classifier_cost", "classifiers beside plain back-propagation"),
-    Part("authors", "the authors' JAX code", "repository", "--repository"),
+    Part("authors", "the authors' JAX code", ("repository",)),
     Part("torchdeq_peer", "torchdeq"),
     Part("depth", "which gradient at which depth"),
     Part("kernels", "parts of an evaluation"),
     Part("pairs", "every solver with every adjoint"),
-    Part("quality", "quality at equal cost", "text", "--text"),
+    Part("quality", "quality at equal cost", ("text", "images")),
 )
 
 
@@ -94,21 +93,23 @@ def run(part: Part, options: argparse.Namespace, output: Path) -> Outcome:
     command = [sys.executable, "-m", f"benchmarks.{part.name}", "--output", str(output)]
     if options.quick:
         command.append("--quick")
-    given = getattr(options, part.needs) if part.needs else None
-    if given is not None:
-        command += [part.option, str(given)]
-    if part.name == "quality" and options.images is not None:
-        command += ["--images", str(options.images)]
+    given = [name for name in part.needs if getattr(options, name) is not None]
+    if part.needs and not given:
+        reason = f"(no {' or '.join(f'--{name}' for name in part.needs)})"
+        print(f"skipped: {reason}")
+        return Outcome(part, "skipped", reason, 0.0)
+    for name in given:
+        command += [f"--{name}", str(getattr(options, name))]
     start = time.monotonic()
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-    assert process.stdout is not None
     skipped = ""
-    for line in process.stdout:
-        print(line, end="", flush=True)
-        if line.startswith("skipped: "):
-            skipped = line.removeprefix("skipped: ").strip()
-    code = process.wait()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            if line.startswith("skipped: "):
+                skipped = line.removeprefix("skipped: ").strip()
+    code = process.returncode
     seconds = time.monotonic() - start
     if code == 0:
         return Outcome(part, "skipped" if skipped else "met", f"({skipped})" if skipped else "", seconds)
@@ -118,13 +119,13 @@ def run(part: Part, options: argparse.Namespace, output: Path) -> Outcome:
 def write_verdict(page: Path, results: Path) -> None:
     """Put every requirement that a part's latest results judge between the two marks of the page."""
     rows = []
-    for part in PARTS:
-        path = results / f"{part.name}.json"
+    for name in (name for part in PARTS for name in (part.name, f"{part.name}_cuda")):
+        path = results / f"{name}.json"
         facts: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
         for requirement in facts.get("verdict", []):
             verdict = "not judged" if not requirement["is_judged"] else "met" if requirement["is_met"] else "MISSED"
             origin = f"{facts['date'][:10]}, {facts['commit'][:7]}"
-            link = f"[{part.name}](results/{part.name}.md)"
+            link = f"[{name}](results/{name}.md)"
             rows.append((link, requirement["name"], requirement["required"], requirement["measured"], verdict, origin))
     text = page.read_text()
     if BEGIN not in text or END not in text:

@@ -29,8 +29,8 @@ from revdeq_lightning.data.text import TextDataModule
 from revdeq_lightning.models import ClassifierConfig, TransformerConfig
 from revdeq_lightning.optimizers import OptimizerConfig
 from revdeq_lightning.tasks.classification import ClassificationTask
-from revdeq_lightning.tasks.command_line import quieten_lightning
 from revdeq_lightning.tasks.language_modeling import LanguageModelingTask
+from revdeq_lightning.tasks.quiet import quieten_lightning
 from revdeq_lightning.tasks.settings import SolverConfig
 
 SEARCH_SEED = 100

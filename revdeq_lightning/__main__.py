@@ -1,5 +1,12 @@
 """`python -m revdeq_lightning`: see `cli.py`."""
 
+import sys
+
+from revdeq_lightning.stop_signals import STOP
+
+if "fit" in sys.argv[1:3]:  # before all other imports, which take a while
+    STOP.take()
+
 from revdeq_lightning.cli import main
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """A run's folder: where it lies, how a checkpoint or a command line names it."""
 
+import os
 import shlex
 import sys
 import time
@@ -25,6 +26,8 @@ class RunConfig:
         folder: Folder of all runs.
         name: Name of the run; null: that of the configuration's file.
         version: Names one run of this name; null: date and time.
+        resume: auto: go on from the newest checkpoint of this run if it has any, else begin; for jobs that are started
+            again with the same command line, by SLURM or `torchrun --max-restarts`. A job's id is its run's version.
         wandb: Log to Weights & Biases too: off, online (needs a key), offline, or auto: online if there is a key.
         wandb_project: Project there.
         wandb_group: What the runs of one sweep share there; null: the environment's WANDB_RUN_GROUP, or the SLURM job
@@ -42,6 +45,7 @@ class RunConfig:
     folder: str = "runs"
     name: str | None = None
     version: str | None = None
+    resume: Literal["no", "auto"] = "no"
     wandb: Literal["off", "auto", "online", "offline"] = "off"
     wandb_project: str = "revdeq"
     wandb_group: str | None = None
@@ -103,6 +107,20 @@ def new_version() -> str:
     return time.strftime("%Y%m%d-%H%M%S")
 
 
+def job_version() -> str | None:
+    """What names this job on all of its machines, and still when it is started again.
+
+    That is torchrun's `--rdzv-id`, or SLURM's job id, which a requeued job keeps; None outside of jobs.
+    """
+    torchrun, job, array, task = (
+        os.environ.get(key)
+        for key in ("TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID")
+    )
+    if torchrun and torchrun != "none":  # what torchrun says where it was given no id
+        return torchrun
+    return f"{array}_{task}" if array else job
+
+
 def run_of_checkpoint(checkpoint: str | Path) -> Path | None:
     """Folder of the run that wrote this checkpoint, if it lies in one."""
     folder = Path(checkpoint).parent.parent
@@ -141,6 +159,21 @@ def find_checkpoint(alias: str, run: RunConfig) -> "Found":
         faults = "; ".join(f"{path.name} {fault}" for path, fault in newest.faults.items())
         raise CheckpointError(f"no checkpoint in {found.parent} can be used: {faults}")
     return newest
+
+
+def checkpoint_to_resume(run: RunConfig) -> "Found | None":
+    """The newest good checkpoint of a run that has got as far as its first.
+
+    Raises:
+        ValueError: If nothing tells which run that is.
+        CheckpointError: If there are checkpoints and none of them is good: a run that begins would overwrite them.
+    """
+    if run.version is None:
+        raise ValueError(
+            "run.resume=auto: which run? Give run.version (in a SLURM job and under torchrun --rdzv-id it is their id)"
+        )
+    saved = [path for pattern in (LAST, "step-*.ckpt") for path in run.checkpoints.glob(pattern)]
+    return find_checkpoint("last", run) if saved else None
 
 
 def command(run: RunConfig, subcommand: str, checkpoint: Path, *arguments: str) -> str:

@@ -1,10 +1,8 @@
-"""`last.ckpt`: always there, also after Ctrl-C, and always at a moment from which the run can be resumed exactly."""
+"""`last.ckpt`: always there, also after a signal, and always at a moment from which the run can be resumed exactly."""
 
 import contextlib
 import os
 import shutil
-import signal
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,16 +10,16 @@ from typing import Any, cast
 
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.utilities import rank_zero_only
 
 from revdeq_lightning.callbacks.training_step import is_logging_step, made_step, validation_follows
 from revdeq_lightning.checkpoints import CheckpointError, remove_leftovers, steps_of
+from revdeq_lightning.stop_signals import STOP
 
 LAST = "last.ckpt"
 
 
 class LastCheckpoint(Checkpoint):
-    """Saves `last.ckpt` after each validation, at intervals, at the end of training, and at the first Ctrl-C.
+    """Saves `last.ckpt` after each validation, at intervals, at the end of training, and when a signal ends it.
 
     The checkpoints before it stay as `step-N.ckpt`, so that there is one to go back to if the newest is damaged. Saves
     only after an optimizer step: in the midst of accumulation, when a validation falls there, after the next one. What
@@ -29,9 +27,6 @@ class LastCheckpoint(Checkpoint):
 
     A checkpoint that cannot be written (a full disk) is a warning, if the trainer's `AtomicCheckpointIO` is told so; at
     the end of training it is an error.
-
-    Ctrl-C lets the step (or the validation) at hand finish, saves and ends the run; a second one ends it at once. An
-    interrupt in the midst of an optimizer step would leave half of the weights moved.
 
     Args:
         folder: Where checkpoints lie; None: the folder `checkpoints` in the run's.
@@ -62,8 +57,7 @@ class LastCheckpoint(Checkpoint):
         self._step_of_file: int | None = None
         self._is_settled = True
         self._saved_at = 0.0
-        self._due = self._asked = self._ending = False
-        self._previous: Any = None
+        self._due = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the folder, on all ranks that of the first; clean it up; see that it can be written to.
@@ -79,40 +73,32 @@ class LastCheckpoint(Checkpoint):
                 raise CheckpointError(fault)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take over the signal."""
+        """The clock begins."""
         self._saved_at = self.clock()
-        if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGINT, self._ask)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save, if it is time to or asked to end. One process looks at every step, several agree at logging steps."""
+        """Save if it is time to, or asked to end: then at once, for a validation that follows may take too long."""
         if not made_step(trainer):
             return
         if trainer.world_size == 1 or is_logging_step(trainer):
             late = self.every_minutes is not None and self.clock() - self._saved_at >= 60 * self.every_minutes
-            self._ending = trainer.strategy.reduce_boolean_decision(self._asked, all=False)
             # The first process's clock: the others' never say so before it.
             late = trainer.strategy.reduce_boolean_decision(late and trainer.is_global_zero, all=False)
-            self._due = self._due or self._ending or late
+            self._due = self._due or late
         at_interval = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
         # A run resumed between a step and its validation would leave the validation out.
-        if self._ending or ((self._due or at_interval) and not validation_follows(trainer)):
+        if STOP.agreed or ((self._due or at_interval) and not validation_follows(trainer)):
             # Lightning logs the step after this hook: of a run killed in between it would be missing.
             cast(Any, trainer)._logger_connector.update_train_step_metrics()
-            self._save(trainer, finish=self._ending)
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """End, if asked to: not earlier, for the metrics of the last step are logged after its `on_train_batch_end`."""
-        if self._ending:
-            raise KeyboardInterrupt
+            self._save(trainer, finish=bool(STOP.agreed))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save, also what was saved before the validation: only now it is behind the run."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             if made_step(trainer):
-                self._save(trainer, finish=False, again=True)
+                self._save(trainer, finish=bool(STOP.agreed), again=True)
             else:
                 self._due = True
 
@@ -128,26 +114,9 @@ class LastCheckpoint(Checkpoint):
             raise CheckpointError(fault)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the signal back; end what a run that was killed at its very end had begun."""
-        self._give_back_signal()
+        """End what a run that was killed at its very end had begun."""
         if trainer.is_global_zero and self._step_of_file is not None:
             self._prune()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give the signal back; Lightning ignores it while it shuts down after Ctrl-C."""
-        if isinstance(exception, Exception):
-            self._give_back_signal()
-
-    def _ask(self, *_: Any) -> None:
-        self._asked = True
-        self._give_back_signal()
-        if cast(Any, rank_zero_only).rank == 0:
-            print("\nStopping with a checkpoint after this step (Ctrl-C again: at once, without) ...", flush=True)
-
-    def _give_back_signal(self) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
-            self._previous = None
 
     def _save(self, trainer: Trainer, *, finish: bool = True, again: bool = False) -> None:
         """Save on all ranks, unless it is done for this step; `finish`: return when it is on the disk."""

@@ -53,7 +53,7 @@ class RunReport(Callback):
         if self.folder and trainer.is_global_zero and not goes_on:
             self._draw(trainer)
             if isinstance(exception, KeyboardInterrupt):
-                print(f"\nInterrupted after step {trainer.global_step}.")
+                print(f"\n{str(exception) or 'Interrupted'} after step {trainer.global_step}.")
             print_closing_lines(self.folder, self.run)
 
     def _draw(self, trainer: Trainer) -> None:

@@ -8,6 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from revdeq_lightning.stop_signals import leave_signals_to_main_process
+
 PADDING = -1
 """Index that stands for no item: the dataset answers it with an item that is ignored in losses and metrics."""
 
@@ -141,6 +143,7 @@ class ResumableLoader:
             persistent_workers=num_workers > 0,
             pin_memory=pin_memory,
             generator=torch.Generator(),
+            worker_init_fn=leave_signals_to_main_process,
         )
 
     @property

@@ -1,16 +1,14 @@
 """What the tasks' command lines share: LightningCLI with short errors and a folder for each run."""
 
-import sys
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
 from lightning import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from revdeq_lightning.callbacks.checkpoint_io import AtomicCheckpointIO
@@ -19,68 +17,46 @@ from revdeq_lightning.callbacks.depth_sweep import DepthSweep
 from revdeq_lightning.callbacks.diagnostics import DiagnosticsConfig
 from revdeq_lightning.callbacks.divergence import DivergedError, DivergenceConfig, DivergenceGuard
 from revdeq_lightning.callbacks.endurance import enduring
-from revdeq_lightning.callbacks.last_checkpoint import LastCheckpoint
 from revdeq_lightning.callbacks.progress import RunProgress
 from revdeq_lightning.callbacks.random_state import ResumableRandomState
 from revdeq_lightning.callbacks.run_report import RunReport, print_closing_lines
-from revdeq_lightning.callbacks.training_step import equilibria, run_folder
+from revdeq_lightning.callbacks.same_start import SameStart
+from revdeq_lightning.callbacks.stop_signal import StopSignal
+from revdeq_lightning.callbacks.training_step import equilibria
 from revdeq_lightning.callbacks.wandb_checkpoints import WandbCheckpoints
 from revdeq_lightning.callbacks.wandb_logger import finish_wandb, wandb_logger
 from revdeq_lightning.checkpoints import CheckpointError
 from revdeq_lightning.cli import ReadableErrors, fail, given_files
-from revdeq_lightning.environment import describe_environment, write_environment
 from revdeq_lightning.equilibrium import DivergenceError
 from revdeq_lightning.runs import (
-    BEST,
     CONFIG,
-    ENVIRONMENT,
     RunConfig,
+    checkpoint_to_resume,
     describes_run,
     find_checkpoint,
+    job_version,
     new_version,
     run_of_checkpoint,
 )
 from revdeq_lightning.sharded_checkpoint import is_sharded_checkpoint
 from revdeq_lightning.sharding import deferred_weights
 from revdeq_lightning.strategies import is_fsdp2, register_strategies
+from revdeq_lightning.tasks.kept_checkpoints import best_checkpoint, best_or_last, last_checkpoint
 from revdeq_lightning.tasks.messages import (
     check_writable,
+    chosen,
     lost_resource,
-    quieten_lightning,
     readable_checkpoint,
     say,
 )
-from revdeq_lightning.tasks.readable_errors import (
-    device_errors,
-    readable_errors,
-)
+from revdeq_lightning.tasks.process_end import end_after_interrupt, end_process_group, lost_peer, stop_signals_noted
+from revdeq_lightning.tasks.quiet import quieten_lightning
+from revdeq_lightning.tasks.readable_errors import device_errors, readable_errors
+from revdeq_lightning.tasks.saved_config import SaveRunConfig
 
 
 class Parser(ReadableErrors, LightningArgumentParser):
     """Lightning's parser with errors of one line."""
-
-
-class SaveRunConfig(SaveConfigCallback):
-    """The resolved configuration in the folder of a training run, and in its W&B run."""
-
-    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Save for training only."""
-        if stage == "fit":
-            self.config.ckpt_path = self.config.run.version = None  # a relaunch from this file is a new run
-            self.folder = run_folder(trainer, None)
-            name, self.config_filename = self.config_filename, f".{CONFIG}.part"
-            super().setup(trainer, pl_module, stage)
-            self.config_filename = name
-            part = self.folder / f".{CONFIG}.part"
-            if trainer.is_global_zero and part.is_file():
-                part.replace(part.with_name(name))  # a kill leaves the old file whole
-
-    def save_config(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Hand the configuration to the loggers, and write down with what the run is made."""
-        environment = describe_environment(trainer.world_size)
-        write_environment(self.folder / ENVIRONMENT, environment)
-        for logger in trainer.loggers:
-            logger.log_hyperparams(self.config.as_dict() | {"environment": environment})
 
 
 class AbstractCommandLine(LightningCLI):
@@ -132,9 +108,7 @@ class AbstractCommandLine(LightningCLI):
         if checkpoint in ("last", "best"):
             with readable_errors():
                 found = find_checkpoint(checkpoint, self.run_class(**run.as_dict()))
-            checkpoint = config.ckpt_path = str(found.path)
-            for path, fault in found.faults.items():
-                say(f"warning: {path} {fault}: going on from {checkpoint}")
+            checkpoint = config.ckpt_path = chosen(found)
         if self.config.subcommand != "fit" and checkpoint is None:
             fail(f"which checkpoint? {self.config.subcommand} needs --ckpt_path FILE, or last, or best")
         if checkpoint and is_sharded_checkpoint(checkpoint) and not is_fsdp2(config.trainer.strategy):
@@ -147,10 +121,29 @@ class AbstractCommandLine(LightningCLI):
         if folder and run.version is None:
             run_folder, name = str(folder.parent.parent), folder.parent.name
             self.run_config = replace(self.run_config, folder=run_folder, name=name, version=folder.name)
-        path = self.run_config.path
-        if self.config.subcommand == "fit" and run.version and path != folder and (path / CONFIG).is_file():
-            fail(f"there is a run in {path} already: choose another run.version, or go on from a checkpoint in it")
+        if self.config.subcommand == "fit":
+            self._find_run_to_go_on_with(folder)
         self.run_config.version = self.run_config.version or new_version()
+
+    def _find_run_to_go_on_with(self, folder: Path | None) -> None:
+        """With `resume=auto` the run of this job; never a run that is there by chance.
+
+        Args:
+            folder: Of the run whose checkpoint was given, if any.
+        """
+        run = self.run_config
+        if run.resume == "auto":
+            run.version = run.version or job_version()
+            with readable_errors():
+                newest = checkpoint_to_resume(run)
+            if newest:
+                self.config["fit"].ckpt_path = chosen(newest)
+            return
+        if run.version and run.path != folder and (run.path / CONFIG).is_file():
+            fail(
+                f"there is a run in {run.path} already: choose another run.version, or go on from a checkpoint in it, "
+                "as --run.resume=auto does by itself"
+            )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer of this run: its callbacks, loggers and checkpoints."""
@@ -176,7 +169,7 @@ class AbstractCommandLine(LightningCLI):
                 )
             report = RunReport(run)
             watching = diagnostics.callbacks(has_equilibrium=bool(equilibria(self.model)))
-            callbacks[:0] = [*watching, ResumableRandomState(), report]
+            callbacks[:0] = [StopSignal(), SameStart(), *watching, ResumableRandomState(), report]
             divergence: DivergenceConfig = self._get(self.config_init, "divergence")
             callbacks.append(DivergenceGuard(self.run_config.path, divergence, self.num_rollbacks))
             if settings.get("enable_checkpointing") is not False:
@@ -219,11 +212,11 @@ class AbstractCommandLine(LightningCLI):
             except (DivergenceError, CheckpointError) as error:
                 fail(str(error), code=1)
             except (OSError, RuntimeError) as error:
-                if (line := lost_resource(error)) is None:
+                if (line := lost_peer(error) or lost_resource(error)) is None:
                     raise
                 fail(line, code=1)
             except SystemExit:
-                sys.exit(130 if self.trainer.interrupted else 1)  # Lightning's code after Ctrl-C is 1
+                end_after_interrupt(self.trainer)
 
     def _roll_back(self, error: DivergedError) -> None:
         """Train again from the checkpoint: with new objects, so that nothing but it is carried over."""
@@ -242,7 +235,10 @@ class AbstractCommandLine(LightningCLI):
         split = self.closing_split() if best and self.run_config.test else None
         if split:
             evaluate = self.trainer.test if split == "test" else self.trainer.validate
-            results = evaluate(self.model, self.datamodule, ckpt_path=best, verbose=False, weights_only=True)
+            try:
+                results = evaluate(self.model, self.datamodule, ckpt_path=best, verbose=False, weights_only=True)
+            except SystemExit:
+                end_after_interrupt(self.trainer)
             self._print_figures(f"{split.capitalize()} ({Path(str(best)).name})", results)
         if self.trainer.is_global_zero:
             if best:
@@ -285,7 +281,7 @@ def run_command_line(
     """Parse and run; what the user can mend is told in one line."""
     quieten_lightning()
     register_strategies()
-    with finished_wandb():
+    with stop_signals_noted() if subcommand == "fit" else nullcontext(), finished_wandb():
         command_line(
             task,
             data,
@@ -299,6 +295,7 @@ def run_command_line(
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
         )
+    end_process_group()
 
 
 def with_config_of_checkpoint(options: Sequence[str]) -> list[str]:
@@ -331,27 +328,6 @@ def finished_wandb() -> Iterator[None]:
         raise
     finally:
         finish_wandb(code)
-
-
-def best_checkpoint() -> ModelCheckpoint:
-    """Keeps `best.ckpt`, by the validation loss."""
-    return ModelCheckpoint(filename=Path(BEST).stem, monitor="val/loss", enable_version_counter=False)
-
-
-def last_checkpoint(run: RunConfig) -> LastCheckpoint:
-    """Keeps `last.ckpt` and those before it."""
-    return LastCheckpoint(
-        keep_last=run.keep_last,
-        every_n_steps=run.checkpoint_every_n_steps,
-        every_minutes=run.checkpoint_every_minutes,
-    )
-
-
-def best_or_last(trainer: Trainer) -> str | None:
-    """Path of the best checkpoint, of the last one where there was no validation, if any was written."""
-    callbacks: list[Any] = trainer.checkpoint_callbacks
-    paths = [c.best_model_path if isinstance(c, ModelCheckpoint) else str(c.path) for c in callbacks]
-    return next((path for path in paths if path and Path(path).exists()), None)
 
 
 def as_list(value: Any) -> list[Any]:

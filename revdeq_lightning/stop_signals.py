@@ -1,0 +1,69 @@
+"""SIGTERM and SIGUSR1, "end soon": noted, never obeyed in the midst of something.
+
+A scheduler sends them before it takes a machine away. Whoever trains looks at `STOP.received` between two steps. This
+imports only the standard library, so that the signals are noted from the first line of the program on: the imports of a
+training take seconds, from a network's file system minutes, and the default action of both signals is to kill.
+"""
+
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+AGAIN = 75
+"""Exit code (EX_TEMPFAIL, "try again later") of a training that SIGTERM or SIGUSR1 ended, and that can go on."""
+
+
+class StopSignals:
+    """Notes which signal asked to end.
+
+    Attributes:
+        received: Number of the signal that this process received, 0 if there was none.
+        agreed: Number of the signal that all processes of the training agreed to end by.
+    """
+
+    def __init__(self) -> None:
+        self.received = self.agreed = 0
+        self._previous: dict[signal.Signals, Any] = {}
+
+    @property
+    def exit_code(self) -> int:
+        """Of a process that ended by the signal agreed on."""
+        return 128 + signal.SIGINT if self.agreed == signal.SIGINT else AGAIN
+
+    def take(self) -> bool:
+        """Note the signals from now on; whether that is new. In other threads than the main one Python cannot."""
+        if self._previous or threading.current_thread() is not threading.main_thread():
+            return False
+        self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return True
+
+    def give_back(self) -> None:
+        """Let the signals do again what they did before, and forget what was received."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous, self.received, self.agreed = {}, 0, 0
+
+    def ignore(self) -> None:
+        """For a program at its end: while it ends Python would let the signals kill again, and spoil the exit code."""
+        for number in self._previous:
+            signal.signal(number, signal.SIG_IGN)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+
+
+STOP = StopSignals()
+"""Signals are the process's, so there is one."""
+
+
+def leave_signals_to_main_process(worker: int) -> None:
+    """For workers that load data: a scheduler, and Ctrl-C, signal every process, and the last step needs the data.
+
+    They end when the process that trains ends them. One that is stuck is killed by SIGTERM ten minutes late.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(600))

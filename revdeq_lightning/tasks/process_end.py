@@ -1,0 +1,60 @@
+"""How a training process ends: asked to by a signal, left by another process, or in order with all of them."""
+
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+import torch.distributed as dist
+from lightning import Trainer
+
+from revdeq_lightning.stop_signals import STOP
+
+# gloo raises plain RuntimeErrors, NCCL and the store those of torch.distributed.
+LOST = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|socket timeout|timed out", re.IGNORECASE)
+SOURCE_LINE = re.compile(r"^\[[^]]*\]\s*")
+
+
+@contextmanager
+def stop_signals_noted() -> Iterator[None]:
+    """From reading the settings to the closing test. A program that noted them before ends with this."""
+    took = STOP.take()
+    try:
+        yield
+    finally:
+        if took:
+            STOP.give_back()
+        else:
+            STOP.ignore()
+
+
+def end_after_interrupt(trainer: Trainer) -> NoReturn:
+    """Exit, in the place of Lightning, whose code after an interrupt is 1."""
+    if STOP.agreed:
+        end_process_group()
+        sys.exit(STOP.exit_code)
+    sys.exit(130 if trainer.interrupted else 1)
+
+
+def lost_peer(error: Exception) -> str | None:
+    """What happened, in one line, if the error says that another process ended or does not answer; else None."""
+    if not dist.is_available() or not dist.is_initialized():
+        return None
+    if not isinstance(error, dist.DistError) and not LOST.search(str(error)):
+        return None
+    reason = SOURCE_LINE.sub("", str(error).splitlines()[0])
+    return (
+        f"rank {dist.get_rank()} lost another process, it ended or does not answer ({reason}). Its own log says why; "
+        "the same command with --run.resume=auto goes on from the newest checkpoint."
+    )
+
+
+def end_process_group() -> None:
+    """Part in order, where all processes have come to the end.
+
+    They wait for the first one, which has more to do: schedulers end what is left soon after a process has ended.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()

@@ -1,0 +1,29 @@
+"""What Lightning says on the command line, less what concerns nobody."""
+
+import logging
+import os
+import warnings
+
+# What Lightning says to everybody and what nobody who starts a run from here can or need act on.
+QUIET_INFO = (
+    *("GPU available", "TPU available", "HPU available", "💡 Tip", "Seed set to", "`Trainer.fit` stopped"),
+    *("Restored all states", "Restoring states", "Loaded model weights", "`weights_only` was not set"),
+    *("Detected KeyboardInterrupt", "to estimate number of stepping batches"),
+)
+QUIET_WARNINGS = (
+    r"Be aware that when using `ckpt_path`",  # evaluation needs none of the callbacks of training
+    r"LightningCLI's args parameter",  # the arguments are those of the command line, less the task
+    r".*does not have many workers",  # text comes from a memory map: 0 workers is fast enough
+    r".*Checkpoint directory .* exists and is not empty",  # a resumed run goes on in its folder
+    r".*`isinstance\(treespec, LeafSpec\)` is deprecated",  # between Lightning and PyTorch
+)
+
+
+def quieten_lightning() -> None:
+    """Drop messages and warnings by name; all others stay."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        for handler in logging.getLogger(name).handlers:
+            handler.addFilter(lambda record: not any(text in record.getMessage() for text in QUIET_INFO))
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's calls, not the user's
+    for message in QUIET_WARNINGS:
+        warnings.filterwarnings("ignore", message)

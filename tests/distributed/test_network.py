@@ -1,0 +1,140 @@
+"""Our torchrun script on two machines with own addresses: a cut cable, a lost machine, and what goes on after."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_command import tiny_config
+from tiny_runs import assert_equal
+from two_machines import Machine, namespaces_are_missing, two_machines
+
+pytestmark = pytest.mark.slow
+
+SCRIPT = Path("configs/cluster/torchrun.sh").resolve()
+EXACT = ("state_dict", "trained_weights", "optimizer_states", "lr_schedulers", "random_states", "TextDataModule")
+TIMEOUT = 15
+SAVED, MAX_STEPS = 50, 600
+
+
+@pytest.fixture(scope="module")
+def machines():
+    if reason := namespaces_are_missing():
+        pytest.skip(reason)
+    with two_machines() as machines:
+        yield machines
+
+
+class Job:
+    """The script on both machines, for one run."""
+
+    def __init__(self, machines, folder: Path, run: str, max_restarts: int = 0) -> None:
+        self.machines, self.folder, self.run, self.max_restarts = machines, folder, run, max_restarts
+        self.processes = [self.start(machine) for machine in machines]
+
+    def start(self, machine: Machine):
+        strategy = {
+            "class_path": "lightning.pytorch.strategies.DDPStrategy",
+            "init_args": {"timeout": f"0:00:{TIMEOUT}"},
+        }
+        settings = {"max_steps": MAX_STEPS, "val_check_interval": SAVED, "strategy": strategy}
+        config = tiny_config(self.folder, **settings)
+        variables = {
+            "RUN": self.run,
+            "NODES": "2",
+            "GPUS": "1",
+            "ADDRESS": f"{self.machines[0].address}:29400",
+            "LOCAL_ADDRESS": machine.address,
+            "MAX_RESTARTS": str(self.max_restarts),
+            "PYTHON": sys.executable,
+            "PYTHONPATH": os.getcwd(),
+        }
+        options = ("--run.test=false", "--run.sample_tokens=0", f"--run.folder={self.folder}/runs")
+        command = ("bash", SCRIPT, "fit", "--config", config, *options)
+        return machine.start(self.log(machine), self.folder, *command, **variables)
+
+    def log(self, machine: Machine) -> Path:
+        return self.folder / f"{self.run}-{machine.address}.log"
+
+    def text(self) -> str:
+        return "\n".join(self.log(machine).read_text() for machine in self.machines)
+
+    def steps(self) -> int:
+        """How many are in the file of metrics."""
+        path = self.folder / f"runs/tiny/{self.run}/metrics.csv"
+        return path.read_text().count("\n") - 1 if path.exists() else 0
+
+    def until(self, condition, what: str, seconds: float = 120) -> None:
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, f"never {what}:\n{self.text()}"
+            time.sleep(0.02)
+
+    def end(self, *machines: int, seconds: float = 120) -> list[int]:
+        try:
+            return [self.processes[i].wait(timeout=seconds) for i in machines or (0, 1)]
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"not ended in {seconds} s:\n{self.text()}")
+
+    @property
+    def path(self) -> Path:
+        return self.folder / f"runs/tiny/{self.run}/checkpoints/last.ckpt"
+
+    def checkpoint(self) -> dict:
+        return torch.load(self.path, weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def whole(machines, tmp_path_factory):
+    """The end of the undisturbed run."""
+    job = Job(machines, tmp_path_factory.mktemp("whole"), "whole")
+    assert job.end() == [0, 0], job.text()
+    return job.checkpoint()
+
+
+def assert_ended_like(whole: dict, job: Job) -> None:
+    for key in EXACT:
+        assert_equal(job.checkpoint()[key], whole[key], key)
+
+
+def test_a_cut_cable_is_waited_for_and_a_killed_process_begun_again_from_the_checkpoint(machines, whole, tmp_path):
+    job = Job(machines, tmp_path, "disturbed", max_restarts=3)
+    job.until(job.path.exists, "saved")
+    machines[1].plug(in_=False)
+    time.sleep(3)
+    still = job.steps()
+    time.sleep(1)
+    assert job.steps() == still < MAX_STEPS, job.text()
+    machines[1].plug(in_=True)
+    job.until(lambda: job.steps() > still, "gone on after the cable was mended", seconds=TIMEOUT)
+
+    (pid,) = machines[1].pids("-m", "revdeq_lightning")
+    os.kill(pid, signal.SIGKILL)
+    assert job.end() == [0, 0], job.text()
+    text = job.text()
+    assert text.count("resumed at step") == 1
+    assert "rank 0 lost another process" in text
+    assert "Traceback" not in text.split("resumed at step")[1]
+    assert_ended_like(whole, job)
+
+
+def test_a_vanished_machine_ends_the_job_in_bounded_time_and_the_same_command_goes_on(machines, whole, tmp_path):
+    job = Job(machines, tmp_path, "vanished")
+    job.until(job.path.exists, "saved")
+    machines[1].plug(in_=False)  # before: nothing tells the other one
+    machines[1].switch_off()
+    begin = time.monotonic()
+    (code,) = job.end(0)
+    assert code != 0
+    assert time.monotonic() - begin < TIMEOUT + 30  # torchrun looks at its processes now and then, and Python ends
+    assert "error: rank 0 lost another process, it ended or does not answer (" in job.text()
+
+    machines[1].plug(in_=True)
+    job.processes = [job.start(machine) for machine in machines]
+    assert job.end() == [0, 0], job.text()
+    assert "resumed at step" in job.text()
+    assert_ended_like(whole, job)
