@@ -120,9 +120,8 @@ def test_a_rollback_goes_on_from_the_checkpoint_with_lower_rates(tmp_path, capsy
     end = read_checkpoint(tmp_path / "runs/tiny/v/checkpoints/last.ckpt")
     assert end["global_step"] == 6
     assert end["callbacks"]["DivergenceGuard"] == {"num_rollbacks": 1}
-    muon, adamw = (state["param_groups"] for state in end["optimizer_states"][0]["optimizers"])
-    assert {group["lr"] for group in muon} == {0.02 * 0.25}
-    assert {group["lr"] for group in adamw} == {0.01 * 0.25}
+    rates = {group["lr"] for group in end["optimizer_states"][0]["param_groups"]}
+    assert rates == {0.02 * 0.25, 0.01 * 0.25}  # Muon's and AdamW's
     assert sorted(losses(tmp_path)) == list(range(6))
 
     # The same from the outside: an undisturbed run to the checkpoint, then resumed with the rates set by hand.
@@ -131,7 +130,7 @@ def test_a_rollback_goes_on_from_the_checkpoint_with_lower_rates(tmp_path, capsy
     run("image", "fit", "--config", poisoned_config(by_hand, max_steps=2))
     last = by_hand / "runs/tiny/v/checkpoints/last.ckpt"
     checkpoint = torch.load(last, weights_only=True)
-    for group in (g for o in checkpoint["optimizer_states"][0]["optimizers"] for g in o["param_groups"]):
+    for group in checkpoint["optimizer_states"][0]["param_groups"]:
         group["lr"] *= 0.25
     torch.save(checkpoint, last)
     run("image", "fit", "--ckpt_path", last, "--trainer.max_steps=6")
