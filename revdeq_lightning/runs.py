@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 
 import yaml
 
-CHECKPOINTS, CONFIG, METRICS, CURVES = "checkpoints", "config.yaml", "metrics.csv", "curves.png"
+CHECKPOINTS, CONFIG, METRICS, REPORT = "checkpoints", "config.yaml", "metrics.csv", "report.html"
 ENVIRONMENT = "environment.json"
 BEST, LAST = "best.ckpt", "last.ckpt"
 
