@@ -19,9 +19,10 @@ NODES ?= 1
 GPUS ?= 1
 ADDRESS ?=
 NAME ?=
+SMALL ?=
 FIT = $(TASK) fit --config $(or $(CONFIG),configs/lm/wikitext103.yaml) --config $(TRAINER) $(ARGS)
 
-.PHONY: help setup train-lm train-cifar train-imagenet generate test lint format typecheck bench bench-quick bench-core bench-lm bench-image bench-image-block bench-cifar bench-quality bench-callbacks test-slow bench-scaling submit train-nodes clean
+.PHONY: help setup train-lm train-cifar train-imagenet generate notebooks test lint format typecheck bench bench-quick bench-core bench-lm bench-image bench-image-block bench-cifar bench-quality bench-callbacks test-slow bench-scaling submit train-nodes clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +54,9 @@ train-nodes: $(READY)  ## Train on machines without a scheduler, the same line o
 
 generate: $(READY)  ## Continue a text: CKPT=runs/lm/NAME/DATE/checkpoints/best.ckpt PROMPT="def "
 	@$(RUN) -m revdeq_lightning generate --ckpt_path '$(CKPT)' --prompt '$(PROMPT)' $(ARGS)
+
+notebooks: $(READY)  ## Execute the notebooks anew; SMALL=1: compute less, leave the files alone
+	@$(RUN) notebooks/execute.py $(if $(SMALL),--small) $(ARGS)
 
 # One process a core, one thread each: many small tensors gain nothing from threads.
 test: $(READY)  ## Run the tests: ARGS="-k golden"
