@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
-from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+from traitlets.config import Config
 
 FOLDER = Path(__file__).resolve().parent
 CELL_SECONDS = 600
@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> None:
         begin = time.monotonic()
         try:
             notebook = execute(path)
-        except (CellExecutionError, ValueError, OSError) as error:
+        except (CellExecutionError, RuntimeError, ValueError, OSError) as error:
             sys.exit(f"error: {path.name}: {error}")
         if not given.small:
             nbformat.write(notebook, path)
@@ -49,9 +49,10 @@ def execute(path: Path) -> Any:
         ValueError: If a cell writes to standard error, or an output names a folder of this machine.
     """
     notebook = nbformat.read(path, as_version=4)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as sockets:
         settings: dict[str, Any] = {"record_timing": False, "coalesce_streams": True}
-        settings["km"] = AsyncKernelManager(kernel_name="python3", transport="ipc")
+        # Sockets in a folder, not on the network.
+        settings["config"] = Config(KernelManager={"transport": "ipc", "ip": f"{sockets}/kernel"})
         settings["resources"] = {"metadata": {"path": folder}}
         NotebookClient(notebook, timeout=CELL_SECONDS, **settings).execute()
         private = {folder, str(Path.home()), str(FOLDER.parent), sys.prefix, sys.base_prefix} - {"/", "/usr"}

@@ -92,7 +92,12 @@ def _time(run: Run) -> Figure | None:
     if (memory := run.last("system/peak_memory_bytes")) is not None:
         parts.append(f"{memory / 2**20:,.0f} MiB at most")
     steps = max(
-        (int(series.steps[-1]) for key, series in run.series.items() if key.startswith(("train/", "val/"))), default=0
+        (
+            int(series.steps[-1])
+            for key, series in run.series.items()
+            if key.startswith(("train/", "val/", "equilibrium/"))
+        ),
+        default=0,
     )
     seconds = run.series.get("system/seconds_per_step")
     if seconds is not None and seconds.finite.size:

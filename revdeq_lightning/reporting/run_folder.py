@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from revdeq_lightning.runs import CONFIG, METRICS
+from revdeq_lightning.runs import CONFIG, ENVIRONMENT, METRICS
 
 Table = list[dict[str, float]]
 
@@ -84,7 +84,7 @@ class Run:
     @property
     def images(self) -> list[Path]:
         """Pictures that are not drawn again from their table: the newest sheet of samples first."""
-        drawn = {"curves.png", "depth_sweep.png", "residual_curve.png"}
+        drawn = {"depth_sweep.png", "residual_curve.png"}
         sheets = sorted(self.folder.glob("samples/*.png"))[-1:]
         return sheets + [path for path in sorted(self.folder.glob("*.png")) if path.name not in drawn]
 
@@ -118,7 +118,9 @@ def read_run(folder: Path, label: str) -> Run:
     notes: list[str] = []
     run = Run(folder, label, read_metrics(folder / METRICS, notes), notes=notes)
     run.config = flat(_load(folder / CONFIG, yaml.safe_load))
-    run.environment = flat(_load(folder / "environment.json", json.loads))
+    environment = _load(folder / ENVIRONMENT, json.loads) or {}
+    starts = [earlier.get("started") for earlier in environment.pop("earlier_starts", [])]
+    run.environment = flat(environment | ({"earlier_starts": starts} if starts else {}))
     run.sweep, run.validation_sweep, run.residual_curve = (
         read_table(folder / f"{name}.csv") for name in ("depth_sweep", "depth_sweep_validation", "residual_curve")
     )

@@ -104,7 +104,7 @@ def test_training_goes_on_from_the_last_checkpoint_bit_for_bit(trained, tmp_path
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--model.network.channels=[16,24]",), "multiples of 16"),
+        (("--model.network.channels=[16,24]",), "multiples of it"),
         (("--model.network.chanels=[16,16]",), "did you mean model.network.channels?"),
         (("--model.network.num_classes=5",), "num_classes"),
         (("--model.network.architecture=resnet",), "takes solver='none'"),

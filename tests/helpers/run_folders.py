@@ -57,9 +57,9 @@ def whole_run(folder: Path, beta: float = 0.8) -> Path:
     (folder / "config.yaml").write_text(
         f"model:\n  solver: {{solver: reversible, max_steps: 4, beta: {beta}}}\nseed: 0\n"
     )
-    (folder / "environment.json").write_text(
-        json.dumps({"started": "2026-01-02T03:04:05Z", "packages": {"torch": "2.13"}})
-    )
+    environment = {"started": "2026-01-02T03:04:05Z", "packages": {"torch": "2.13"}}
+    environment["earlier_starts"] = [{"started": "2025-12-31", "packages": {}}]
+    (folder / "environment.json").write_text(json.dumps(environment))
     (folder / "residual_curve.csv").write_text(
         "step,solve,evaluation,relative_residual\n"
         + "".join(f"{step},1,{e},{0.5**e}\n" for step in (9, 99) for e in range(1, 5))

@@ -76,6 +76,7 @@ def test_the_figures_on_top_are_those_of_the_files(tmp_path):
         "largest gradient error against BPTT 0 0.09 against the converged fixed point's",
         "largest spectral radius of df/dz 0.7",
         "2 4 1.25 as trained",
+        "packages.torch 2.13 earlier_starts [2025-12-31]",
     ):
         assert words in text
     assert not re.search(r'class="[^"]*\bbad', (tmp_path / "small/v/report.html").read_text())
