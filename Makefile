@@ -22,7 +22,7 @@ NAME ?=
 SMALL ?=
 FIT = $(TASK) fit --config $(or $(CONFIG),configs/lm/wikitext103.yaml) --config $(TRAINER) $(ARGS)
 
-.PHONY: help setup train-lm train-cifar train-imagenet generate notebooks test lint format typecheck bench bench-quick bench-core bench-lm bench-image bench-image-block bench-cifar bench-quality bench-callbacks test-slow bench-scaling submit train-nodes clean
+.PHONY: help setup train-lm train-cifar train-imagenet generate notebooks test lint format typecheck bench bench-quick bench-core bench-lm bench-image bench-image-block bench-cifar bench-quality bench-callbacks test-slow bench-scaling submit train-nodes bench-pairs clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -108,6 +108,9 @@ bench-quality: $(READY)  ## Quality at equal cost: DATA=tinyshakespeare.txt ARGS
 
 bench-scaling: $(READY)  ## Model of steps on 8 to 1,024 GPUs, and two processes on this CPU measured
 	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.scaling --measure $(ARGS)
+
+bench-pairs: $(READY)  ## Every solver with every adjoint: gradient, evaluations, memory (some minutes)
+	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.pairs $(ARGS)
 
 clean:  ## Remove the virtual environment and caches (never runs/)
 	@rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info

@@ -35,12 +35,12 @@ class LMOutput(NamedTuple):
 
 
 class LMLoss(NamedTuple):
-    """Mean nats per target, the number of targets, how the fixed point was reached (None without a solver; in parts)."""
+    """Mean nats per target, the number of targets, and how the fixed point was reached (None without a solver)."""
 
     loss: Tensor
     num_targets: Tensor
     stats: SolverStats | None
-    earlier_stats: tuple[SolverStats, ...] = ()
+    earlier_stats: tuple[SolverStats, ...] = ()  # of a solve in parts
 
 
 def split_heads(x_BTD: Tensor, num_heads: int) -> Tensor:
