@@ -8,7 +8,7 @@ Two untrained blocks, float32: one that contracts, and a pre-norm transformer bl
 import argparse
 import dataclasses
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -101,14 +101,18 @@ def solve(f: nn.Module, x: Tensor, solver: AbstractSolver, adjoint: AbstractAdjo
     return Found(torch.cat([g.flatten().double() for g in grads]), stats, float(value.detach().abs().max()))
 
 
-def measure(dim: int, tokens: int) -> Iterable[dict[str, Any]]:
+def measure(
+    dim: int, tokens: int, solvers: Iterable[str] = SOLVERS, adjoints: Iterable[str] = ADJOINTS
+) -> Iterator[dict[str, Any]]:
     """A row for every pair on every block."""
     for block, (f, x) in blocks(dim, tokens).items():
         truth = fixed_point_gradient(f, x)
-        for solver_name, solver in SOLVERS.items():
+        for solver_name in solvers:
+            solver = SOLVERS[solver_name]
             solver = dataclasses.replace(solver, max_steps=EVALUATIONS // solver.evaluations_per_step)
             bptt = attempt(f, x, solver, BackpropAdjoint())
-            for adjoint_name, adjoint in ADJOINTS.items():
+            for adjoint_name in adjoints:
+                adjoint = ADJOINTS[adjoint_name]
                 if adjoint_name == "reversible" and not isinstance(solver, ReversibleSolver | MomentumSolver):
                     continue
                 row = {"block": block, "solver": solver_name, "adjoint": adjoint_name}

@@ -261,7 +261,7 @@ def row_of(name: str, seed: int, rate: float, outcome: Outcome) -> dict[str, Any
         row |= {
             f"figure_{budget}": f"{outcome.at.get(budget, float('nan')):.4f}",
             f"cpu_minutes_{budget}": f"{seconds / 60:.2f}",
-            f"tflop_{budget}": f"{flops / 1e12:.3f}",
+            f"tflop_{budget}": f"{flops / 1e12:.6g}",
             f"steps_{budget}": steps,
         }
     return row
