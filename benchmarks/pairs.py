@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.measure import peak_tensor_bytes, provenance, write_csv
+from benchmarks.part import RESULTS
 from benchmarks.report import table
 from benchmarks.training import read
 from revdeq_lightning.equilibrium import (
@@ -38,7 +39,7 @@ from revdeq_lightning.equilibrium import (
 )
 from tests.helpers.blocks import AttentionBlock
 
-PAGE = Path("benchmarks/solvers_and_adjoints.md")
+PAGE = Path(__file__).parent / "solvers_and_adjoints.md"
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 EVALUATIONS = 16
 MEASURED = ("residual", "largest", "error_bptt", "error_fixed_point", "forward", "backward", "products", "mib")
@@ -207,8 +208,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--quick", action="store_true", help="a small block, and the page stays as it is")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder of pairs.csv")
+    parser.add_argument("--quick", action="store_true", help="a small block, another one than the page's")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args()
     if options.quick and options.output == parser.get_default("output"):
         parser.error("--quick measures another block than the page's: choose another folder by --output")
@@ -217,8 +218,9 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     write_csv(options.output / "pairs.csv", rows)
     text = markdown(read(options.output / "pairs.csv"), provenance("python -m benchmarks.pairs"))
+    (options.output / "pairs.md").write_text(f"# Solvers and adjoints, measured\n\n{text}\n")
     print(text)
-    if not options.quick:
+    if options.output == RESULTS:
         before, rest = PAGE.read_text().split(BEGIN)
         PAGE.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.split(END)[1]}")
 

@@ -21,6 +21,7 @@ from lightning import LightningModule
 
 from benchmarks.budget import Budget, Outcome, scaled, settings_of, spend
 from benchmarks.measure import write_csv
+from benchmarks.part import RESULTS
 from benchmarks.quality_page import draw, page
 from benchmarks.training import facts_of, read
 from revdeq_lightning.data.augmentation import AugmentationConfig
@@ -277,9 +278,12 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=[name for part in PARTS for name in part.variants])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--quick", action="store_true", help="seconds a run, one seed: a smoke test")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder of the results")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--cache", type=Path, default=Path("data/cache"), help="folder of the prepared data")
     options = parser.parse_args()
+    if options.text is None and options.images is None:
+        print("skipped: no data, give --text FILE (tiny Shakespeare), --images PATH (CIFAR-10), or both")
+        return
     if options.quick and options.output == parser.get_default("output"):
         parser.error("--quick gives figures that say nothing: choose another folder by --output")
     options.seeds = options.seeds[:1] if options.quick else options.seeds
@@ -291,7 +295,7 @@ def main() -> None:
     results: list[tuple[Part, dict[str, Any]]] = []
     for part in PARTS:
         if getattr(options, part.name) is None:
-            print(f"{part.title}: skipped, no --{part.name} PATH", file=sys.stderr)
+            print(f"{part.title}: left out, no --{part.name} PATH", file=sys.stderr)
             continue
         part = quick(part) if options.quick else part
         results.append((part, fill(part, options).rows))
