@@ -133,7 +133,7 @@ TEXT = Part(
     budget=Budget(cpu_seconds=90, flops=5.0e12, longest=180),
     search_seconds=20,
 )
-SMALL = {"model.network.channels": [32, 64, 128]}
+SMALL = {"model.network.channels": [16, 32, 64]}
 STAGES = "configs/cifar10/cpu.yaml"
 
 
@@ -147,7 +147,7 @@ IMAGES = Part(
     name="images",
     title="CIFAR-10",
     variants={
-        "ResNet": Variant("configs/cifar10/resnet_matched.yaml", {"model.network.channels": [48, 80, 144]}),
+        "ResNet": Variant("configs/cifar10/resnet_matched.yaml", {"model.network.channels": [32, 48, 64]}),
         "looped": stages(solver="picard", max_steps=4, adjoint="backprop"),
         "looped, truncated": stages(solver="picard", max_steps=8, adjoint="backprop", backprop_evaluations=2),
         "DEQ": stages(**DEQ),
@@ -161,8 +161,8 @@ IMAGES = Part(
     figure=accuracy,
     unit="validation accuracy, %",
     smaller_is_better=False,
-    budget=Budget(cpu_seconds=150, flops=1.0e13, longest=300),
-    search_seconds=40,
+    budget=Budget(cpu_seconds=150, flops=1.2e13, longest=300),
+    search_seconds=30,
 )
 PARTS = (TEXT, IMAGES)
 
