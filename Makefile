@@ -19,9 +19,10 @@ NODES ?= 1
 GPUS ?= 1
 ADDRESS ?=
 NAME ?=
+SMALL ?=
 FIT = $(TASK) fit --config $(or $(CONFIG),configs/lm/wikitext103.yaml) --config $(TRAINER) $(ARGS)
 
-.PHONY: help setup train-lm train-cifar train-imagenet generate test test-slow lint format typecheck bench bench-quick bench-core bench-lm bench-image bench-image-block bench-cifar bench-quality bench-callbacks bench-faults bench-scaling submit train-nodes clean
+.PHONY: help setup train-lm train-cifar train-imagenet generate notebooks test test-slow lint format typecheck bench bench-quick bench-core bench-lm bench-image bench-image-block bench-cifar bench-quality bench-callbacks bench-faults bench-scaling submit train-nodes bench-pairs clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,6 +54,9 @@ train-nodes: $(READY)  ## Train on machines without a scheduler, the same line o
 
 generate: $(READY)  ## Continue a text: CKPT=runs/lm/NAME/DATE/checkpoints/best.ckpt PROMPT="def "
 	@$(RUN) -m revdeq_lightning generate --ckpt_path '$(CKPT)' --prompt '$(PROMPT)' $(ARGS)
+
+notebooks: $(READY)  ## Execute the notebooks anew; SMALL=1: compute less, leave the files alone
+	@$(RUN) notebooks/execute.py $(if $(SMALL),--small) $(ARGS)
 
 # One process a core, one thread each: many small tensors gain nothing from threads.
 test: $(READY)  ## Run the tests: ARGS="-k golden"
@@ -107,6 +111,9 @@ bench-quality: $(READY)  ## Quality at equal cost: DATA=tinyshakespeare.txt ARGS
 
 bench-scaling: $(READY)  ## Model of steps on 8 to 1,024 GPUs, and two processes on this CPU measured
 	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.scaling --measure $(ARGS)
+
+bench-pairs: $(READY)  ## Every solver with every adjoint: gradient, evaluations, memory (some minutes)
+	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.pairs $(ARGS)
 
 clean:  ## Remove the virtual environment and caches (never runs/)
 	@rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info

@@ -21,6 +21,7 @@ from lightning import LightningModule
 
 from benchmarks.budget import Budget, Outcome, scaled, settings_of, spend
 from benchmarks.measure import write_csv
+from benchmarks.part import RESULTS
 from benchmarks.quality_page import draw, page
 from benchmarks.training import facts_of, read
 from revdeq_lightning.data.augmentation import AugmentationConfig
@@ -132,7 +133,7 @@ TEXT = Part(
     budget=Budget(cpu_seconds=90, flops=5.0e12, longest=180),
     search_seconds=20,
 )
-SMALL = {"model.network.channels": [32, 64, 128]}
+SMALL = {"model.network.channels": [16, 32, 64]}
 STAGES = "configs/cifar10/cpu.yaml"
 
 
@@ -146,7 +147,7 @@ IMAGES = Part(
     name="images",
     title="CIFAR-10",
     variants={
-        "ResNet": Variant("configs/cifar10/resnet_matched.yaml", {"model.network.channels": [48, 80, 144]}),
+        "ResNet": Variant("configs/cifar10/resnet_matched.yaml", {"model.network.channels": [32, 48, 64]}),
         "looped": stages(solver="picard", max_steps=4, adjoint="backprop"),
         "looped, truncated": stages(solver="picard", max_steps=8, adjoint="backprop", backprop_evaluations=2),
         "DEQ": stages(**DEQ),
@@ -160,8 +161,8 @@ IMAGES = Part(
     figure=accuracy,
     unit="validation accuracy, %",
     smaller_is_better=False,
-    budget=Budget(cpu_seconds=150, flops=1.0e13, longest=300),
-    search_seconds=40,
+    budget=Budget(cpu_seconds=150, flops=1.2e13, longest=300),
+    search_seconds=30,
 )
 PARTS = (TEXT, IMAGES)
 
@@ -261,7 +262,7 @@ def row_of(name: str, seed: int, rate: float, outcome: Outcome) -> dict[str, Any
         row |= {
             f"figure_{budget}": f"{outcome.at.get(budget, float('nan')):.4f}",
             f"cpu_minutes_{budget}": f"{seconds / 60:.2f}",
-            f"tflop_{budget}": f"{flops / 1e12:.3f}",
+            f"tflop_{budget}": f"{flops / 1e12:.6g}",
             f"steps_{budget}": steps,
         }
     return row
@@ -277,9 +278,12 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=[name for part in PARTS for name in part.variants])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--quick", action="store_true", help="seconds a run, one seed: a smoke test")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="folder of the results")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--cache", type=Path, default=Path("data/cache"), help="folder of the prepared data")
     options = parser.parse_args()
+    if options.text is None and options.images is None:
+        print("skipped: no data, give --text FILE (tiny Shakespeare), --images PATH (CIFAR-10), or both")
+        return
     if options.quick and options.output == parser.get_default("output"):
         parser.error("--quick gives figures that say nothing: choose another folder by --output")
     options.seeds = options.seeds[:1] if options.quick else options.seeds
@@ -291,7 +295,7 @@ def main() -> None:
     results: list[tuple[Part, dict[str, Any]]] = []
     for part in PARTS:
         if getattr(options, part.name) is None:
-            print(f"{part.title}: skipped, no --{part.name} PATH", file=sys.stderr)
+            print(f"{part.title}: left out, no --{part.name} PATH", file=sys.stderr)
             continue
         part = quick(part) if options.quick else part
         results.append((part, fill(part, options).rows))

@@ -19,6 +19,7 @@ SUBCOMMANDS = {
     "replay": "look again at a batch that made training diverge",
     "generate": "continue a text with a trained language model",
     "export": "write the weights of a checkpoint to one safetensors file",
+    "report": "write the page of a run, or of several beside each other: report RUN [RUN ...] [--output FILE]",
 }
 
 # One concrete command line a task; `lm` may be left out. Subclass mode (one
@@ -44,6 +45,7 @@ RevDEQ Lightning {__version__}: reversible deep equilibrium models.
     python -m revdeq_lightning generate --ckpt_path CHECKPOINT --prompt TEXT
     python -m revdeq_lightning image fit --config configs/cifar10/modern.yaml     train a classifier
     python -m revdeq_lightning image predict --ckpt_path CHECKPOINT --images FOLDER
+    python -m revdeq_lightning report runs/lm/NAME/DATE [runs/lm/NAME/OTHER]      curves and figures as a web page
     python -m revdeq_lightning COMMAND --help                                     all options of a command
 """
 
@@ -66,7 +68,9 @@ def main(args: Sequence[str] | None = None) -> None:
         if str(path) not in ("last", "best") and not path.exists():
             fail(f"no checkpoint {path}")
     try:
-        if subcommand == "generate":
+        if subcommand == "report":
+            _report(options)
+        elif subcommand == "generate":
             if task != "lm":
                 fail(f"generate is a command of language models, not of {task!r}")
             _generate(options)
@@ -95,7 +99,7 @@ class ReadableErrors:
             options = dict.fromkeys(_options_of(self), "")
             words = [word.strip("'\"").removeprefix("--").split("=")[0] for word in text.split()]
             hint = next((hint for word in words if (hint := nearest(word, options))), "")
-        elif "are required" in text:
+        elif "are required" in text and "config" in _options_of(self):
             hint = " (give --config FILE: configs/lm holds some)"
         fail(text + hint)
 
@@ -128,6 +132,20 @@ def given_files(options: Sequence[str], *names: str) -> list[Path]:
     values = [b for a, b in itertools.pairwise(options) if a in names]
     values += [o.split("=", 1)[1] for o in options if o.split("=", 1)[0] in names and "=" in o]
     return [Path(v) for v in values]
+
+
+def _report(options: Sequence[str]) -> None:
+    import argparse
+
+    from revdeq_lightning.reporting import report
+
+    class Parser(ReadableErrors, argparse.ArgumentParser):
+        """Errors of one line."""
+
+    try:
+        print(report(options, Parser))
+    except (ValueError, OSError) as error:
+        fail(str(error))
 
 
 def _generate(options: Sequence[str]) -> None:

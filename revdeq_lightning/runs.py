@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 import yaml
 
-CHECKPOINTS, CONFIG, METRICS, CURVES = "checkpoints", "config.yaml", "metrics.csv", "curves.png"
+CHECKPOINTS, CONFIG, METRICS, REPORT = "checkpoints", "config.yaml", "metrics.csv", "report.html"
 ENVIRONMENT = "environment.json"
 BEST, LAST = "best.ckpt", "last.ckpt"
 

@@ -8,7 +8,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from revdeq_lightning.callbacks.training_step import StepStatistics, equilibria, is_logging_step
+from revdeq_lightning.callbacks.training_step import StepStatistics, equilibria, is_logging_step, log_now
 from revdeq_lightning.equilibrium import ReconstructionError, ReconstructionWarning
 
 POLICIES = ("warn", "raise", "stop")
@@ -22,7 +22,7 @@ class ReconstructionCertificate(Callback):
     exact if every state came back to its start bit for bit. At the end of training the first process prints
     "N of N gradients certified exact". The counts stay on the device until a logging step, and are kept in checkpoints.
 
-    Keys, at each logging step, sums over the run and all processes: `equilibrium/num_gradients`,
+    Keys, at each logging step and at the end, sums over the run and all processes: `equilibrium/num_gradients`,
     `equilibrium/num_certified_gradients`, `equilibrium/total_reconstruction_mismatch` (elements).
 
     Assumes that the training step returns the statistics as `outputs["step"].stats`, or else that every equilibrium is
@@ -51,7 +51,7 @@ class ReconstructionCertificate(Callback):
         """Of the run and all processes, as of the newest logging step, checkpoint or end."""
         self._new: Tensor | None = None
         self._statistics = StepStatistics()
-        self._num_forgiven = 0
+        self._num_forgiven = self._num_logged = 0
         self._is_told = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -72,17 +72,17 @@ class ReconstructionCertificate(Callback):
         if is_logging_step(trainer):
             self._gather(trainer)
             if self.num_gradients:
-                values = {"num_gradients": self.num_gradients, "num_certified_gradients": self.num_certified}
-                values["total_reconstruction_mismatch"] = self.mismatch
-                logged = {f"equilibrium/{key}": float(value) for key, value in values.items()}
-                pl_module.log_dict(logged, on_step=True, on_epoch=False)
+                pl_module.log_dict(self._figures, on_step=True, on_epoch=False)
+                self._num_logged = self.num_gradients
             if self._must_tell(pl_module):
                 self._act(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count what came after the last logging step, and act on it."""
+        """Count and log what came after the last logging step."""
         self._statistics.detach()
         self._gather(trainer)
+        if self.num_gradients > self._num_logged:
+            log_now(trainer, self._figures)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the certificate; warn if there is a first gradient since the last logging step that is not exact."""
@@ -120,6 +120,12 @@ class ReconstructionCertificate(Callback):
         """The certificate in one line."""
         text = f"{self.num_certified:,} of {self.num_gradients:,} gradients certified exact"
         return text if not self.mismatch else f"{text} ({self.mismatch:,} elements were not reconstructed)"
+
+    @property
+    def _figures(self) -> dict[str, float]:
+        values = {"num_gradients": self.num_gradients, "num_certified_gradients": self.num_certified}
+        values["total_reconstruction_mismatch"] = self.mismatch
+        return {f"equilibrium/{key}": float(value) for key, value in values.items()}
 
     @property
     def _message(self) -> str:

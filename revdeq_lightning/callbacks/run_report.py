@@ -1,20 +1,20 @@
-"""What a run says at its beginning and its end, and its curves."""
+"""What a run says at its beginning and its end, and its page."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 
 from revdeq_lightning.callbacks.csv_logger import ContinuedCSVLogger
-from revdeq_lightning.callbacks.curves import draw_curves
 from revdeq_lightning.callbacks.divergence import DivergedError
 from revdeq_lightning.equilibrium import EquilibriumLayer
-from revdeq_lightning.runs import BEST, CHECKPOINTS, CONFIG, CURVES, LAST, METRICS, RunConfig, command
+from revdeq_lightning.reporting import write_report
+from revdeq_lightning.runs import BEST, CHECKPOINTS, CONFIG, LAST, METRICS, REPORT, RunConfig, command
 
 
 class RunReport(Callback):
-    """Says what is trained and where, draws the curves, and says after Ctrl-C where things lie and how to go on.
+    """Says what is trained and where; after Ctrl-C or an error writes the page and says how to go on.
 
     Args:
         run: The run, for the commands to go on.
@@ -43,29 +43,15 @@ class RunReport(Callback):
             steps = trainer.estimated_stepping_batches
             print(f"Run ({begin}): {steps:,} steps, {batches:,} batches an epoch, in {self.folder}")
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw the curves, after the last checkpoint; also of a run that was killed in between."""
-        self._draw(trainer)
-
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """After Ctrl-C or an error: where things lie and how to go on."""
         goes_on = isinstance(exception, DivergedError) and exception.checkpoint is not None
         if self.folder and trainer.is_global_zero and not goes_on:
-            self._draw(trainer)
-            if isinstance(exception, KeyboardInterrupt):
-                print(f"\n{str(exception) or 'Interrupted'} after step {trainer.global_step}.")
-            print_closing_lines(self.folder, self.run)
-
-    def _draw(self, trainer: Trainer) -> None:
-        if self.folder and trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.save()
-            metrics = self.folder / METRICS
-            if metrics.is_file():
-                try:
-                    draw_curves(metrics, metrics.with_name(CURVES))
-                except OSError as error:  # the checkpoint after it is worth more
-                    rank_zero_warn(f"{metrics.with_name(CURVES)} could not be drawn: {error.strerror or error}")
+            if isinstance(exception, KeyboardInterrupt):
+                print(f"\n{str(exception) or 'Interrupted'} after step {trainer.global_step}.")
+            close_run(self.folder, self.run)
 
 
 def describe_solver(model: Any) -> str:
@@ -80,12 +66,17 @@ def describe_solver(model: Any) -> str:
     return f"{num_f:,} of them in f; {', '.join(names)}, {at_most}{counts} evaluations of f"
 
 
-def print_closing_lines(folder: Path, run: RunConfig) -> None:
-    """Where things lie and the commands to go on, for what is there."""
+def close_run(folder: Path, run: RunConfig) -> None:
+    """Write the run's page; say where things lie and how to go on, for what is there."""
+    if (folder / METRICS).is_file():
+        try:
+            write_report([folder])
+        except Exception as error:  # the run is over and saved: its page can be written again by hand
+            warnings.warn(f"no page of the run in {folder}: {error!r}", stacklevel=2)
     best, last = (folder / CHECKPOINTS / name for name in (BEST, LAST))
     print(f"\nRun folder         {folder}")
-    files = {path.stem.replace("_", " "): path for path in sorted(folder.glob("*.png")) if path.name != CURVES}
-    known = {"metrics": folder / METRICS, "curves": folder / CURVES, "settings": folder / CONFIG}
+    files = {path.stem.replace("_", " "): path for path in sorted(folder.glob("*.png"))}
+    known = {"report": folder / REPORT, "metrics": folder / METRICS, "settings": folder / CONFIG}
     for label, path in (known | files).items():
         if path.is_file():
             print(f"  {label:<16} {path}")

@@ -90,7 +90,7 @@ class StepStatistics:
 
     def _listen(self, layer: nn.Module, args: Any, solution: FixedPointSolution) -> None:
         if layer.training and torch.is_grad_enabled() and not StepStatistics._deaf:
-            self._heard.append(solution.stats)
+            self._heard += [part.stats for part in (*solution.earlier, solution)]
 
     @staticmethod
     @contextmanager

@@ -19,7 +19,7 @@ from .adjoints import (
 from .diagnostics import GradientError, gradient_error, jacobian_regularisation, spectral_radius
 from .layer import EquilibriumLayer
 from .solution import FixedPointSolution, SolverStats
-from .solve import solve_fixed_point
+from .solve import solve_fixed_point, solve_in_parts
 from .solvers import (
     AbstractSolver,
     AndersonSolver,
@@ -60,5 +60,6 @@ __all__ = [
     "normalise_weights",
     "recorded_residuals",
     "solve_fixed_point",
+    "solve_in_parts",
     "spectral_radius",
 ]

@@ -1,5 +1,6 @@
 """An equilibrium as a layer: f, solver and adjoint."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,8 +9,8 @@ from torch import Tensor, nn
 from .adjoints.base import AbstractAdjoint
 from .adjoints.reversible import ReversibleAdjoint
 from .solution import FixedPointSolution
-from .solve import solve_fixed_point
-from .solvers.base import AbstractSolver
+from .solve import solve_in_parts
+from .solvers.base import AbstractSolver, require_count
 
 
 class EquilibriumLayer(nn.Module):
@@ -19,13 +20,23 @@ class EquilibriumLayer(nn.Module):
         f: Map `(z, x) -> z`, see `solve_fixed_point`.
         solver: Iteration and stopping rule.
         adjoint: Gradient rule; `ReversibleAdjoint()` by default.
+        num_parts: Parts of the solve, each with a result in `solution.earlier` to take a loss on: see `solve_in_parts`.
+
+    Raises:
+        ValueError: If `num_parts` is not a whole number from 1 to the solver's `max_steps`.
     """
 
-    def __init__(self, f: nn.Module, *, solver: AbstractSolver, adjoint: AbstractAdjoint | None = None) -> None:
+    def __init__(
+        self, f: nn.Module, *, solver: AbstractSolver, adjoint: AbstractAdjoint | None = None, num_parts: int = 1
+    ) -> None:
         super().__init__()
+        require_count("num_parts", num_parts, least=1)
+        if num_parts > solver.max_steps:
+            raise ValueError(f"num_parts must be at most the solver's max_steps, {solver.max_steps}, got {num_parts}")
         self.f = f
         self.solver = solver
         self.adjoint = ReversibleAdjoint() if adjoint is None else adjoint
+        self.num_parts = num_parts
 
     def forward(self, x: Any, z0: Any = None) -> FixedPointSolution:
         """Solve for the fixed point.
@@ -33,7 +44,8 @@ class EquilibriumLayer(nn.Module):
         Args:
             x: Injected input, a pytree of tensors.
             z0: Initial state; zeros in the shape and dtype of x by default, which must then be a tensor. For a warm
-                start give the detached value of an earlier solution.
+                start, where inputs hardly change from call to call (frames of a video, the same batch again), give the
+                detached value of the last solution: with a tolerance the solve is shorter.
 
         Returns:
             See `solve_fixed_point`.
@@ -42,8 +54,13 @@ class EquilibriumLayer(nn.Module):
             if not isinstance(x, Tensor):
                 raise ValueError(f"z0 is needed where x is not a single tensor, got x of type {type(x).__name__}")
             z0 = torch.zeros_like(x)
-        return solve_fixed_point(self.f, z0, x, solver=self.solver, adjoint=self.adjoint)
+        return self.solve(self.f, z0, x, adjoint=self.adjoint)
+
+    def solve(self, f: Callable[[Any, Any], Any], z0: Any, x: Any, *, adjoint: AbstractAdjoint) -> FixedPointSolution:
+        """The same solve with another map or adjoint in the place of its own."""
+        return solve_in_parts(f, z0, x, solver=self.solver, adjoint=adjoint, num_parts=self.num_parts)
 
     def extra_repr(self) -> str:
         """Solver and adjoint, for `print(layer)`."""
-        return f"solver={self.solver}, adjoint={self.adjoint}"
+        parts = f", num_parts={self.num_parts}" if self.num_parts > 1 else ""
+        return f"solver={self.solver}, adjoint={self.adjoint}{parts}"

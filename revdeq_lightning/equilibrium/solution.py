@@ -67,7 +67,9 @@ class FixedPointSolution(NamedTuple):
     Attributes:
         value: Newest state of the solver, structure, shapes and dtypes of `z0`, differentiable.
         stats: See `SolverStats`.
+        earlier: Of a solve in parts, the solutions of the parts before this one, oldest first; else empty.
     """
 
     value: Any
     stats: SolverStats
+    earlier: "tuple[FixedPointSolution, ...]" = ()

@@ -9,7 +9,7 @@ prompt.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -81,6 +81,7 @@ def generate(
     top_p: float | None = None,
     generator: torch.Generator | None = None,
     use_cache: bool = True,
+    warm_start: bool = False,
 ) -> Tensor:
     """Continue a text.
 
@@ -96,13 +97,16 @@ def generate(
         top_p: Draw from the fewest most likely tokens that have this probability together.
         generator: Source of randomness, on the device of the model; the default one if None.
         use_cache: False reads the whole context for each token: slow, for any solver.
+        warm_start: Without the cache, start each solve from the last one's states, a new token from that of the token
+            before it. Earlier tokens do not see later ones: their states are solved already, and evaluations saved.
 
     Returns:
         Prompt and continuation, shape `(B, T + max_new_tokens)`.
 
     Raises:
         ValueError: If an argument is out of its range, the prompt is empty, longer than the context or not of the
-            vocabulary, or the solver stops by a tolerance: a cache is exact only with a fixed number of evaluations.
+            vocabulary, or the solver stops by a tolerance: a cache is exact only with a fixed number of evaluations;
+            or has none, with a warm start: the text would be another one.
     """
     _check_sampling(max_new_tokens, temperature, top_k, top_p)
     context_length = model.config.context_length
@@ -114,11 +118,13 @@ def generate(
     model.config.check_tokens(tokens_BT)
     if use_cache:
         _check_fixed_steps(model)
+    if warm_start:
+        _check_warm_start(model, use_cache)
 
     cache = KeyValueCache(context_length) if use_cache else None
     window_BT = new_BT = tokens_BT
     text = [tokens_BT]
-    with _eval_mode(model):
+    with _eval_mode(model), _warm_started(model) if warm_start else nullcontext():
         for _ in range(max_new_tokens):
             h_BTD, _ = model.hidden(new_BT if use_cache else window_BT, cache)
             logits_BV = model.head(h_BTD[:, -1])
@@ -169,6 +175,38 @@ def _check_fixed_steps(model: AbstractLanguageModel) -> None:
             f"generation with a cache needs a fixed number of steps, got a solver with rtol={rtol}, atol={atol}: "
             "set both to 0, or pass use_cache=False"
         )
+
+
+def _check_warm_start(model: AbstractLanguageModel, use_cache: bool) -> None:
+    solver = getattr(getattr(model, "equilibrium", None), "solver", None)
+    if use_cache or solver is None or not solver.has_tolerance:
+        raise ValueError(
+            f"warm_start=True needs a solver with a tolerance and use_cache=False, got {solver} and"
+            f" use_cache={use_cache}: a fixed number of steps from another start would give another text"
+        )
+
+
+@contextmanager
+def _warm_started(model: Any) -> Iterator[None]:
+    """Within, each solve of the model starts where the last one ended."""
+    states: list[Tensor] = []
+
+    def start(layer: Any, args: Any) -> Any:
+        (x_BTD,) = args
+        if not states:
+            return args
+        z_BTD = states.pop()
+        return x_BTD, torch.cat([z_BTD, z_BTD[:, -1:]], 1)[:, -x_BTD.shape[1] :]
+
+    handles = [
+        model.equilibrium.register_forward_pre_hook(start),
+        model.equilibrium.register_forward_hook(lambda layer, args, solution: states.append(solution.value)),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from revdeq_lightning.equilibrium import BackpropAdjoint, EquilibriumLayer, SolverStats, solve_fixed_point
+from revdeq_lightning.equilibrium import BackpropAdjoint, EquilibriumLayer, SolverStats
 from revdeq_lightning.models.config import TransformerConfig
 from revdeq_lightning.models.cross_entropy import IGNORE_INDEX, chunked_cross_entropy
 from revdeq_lightning.models.generation import KeyValueCache
@@ -40,6 +40,7 @@ class LMLoss(NamedTuple):
     loss: Tensor
     num_targets: Tensor
     stats: SolverStats | None
+    earlier_stats: tuple[SolverStats, ...] = ()  # of a solve in parts
 
 
 def split_heads(x_BTD: Tensor, num_heads: int) -> Tensor:
@@ -296,10 +297,13 @@ class AbstractLanguageModel(nn.Module):
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> LMLoss:
         """Mean nats per target that is not -100, without the logits of all tokens at once."""
         h_BTD, stats = self.hidden(tokens_BT)
-        loss = chunked_cross_entropy(
+        return LMLoss(self.nats(h_BTD, targets_BT), (targets_BT != IGNORE_INDEX).sum(), stats)
+
+    def nats(self, h_BTD: Tensor, targets_BT: Tensor) -> Tensor:
+        """Mean nats per target, of inputs of the output projection."""
+        return chunked_cross_entropy(
             h_BTD.flatten(0, 1), self.output_weight_VD, targets_BT.flatten(), chunk_size=self.config.loss_chunk_size
         )
-        return LMLoss(loss, (targets_BT != IGNORE_INDEX).sum(), stats)
 
 
 class TransformerLM(AbstractLanguageModel):
@@ -309,12 +313,31 @@ class TransformerLM(AbstractLanguageModel):
         config: Sizes and block.
         solver: Solver of the fixed point, such as `ReversibleSolver(beta=0.8, max_steps=8)`.
         adjoint: Gradient rule, such as `ReversibleAdjoint()`.
+        num_losses: Fixed-point correction: the solve is made in so many parts, in evaluation too, and in training the
+            loss is the weighted mean of those at the ends of all parts; 1 for none.
+        loss_decay: Weight of each part's loss over that of the next one, in (0, 1].
     """
 
-    def __init__(self, config: TransformerConfig, solver: Any, adjoint: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, solver: Any, adjoint: Any, num_losses: int = 1, loss_decay: float = 0.8
+    ) -> None:
         super().__init__(config)
+        if not 0 < loss_decay <= 1:
+            raise ValueError(f"loss_decay must be in (0, 1], got {loss_decay}")
         block = PaperBlock(config) if config.block == "paper" else ModernBlock(config)
-        self.equilibrium = EquilibriumLayer(block, solver=solver, adjoint=adjoint)
+        self.loss_decay = loss_decay
+        self.equilibrium = EquilibriumLayer(block, solver=solver, adjoint=adjoint, num_parts=num_losses)
+
+    def loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> LMLoss:
+        """In training with correction, the weighted mean over the parts of the solve."""
+        if self.equilibrium.num_parts == 1 or not self.training:
+            return super().loss(tokens_BT, targets_BT)
+        last = self.equilibrium(self.embed(tokens_BT))
+        parts = (*last.earlier, last)
+        weights = [self.loss_decay**k for k in reversed(range(len(parts)))]
+        losses = [w * self.nats(self.norm(part.value), targets_BT) for w, part in zip(weights, parts, strict=True)]
+        loss = torch.stack(losses).sum() / sum(weights)
+        return LMLoss(loss, (targets_BT != IGNORE_INDEX).sum(), last.stats, tuple(part.stats for part in last.earlier))
 
     def transform(self, x_BTD: Tensor, cache: KeyValueCache | None) -> tuple[Tensor, SolverStats | None]:
         """Solve `z = f(z, x)` from zero."""
@@ -323,7 +346,5 @@ class TransformerLM(AbstractLanguageModel):
         else:
             # Not through a compiled f: it would be compiled anew for every length.
             f = cache.bind(getattr(self.equilibrium.f, "_orig_mod", self.equilibrium.f).forward)
-            solution = solve_fixed_point(
-                f, torch.zeros_like(x_BTD), x_BTD, solver=self.equilibrium.solver, adjoint=BackpropAdjoint()
-            )
+            solution = self.equilibrium.solve(f, torch.zeros_like(x_BTD), x_BTD, adjoint=BackpropAdjoint())
         return solution.value, solution.stats

@@ -19,7 +19,7 @@ from revdeq_lightning.callbacks.divergence import DivergedError, DivergenceConfi
 from revdeq_lightning.callbacks.endurance import enduring
 from revdeq_lightning.callbacks.progress import RunProgress
 from revdeq_lightning.callbacks.random_state import ResumableRandomState
-from revdeq_lightning.callbacks.run_report import RunReport, print_closing_lines
+from revdeq_lightning.callbacks.run_report import RunReport, close_run
 from revdeq_lightning.callbacks.same_start import SameStart
 from revdeq_lightning.callbacks.stop_signal import StopSignal
 from revdeq_lightning.callbacks.training_step import equilibria
@@ -243,7 +243,7 @@ class AbstractCommandLine(LightningCLI):
         if self.trainer.is_global_zero:
             if best:
                 self.show(best)
-            print_closing_lines(self.run_config.path, self.run_config)
+            close_run(self.run_config.path, self.run_config)
 
     def closing_split(self) -> str | None:
         """What the best checkpoint is evaluated on after training."""

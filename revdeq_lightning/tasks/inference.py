@@ -72,6 +72,7 @@ def generate_text(
     top_p: float | None = None,
     seed: int = 0,
     device: str = "cpu",
+    warm_start: bool = False,
 ) -> str:
     """Continue a text.
 
@@ -84,6 +85,7 @@ def generate_text(
         top_p: Draw among the most likely tokens that together have this probability.
         seed: Of the draws.
         device: cpu, cuda, ...
+        warm_start: Of a solver with a tolerance: start each solve from the states of the last one, to save evaluations.
     """
     model, tokenizer = load_language_model(ckpt_path, device)
     return continue_text(
@@ -95,6 +97,7 @@ def generate_text(
         top_k=top_k,
         top_p=top_p,
         seed=seed,
+        warm_start=warm_start,
     )
 
 

@@ -64,7 +64,7 @@ class LanguageModelingTask(AbstractTask):
         with self.penalised() as penalties:
             output = self.model.loss(batch.tokens, batch.targets)
         self.log("train/loss", output.loss)
-        stats = () if output.stats is None else (output.stats,)
+        stats = () if output.stats is None else (*output.earlier_stats, output.stats)
         loss = self.with_penalty(output.loss, penalties)
         return {"loss": loss, "step": TrainingOutput(stats, batch.tokens.numel(), "tokens")}
 

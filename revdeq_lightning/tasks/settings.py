@@ -70,6 +70,9 @@ class SolverConfig:
         phantom_kind: Phantom only: unrolled or neumann; null for unrolled.
         phantom_steps: Phantom only: differentiated steps; null for 10.
         phantom_beta: Phantom only: relaxation parameter of them; null for 0.5.
+        num_losses: Language models, fixed-point correction: the solve is made in so many parts, and trained on the
+            weighted mean of the losses at their ends; 1 for none.
+        loss_decay: Of fixed-point correction: weight of each part's loss over that of the next one; null for 0.8.
     """
 
     solver: Literal["momentum", "reversible", "relaxed", "picard", "anderson", "broyden", "none"] = "momentum"
@@ -94,6 +97,19 @@ class SolverConfig:
     phantom_kind: Literal["unrolled", "neumann"] | None = None
     phantom_steps: int | None = None
     phantom_beta: float | None = None
+    num_losses: int = 1
+    loss_decay: float | None = None
+
+    @property
+    def correction(self) -> dict[str, Any]:
+        """Arguments of fixed-point correction.
+
+        Raises:
+            ValueError: If there is a decay but nothing to decay.
+        """
+        if self.loss_decay is not None and self.num_losses == 1:
+            raise ValueError(f"loss_decay={self.loss_decay} needs num_losses above 1, got 1: leave it out")
+        return {"num_losses": self.num_losses, "loss_decay": 0.8 if self.loss_decay is None else self.loss_decay}
 
     def build_solver(self) -> Any:
         """The solver.
@@ -158,9 +174,12 @@ class SolverConfig:
 
 def build_language_model(network: TransformerConfig, solver: SolverConfig) -> ExplicitTransformerLM | TransformerLM:
     """The model that the settings describe."""
+    correction = solver.correction
     if solver.solver == "none":
+        if solver.num_losses != 1:
+            raise ValueError(f"num_losses={solver.num_losses} needs a solver, got solver='none': leave it out")
         return ExplicitTransformerLM(network)
-    return TransformerLM(network, solver.build_solver(), solver.build_adjoint())
+    return TransformerLM(network, solver.build_solver(), solver.build_adjoint(), **correction)
 
 
 def build_image_classifier(network: ClassifierConfig, solver: SolverConfig) -> AbstractClassifier:
@@ -174,6 +193,8 @@ def build_image_classifier(network: ClassifierConfig, solver: SolverConfig) -> A
             "architecture='resnet' has no equilibrium and takes solver='none', every other one needs a solver, got "
             f"architecture={network.architecture!r} and solver={solver.solver!r}"
         )
+    if solver.num_losses != 1 or solver.loss_decay is not None:
+        raise ValueError(f"num_losses={solver.num_losses} belongs to language models: leave it and loss_decay out")
     if network.architecture == "resnet":
         return ResNet(network)
     return build_classifier(network, solver.build_solver(), solver.build_adjoint())

@@ -11,7 +11,6 @@ from tiny_runs import tiny_data, tiny_task, tiny_trainer
 from revdeq_lightning.callbacks.averaged_weights import AveragedWeights
 from revdeq_lightning.callbacks.checkpoint_io import AtomicCheckpointIO
 from revdeq_lightning.callbacks.csv_logger import ContinuedCSVLogger
-from revdeq_lightning.callbacks.curves import draw_curves, read_curves
 from revdeq_lightning.callbacks.progress import RunProgress
 from revdeq_lightning.callbacks.random_state import random_state, set_random_state
 
@@ -69,19 +68,6 @@ def test_average_of_the_weights_is_the_recurrence_and_validation_sees_it(tmp_pat
         expected = decay * expected + (1 - decay) * weight.double()
     torch.testing.assert_close(watch.validated[0].double(), expected, rtol=1e-6, atol=0)
     assert torch.equal(watch.after[0], watch.weights[-1])
-
-
-def test_curves_are_drawn_from_the_csv_file_and_survive_nan(tmp_path):
-    path = tmp_path / "metrics.csv"
-    path.write_text(
-        "step,train/loss,val/loss,equilibrium/relative_residual,system/tokens_per_second\n"
-        "9,5.0,,0.5,100\n19,nan,,0.001,110\n19,,4.5,,\n"
-    )
-    curves = read_curves(path)
-    assert curves["train/loss"] == [(10, 5.0)]
-    assert curves["val/loss"] == [(20, 4.5)]
-    draw_curves(path, tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def rows(path):

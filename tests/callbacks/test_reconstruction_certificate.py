@@ -52,6 +52,11 @@ def test_exact_gradients_are_certified(tmp_path, capsys, accumulate):
     assert values(tmp_path, "equilibrium/total_reconstruction_mismatch") == [0, 0, 0]
 
 
+def test_the_logged_counts_end_with_those_of_the_last_step(tmp_path):
+    trainer(tmp_path, [ReconstructionCertificate()], max_steps=5).fit(Stranger(), loader())
+    assert values(tmp_path, "equilibrium/num_certified_gradients") == [2, 4, 5]
+
+
 def test_gradients_that_are_not_exact_are_counted_and_told_once(tmp_path, capsys):
     callback = ReconstructionCertificate()
     module = Stranger(adjoint=SILENT)

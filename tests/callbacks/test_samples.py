@@ -26,6 +26,9 @@ def test_the_text_is_that_of_a_plain_generation_from_the_validated_weights(tmp_p
     readable = (tmp_path / "run" / "samples.txt").read_text()
     assert readable.count("--- after step 6\na b") == 1
     assert f"a b{rows[-2]['text']}\n" in readable
+    # A validation by itself is none of the training's.
+    run.validate(task, data, verbose=False)
+    assert len(path.read_text().splitlines()) == len(rows)
 
 
 def test_the_sheet_shows_the_first_images_and_what_the_model_says(tmp_path, monkeypatch):

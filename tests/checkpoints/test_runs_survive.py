@@ -146,7 +146,7 @@ def disturbed(monkeypatch):
     return disturb
 
 
-@pytest.mark.filterwarnings("ignore:.*curves.png could not be drawn")
+@pytest.mark.filterwarnings("ignore:no page of the run")
 def test_a_full_disk_is_a_warning_on_the_way_and_an_error_at_the_end(whole, tmp_path, capsys, disturbed, full_disk):
     kept, _, config = whole
     disturbed(Disturb(4, full_disk))

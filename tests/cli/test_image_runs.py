@@ -36,9 +36,12 @@ def test_a_run_learns_colours_and_leaves_what_is_promised(trained):
     assert all(float(row["equilibrium/forward_nfe"]) == 4 for row in logged)  # two stages, two evaluations each
     assert all(float(row["equilibrium/reconstruction_mismatch"]) == 0 for row in logged)
     assert "system/images_per_second" in rows[0]
-    for name in ("curves.png", "confusion_matrix.png", "depth_sweep.png"):
+    for name in ("confusion_matrix.png", "depth_sweep.png"):
         with Image.open(path / name) as image:
             assert image.width > 100
+    page = (path / "report.html").read_text()
+    assert "accuracy (test)" in page
+    assert page.count("data:image/png;base64,") >= 1
 
 
 def test_the_confusion_matrix_counts_every_test_image(trained):
@@ -101,7 +104,7 @@ def test_training_goes_on_from_the_last_checkpoint_bit_for_bit(trained, tmp_path
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--model.network.channels=[16,24]",), "multiples of 16"),
+        (("--model.network.channels=[16,24]",), "multiples of it"),
         (("--model.network.chanels=[16,16]",), "did you mean model.network.channels?"),
         (("--model.network.num_classes=5",), "num_classes"),
         (("--model.network.architecture=resnet",), "takes solver='none'"),

@@ -14,7 +14,7 @@ from tiny_command import run, tiny_config
 from wandb_runs import without_key
 
 FILES = {
-    *("checkpoints", "config.yaml", "curves.png", "metrics.csv", "environment.json", "samples.jsonl", "samples.txt"),
+    *("checkpoints", "config.yaml", "report.html", "metrics.csv", "environment.json", "samples.jsonl", "samples.txt"),
     *("depth_sweep.csv", "depth_sweep.png", "depth_sweep_validation.csv"),
 }
 """Of a short run: no curve of the residual is kept before step 100."""
@@ -121,7 +121,7 @@ def test_interrupt_leaves_a_checkpoint_from_which_the_run_goes_on(tmp_path, caps
     step = torch.load(last, weights_only=True)["global_step"]
     assert f"Interrupted after step {step}." in text
     assert f"fit --ckpt_path {last}" in text
-    assert (folder / "curves.png").is_file()
+    assert (folder / "report.html").is_file()
     run("fit", "--ckpt_path", last, f"--trainer.max_steps={step + 2}", "--run.test=false", "--run.sample_tokens=0")
     assert steps(folder, "train/loss") == list(range(step + 2))
 

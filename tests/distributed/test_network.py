@@ -68,13 +68,13 @@ class Job:
         path = self.folder / f"runs/tiny/{self.run}/metrics.csv"
         return path.read_text().count("\n") - 1 if path.exists() else 0
 
-    def until(self, condition, what: str, seconds: float = 120) -> None:
+    def until(self, condition, what: str, seconds: float = 240) -> None:
         end = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < end, f"never {what}:\n{self.text()}"
             time.sleep(0.02)
 
-    def end(self, *machines: int, seconds: float = 120) -> list[int]:
+    def end(self, *machines: int, seconds: float = 240) -> list[int]:
         try:
             return [self.processes[i].wait(timeout=seconds) for i in machines or (0, 1)]
         except subprocess.TimeoutExpired:

@@ -52,7 +52,7 @@ def logs(folder: Path, job: str) -> str:
 
 
 def until_it_trains(cluster: SlurmCluster, folder: Path, job: str) -> None:
-    log, end = folder / f"runs/slurm/{job}/rank-0.log", time.monotonic() + 120
+    log, end = folder / f"runs/slurm/{job}/rank-0.log", time.monotonic() + 240
     while not (log.exists() and "step 1/" in log.read_text()):
         assert time.monotonic() < end, logs(folder, job)
         time.sleep(0.05)

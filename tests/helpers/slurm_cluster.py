@@ -46,7 +46,7 @@ class SlurmCluster:
         text = self.run("scontrol", "--oneliner", "show", "job", number)
         return dict(word.split("=", 1) for word in text.split() if "=" in word)
 
-    def wait_for(self, number: str, *states: str, seconds: float = 120) -> dict[str, str]:
+    def wait_for(self, number: str, *states: str, seconds: float = 240) -> dict[str, str]:
         """Until the job is in one of these states."""
         end = time.monotonic() + seconds
         while (job := self.job(number))["JobState"] not in states:

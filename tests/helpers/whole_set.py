@@ -43,7 +43,7 @@ def classifier(folder: Path):
     return ClassificationTask(network, solver, OptimizerConfig(lr=0.01, ema_decay=0.9)), data
 
 
-def watching(every: int = 2) -> list:
+def watching(every: int, validations: int) -> list:
     return [
         Cost(peak_flops=1e12),
         FunctionEvaluations(),
@@ -51,16 +51,16 @@ def watching(every: int = 2) -> list:
         GradientError(every),
         Contraction(every, num_iterations=3, warn_at=100.0),
         ResidualCurve(every),
-        DepthSweep(every_n_validations=1),
-        TextSamples(["a", "b c"], max_new_tokens=20),
-        ImageSamples(num_images=5),
+        DepthSweep(every_n_validations=validations),
+        TextSamples(["a", "b c"], max_new_tokens=20, every_n_validations=validations),
+        ImageSamples(num_images=5, every_n_validations=validations),
     ]
 
 
-def whole_set(task, every: int = 2) -> list:
+def whole_set(task, every: int = 2, validations: int = 1) -> list:
     """Without those of the other task."""
     other = ImageSamples if hasattr(task, "sample_text") else TextSamples
-    return [callback for callback in watching(every) if not isinstance(callback, other)]
+    return [callback for callback in watching(every, validations) if not isinstance(callback, other)]
 
 
 def fit(folder: Path, make, callbacks, ckpt_path=None, **settings):

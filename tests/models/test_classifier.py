@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torchvision
 from blocks import relative_error
 
 from benchmarks.measure import peak_tensor_bytes
@@ -225,3 +226,41 @@ def test_wrong_images_are_refused(images, message):
 def test_wrong_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         ClassifierConfig(**{"num_classes": 10} | settings)
+
+
+@pytest.mark.parametrize("num_classes", [10, 1000])
+def test_resnet_18_is_torchvisions_with_another_stem(num_classes):
+    """Weight for weight in the order of the modules, and the same logits: 11,173,962 and 11,689,512 parameters."""
+    torch.manual_seed(0)
+    theirs = torchvision.models.resnet18(num_classes=num_classes)
+    if num_classes == 10:
+        theirs.conv1 = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    else:
+        theirs.conv1.stride = (4, 4)
+    theirs.maxpool = torch.nn.Identity()
+    config = ClassifierConfig(
+        num_classes=num_classes,
+        architecture="resnet",
+        channels=[64, 128, 256, 512],
+        stem_stride=1 if num_classes == 10 else 4,
+    )
+    ours = ResNet(config)
+    rest = iter(theirs.state_dict().values())
+    ours.load_state_dict({name: next(rest) for name in pair_names(ours)})
+    assert next(rest, None) is None
+    assert sum(p.numel() for p in ours.parameters()) == (11_173_962 if num_classes == 10 else 11_689_512)
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(ours.eval()(images).logits_BV, theirs.eval()(images))
+
+
+def pair_names(resnet):
+    """Our names in the order of torchvision's: conv1, norm1, conv2, norm2, shortcut of each block."""
+    order = {"stem": 0, "blocks": 1, "head": 2}
+    parts = {"conv1": 0, "norm1": 1, "conv2": 2, "norm2": 3, "shortcut": 4}
+
+    def key(item):
+        index, name = item
+        first, *others = name.split(".")
+        return (order[first], int(others[0]), parts[others[1]], index) if first == "blocks" else (order[first], index)
+
+    return [name for _, name in sorted(enumerate(resnet.state_dict()), key=key)]

@@ -1,0 +1,75 @@
+"""Execute notebooks from top to bottom: `python notebooks/execute.py [--small] [NOTEBOOK ...]`.
+
+Their outputs are kept in the files, without anything that names this machine. `--small` sets REVDEQ_NOTEBOOK_SMALL, by
+which notebooks compute less, and leaves the files alone. An error in a cell, a warning or another message on standard
+error, or an output with a path of this machine ends with exit code 1.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+from traitlets.config import Config
+
+FOLDER = Path(__file__).resolve().parent
+CELL_SECONDS = 600
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Execute all notebooks of this folder, or those that are named."""
+    parser = argparse.ArgumentParser(description="Execute notebooks from top to bottom.", allow_abbrev=False)
+    parser.add_argument("notebooks", nargs="*", type=Path, default=sorted(FOLDER.glob("*.ipynb")))
+    parser.add_argument("--small", action="store_true", help="compute less, and leave the files alone")
+    given = parser.parse_args(arguments)
+    if given.small:
+        os.environ["REVDEQ_NOTEBOOK_SMALL"] = "1"
+    for path in given.notebooks:
+        begin = time.monotonic()
+        try:
+            notebook = execute(path)
+        except (CellExecutionError, RuntimeError, ValueError, OSError) as error:
+            sys.exit(f"error: {path.name}: {error}")
+        if not given.small:
+            nbformat.write(notebook, path)
+        print(f"{path.name}: {time.monotonic() - begin:.0f} s", flush=True)
+
+
+def execute(path: Path) -> Any:
+    """The notebook with new, clean outputs; executed in an empty folder.
+
+    Raises:
+        CellExecutionError: If a cell raises.
+        ValueError: If a cell writes to standard error, or an output names a folder of this machine.
+    """
+    notebook = nbformat.read(path, as_version=4)
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as sockets:
+        settings: dict[str, Any] = {"record_timing": False, "coalesce_streams": True}
+        # Sockets in a folder, not on the network.
+        settings["config"] = Config(KernelManager={"transport": "ipc", "ip": f"{sockets}/kernel"})
+        settings["resources"] = {"metadata": {"path": folder}}
+        NotebookClient(notebook, timeout=CELL_SECONDS, **settings).execute()
+        private = {folder, str(Path.home()), str(FOLDER.parent), sys.prefix, sys.base_prefix} - {"/", "/usr"}
+    notebook.metadata = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    for cell in notebook.cells:
+        cell.metadata = {}
+        for output in cell.get("outputs", []):
+            text = str(output.get("text", output.get("data", "")))
+            if output.get("name") == "stderr":
+                raise ValueError(f"a cell wrote to standard error: {text.strip()}\n{cell.source}")
+            if named := next((name for name in private if name in text), None):
+                raise ValueError(f"an output names the folder {named} of this machine: {text.strip()[:500]}")
+    return notebook
+
+
+if __name__ == "__main__":
+    main()
