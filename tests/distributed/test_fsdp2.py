@@ -144,6 +144,25 @@ def dtypes_under_autocast(gather_dtype):
     return seen, int(output.stats.reconstruction_mismatch), gradients
 
 
+def in_parts():
+    """Gradients of a solve in three parts with a loss on each, sharded and whole; how often was gathered."""
+    gradients, calls = [], {}
+    for sharded in (True, False):
+        torch.manual_seed(0)
+        solver, adjoint = MomentumSolver(max_steps=6), ReversibleAdjoint(mismatch="raise")
+        model = TransformerLM(TransformerConfig(**SIZES), solver, adjoint, num_losses=3)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.1 * torch.randn_like(parameter)
+        if sharded:
+            shard_equilibria(model, mesh())
+        with Sent() as sent:
+            model.loss(*make_batch(2)).loss.backward()
+        calls |= sent.calls  # of the whole: none
+        gradients.append([whole(p.grad) for p in model.parameters()])
+    return gradients, calls
+
+
 def tensor_parallel(block, adjoint, **sizes):
     """Gradients with the heads and the MLP shared out, and of the whole; the fraction of f's weights that is shared."""
     solver = ReversibleSolver(max_steps=2) if block == "paper" else MomentumSolver(max_steps=5)
@@ -175,7 +194,14 @@ def everything(rank):
         "paper, single": tensor_parallel("paper", "reversible", double_projection=False),
     }
     deferred = gradients_of_a_deferred_model()
-    return {"sent": sent, "autocast": autocast, "parallel": parallel, "deferred": deferred, "muon": moved_by_muon()}
+    return {
+        "parts": in_parts(),
+        "sent": sent,
+        "autocast": autocast,
+        "parallel": parallel,
+        "deferred": deferred,
+        "muon": moved_by_muon(),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -203,6 +229,13 @@ def test_fsdp2_gathers_a_layer_once_before_its_solve_and_once_before_its_backwar
         assert 4 * (gathers * layer + rest) <= sent["bytes"]["_allgather_base_"] <= 4.2 * (gathers * layer + rest)
     explicit = ranks[0]["sent"][strategy, 0]
     assert ranks[0]["sent"][strategy, 2] == ranks[0]["sent"][strategy, 8] == explicit
+
+
+def test_a_solve_in_parts_is_gathered_as_often_and_has_the_gradient_of_the_whole(ranks):
+    (sharded, plain), calls = ranks[0]["parts"]
+    assert calls == {"_allgather_base_": 3, "_reduce_scatter_base_": 2}
+    for a, b in zip(sharded, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 def test_weights_that_come_with_the_sharding_are_those_of_one_process(ranks):
