@@ -32,10 +32,14 @@ ON_THIS = ["--trainer.accelerator=cpu", "--trainer.devices=1"]
 
 
 @pytest.fixture(autouse=True)
-def no_process_group_left():
+def nothing_left():
+    """Lightning leaves its port in the environment, which the processes of other tests would take for theirs."""
+    before = dict(os.environ)
     yield
     if dist.is_initialized():
         dist.destroy_process_group()
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture
