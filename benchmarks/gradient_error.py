@@ -72,7 +72,7 @@ def _bptt(problem: Problem, member: Member, num_steps: int) -> Tensor:
 
 
 def _reversible(problem: Problem, member: Member, num_steps: int, arithmetic: str) -> tuple[Tensor, int]:
-    value, stats = solve_fixed_point(
+    value, stats, _ = solve_fixed_point(
         problem.f,
         problem.z0,
         problem.x,

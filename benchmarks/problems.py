@@ -102,7 +102,7 @@ def reversible_step(problem: Problem, member: Member, num_steps: int, arithmetic
     solver, adjoint = member.solver(num_steps, arithmetic), ReversibleAdjoint()
 
     def run() -> SolverStats:
-        value, stats = solve_fixed_point(problem.f, problem.z0, problem.x, solver=solver, adjoint=adjoint)
+        value, stats, _ = solve_fixed_point(problem.f, problem.z0, problem.x, solver=solver, adjoint=adjoint)
         torch.autograd.grad(value, problem.sources, problem.weight)
         return stats
 

@@ -62,7 +62,7 @@ class SolverStats:
 
 
 class FixedPointSolution(NamedTuple):
-    """The fixed point and its `stats`.
+    """The fixed point and its `stats`. Take them by name: there are three fields.
 
     Attributes:
         value: Newest state of the solver, structure, shapes and dtypes of `z0`, differentiable.

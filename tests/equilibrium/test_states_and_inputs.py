@@ -24,7 +24,6 @@ from torch import nn
 from revdeq_lightning.equilibrium import (
     BackpropAdjoint,
     EquilibriumLayer,
-    FixedPointSolution,
     MomentumSolver,
     ReversibleSolver,
     solve_fixed_point,
@@ -223,8 +222,8 @@ def test_layer_below_and_above_others():
             self.layer = attention_layer(SOLVERS["momentum"], adjoint)
 
         def forward(self, x):
-            value, stats = self.layer(self.encoder(x))
-            return FixedPointSolution(self.head(value.mean(1)), stats)
+            solution = self.layer(self.encoder(x))
+            return solution._replace(value=self.head(solution.value.mean(1)))
 
     def run(adjoint):
         network, x = Network(adjoint), sequence()

@@ -25,7 +25,6 @@ from torch.nn.parallel import DistributedDataParallel
 from revdeq_lightning.equilibrium import (
     AndersonSolver,
     BroydenSolver,
-    FixedPointSolution,
     ImplicitAdjoint,
     PhantomAdjoint,
 )
@@ -52,8 +51,8 @@ class Network(nn.Module):
         self.layer = attention_layer(solver, adjoint)
 
     def forward(self, x):
-        value, stats = self.layer(self.encoder(x))
-        return FixedPointSolution(self.head(value), stats)
+        solution = self.layer(self.encoder(x))
+        return solution._replace(value=self.head(solution.value))
 
 
 def micro_batches(rank):
