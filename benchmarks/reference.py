@@ -65,7 +65,7 @@ class PlainLoop(nn.Module):
 
     def __init__(self, layer: EquilibriumLayer) -> None:
         super().__init__()
-        self.f, self.solver = layer.f, layer.solver
+        self.f, self.solver, self.num_parts = layer.f, layer.solver, layer.num_parts
 
     def forward(self, x: Any, z0: Any = None) -> FixedPointSolution:
         """The last state; there are no statistics."""

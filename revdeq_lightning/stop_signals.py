@@ -5,6 +5,7 @@ imports only the standard library, so that the signals are noted from the first 
 training take seconds, from a network's file system minutes, and the default action of both signals is to kill.
 """
 
+import os
 import signal
 import threading
 from types import FrameType
@@ -62,8 +63,16 @@ STOP = StopSignals()
 def leave_signals_to_main_process(worker: int) -> None:
     """For workers that load data: a scheduler, and Ctrl-C, signal every process, and the last step needs the data.
 
-    They end when the process that trains ends them. One that is stuck is killed by SIGTERM ten minutes late.
+    They end when the process that trains ends them: by SIGTERM, too, if that comes from their parent.
     """
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(600))
+    if hasattr(signal, "sigwaitinfo"):  # who sent a signal, macOS does not tell: there SIGTERM ends a worker at once
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_parent(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(128 + signal.SIGTERM)

@@ -7,13 +7,14 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 
 from revdeq_lightning.callbacks.endurance import survival
+from revdeq_lightning.runs import BEST, LAST
 
 
 class WandbCheckpoints(Callback):
-    """Hands the folder of checkpoints to W&B at the end of training, also after an interruption.
+    """Hands the checkpoints to W&B at the end of training, also after an interruption.
 
-    One artifact `model-RUN` of type `model` with all files `*.ckpt`; the versions of a resumed run follow each other.
-    An offline run keeps a copy, which `wandb sync` sends. Logs no keys; does nothing without a `WandbLogger`.
+    One artifact `model-RUN` of type `model` with `best.ckpt` and `last.ckpt`; the versions of a resumed run follow each
+    other. An offline run keeps a copy, which `wandb sync` sends. Logs no keys; does nothing without a `WandbLogger`.
 
     Args:
         folder: Where the checkpoints lie.
@@ -34,7 +35,7 @@ class WandbCheckpoints(Callback):
         self._send(trainer)
 
     def _send(self, trainer: Trainer) -> None:
-        files = sorted(self.folder.glob("*.ckpt"))
+        files = [path for path in (self.folder / BEST, self.folder / LAST) if path.is_file()]
         loggers = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
         if not files or not trainer.is_global_zero:
             return

@@ -147,7 +147,7 @@ class AbstractTask(LightningModule):
         there = checkpoint.get("hyper_parameters", {})
         changed = changed_settings(there, dict(self.hparams))
         check_weights(checkpoint["state_dict"], self.state_dict(), changed)
-        if self.trainer.state.fn == "fit":
+        if self._trainer is not None and self.trainer.state.fn == "fit":
             check_optimizer(changed)
 
     def configure_callbacks(self) -> list[Callback]:
