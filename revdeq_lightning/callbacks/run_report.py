@@ -2,7 +2,7 @@
 
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lightning import Callback, LightningModule, Trainer
 
@@ -47,6 +47,9 @@ class RunReport(Callback):
         """After Ctrl-C or an error: where things lie and how to go on."""
         goes_on = isinstance(exception, DivergedError) and exception.checkpoint is not None
         if self.folder and trainer.is_global_zero and not goes_on:
+            # PyTorch raises a dead worker's end again when any other child process ends, until its loader is closed.
+            if (data := cast(Any, trainer).datamodule) is not None:
+                data.on_exception(exception)
             for logger in trainer.loggers:
                 logger.save()
             if isinstance(exception, KeyboardInterrupt):
