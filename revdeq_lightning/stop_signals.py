@@ -36,10 +36,22 @@ class StopSignals:
 
     def take(self) -> bool:
         """Note the signals from now on; whether that is new. In other threads than the main one Python cannot."""
-        if self._previous or threading.current_thread() is not threading.main_thread():
+        if threading.current_thread() is not threading.main_thread():
+            return False
+        if self._previous:
+            signal.signal(signal.SIGTERM, self._note)
             return False
         self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
         return True
+
+    def let_restart_kill(self) -> None:
+        """Under torchrun, until `take`: SIGTERM kills, as nothing is lost before the first step.
+
+        torchrun ends processes that still look for each other by it when one of them failed, and waits for those that
+        only note it, while the others begin again without them.
+        """
+        if self._previous and not self.received and "TORCHELASTIC_RUN_ID" in os.environ:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def give_back(self) -> None:
         """Let the signals do again what they did before, and forget what was received."""

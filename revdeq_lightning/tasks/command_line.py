@@ -40,6 +40,7 @@ from revdeq_lightning.runs import (
 )
 from revdeq_lightning.sharded_checkpoint import is_sharded_checkpoint
 from revdeq_lightning.sharding import deferred_weights
+from revdeq_lightning.stop_signals import STOP
 from revdeq_lightning.strategies import is_fsdp2, register_strategies
 from revdeq_lightning.tasks.kept_checkpoints import best_checkpoint, best_or_last, last_checkpoint
 from revdeq_lightning.tasks.messages import (
@@ -202,6 +203,7 @@ class AbstractCommandLine(LightningCLI):
 
     def fit(self, **kwargs: Any) -> None:
         """Train."""
+        STOP.let_restart_kill()  # until `StopSignal.setup`
         with device_errors():
             try:
                 self.trainer.fit(**kwargs)
