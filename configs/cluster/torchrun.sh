@@ -31,6 +31,8 @@ fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export PYTHONUNBUFFERED=1
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}  # seconds to save after SIGTERM, Ctrl-C
+# Each start with a store of its own: in one that is shared, whoever comes first reads the addresses of the processes before.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 here=()
 if [ -n "$local_address" ]; then
     is_host=0

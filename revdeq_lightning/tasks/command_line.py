@@ -214,7 +214,7 @@ class AbstractCommandLine(LightningCLI):
             except (DivergenceError, CheckpointError) as error:
                 fail(str(error), code=1)
             except (OSError, RuntimeError) as error:
-                if (line := lost_peer(error) or lost_resource(error)) is None:
+                if (line := lost_peer(error, self.trainer) or lost_resource(error)) is None:
                     raise
                 fail(line, code=1)
             except SystemExit:

@@ -37,16 +37,16 @@ def end_after_interrupt(trainer: Trainer) -> NoReturn:
     sys.exit(130 if trainer.interrupted else 1)
 
 
-def lost_peer(error: Exception) -> str | None:
+def lost_peer(error: Exception, trainer: Trainer) -> str | None:
     """What happened, in one line, if the error says that another process ended or does not answer; else None."""
-    if not dist.is_available() or not dist.is_initialized():
+    if trainer.world_size == 1:
         return None
     if not isinstance(error, dist.DistError) and not LOST.search(str(error)):
         return None
     reason = SOURCE_LINE.sub("", str(error).splitlines()[0])
     return (
-        f"rank {dist.get_rank()} lost another process, it ended or does not answer ({reason}). Its own log says why; "
-        "the same command with --run.resume=auto goes on from the newest checkpoint."
+        f"rank {trainer.global_rank} lost another process, it ended or does not answer ({reason}). Its own log says "
+        "why; the same command with --run.resume=auto goes on from the newest checkpoint."
     )
 
 
