@@ -3,6 +3,8 @@
 The checksum is the comment of the zip archive that `torch.save` writes: `sha256:` and 64 digits, over the file as it
 would be without a comment. So it is in the file itself: it cannot be forgotten in a copy, and there is no moment
 between two writes at which one file speaks of another's content. `torch.load` and `unzip` read it as any other.
+
+A folder of shards holds `SHA256SUMS`, which `sha256sum --check` reads, and takes its name when all of it is there.
 """
 
 import hashlib
@@ -11,7 +13,7 @@ import shutil
 import struct
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
@@ -19,6 +21,8 @@ import torch
 
 SHARDED_PARTS = (".metadata", "meta.pt")
 """Without both a folder is no finished checkpoint of shards: the last that is written, by the first process."""
+
+SUMS = "SHA256SUMS"
 
 _LABEL = b"sha256:"
 _COMMENT_BYTES = len(_LABEL) + 64
@@ -97,6 +101,12 @@ def newest_good(folder: Path) -> Found:
     return Found(max(steps, key=lambda path: steps[path], default=None), faults)
 
 
+def other_checkpoint(path: str | Path) -> str:
+    """For the message on one that cannot be used: the newest beside it that can."""
+    other = newest_good(Path(path).parent).path
+    return f": go on from {other}" if other else ""
+
+
 def steps_of(paths: list[Path]) -> tuple[dict[Path, int], dict[Path, str]]:
     """Optimizer steps of the checkpoints that can be used, and what is wrong with the others."""
     steps: dict[Path, int] = {}
@@ -119,8 +129,7 @@ def steps_of(paths: list[Path]) -> tuple[dict[Path, int], dict[Path, str]]:
 def fault_of_seal(path: Path) -> str | None:
     """What is wrong with a file whose end or checksum tells it; None also for a file that has no checksum."""
     if path.is_dir():
-        missing = [name for name in SHARDED_PARTS if not (path / name).is_file()]
-        return f"is incomplete (a folder of shards without {missing[0]})" if missing else None
+        return fault_of_folder(path)
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -143,6 +152,52 @@ def fault_of_seal(path: Path) -> str | None:
         return f"cannot be read ({error.strerror})"
     whole = comment == _LABEL + computed.hexdigest().encode()
     return None if whole else "is damaged (its checksum does not match)"
+
+
+def fault_of_folder(path: Path, share: int = 0, num_shares: int = 1) -> str | None:
+    """What is wrong with a folder of shards; None also for one without checksums.
+
+    Args:
+        path: The folder.
+        share: Every `num_shares`-th file is read, from this one on: so several processes read a folder together.
+        num_shares: Number of these processes.
+    """
+    missing = [name for name in SHARDED_PARTS if not (path / name).is_file()]
+    if missing:
+        return f"is incomplete (a folder of shards without {missing[0]})"
+    if not (path / SUMS).is_file():
+        return None
+    sums = {
+        name: digest for digest, _, name in (line.partition("  ") for line in (path / SUMS).read_text().splitlines())
+    }
+    for name in sorted(sums)[share::num_shares]:
+        if not (path / name).is_file():
+            return f"is incomplete (a folder of shards without {name})"
+        try:
+            computed = checksums([path / name])[name]
+        except OSError as error:
+            return f"cannot be read ({name}: {error.strerror})"
+        if computed != sums[name]:
+            return f"is damaged (the checksum of {name} does not match)"
+    return None
+
+
+def checksums(files: Iterable[Path]) -> dict[str, str]:
+    """SHA-256 of files by their names, in hexadecimal digits."""
+    sums = {}
+    for path in files:
+        with path.open("rb") as file:
+            sums[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return sums
+
+
+def write_checksums(folder: Path, sums: dict[str, str]) -> None:
+    """Write the checksums of files by name into their folder, and wait until it is on the disk."""
+    with (folder / SUMS).open("w") as file:
+        file.writelines(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
+        file.flush()
+        os.fsync(file.fileno())
+    sync_folder(folder)
 
 
 def remove_leftovers(folder: Path) -> list[Path]:

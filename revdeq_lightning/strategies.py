@@ -8,6 +8,7 @@ Both exchange as many bytes as for an explicit model with the same parameters.
 """
 
 import shutil
+from collections import ChainMap
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -35,6 +36,15 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from revdeq_lightning.checkpoints import (
+    SHARDED_PARTS,
+    CheckpointError,
+    checksums,
+    fault_of_folder,
+    other_checkpoint,
+    sync_folder,
+    write_checksums,
+)
 from revdeq_lightning.sharded_checkpoint import (
     TRAINED,
     WEIGHTS,
@@ -183,13 +193,18 @@ class EquilibriumFSDP2(ModelParallelStrategy):
         trained = checkpoint.pop(TRAINED, {})  # sharded as well: they go where the weights go
         checkpoint[WEIGHTS] |= {f"{TRAINED}.{name}": weight for name, weight in trained.items()}
         super().save_checkpoint(checkpoint, part, storage_options)
-        self.barrier()
+        # Each process those of its own files, as the file system that it wrote to need not show it the others' yet.
+        sums: list[dict[str, str]] = [{}] * self.world_size
+        dist.all_gather_object(sums, checksums(part.glob(f"__{self.global_rank}_*")))
         if self.is_global_zero:
+            rest = checksums(part / name for name in SHARDED_PARTS)
+            write_checksums(part, dict(ChainMap(rest, *sums)))
             old = target.with_name(f".{target.name}.old")
             if target.is_dir():
                 target.rename(old)
             target.unlink(missing_ok=True)
             part.rename(target)
+            sync_folder(target.parent)
             shutil.rmtree(old, ignore_errors=True)
         self.barrier()
         return None
@@ -209,6 +224,10 @@ class EquilibriumFSDP2(ModelParallelStrategy):
         return self._load_folder(path) if is_sharded_checkpoint(path) else self._load_file(path, weights_only)
 
     def _load_folder(self, path: Path) -> dict[str, Any]:
+        faults: list[str | None] = [None] * self.world_size
+        dist.all_gather_object(faults, fault_of_folder(path, self.global_rank, self.world_size))
+        if fault := next(filter(None, faults), None):
+            raise CheckpointError(f"{path} {fault}{other_checkpoint(path)}")
         weights: Any = get_model_state_dict(self._module)
         load_into({WEIGHTS: weights}, path)
         self._module.load_state_dict(weights)

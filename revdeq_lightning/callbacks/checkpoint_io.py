@@ -10,7 +10,7 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from revdeq_lightning.checkpoints import CheckpointError, newest_good, read_checkpoint, write_checkpoint
+from revdeq_lightning.checkpoints import CheckpointError, other_checkpoint, read_checkpoint, write_checkpoint
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -63,9 +63,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         try:
             return read_checkpoint(path, map_location)
         except CheckpointError as error:
-            other = newest_good(Path(path).parent).path
-            hint = f": go on from {other}" if other else ""
-            raise CheckpointError(f"{error}{hint}") from None
+            raise CheckpointError(f"{error}{other_checkpoint(path)}") from None
 
     def remove_checkpoint(self, path: Any) -> None:
         """Remove, after what is being written."""

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from revdeq_lightning.checkpoints import CheckpointError
+from revdeq_lightning.checkpoints import CheckpointError, fault_of_folder, other_checkpoint
 from revdeq_lightning.checkpoints import read_checkpoint as read_file
 from revdeq_lightning.data.tokenizers import AbstractTokenizer, tokenizer_from_state
 from revdeq_lightning.models import TransformerConfig
@@ -51,6 +51,8 @@ def read_checkpoint(ckpt_path: str | Path, state: str, kind: str, folder: str) -
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """A checkpoint's content, of a file or of a sharded one's folder (without optimizers); no code in it is run."""
     if is_sharded_checkpoint(path):
+        if fault := fault_of_folder(path):
+            raise CheckpointError(f"{path} {fault}{other_checkpoint(path)}")
         return read_rest(path) | read_whole(path, "state_dict")
     return read_file(path)
 

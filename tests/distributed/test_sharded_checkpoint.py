@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from revdeq_lightning.checkpoints import CheckpointError, Found, fault_of_folder, newest_good
 from revdeq_lightning.cli import main
 from revdeq_lightning.sharded_checkpoint import METADATA, is_sharded_checkpoint, load_into, read_metadata, read_whole
 from revdeq_lightning.tasks.inference import load_language_model
@@ -33,7 +35,7 @@ def run(folder, names):
 
 @pytest.fixture(scope="module")
 def fast(tmp_path_factory) -> Path:
-    return run(tmp_path_factory.mktemp("fast"), FAST)
+    return run(tmp_path_factory.mktemp("fast"), [*FAST, "damaged-fsdp2_2"])
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +65,8 @@ def test_a_run_goes_on_with_another_strategy_as_if_never_stopped(slow, name):
 
 def test_a_folder_is_whole_and_leaves_nothing_beside_it(fast):
     checkpoint = fast / "folder_2.ckpt"
-    assert sorted(p.name for p in checkpoint.iterdir()) == [METADATA, "__0_0.distcp", "__1_0.distcp", "meta.pt"]
+    files = [METADATA, "SHA256SUMS", "__0_0.distcp", "__1_0.distcp", "meta.pt"]
+    assert sorted(p.name for p in checkpoint.iterdir()) == files
     assert not [p.name for p in fast.iterdir() if p.name.startswith(".")]
 
 
@@ -148,6 +151,40 @@ def test_a_truncated_file_is_told_in_one_line(checkpoint):
     with pytest.raises(ValueError, match=r"copy\.ckpt cannot be read") as caught:
         read_whole(checkpoint, "state_dict", "optimizer_0")
     assert "\n" not in str(caught.value)
+
+
+def test_its_checksums_are_those_of_sha256sum(checkpoint):
+    result = subprocess.run(
+        ["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=checkpoint, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert sorted(result.stdout.splitlines()) == [
+        f"{name}: OK" for name in (METADATA, "__0_0.distcp", "__1_0.distcp", "meta.pt")
+    ]
+
+
+@pytest.mark.parametrize("name", [METADATA, "__0_0.distcp", "__1_0.distcp", "meta.pt"])
+def test_one_changed_bit_is_found_and_another_checkpoint_named(fast, checkpoint, name):
+    good = shutil.copytree(fast / "folder_2.ckpt", checkpoint.parent / "step-5.ckpt")
+    last = checkpoint.rename(checkpoint.parent / "last.ckpt")
+    rank_resumes.damage(last, name)
+    message = f"is damaged (the checksum of {name} does not match)"
+    assert newest_good(last.parent) == Found(good, {last: message})
+    with pytest.raises(CheckpointError, match=re.escape(f"{last} {message}: go on from {good}")):
+        load_language_model(last)
+    shares = [fault_of_folder(last, share, 3) for share in range(3)]
+    assert sorted(filter(None, shares)) == [message]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_all_processes_refuse_what_one_of_them_found(fast, rank):
+    text = (fast / f"damaged-fsdp2_2-{rank}.txt").read_text()
+    assert text == f"{fast}/alone/damaged.ckpt is damaged (the checksum of __1_0.distcp does not match)"
+
+
+def test_a_missing_file_is_named(checkpoint):
+    (checkpoint / "__1_0.distcp").unlink()
+    assert fault_of_folder(checkpoint) == "is incomplete (a folder of shards without __1_0.distcp)"
 
 
 def test_a_folder_that_is_no_checkpoint_is_told(tmp_path, capsys):

@@ -1,9 +1,12 @@
 """As a script, `rank_resumes.py FOLDER FROM-TO ...`: runs that stop after 10 steps, and go on with other processes.
 
 FROM is `file` or `folder` (of FSDP2; `file_1`: of one process without it), TO a strategy, each with its processes.
+With FROM = `damaged` they are to refuse a folder in which one bit of the second process's file has changed.
 """
 
 import functools
+import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -14,6 +17,7 @@ from rank_fits import prepare
 from tiny_runs import MUON, tiny_data, tiny_task, tiny_trainer
 
 from revdeq_lightning.callbacks.averaged_weights import AveragedWeights
+from revdeq_lightning.checkpoints import CheckpointError
 from revdeq_lightning.sharding import whole
 from revdeq_lightning.strategies import EquilibriumDDP, EquilibriumFSDP2
 
@@ -52,11 +56,29 @@ def fit(folder, name, strategy, ranks, *, save=None, resume=None):
         torch.save(result, folder / f"{name}.pt")
 
 
+def refuse(folder, name, strategy, ranks, resume):
+    try:
+        fit(folder, name, strategy, ranks, resume=resume)
+    except CheckpointError as error:
+        (folder / f"{name}-{os.environ['RANK']}.txt").write_text(str(error))
+
+
+def damage(path, name):
+    content = bytearray((path / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (path / name).write_bytes(content)
+
+
 def main(folder, names):
     prepare(folder)
     run_group(1, functools.partial(fit, folder, "whole", "one", 1))
     for name in names:
         start, (strategy, ranks) = name.split("-")[0], name.split("-")[1].split("_")
+        if start == "damaged":
+            path = Path(shutil.copytree(folder / "folder_2.ckpt", folder / "alone/damaged.ckpt"))
+            damage(path, "__1_0.distcp")
+            run_group(int(ranks), functools.partial(refuse, folder, name, strategy, int(ranks), path))
+            continue
         checkpoint = folder / f"{start}.ckpt"
         if not checkpoint.exists():
             kind, count = start.split("_")
