@@ -95,6 +95,14 @@ class EquilibriumDDP(DDPStrategy):
             assert isinstance(self.model, DistributedDataParallel)
             self.model.register_comm_hook(None, bf16_compress_hook)
 
+    def on_validation_start(self) -> None:
+        """Evaluate with the running statistics of the checkpoints; DDP leaves them apart while gradients accumulate."""
+        share_buffers(self.lightning_module)
+
+    def on_test_start(self) -> None:
+        """As in validation."""
+        share_buffers(self.lightning_module)
+
 
 class EquilibriumFSDP2(ModelParallelStrategy):
     """FSDP2: parameters, gradients and optimizer state are shared out over all processes.
@@ -158,16 +166,12 @@ class EquilibriumFSDP2(ModelParallelStrategy):
             fill_from_first_process(model, rebuild, self.root_device)
 
     def on_validation_start(self) -> None:
-        """Evaluate with the first process's running statistics, which its checkpoints hold, as DDP does."""
-        self._share_buffers()
+        """Evaluate with the running statistics of the checkpoints."""
+        share_buffers(self.lightning_module)
 
     def on_test_start(self) -> None:
         """As in validation."""
-        self._share_buffers()
-
-    def _share_buffers(self) -> None:
-        for buffer in self._module.buffers():
-            dist.broadcast(buffer, 0)
+        share_buffers(self.lightning_module)
 
     def _refuse_precision(self) -> None:
         precision = str(self.precision_plugin.precision)
@@ -298,6 +302,12 @@ def compare_devices(device: torch.device, allow_mixed: bool) -> None:
             f"the GPUs are of different kinds ({counts}), the slowest and smallest sets the pace: choose some of one"
             " kind with CUDA_VISIBLE_DEVICES, or set allow_mixed_gpus of the strategy"
         )
+
+
+def share_buffers(module: nn.Module | None) -> None:
+    """Give all processes the buffers of the first one, which are those in its checkpoints."""
+    for buffer in module.buffers() if module is not None else ():
+        dist.broadcast(buffer, 0)
 
 
 def register_strategies() -> None:

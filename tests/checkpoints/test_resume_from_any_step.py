@@ -1,6 +1,11 @@
 """A run resumed from any step ends bit for bit as the whole run: language model and classifier, by the command line."""
 
+import os
+import subprocess
+import sys
+
 import pytest
+import ranks_from_any_step
 from runs_on_disk import metrics, put_back, trained
 from tiny_command import run, tiny_config
 from tiny_images import tiny_image_config
@@ -48,3 +53,26 @@ def test_the_rest_is_the_same_bit_for_bit(whole, step):
     assert metrics(folder) == metrics(kept)
     for name in ("last.ckpt", "best.ckpt"):
         assert_equal(trained(folder / "checkpoints" / name), trained(kept / "checkpoints" / name))
+
+
+@pytest.fixture(scope="module", params=list(ranks_from_any_step.TASKS))
+def two_ranks(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two_ranks")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", ranks_from_any_step.__file__, request.param, str(folder)]
+    result = subprocess.run(command, env=environment, timeout=400, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.slow
+def test_so_it_is_with_two_processes_and_workers(two_ranks):
+    kept = two_ranks / "whole"
+    states = trained(kept / "checkpoints/last.ckpt")
+    assert len(states["random_states"]) == ranks_from_any_step.RANKS
+    assert len(metrics(kept)) >= ranks_from_any_step.STEPS
+    for step in range(1, ranks_from_any_step.STEPS):
+        assert metrics(two_ranks / str(step)) == metrics(kept), f"from step {step}"
+        for name in ("last.ckpt", "best.ckpt"):
+            checkpoint = trained(two_ranks / f"{step}/checkpoints" / name)
+            assert_equal(checkpoint, trained(kept / "checkpoints" / name), f"from step {step}: {name}")
