@@ -8,7 +8,7 @@ augmentation, optimizer and minutes: the ResNet, which is cheaper an image, sees
 
 import sys
 
-from benchmarks.training import Table, Variant, fill, parser
+from benchmarks.training import Table, Variant, run
 
 RESNET = [
     "--model.network.architecture=resnet",
@@ -31,14 +31,5 @@ TABLE = Table(
 )
 
 
-def main() -> None:
-    """Fill the table; exit with 1 if a requirement is not met."""
-    options = parser(TABLE, __doc__, "cifar10", seeds=[0, 1], jobs=1, data="folder or tar archive with train/CLASS/*")
-    arguments = options.parse_args()
-    if not arguments.data.exists():
-        options.error(f"no folder or archive {arguments.data}")
-    sys.exit(0 if fill(TABLE, arguments) else 1)
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(run(TABLE, __doc__, "cifar10", seeds=[0, 1], jobs=1, data="folder or tar archive with train/CLASS/*"))

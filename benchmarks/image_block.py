@@ -7,7 +7,7 @@ Base: configs/cifar10/cpu.yaml with channels 32-64-128. Every other row changes 
 
 import sys
 
-from benchmarks.training import Table, Variant, fill, parser
+from benchmarks.training import Table, Variant, run
 
 CHANNELS = "--model.network.channels=[32,64,128]"
 STEPS, SOLVER, NETWORK = "--model.solver.max_steps", "--model.solver.solver", "--model.network"
@@ -49,14 +49,5 @@ TABLE = Table(
 )
 
 
-def main() -> None:
-    """Fill the table."""
-    options = parser(TABLE, __doc__, "image_block", seeds=[0], jobs=1, data="folder or tar archive with train/CLASS/*")
-    arguments = options.parse_args()
-    if not arguments.data.exists():
-        options.error(f"no folder or archive {arguments.data}")
-    sys.exit(0 if fill(TABLE, arguments) else 1)
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(run(TABLE, __doc__, "image_block", seeds=[0], jobs=1, data="folder or tar archive with train/CLASS/*"))

@@ -9,7 +9,7 @@ thread each. A run that is already in the output is not made again, so that the 
 import os
 import sys
 
-from benchmarks.training import Table, Variant, fill, parser
+from benchmarks.training import Table, Variant, run
 
 
 def momentum(evaluations: int, limit: float | None = None) -> Variant:
@@ -52,16 +52,7 @@ TABLE = Table(
 )
 
 
-def main() -> None:
-    """Fill the table; exit with 1 if a requirement is not met."""
-    options = parser(
-        TABLE, __doc__, "language_model", seeds=[0, 1, 2], jobs=os.cpu_count() or 1, data="tinyshakespeare.txt"
-    )
-    arguments = options.parse_args()
-    if not arguments.data.is_file():
-        options.error(f"no file {arguments.data}")
-    sys.exit(0 if fill(TABLE, arguments) else 1)
-
-
 if __name__ == "__main__":
-    main()
+    sys.exit(
+        run(TABLE, __doc__, "language_model", seeds=[0, 1, 2], jobs=os.cpu_count() or 1, data="tinyshakespeare.txt")
+    )

@@ -173,10 +173,17 @@ def fill(table: Table, arguments: argparse.Namespace) -> bool:
     return is_met
 
 
-def parser(
-    table: Table, description: str, name: str, *, seeds: list[int], jobs: int, data: str
-) -> argparse.ArgumentParser:
-    """The options of a benchmark."""
+def run(table: Table, description: str, name: str, *, seeds: list[int], jobs: int, data: str) -> int:
+    """Read the options of a benchmark and fill its table; the exit code, 1 if a requirement is not met.
+
+    Args:
+        table: What to train.
+        description: For `--help`.
+        name: Of the results' files and the runs' folder.
+        seeds: Unless others are asked for.
+        jobs: Runs at a time, unless another number is asked for.
+        data: What `--data` must be, for `--help`.
+    """
     options = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -186,4 +193,7 @@ def parser(
     options.add_argument("--jobs", type=int, default=jobs, help=f"runs at a time, {table.threads} thread(s) each")
     options.add_argument("--runs", type=Path, default=Path("runs") / f"bench-{name}", help="folder of the runs")
     options.add_argument("--output", type=Path, default=Path(f"benchmarks/results/{name}.csv"))
-    return options
+    arguments = options.parse_args()
+    if not arguments.data.exists():
+        options.error(f"--data {arguments.data}: no such file or folder")
+    return 0 if fill(table, arguments) else 1
