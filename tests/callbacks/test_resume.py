@@ -1,8 +1,6 @@
 """A run in two parts is the run in one, bit for bit."""
 
-import os
 import random
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from scripts import run_python
 from tiny_runs import MUON, assert_equal, tiny_data, tiny_task, tiny_trainer
 
 from revdeq_lightning.callbacks.csv_logger import ContinuedCSVLogger
@@ -93,10 +92,7 @@ def fit_on_two_ranks(folder, name, *, save=None, ckpt_path=None, seed=0):
 
 
 def test_resumed_run_equals_whole_run_on_two_ranks(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", __file__, str(tmp_path)]
-    run = subprocess.run(command, env=environment, timeout=180, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-3000:]
+    run_python(__file__, tmp_path)
     whole, rest = ([torch.load(tmp_path / f"{name}.{rank}") for rank in (0, 1)] for name in ("whole", "rest"))
     assert [len(notes) for notes in whole] == [20, 20]
     assert whole[0] != whole[1]
@@ -121,10 +117,7 @@ def fit_on(devices, folder, name, *, batch_size, save=None, ckpt_path=None):
 
 def test_on_another_number_of_ranks_the_batches_stay(tmp_path):
     """Begun on two ranks with 4 windows each, ended on one: the losses of one process with 8 windows all along."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", __file__, str(tmp_path), "two ranks, then one"]
-    run = subprocess.run(command, env=environment, timeout=180, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-3000:]
+    run_python(__file__, tmp_path, "two ranks, then one")
     with pytest.warns(
         UserWarning, match="2 process.* with 4 windows each, now 1 take 8 each: the batches stay the same"
     ):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from lightning import seed_everything
 from lightning.pytorch.callbacks import Callback
+from scripts import run_python
 from tiny_command import run, tiny_config
 from tiny_runs import assert_equal, tiny_data, tiny_task, tiny_trainer
 
@@ -88,10 +89,7 @@ def fit_on_two_ranks(folder, name, *callbacks, **settings):
 
 def test_a_signal_to_one_rank_ends_both_after_the_same_step(tmp_path):
     tiny_data(tmp_path).prepare_data()
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", __file__, str(tmp_path)]
-    result = subprocess.run(command, env=environment, timeout=180, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_python(__file__, tmp_path)
     whole, half, rest = (torch.load(tmp_path / f"{name}.ckpt", weights_only=True) for name in ("whole", "half", "rest"))
     assert half["global_step"] == 3
     for key in EXACT:

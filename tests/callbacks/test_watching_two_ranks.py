@@ -1,7 +1,5 @@
 """The callbacks that watch, on two processes: counts of all of them, and the run as it is without them."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -9,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning import Callback
+from scripts import run_python
 from strangers import StepByStep, Stranger, Validated, loader, trainer
 from tiny_runs import assert_equal
 from torch.utils.data import DataLoader, DistributedSampler
@@ -92,11 +91,7 @@ def compared(folder, data, **settings):
 
 
 def test_two_ranks(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", __file__, str(tmp_path)]
-    result = subprocess.run(command, env=environment, timeout=180, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.count("11 of 12 gradients certified exact") == 1
+    assert run_python(__file__, tmp_path).count("11 of 12 gradients certified exact") == 1
     with_callbacks, without = ([torch.load(tmp_path / f"{name}.{r}") for r in (0, 1)] for name in ("with", "without"))
     for rank in (0, 1):
         assert_equal(with_callbacks[rank][0], without[rank][0], f"rank {rank}")

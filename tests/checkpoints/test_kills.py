@@ -1,12 +1,10 @@
 """kill -9 at random moments, in the midst of saving too: every run goes on, and ends as if nothing had been."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from scripts import run_python
 from tiny_command import tiny_config
 
 ROOT = Path(__file__).parents[2]
@@ -18,12 +16,7 @@ def kill(folder, num_kills, seed, **trainer):
     config.write_text(text.replace("sample_tokens: 5", "sample_tokens: 0"))
     report = folder / "report.json"
     options = ["--config", config, "--folder", folder, "--kills", num_kills, "--seed", seed, "--report", report]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "benchmarks.killing", *map(str, options)]
-    result = subprocess.run(
-        command, cwd=ROOT, env=environment, timeout=900, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
+    run_python("-m", "benchmarks.killing", *options, seconds=900, cwd=ROOT)
     return json.loads(report.read_text())
 
 

@@ -1,12 +1,9 @@
 """A run resumed from any step ends bit for bit as the whole run: language model and classifier, by the command line."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import ranks_from_any_step
 from runs_on_disk import metrics, put_back, trained
+from scripts import run_python
 from tiny_command import run, tiny_config
 from tiny_images import tiny_image_config
 from tiny_runs import assert_equal
@@ -58,10 +55,7 @@ def test_the_rest_is_the_same_bit_for_bit(whole, step):
 @pytest.fixture(scope="module", params=list(ranks_from_any_step.TASKS))
 def two_ranks(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("two_ranks")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", ranks_from_any_step.__file__, request.param, str(folder)]
-    result = subprocess.run(command, env=environment, timeout=400, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    run_python(ranks_from_any_step.__file__, request.param, folder)
     return folder
 
 

@@ -1,14 +1,12 @@
 """The same weights after 20 steps on any number of processes: DDP and FSDP2, with accumulation, both tasks."""
 
 import itertools
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import rank_fits
 import torch
+from scripts import run_python
 
 FAST = ["lm-ddp-2-1", "lm-fsdp2-2-1", "lm-fsdp2-2-2", "image-ddp-2-2", "image-fsdp2-2-2"]
 SLOW = ["lm-ddp-1-1", "lm-fsdp2-1-1", "lm-ddp-4-1", "lm-fsdp2-4-1", "lm-ddp-4-2", "image-ddp-4-1", "image-fsdp2-4-1"]
@@ -17,10 +15,7 @@ REFERENCES = {"lm": "lm-one-1-1", "image": "image-one-1-4"}
 
 
 def run(folder, names):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", rank_fits.__file__, str(folder), *REFERENCES.values(), *names]
-    result = subprocess.run(command, env=environment, timeout=300, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_python(rank_fits.__file__, folder, *REFERENCES.values(), *names)
     return folder
 
 

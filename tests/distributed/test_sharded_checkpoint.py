@@ -6,7 +6,6 @@ import pickle
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ import rank_resumes
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from scripts import run_python
 
 from revdeq_lightning.checkpoints import CheckpointError, Found, fault_of_folder, newest_good
 from revdeq_lightning.cli import main
@@ -26,10 +26,7 @@ SLOW = ["folder_4-fsdp2_2", "file_2-ddp_2", "file_2-fsdp2_4", "folder_2-folder_2
 
 
 def run(folder, names):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", rank_resumes.__file__, str(folder), *names]
-    result = subprocess.run(command, env=environment, timeout=300, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_python(rank_resumes.__file__, folder, *names)
     return folder
 
 

@@ -2,8 +2,6 @@
 
 import functools
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ import torch.distributed as dist
 import yaml
 from lightning import Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from scripts import run_python
 from small_language_models import make_model
 from tiny_command import run, tiny_config
 from tiny_runs import tiny_data, tiny_task, tiny_trainer
@@ -188,11 +187,8 @@ def test_weights_that_never_come_are_told(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["cpu_ddp", "cpu_fsdp2"])
 def test_two_processes_by_the_command_line(tmp_path, name):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "revdeq_lightning", "fit", "--config", str(tiny_config(tmp_path))]
-    command += ["--config", f"configs/trainer/{name}.yaml", "--run.version=two"]
-    result = subprocess.run(command, env=environment, timeout=200, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert "12 of 12 gradients certified exact" in result.stdout
-    assert "Sample (5 tokens" in result.stdout
+    options = "--config", f"configs/trainer/{name}.yaml", "--run.version=two"
+    output = run_python("-m", "revdeq_lightning", "fit", "--config", tiny_config(tmp_path), *options)
+    assert "12 of 12 gradients certified exact" in output
+    assert "Sample (5 tokens" in output
     assert (tmp_path / "runs/tiny/two/checkpoints/last.ckpt").is_file()
