@@ -9,8 +9,10 @@ from typing import Any, Literal, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from revdeq_lightning.callbacks.checkpoint_io import on_host
 from revdeq_lightning.callbacks.random_state import random_state
@@ -64,8 +66,9 @@ class DivergenceGuard(Callback):
     If they are not finite it raises `DivergedError`, on all processes together, with the weights of before the step;
     the batches of the step, the random states that they met, and the weights are in the run's folder, for
     `python -m revdeq_lightning replay`. An equilibrium that diverges on one process (`DivergenceError`) becomes a loss
-    of NaN there, so that the others, which wait for its gradient, hear of it. (One that diverges in the backward pass
-    can be so treated in a single process only; of several, the one that fails ends all.)
+    of NaN there, so that the others, which wait for its gradient, hear of it. One that diverges in the backward pass
+    becomes a gradient of NaN for all parameters that the pass did not come to; under FSDP2, whose gradients come by
+    layers, the process that fails ends all.
 
     Costs one read of the gradient and one wait of the host a step. With a gradient scaler (16-mixed), which skips
     overflowing steps by itself, only the loss is looked at. Must come after callbacks that call `training_step`.
@@ -86,6 +89,8 @@ class DivergenceGuard(Callback):
         self._batches: list[dict[str, Any]] = []
         self._losses: list[Tensor] = []
         self._reasons: list[str] = []
+        self._arrived: set[Tensor] = set()
+        self._hooks: list[RemovableHandle] = []
         self._begins = True
         self._in_step = False
         self._is_attached = False
@@ -115,6 +120,7 @@ class DivergenceGuard(Callback):
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Note the loss; it stays on the device."""
         self._in_step = False
+        self._arrived.clear()
         self._losses.append(loss.detach().float())
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -163,11 +169,18 @@ class DivergenceGuard(Callback):
             try:
                 backward(*args, **kwargs)
             except DivergenceError as error:
-                if trainer.world_size > 1:
+                if trainer.world_size > 1 and not is_ddp:
                     raise
                 self._reasons.append(str(error))
                 self._losses.append(torch.tensor(math.nan))
+                if is_ddp:  # the others wait for each gradient, once
+                    missing = [p.sum() for p in parameters if p not in self._arrived]
+                    backward(math.nan * torch.stack(missing).sum())
 
+        parameters = [p for p in pl_module.parameters() if p.requires_grad]
+        is_ddp = isinstance(trainer.strategy, DDPStrategy)
+        if is_ddp:
+            self._hooks = [cast(Any, p).register_post_accumulate_grad_hook(self._arrived.add) for p in parameters]
         pl_module.__dict__ |= {"training_step": guarded_step, "backward": guarded_backward}
         self._is_attached = True
 
@@ -232,7 +245,9 @@ class DivergenceGuard(Callback):
     def _leave(self, pl_module: LightningModule) -> None:
         for name in ("training_step", "backward") if self._is_attached else ():
             del pl_module.__dict__[name]
-        self._is_attached, self._batches, self._losses = False, [], []
+        for hook in self._hooks:
+            hook.remove()
+        self._is_attached, self._batches, self._losses, self._hooks = False, [], [], []
 
 
 def lower_rates(trainer: Trainer, factor: float) -> None:

@@ -91,7 +91,7 @@ def compared(folder, data, **settings):
 
 
 def test_two_ranks(tmp_path):
-    assert run_python(__file__, tmp_path).count("11 of 12 gradients certified exact") == 1
+    assert run_python(__file__, tmp_path).out.count("11 of 12 gradients certified exact") == 1
     with_callbacks, without = ([torch.load(tmp_path / f"{name}.{r}") for r in (0, 1)] for name in ("with", "without"))
     for rank in (0, 1):
         assert_equal(with_callbacks[rank][0], without[rank][0], f"rank {rank}")

@@ -5,16 +5,27 @@ import math
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from revdeq_lightning.equilibrium import DivergenceError
+
+
+def diverge(gradient):
+    raise DivergenceError("the state of the backward solve is not finite")
+
+
+def let_backward_diverge(layer, inputs, solution):
+    solution.value.register_hook(diverge)
+
 
 class Poison(Callback):
     """Puts NaN into one number of a process, in one step, while the learning rate is at least `while_lr`.
 
-    what: "pixel" (diverges in the state), "label weight" (in the loss) or "gradient".
+    what: "pixel" (diverges in the state), "label weight" (in the loss), "gradient", or "backward" (an error in the
+    midst of the backward pass, as of an implicit gradient's solve).
     """
 
     def __init__(self, what: str, step: int, rank: int = 0, while_lr: float = 0.0):
         self.what, self.step, self.rank, self.while_lr = what, step, rank, while_lr
-        self.weights = []
+        self.weights, self.handle = [], None
 
     def strikes(self, trainer, what):
         rate = trainer.optimizers[0].param_groups[0]["initial_lr" if trainer.lr_scheduler_configs else "lr"]
@@ -27,10 +38,17 @@ class Poison(Callback):
             batch.images[0, 0, 0, 0] = math.nan
         if self.strikes(trainer, "label weight"):
             batch.weights[0] = math.nan
+        if self.strikes(trainer, "backward"):
+            layer = pl_module.model.equilibria[0]
+            self.handle = layer.register_forward_hook(let_backward_diverge)
 
     def on_after_backward(self, trainer, pl_module):
         if self.strikes(trainer, "gradient"):
             next(pl_module.parameters()).grad.view(-1)[0] = math.nan
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if self.handle is not None:
+            self.handle.remove()
 
     def on_exception(self, trainer, pl_module, exception):
         kept = all(torch.equal(a, b) for a, b in zip(self.weights, pl_module.parameters(), strict=True))
