@@ -15,6 +15,7 @@ QUIET_WARNINGS = (
     r"LightningCLI's args parameter",  # the arguments are those of the command line, less the task
     r".*does not have many workers",  # text comes from a memory map: 0 workers is fast enough
     r".*Checkpoint directory .* exists and is not empty",  # a resumed run goes on in its folder
+    r"The `srun` command is available",  # one process on a machine with SLURM is no mistake; `make submit` uses srun
     r".*`isinstance\(treespec, LeafSpec\)` is deprecated",  # between Lightning and PyTorch
 )
 
