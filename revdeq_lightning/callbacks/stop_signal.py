@@ -1,5 +1,6 @@
 """Ctrl-C and a scheduler's signals end training after the same step on every rank."""
 
+import multiprocessing
 import signal
 import threading
 from typing import Any, cast
@@ -88,9 +89,15 @@ class StopSignal(Callback):
             STOP.agreed = int(trainer.strategy.reduce(received, reduce_op="max"))
 
     def _end_if_asked(self) -> None:
-        if STOP.agreed:  # by Lightning's way to shut down
-            name = signal.Signals(STOP.agreed).name
-            raise KeyboardInterrupt("Interrupted" if STOP.agreed == signal.SIGINT else f"Stopped by {name}")
+        if not STOP.agreed:
+            return
+        name = signal.Signals(STOP.agreed).name
+        message = "Interrupted" if STOP.agreed == signal.SIGINT else f"Stopped by {name}"
+        if multiprocessing.parent_process() is not None:
+            # A forked or spawned rank: PyTorch 2.11 takes its KeyboardInterrupt for an end in good order, and
+            # Lightning then waits for its result for ever.
+            raise SystemExit(message)
+        raise KeyboardInterrupt(message)  # Lightning's way to shut down
 
     def _interrupt(self, *_: Any) -> None:
         STOP.received = signal.SIGINT
