@@ -12,7 +12,11 @@ from lightning import Trainer
 from revdeq_lightning.stop_signals import STOP
 
 # gloo raises plain RuntimeErrors, NCCL and the store those of torch.distributed.
-LOST = re.compile(r"gloo|nccl|connection (closed|reset|refused)|broken pipe|socket timeout|timed out", re.IGNORECASE)
+LOST = re.compile(
+    r"gloo|nccl|pair closure|pair is not connected|socket closed|peer (disconnected|closed)|broken pipe"
+    r"|connection (closed|reset|refused)|(socket|connect) timeout|timed out|unreachable|no route to host",
+    re.IGNORECASE,
+)
 SOURCE_LINE = re.compile(r"^\[[^]]*\]\s*")
 
 
