@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .adjoints.base import AbstractAdjoint
 from .adjoints.reversible import ReversibleAdjoint
 from .solution import FixedPointSolution
-from .solve import solve_in_parts
+from .solve import require_solver_and_adjoint, solve_in_parts
 from .solvers.base import AbstractSolver, require_count
 
 
@@ -23,19 +23,22 @@ class EquilibriumLayer(nn.Module):
         num_parts: Parts of the solve, each with a result in `solution.earlier` to take a loss on: see `solve_in_parts`.
 
     Raises:
-        ValueError: If `num_parts` is not a whole number from 1 to the solver's `max_steps`.
+        ValueError: If solver or adjoint is something else, or `num_parts` is not a whole number from 1 to the solver's
+            `max_steps`.
     """
 
     def __init__(
         self, f: nn.Module, *, solver: AbstractSolver, adjoint: AbstractAdjoint | None = None, num_parts: int = 1
     ) -> None:
         super().__init__()
+        adjoint = ReversibleAdjoint() if adjoint is None else adjoint
+        require_solver_and_adjoint(solver, adjoint)
         require_count("num_parts", num_parts, least=1)
         if num_parts > solver.max_steps:
             raise ValueError(f"num_parts must be at most the solver's max_steps, {solver.max_steps}, got {num_parts}")
         self.f = f
         self.solver = solver
-        self.adjoint = ReversibleAdjoint() if adjoint is None else adjoint
+        self.adjoint = adjoint
         self.num_parts = num_parts
 
     def forward(self, x: Any, z0: Any = None) -> FixedPointSolution:

@@ -45,10 +45,7 @@ def solve_fixed_point(
 
     Source: McCallum et al. 2025, arXiv:2509.12917, section 3.
     """
-    if not isinstance(solver, AbstractSolver):
-        raise ValueError(f"solver must be a solver such as ReversibleSolver(), got {solver!r}")
-    if not isinstance(adjoint, AbstractAdjoint):
-        raise ValueError(f"adjoint must be an adjoint such as ReversibleAdjoint(), got {adjoint!r}")
+    require_solver_and_adjoint(solver, adjoint)
     z_leaves, z_spec = tree_flatten(z0)
     x_leaves, x_spec = tree_flatten(x)
     z_leaves = _checked_state(z_leaves)
@@ -88,6 +85,7 @@ def solve_in_parts(
     Source: Bai et al. 2022, arXiv:2204.08442 (correction); torchdeq, arXiv:2310.18605 (`DEQSliced`).
     """
     require_count("num_parts", num_parts, least=1)
+    require_solver_and_adjoint(solver, adjoint)
     num_parts = min(num_parts, solver.max_steps)
     on_the_way = PhantomAdjoint(num_steps=1, beta=1.0) if isinstance(adjoint, ImplicitAdjoint) else adjoint
     earlier: list[FixedPointSolution] = []
@@ -101,6 +99,14 @@ def solve_in_parts(
     steps = solver.max_steps - solver.max_steps * (num_parts - 1) // num_parts
     last = solve_fixed_point(f, z0, x, solver=dataclasses.replace(solver, max_steps=steps), adjoint=adjoint)
     return last._replace(earlier=tuple(earlier))
+
+
+def require_solver_and_adjoint(solver: Any, adjoint: Any) -> None:
+    """Raise ValueError, naming the value, where something else stands in the place of a solver or an adjoint."""
+    if not isinstance(solver, AbstractSolver):
+        raise ValueError(f"solver must be a solver such as ReversibleSolver(), got {solver!r}")
+    if not isinstance(adjoint, AbstractAdjoint):
+        raise ValueError(f"adjoint must be an adjoint such as ReversibleAdjoint(), got {adjoint!r}")
 
 
 def _checked_state(leaves: list[Any]) -> Leaves:

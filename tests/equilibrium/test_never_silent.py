@@ -11,6 +11,7 @@ from revdeq_lightning.equilibrium import (
     AndersonSolver,
     BroydenSolver,
     DivergenceError,
+    EquilibriumLayer,
     MomentumSolver,
     PicardSolver,
     RelaxedSolver,
@@ -123,6 +124,9 @@ def test_solver_without_an_inverse(solver):
 def test_other_things_in_the_place_of_solver_and_adjoint(settings, fragments):
     with refuses(ValueError, *fragments):
         solve(lambda z, x: x, **settings)
+    if settings.get("adjoint", True):  # a layer has a default
+        with refuses(ValueError, *fragments):
+            EquilibriumLayer(torch.nn.Identity(), **{"solver": SOLVER} | settings)
 
 
 # The state
