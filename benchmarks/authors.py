@@ -200,7 +200,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return part.Result(tables, judge(tables, options.quick), page(tables), packages=("jax", "equinox"))
 
     title = "Against the authors' JAX code"
-    return part.run("authors", title, run, quick=options.quick, output=options.output)
+    needs = "--repository PATH"
+    return part.run("authors", title, run, quick=options.quick, output=options.output, needs=needs)
 
 
 if __name__ == "__main__":

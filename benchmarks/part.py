@@ -45,10 +45,10 @@ def options(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def run(name: str, title: str, measure: Callable[[], Result], *, quick: bool, output: Path) -> int:
-    """Measure, write, print; the exit code."""
+def run(name: str, title: str, measure: Callable[[], Result], *, quick: bool, output: Path, needs: str = "") -> int:
+    """Measure, write, print; the exit code. `needs`: options without which the part is skipped, for its page."""
     output.mkdir(parents=True, exist_ok=True)
-    facts = provenance(f"python -m benchmarks.{name}" + (" --quick" if quick else ""))
+    facts = provenance(" ".join(["python -m", f"benchmarks.{name}", *needs.split(), *["--quick"] * quick]))
     start = time.perf_counter()
     try:
         result = measure()
