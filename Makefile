@@ -85,7 +85,7 @@ bench: $(READY)  ## Measure everything: AUTHORS=their-repository TEXT=tinyshakes
 bench-quick: $(READY)  ## The same in tiny sizes, to see that everything works (less than 10 minutes)
 	@OMP_NUM_THREADS=1 $(BENCH) --quick $(ARGS)
 
-bench-core: $(READY)  ## Measure the core: exactness, convergence, cost, memory (about 15 minutes on two cores)
+bench-core: $(READY)  ## Measure the core: exactness, convergence, cost, memory (about 10 minutes on an idle machine)
 	@$(RUN) -m benchmarks.core $(ARGS)
 
 bench-lm: $(READY)  ## Train the tiny Shakespeare table: DATA=tinyshakespeare.txt (hours on two cores)
