@@ -90,12 +90,14 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
 def newest_good(folder: Path) -> Found:
     """The newest checkpoint of a run's folder: `last.ckpt`, and if that is not there or damaged the one of most steps.
 
-    Leaves all files as they are; other names than `*.ckpt` are not looked at.
+    Leaves all files as they are; other names than `*.ckpt` are not looked at, but for a folder that a process had put
+    aside for a newer one when it was killed (`replace_folder`).
     """
     last = folder / "last.ckpt"
     steps, faults = steps_of([last] if last.exists() else [])
     if not steps:
-        others = [path for path in sorted(folder.glob("*.ckpt")) if path != last]
+        aside = [path for path in sorted(folder.glob(".*.ckpt.old")) if not _replaced(path).exists()]
+        others = [path for path in sorted(folder.glob("*.ckpt")) if path != last] + aside
         steps, other_faults = steps_of(others)
         faults |= other_faults
     return Found(max(steps, key=lambda path: steps[path], default=None), faults)
@@ -200,9 +202,29 @@ def write_checksums(folder: Path, sums: dict[str, str]) -> None:
     sync_folder(folder)
 
 
+def replace_folder(new: Path, target: Path) -> None:
+    """Put a folder in the place of a folder or file; unlike a file's, its old content must be put aside before.
+
+    Of a process that is killed in between the old one stays aside, as the only one of its name: `newest_good` finds it.
+    """
+    aside = target.with_name(f".{target.name}.old")
+    if target.is_dir():
+        shutil.rmtree(aside, ignore_errors=True)  # its removal was not finished
+        target.rename(aside)
+    target.unlink(missing_ok=True)
+    new.rename(target)
+    sync_folder(target.parent)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _replaced(aside: Path) -> Path:
+    return aside.with_name(aside.name.removeprefix(".").removesuffix(".old"))
+
+
 def remove_leftovers(folder: Path) -> list[Path]:
     """Remove what processes that were killed in the midst of a write left behind; no other may be writing there."""
     leftovers = sorted(folder.glob(".*.part")) if folder.is_dir() else []
+    leftovers += [path for path in sorted(folder.glob(".*.ckpt.old")) if _replaced(path).exists()]
     for path in leftovers:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     return leftovers

@@ -16,6 +16,7 @@ import yaml
 CHECKPOINTS, CONFIG, METRICS, REPORT = "checkpoints", "config.yaml", "metrics.csv", "report.html"
 ENVIRONMENT = "environment.json"
 BEST, LAST = "best.ckpt", "last.ckpt"
+ASIDE = f".{LAST}.old"  # all that a run killed in an unlucky moment may have, see `checkpoints.replace_folder`
 
 
 @dataclass
@@ -148,8 +149,9 @@ def find_checkpoint(alias: str, run: RunConfig) -> "Found":
     from revdeq_lightning.checkpoints import CheckpointError, Found, newest_good  # PyTorch: not for help
 
     runs = Path(run.folder) / str(run.name)
-    pattern = f"{run.version or '*'}/{CHECKPOINTS}/{'*' if alias == 'last' else alias}.ckpt"
-    found = max(runs.glob(pattern), key=lambda path: path.stat().st_mtime, default=None)
+    names = ("*.ckpt", ASIDE) if alias == "last" else (f"{alias}.ckpt",)
+    paths = [path for name in names for path in runs.glob(f"{run.version or '*'}/{CHECKPOINTS}/{name}")]
+    found = max(paths, key=lambda path: path.stat().st_mtime, default=None)
     if found is None:
         raise FileNotFoundError(f"no {alias}.ckpt under {runs}: give its path as --ckpt_path")
     if alias != "last":
@@ -172,7 +174,7 @@ def checkpoint_to_resume(run: RunConfig) -> "Found | None":
         raise ValueError(
             "run.resume=auto: which run? Give run.version (in a SLURM job and under torchrun --rdzv-id it is their id)"
         )
-    saved = [path for pattern in (LAST, "step-*.ckpt") for path in run.checkpoints.glob(pattern)]
+    saved = [path for pattern in (LAST, ASIDE, "step-*.ckpt") for path in run.checkpoints.glob(pattern)]
     return find_checkpoint("last", run) if saved else None
 
 

@@ -26,6 +26,7 @@ from lightning.pytorch.strategies import (
 )
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -36,13 +37,14 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from revdeq_lightning.callbacks.checkpoint_io import AtomicCheckpointIO
 from revdeq_lightning.checkpoints import (
     SHARDED_PARTS,
     CheckpointError,
     checksums,
     fault_of_folder,
     other_checkpoint,
-    sync_folder,
+    replace_folder,
     write_checksums,
 )
 from revdeq_lightning.sharded_checkpoint import (
@@ -196,21 +198,33 @@ class EquilibriumFSDP2(ModelParallelStrategy):
         self.barrier()
         trained = checkpoint.pop(TRAINED, {})  # sharded as well: they go where the weights go
         checkpoint[WEIGHTS] |= {f"{TRAINED}.{name}": weight for name, weight in trained.items()}
-        super().save_checkpoint(checkpoint, part, storage_options)
-        # Each process those of its own files, as the file system that it wrote to need not show it the others' yet.
-        sums: list[dict[str, str]] = [{}] * self.world_size
-        dist.all_gather_object(sums, checksums(part.glob(f"__{self.global_rank}_*")))
+        fault: OSError | None = None
+        sums: dict[str, str] = {}
+        try:
+            super().save_checkpoint(checkpoint, part, storage_options)
+            # Each process those of its own files, as the file system that it wrote to need not show it the others' yet.
+            sums = checksums(part.glob(f"__{self.global_rank}_*"))
+        except (OSError, RuntimeError, CheckpointException) as error:
+            if (fault := disk_error(error)) is None:
+                raise
+        every: list[Any] = [None] * self.world_size
+        dist.all_gather_object(every, (sums, fault))
+        fault = next((fault for _, fault in every if fault), None)
         if self.is_global_zero:
-            rest = checksums(part / name for name in SHARDED_PARTS)
-            write_checksums(part, dict(ChainMap(rest, *sums)))
-            old = target.with_name(f".{target.name}.old")
-            if target.is_dir():
-                target.rename(old)
-            target.unlink(missing_ok=True)
-            part.rename(target)
-            sync_folder(target.parent)
-            shutil.rmtree(old, ignore_errors=True)
-        self.barrier()
+            if fault is None:
+                try:
+                    rest = checksums(part / name for name in SHARDED_PARTS)
+                    write_checksums(part, dict(ChainMap(rest, *(sums for sums, _ in every))))
+                    replace_folder(part, target)
+                except OSError as error:
+                    fault = error
+            if fault is not None:
+                shutil.rmtree(part, ignore_errors=True)  # where the disk is full
+        fault = self.broadcast(fault)
+        if self.is_global_zero and isinstance(self.checkpoint_io, AtomicCheckpointIO):
+            self.checkpoint_io.note(target, fault)
+        elif fault is not None and not isinstance(self.checkpoint_io, AtomicCheckpointIO):
+            raise fault
         return None
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
@@ -264,6 +278,17 @@ class EquilibriumFSDP2(ModelParallelStrategy):
     def _module(self) -> nn.Module:
         assert self.model is not None
         return self.model
+
+
+def disk_error(error: BaseException) -> OSError | None:
+    """The error of the disk, on whichever process, that kept a sharded checkpoint from being written; else None."""
+    if isinstance(error, OSError):
+        return error
+    if isinstance(error, CheckpointException):
+        return next(filter(None, (disk_error(cause) for cause, _ in error.failures.values())), None)
+    # PyTorch's archive writer replaces the error of the file below it.
+    writes = isinstance(error, RuntimeError) and ("PytorchStreamWriter" in str(error) or "unexpected pos" in str(error))
+    return OSError(f"the file could not be written, is the disk full? ({error})".splitlines()[0]) if writes else None
 
 
 def renamed(state: Mapping[str, Any], new: Mapping[Any, Any]) -> dict[str, Any]:

@@ -89,17 +89,28 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         try:
             write_checkpoint(checkpoint, path)
         except OSError as error:
-            if self.errors == "raise":
-                raise
-            self.failures[path] = error
-            kept = "what it held before is intact" if path.is_file() else "there is none of this name yet"
-            warnings.warn(
-                f"no checkpoint was written to {path}: {error.strerror or error}; {kept}. Training goes on, the next "
-                "save tries again.",
-                stacklevel=2,
-            )
+            self.note(path, error)
         else:
+            self.note(path, None)
+
+    def note(self, path: Path, error: OSError | None) -> None:
+        """Raise or warn, as set, of an error with which a checkpoint was not written; None: it was.
+
+        Raises:
+            OSError: The error, if errors are to be raised.
+        """
+        if error is None:
             self.failures.pop(path, None)
+            return
+        if self.errors == "raise":
+            raise error
+        self.failures[path] = error
+        kept = "what it held before is intact" if path.exists() else "there is none of this name now"
+        warnings.warn(
+            f"no checkpoint was written to {path}: {error.strerror or error}; {kept}. Training goes on, the next "
+            "save tries again.",
+            stacklevel=3,
+        )
 
 
 def on_host(checkpoint: dict[str, Any]) -> dict[str, Any]:

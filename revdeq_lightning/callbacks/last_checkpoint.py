@@ -12,7 +12,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from revdeq_lightning.callbacks.training_step import is_logging_step, made_step, validation_follows
-from revdeq_lightning.checkpoints import CheckpointError, remove_leftovers, steps_of
+from revdeq_lightning.checkpoints import CheckpointError, newest_good, remove_leftovers, steps_of
 from revdeq_lightning.stop_signals import STOP
 
 LAST = "last.ckpt"
@@ -185,5 +185,7 @@ class LastCheckpoint(Checkpoint):
         error = getattr(trainer.strategy.checkpoint_io, "failures", {}).get(self.path)
         if error is None:
             return None
-        earlier = "what was saved before is intact" if self.path.is_file() else "nothing was saved before"
+        earlier = (
+            "what was saved before is intact" if newest_good(self.path.parent).path else "nothing was saved before"
+        )
         return f"the run's end could not be saved to {self.path}: {error.strerror or error}; {earlier}"

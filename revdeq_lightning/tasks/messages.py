@@ -1,6 +1,7 @@
 """What a command line tells the user: one line for what can be mended."""
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,8 +26,8 @@ def readable_checkpoint() -> Iterator[None]:
 def lost_resource(error: Exception) -> str | None:
     """One line on what a run lost on its way: a file, the disk, a worker; None for another error."""
     *_, text = str(error).strip().splitlines() or [type(error).__name__]  # a worker's begins with its traceback
-    # A worker that dies while it hands a batch over is a broken connection.
-    if isinstance(error, ConnectionError) or "DataLoader worker" in str(error):
+    # A worker that dies while it hands a batch over is a broken connection; one that raised is named otherwise.
+    if isinstance(error, ConnectionError) or re.search(r"DataLoader worker \(pid", str(error)):
         return f"training cannot go on: a process that loads data is gone: {text} Is memory short? Try data.num_workers"
     if isinstance(error, OSError):
         return f"training cannot go on: {text}"

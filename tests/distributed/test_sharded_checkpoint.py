@@ -5,11 +5,14 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import rank_resumes
+import sharded_run
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -65,6 +68,30 @@ def test_a_folder_is_whole_and_leaves_nothing_beside_it(fast):
     files = [METADATA, "SHA256SUMS", "__0_0.distcp", "__1_0.distcp", "meta.pt"]
     assert sorted(p.name for p in checkpoint.iterdir()) == files
     assert not [p.name for p in fast.iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_a_warning_and_the_next_save_tries_again(tmp_path):
+    said = run_python(sharded_run.__file__, tmp_path, "full")
+    assert "no checkpoint was written to" in said.err
+    assert "last.ckpt: No space left on device" in said.err
+    assert "Traceback" not in said.err
+    checkpoints = tmp_path / "runs/tiny/v/checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["best.ckpt", "last.ckpt"]
+    assert fault_of_folder(checkpoints / "last.ckpt") is None
+    assert torch.load(checkpoints / "last.ckpt/meta.pt", weights_only=True)["global_step"] == 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("moment", "step"), [("aside", 1), ("removed", 2)])
+def test_a_run_killed_while_a_folder_is_replaced_goes_on_from_a_whole_one(tmp_path, moment, step):
+    command = [sys.executable, "-W", "ignore", sharded_run.__file__, tmp_path, "killed", moment]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    assert subprocess.run(command, env=environment, capture_output=True, check=False).returncode == -signal.SIGKILL
+    said = run_python(sharded_run.__file__, tmp_path, "none")
+    assert f"resumed at step {step}" in said.out
+    checkpoints = tmp_path / "runs/tiny/v/checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["best.ckpt", "last.ckpt"]
 
 
 def test_export_writes_the_averaged_weights_of_either_kind(fast, tmp_path, capsys):
