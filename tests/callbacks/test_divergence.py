@@ -167,7 +167,7 @@ def test_all_processes_agree_to_roll_back_where_one_diverges(tmp_path, what, rea
     config = poisoned_config(tmp_path, poison, devices=2, strategy="ddp", accumulate_grad_batches=2)
     words = ["-m", "revdeq_lightning", "image", "fit", "--config", config, "--divergence.policy=rollback"]
     out, err = run_python(*words, seconds=120)
-    assert {f"process {rank}: weights unchanged" for rank in (0, 1)} <= set(out.splitlines())
+    assert all(f"process {rank}: weights unchanged" in out for rank in (0, 1))  # both may print at once
     folder = tmp_path / "runs/tiny/v"
     file = folder / "diverged/step-4/process-1.ckpt"
     assert err.count(f"warning: training diverged in step 4: {reason}") == 1
