@@ -5,7 +5,7 @@
 #   NODES=2 GPUS=8 ADDRESS=10.0.0.1:29400 RUN=first configs/cluster/torchrun.sh \
 #       fit --config configs/lm/wikitext103.yaml --config configs/trainer/ddp.yaml        (fsdp2.yaml: a model shared out)
 #
-# or: make train-nodes NODES=2 GPUS=8 ADDRESS=10.0.0.1:29400 RUN=first CONFIG=configs/lm/wikitext103.yaml. What follows the
+# or: make train-nodes NODES=2 GPUS=8 ADDRESS=10.0.0.1:29400 NAME=first CONFIG=configs/lm/wikitext103.yaml. What follows the
 # script is what follows `python -m revdeq_lightning`. The project's folder, or run.folder at least, must lie on a file
 # system that the machines share.
 #

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, cast
 
 from lightning import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from revdeq_lightning.callbacks.checkpoint_io import AtomicCheckpointIO
 from revdeq_lightning.callbacks.csv_logger import ContinuedCSVLogger
@@ -178,6 +178,10 @@ class AbstractCommandLine(LightningCLI):
                     callbacks.append(best_checkpoint())
                 callbacks.append(last_checkpoint(self.run_config))
             own = settings.get("logger")
+            if any(isinstance(logger, WandbLogger) for logger in as_list(own)):
+                fail("trainer.logger=WandbLogger would ask for a key, and wait: use run.wandb=auto, online or offline")
+            if run.async_checkpoints and getattr(settings.get("strategy"), "_save_distributed_checkpoint", False):
+                fail("run.async_checkpoints is for checkpoints of one file, not for the strategy's sharded_checkpoints")
             check_writable(run.path)
             loggers = [ContinuedCSVLogger(run.path), *([] if own is True else as_list(own)), *asked_loggers(run)]
             if run.wandb_checkpoints:

@@ -145,6 +145,13 @@ class SolverConfig:
             self._require_adjoint("implicit", adjoint, name)
         for name in ("phantom_kind", "phantom_steps", "phantom_beta"):
             self._require_adjoint("phantom", adjoint, name)
+        if self.mismatch != "warn":
+            self._require_adjoint("reversible", adjoint, "mismatch")
+            if self.arithmetic in ("float32", "float64"):
+                raise ValueError(
+                    f"mismatch={self.mismatch!r} needs arithmetic='exact', got {self.arithmetic!r}, whose gradients are"
+                    " never certified: leave one of them out"
+                )
         if adjoint == "implicit":
             backward = SOLVERS[self.backward_solver or "anderson"]
             return ImplicitAdjoint(
@@ -165,6 +172,17 @@ class SolverConfig:
             return BackpropAdjoint(checkpoint=self.checkpoint, num_evaluations=self.backprop_evaluations)
         return ReversibleAdjoint(mismatch=self.mismatch)
 
+    def require_no_settings(self) -> None:
+        """For `solver="none"`; the steps may stay, which every file with a solver sets.
+
+        Raises:
+            ValueError: If a setting is given that only a solver has.
+        """
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name not in ("solver", "max_steps") and value != field.default:
+                raise ValueError(f"solver='none' has no {field.name}, got {field.name}={value!r}: leave it out")
+
     def _require_adjoint(self, owner: str, adjoint: str, name: str) -> None:
         """Raise if a setting is given that belongs to another adjoint."""
         value = getattr(self, name)
@@ -176,8 +194,7 @@ def build_language_model(network: TransformerConfig, solver: SolverConfig) -> Ex
     """The model that the settings describe."""
     correction = solver.correction
     if solver.solver == "none":
-        if solver.num_losses != 1:
-            raise ValueError(f"num_losses={solver.num_losses} needs a solver, got solver='none': leave it out")
+        solver.require_no_settings()
         return ExplicitTransformerLM(network)
     return TransformerLM(network, solver.build_solver(), solver.build_adjoint(), **correction)
 
@@ -196,6 +213,7 @@ def build_image_classifier(network: ClassifierConfig, solver: SolverConfig) -> A
     if solver.num_losses != 1 or solver.loss_decay is not None:
         raise ValueError(f"num_losses={solver.num_losses} belongs to language models: leave it and loss_decay out")
     if network.architecture == "resnet":
+        solver.require_no_settings()
         return ResNet(network)
     return build_classifier(network, solver.build_solver(), solver.build_adjoint())
 

@@ -172,7 +172,7 @@ def test_when_there_is_room_again_the_next_save_succeeds(whole, tmp_path, distur
 
     disturbed(Disturb(2, full_disk))
     disturbed(Disturb(4, free))
-    with pytest.warns(UserWarning, match="there is none of this name yet"):
+    with pytest.warns(UserWarning, match="there is none of this name now"):
         run("fit", "--config", config, *QUIET, f"--run.folder={tmp_path}")
     assert_equal(trained(tmp_path / "tiny/v/checkpoints/last.ckpt"), trained(kept / "checkpoints/last.ckpt"))
     assert not (tmp_path / "tiny/v/checkpoints/step-3.ckpt").exists()

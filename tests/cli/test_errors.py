@@ -22,6 +22,26 @@ from tiny_command import run, tiny_config
         (["fit", "--data.context_length=5000"], ["text has", "a window needs 5001"]),
         (["fit", "--run.wandb=online"], ["WANDB_API_KEY"]),
         (["fit", "--trainer.logger=false"], ["run.folder"]),
+        (["fit", "--trainer.logger=WandbLogger"], ["run.wandb=auto"]),
+        (
+            [
+                *("fit", "--config", "configs/trainer/fsdp2.yaml", "--trainer.accelerator=cpu", "--trainer.devices=1"),
+                *("--trainer.strategy.sharded_checkpoints=true", "--run.async_checkpoints=true"),
+            ],
+            ["run.async_checkpoints", "sharded_checkpoints"],
+        ),
+        (
+            ["fit", "--model.solver.solver=none", "--model.solver.beta=0.5"],
+            ["solver='none' has no beta, got beta=0.5: leave it out"],
+        ),
+        (
+            ["fit", "--model.solver.arithmetic=float32", "--model.solver.mismatch=raise"],
+            ["mismatch='raise' needs arithmetic='exact', got 'float32'"],
+        ),
+        (
+            ["fit", "--model.solver.solver=anderson", "--model.solver.mismatch=raise"],
+            ["mismatch='raise' belongs to adjoint='reversible', got adjoint='implicit'"],
+        ),
         (["test"], ["which checkpoint?", "--ckpt_path"]),
         (["test", "--ckpt_path=best"], ["no best.ckpt under"]),
         (["validate", "--ckpt_path=nowhere.ckpt"], ["no checkpoint nowhere.ckpt"]),

@@ -131,7 +131,7 @@ SIZES = {"vocab_size": 11, "context_length": 4, "d_model": 4, "num_heads": 2}
         ({"num_losses": 9, "max_steps": 8}, "num_parts must be at most the solver's max_steps, 8, got 9"),
         ({"num_losses": 2, "loss_decay": 0.0}, r"loss_decay must be in \(0, 1\], got 0.0"),
         ({"loss_decay": 0.5}, "loss_decay=0.5 needs num_losses above 1"),
-        ({"solver": "none", "num_losses": 2}, "num_losses=2 needs a solver, got solver='none'"),
+        ({"solver": "none", "num_losses": 2}, "solver='none' has no num_losses, got num_losses=2"),
     ],
 )
 def test_settings_of_the_correction_that_do_not_fit_are_errors(solver, match):

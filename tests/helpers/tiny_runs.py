@@ -35,7 +35,7 @@ def tiny_data(folder: Path, **arguments) -> TextDataModule:
 def tiny_task(data: TextDataModule, *, solver=None, optimizer=None, seed=0, **settings) -> LanguageModelingTask:
     torch.manual_seed(seed)
     sizes = {"vocab_size": data.vocab_size, "context_length": 8, "d_model": 16, "num_heads": 2, "d_mlp": 24}
-    solver = SolverConfig(**{"max_steps": 3, "mismatch": "raise"} | (solver or {}))
+    solver = SolverConfig(**(solver or {"max_steps": 3, "mismatch": "raise"}))
     return LanguageModelingTask(TransformerConfig(**sizes), solver, OptimizerConfig(**(optimizer or MUON)), **settings)
 
 
