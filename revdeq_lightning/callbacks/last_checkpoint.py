@@ -31,6 +31,8 @@ class LastCheckpoint(Checkpoint):
     Args:
         folder: Where checkpoints lie; None: the folder `checkpoints` in the run's.
         keep_last: How many to keep, `last.ckpt` included.
+        keep_every_hours: Of those before these, keep the first, and each that was written so long after the one kept
+            before it; None: none of them.
         every_n_steps: Save after so many optimizer steps, too; None: not.
         every_minutes: Save when the newest is so old, too; None: not. Several processes look at logging steps.
         clock: Seconds, for tests.
@@ -41,6 +43,7 @@ class LastCheckpoint(Checkpoint):
         folder: str | Path | None = None,
         *,
         keep_last: int = 2,
+        keep_every_hours: float | None = None,
         every_n_steps: int | None = None,
         every_minutes: float | None = 30.0,
         clock: Callable[[], float] = time.monotonic,
@@ -48,9 +51,10 @@ class LastCheckpoint(Checkpoint):
         for name, value, least in (("keep_last", keep_last, 1), ("checkpoint_every_n_steps", every_n_steps, 1)):
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
-        if every_minutes is not None and not every_minutes > 0:
-            raise ValueError(f"checkpoint_every_minutes must be positive, got {every_minutes}: null for never")
-        self.folder, self.keep_last = folder, keep_last
+        for name, value in (("checkpoint_every_minutes", every_minutes), ("keep_every_hours", keep_every_hours)):
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}: null for never")
+        self.folder, self.keep_last, self.keep_every_hours = folder, keep_last, keep_every_hours
         self.every_n_steps, self.every_minutes, self.clock = every_n_steps, every_minutes, clock
         self.path = Path()
         self.saved_step = -1
@@ -146,7 +150,9 @@ class LastCheckpoint(Checkpoint):
     def _keep_previous(self, step: int) -> None:
         """Give the newest checkpoint a name of its own, before another takes `last.ckpt`."""
         previous = self._step_of_file
-        if previous is None or previous >= step or self.keep_last == 1 or not self.path.exists():
+        if previous is None or previous >= step or not self.path.exists():
+            return
+        if self.keep_last == 1 and self.keep_every_hours is None:
             return
         kept = self.path.with_name(f"step-{previous}.ckpt")
         if self.path.is_dir():
@@ -161,12 +167,25 @@ class LastCheckpoint(Checkpoint):
                 self.path.replace(kept)  # no links there; until the new one is whole this one is the newest
 
     def _prune(self) -> None:
-        """Keep the newest; those of later steps belong to a branch of the run that was left."""
+        """Keep the newest, and one in so many hours; those of later steps belong to a branch of the run that was left."""
         steps = {int(path.stem.removeprefix("step-")): path for path in self.path.parent.glob("step-*.ckpt")}
         before = sorted(step for step in steps if step < (self._step_of_file or 0))
-        for step in steps.keys() - set(before[max(0, len(before) - self.keep_last + 1) :]):
-            path = steps[step]
+        num_older = max(0, len(before) - self.keep_last + 1)
+        kept = {steps[step] for step in before[num_older:]} | self._hourly([steps[step] for step in before[:num_older]])
+        for path in set(steps.values()) - kept:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def _hourly(self, paths: list[Path]) -> set[Path]:
+        """Those to keep for their age, of paths from old to new."""
+        kept: set[Path] = set()
+        if self.keep_every_hours is not None:
+            due = float("-inf")
+            for path in paths:
+                written = path.stat().st_mtime
+                if written >= due:
+                    kept.add(path)
+                    due = written + 3600 * self.keep_every_hours
+        return kept
 
     def _prepare_folder(self) -> str | None:
         folder = self.path.parent

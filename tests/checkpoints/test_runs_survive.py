@@ -256,6 +256,32 @@ def test_what_a_kill_at_the_end_left_too_many_goes_when_it_goes_on(whole):
     assert names(folder) == names(kept)
 
 
+class HalfAnHourAStep(Callback):
+    """Dates `last.ckpt` half an hour of 1970 after the one a step before."""
+
+    def on_train_batch_start(self, trainer, *_):
+        (last,) = (callback.path for callback in trainer.callbacks if isinstance(callback, LastCheckpoint))
+        if last.exists():
+            os.utime(last, (0, 1800 * trainer.global_step))
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "hours", "steps"), [(2, 1, [1, 3, 5, 7, 8]), (1, 1, [1, 3, 5, 7]), (3, 1.4, [1, 4, 7, 8])]
+)
+def test_of_the_older_ones_one_in_so_many_hours_is_kept(tmp_path, keep_last, hours, steps):
+    def going_on(max_steps, ckpt_path=None):
+        last = LastCheckpoint(keep_last=keep_last, keep_every_hours=hours, every_n_steps=1)
+        trainer = tiny_trainer(tmp_path, [last, HalfAnHourAStep()], **SAVING | {"max_steps": max_steps})
+        data = tiny_data(tmp_path, batch_size=16)
+        trainer.fit(tiny_task(data), data, ckpt_path=ckpt_path)
+
+    going_on(4)
+    going_on(9, tmp_path / "checkpoints/last.ckpt")
+    assert kept_steps(tmp_path) == {f"step-{step}": step for step in steps} | {"last": 9}
+    going_on(2, tmp_path / "checkpoints/step-1.ckpt")  # a branch: what was kept of the other goes
+    assert kept_steps(tmp_path) == {"step-1": 1, "last": 2}
+
+
 def test_one_alone_is_kept_if_asked(tmp_path):
     fit(tmp_path, LastCheckpoint(keep_last=1, every_n_steps=2))
     assert kept_steps(tmp_path) == {"last": 9}
@@ -289,6 +315,7 @@ def test_checkpoints_of_a_branch_that_was_left_go(tmp_path):
         ({"keep_last": 0}, "keep_last must be at least 1, got 0"),
         ({"every_n_steps": 0}, "checkpoint_every_n_steps must be at least 1, got 0"),
         ({"every_minutes": 0.0}, "checkpoint_every_minutes must be positive, got 0.0"),
+        ({"keep_every_hours": -1.0}, "keep_every_hours must be positive, got -1.0"),
     ],
 )
 def test_settings_out_of_range_are_refused(arguments, message):
