@@ -32,8 +32,8 @@ def cluster():
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def submit(cluster: SlurmCluster, folder: Path, *options: str) -> str:
-    config = tiny_config(folder, max_steps=MAX_STEPS, val_check_interval=120, strategy="ddp")
+def submit(cluster: SlurmCluster, folder: Path, *options: str, strategy: str = "ddp") -> str:
+    config = tiny_config(folder, max_steps=MAX_STEPS, val_check_interval=120, strategy=strategy)
     config.write_text(config.read_text().replace("data:\n", "data:\n  num_workers: 1\n"))
     settings = {"PYTHON": sys.executable, "PYTHONPATH": os.getcwd(), "MASTER_ADDR": "127.0.0.1", "GRACE": "100"}
     command = ["sbatch", "--parsable", "--nodes=2", "--cpus-per-task=1", "--time=9", f"--chdir={folder}"]
@@ -91,6 +91,20 @@ def test_a_job_told_that_its_time_is_up_goes_on_where_it_was(cluster, tmp_path):
     assert sorted(p.name for p in (tmp_path / "runs/tiny").iterdir()) == sorted([whole, job])
     metrics = [(tmp_path / f"runs/tiny/{number}/metrics.csv").read_text().splitlines() for number in (whole, job)]
     assert len(metrics[0]) == len(metrics[1])
+    assert "Traceback" not in logs(tmp_path, job)
+
+
+def test_a_sharded_model_trains_on_two_machines_and_goes_on(cluster, tmp_path):
+    job = submit(cluster, tmp_path, strategy="fsdp2")
+    until_it_trains(cluster, tmp_path, job)
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    cluster.wait_for(job, "PENDING")
+    step = checkpoint(tmp_path, job)["global_step"]
+    assert 0 < step < MAX_STEPS
+    cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now+3")
+    rest = end_of(cluster, tmp_path, job)
+    assert f"resumed at step {step}" in logs(tmp_path, job)
+    assert rest["global_step"] == MAX_STEPS
     assert "Traceback" not in logs(tmp_path, job)
 
 
