@@ -51,9 +51,9 @@ class LastCheckpoint(Checkpoint):
         for name, value, least in (("keep_last", keep_last, 1), ("checkpoint_every_n_steps", every_n_steps, 1)):
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
-        for name, value in (("checkpoint_every_minutes", every_minutes), ("keep_every_hours", keep_every_hours)):
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}: null for never")
+        for name, duration in (("checkpoint_every_minutes", every_minutes), ("keep_every_hours", keep_every_hours)):
+            if duration is not None and not duration > 0:
+                raise ValueError(f"{name} must be positive, got {duration}: null for never")
         self.folder, self.keep_last, self.keep_every_hours = folder, keep_last, keep_every_hours
         self.every_n_steps, self.every_minutes, self.clock = every_n_steps, every_minutes, clock
         self.path = Path()
@@ -167,7 +167,7 @@ class LastCheckpoint(Checkpoint):
                 self.path.replace(kept)  # no links there; until the new one is whole this one is the newest
 
     def _prune(self) -> None:
-        """Keep the newest, and one in so many hours; those of later steps belong to a branch of the run that was left."""
+        """Keep the newest and one in so many hours; those of later steps belong to a branch that was left."""
         steps = {int(path.stem.removeprefix("step-")): path for path in self.path.parent.glob("step-*.ckpt")}
         before = sorted(step for step in steps if step < (self._step_of_file or 0))
         num_older = max(0, len(before) - self.keep_last + 1)
