@@ -118,6 +118,11 @@ def message(log: Path) -> str:
     return re.sub(r"/\S*/", "", lines[0]).replace("|", "\\|") if lines else ""
 
 
+def brief(error: str) -> str:
+    """The first clause of an error."""
+    return error.split(" (")[0]
+
+
 def cut(path: Path) -> None:
     content = path.read_bytes()
     path.unlink()
@@ -231,18 +236,23 @@ def checkpoint_faults(bench: Bench) -> None:
         raise RuntimeError("code in a checkpoint was run")
 
 
-def kills(bench: Bench, num_kills: int) -> None:
-    folder = bench.folder / "kills"
+def kills(bench: Bench, num_kills: int, num_processes: int = 1) -> None:
+    folder = bench.folder / f"kills-{num_processes}"
     folder.mkdir()
-    result = kill_and_go_on(bench.configs["lm"], folder, num_kills, seed=0)
+    result = kill_and_go_on(bench.configs["lm"], folder, num_kills, seed=0, num_processes=num_processes)
     repeated = [kill["steps_to_repeat"] for kill in result["kills"]]
     written = sum("event" in kill for kill in result["kills"])
-    done = f"kill -9 at {len(repeated)} random moments of {result['finished']} runs, {written} of them within a save"
+    fault, whose, said = "process killed", f"{result['finished']} runs", "nothing: it is dead"
+    if num_processes > 1:
+        fault, whose = "one of two processes killed", f"{whose} of FSDP2 with sharded checkpoints"
+        errors = [error for kill in result["kills"] for error in kill["errors"]]
+        said = f"the other one, {len(errors)} times of {len(repeated)}: {brief(errors[0]) if errors else ''}"
+    done = f"kill -9 at {len(repeated)} random moments of {whose}, {written} of them within a save"
     lost = "; ".join(result["differences"])
     lost = lost or f"nothing; at most {max(repeated)} steps since the last checkpoint repeated"
     seconds = f"{result['seconds_undisturbed']:.1f} (a whole run)"
-    is_met = not result["differences"]
-    bench.rows.append(Row("process killed", done, "nothing: it is dead", lost, seconds, is_met))
+    is_met = not result["differences"] and all(len(kill["errors"]) == num_processes - 1 for kill in result["kills"])
+    bench.rows.append(Row(fault, done, said, lost, seconds, is_met))
     print(bench.rows[-1], flush=True)
 
 
@@ -263,6 +273,7 @@ def main() -> None:
     try:
         bench = Bench(folder)
         kills(bench, options.kills)
+        kills(bench, options.kills, num_processes=2)
         checkpoint_faults(bench)
         disk_faults(bench)
         data_faults(bench)

@@ -1,9 +1,10 @@
 """Kills runs of the command line at random moments and lets them go on; a process that imports once and forks.
 
-    python -m benchmarks.killing --config FILE --folder FOLDER --kills 30 --seed 0 [--report FILE]
+    python -m benchmarks.killing --config FILE --folder FOLDER --kills 30 --seed 0 [--processes 2] [--report FILE]
 
 Half of the kills come from outside, at a uniform moment of training; half strike in the midst of writing: before the
-n-th write, fsync, link, rename or removal. Every run that reaches its end is compared with an undisturbed one.
+n-th write, fsync, link, rename or removal. Every run that reaches its end is compared with an undisturbed one. Of
+several processes (FSDP2, sharded checkpoints) one is killed, any of them; the others have to end by themselves.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import sys
 import time
 import warnings
@@ -22,6 +24,12 @@ from typing import Any
 
 EVENTS = {"write": 500, "fsync": 12, "replace": 12, "link": 6, "unlink": 20}
 """What a kill strikes before, and among how many of its calls it chooses."""
+SHARDED_EVENTS = {"fsync": 40, "rename": 25, "unlink": 45, "rmdir": 7}, {"fsync": 10}
+"""The same where a checkpoint is a folder: of the first process, which moves it, and of any other."""
+PATIENCE = 60.0
+"""Seconds in which a process has to notice that another one is gone."""
+
+FSDP2 = ("--config", "configs/trainer/fsdp2.yaml", "--trainer.strategy.sharded_checkpoints=true")
 
 
 def run(
@@ -31,8 +39,10 @@ def run(
     event: tuple[str, int] | None = None,
     after: float | None = None,
     disturb: tuple[int, Callable[[], Any]] | None = None,
+    num_processes: int = 1,
+    struck: int = 0,
 ) -> int:
-    """Run one command in a forked process: its exit code, negative if it was killed.
+    """Run one command in forked processes: its exit code, negative if one was killed.
 
     Args:
         arguments: Of the command line.
@@ -40,21 +50,65 @@ def run(
         event: Kill it before the n-th call of this kind.
         after: Kill it so many seconds after training began.
         disturb: A step of training, and what is then called in that process.
+        num_processes: How many, in the environment that torchrun gives.
+        struck: The one that all this happens to.
+
+    Raises:
+        RuntimeError: If a process goes on without the killed one; it is ended.
     """
     log.write_text("")
-    pid = os.fork()
-    if pid == 0:
-        _child(arguments, log, event, disturb)
-    kill_at = float("inf")
-    while True:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
+    group = {} if num_processes == 1 else _group_environment(num_processes)
+    running = {}
+    for rank in range(num_processes):
+        pid = os.fork()
+        if pid == 0:
+            if group:
+                _join_group(group, rank)
+            _child(arguments, log, event if rank == struck else None, disturb if rank == struck else None)
+        running[pid] = rank
+    target = next(pid for pid, rank in running.items() if rank == struck)
+    kill_at = give_up_at = float("inf")
+    codes = []
+    while running:
+        for pid in list(running):
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                del running[pid]
+                codes.append(os.waitstatus_to_exitcode(status))
+                give_up_at = min(give_up_at, time.monotonic() + PATIENCE)
         if after is not None and kill_at == float("inf") and "Run (" in log.read_text():
             kill_at = time.monotonic() + after
-        if time.monotonic() >= kill_at:
-            os.kill(pid, signal.SIGKILL)
+        if time.monotonic() >= kill_at and target in running:
+            os.kill(target, signal.SIGKILL)
+        if time.monotonic() >= give_up_at:
+            for pid in running:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+            raise RuntimeError(f"without the one that ended with {codes[0]} others went on for {PATIENCE:.0f} s")
         time.sleep(0.002)
+    return min(codes) if min(codes) < 0 else max(codes)
+
+
+def _group_environment(num_processes: int) -> dict[str, str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    size = str(num_processes)
+    return {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": size,
+        "LOCAL_WORLD_SIZE": size,
+        "GROUP_RANK": "0",
+        "TORCHELASTIC_RUN_ID": "killing",
+    }
+
+
+def _join_group(environment: dict[str, str], rank: int) -> None:
+    import torch
+
+    os.environ |= {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    torch.set_num_threads(1)
 
 
 def _child(arguments: Sequence[str], log: Path, event: Any, disturb: Any) -> None:
@@ -122,7 +176,12 @@ def weights(folder: Path) -> dict[str, Any]:
     """Weights in training at the end."""
     import torch
 
-    content = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    from revdeq_lightning.sharded_checkpoint import WEIGHTS, is_sharded_checkpoint, read_whole
+
+    path = folder / "checkpoints" / "last.ckpt"
+    if is_sharded_checkpoint(path):
+        return dict(read_whole(path, WEIGHTS)[WEIGHTS])  # those in training and their average
+    content = torch.load(path, weights_only=True)
     return dict(content.get("trained_weights") or content["state_dict"])
 
 
@@ -157,13 +216,15 @@ def last_logged_step(folder: Path) -> int:
     return int(rows[-1]["step"]) + 1 if rows else 0
 
 
-def kill_and_go_on(config: Path, folder: Path, num_kills: int, seed: int) -> dict[str, Any]:
-    """Kill so many runs; what came of it."""
+def kill_and_go_on(config: Path, folder: Path, num_kills: int, seed: int, num_processes: int = 1) -> dict[str, Any]:
+    """Kill so many runs, with several processes those of FSDP2 with sharded checkpoints; what came of it."""
     draws = random.Random(seed)
     log = folder / "log"
     common = ["fit", "--config", str(config), "--run.test=false", f"--run.folder={folder}", "--run.name=runs"]
+    if num_processes > 1:
+        common += [*FSDP2, "--trainer.accelerator=cpu", f"--trainer.devices={num_processes}"]
     begin = time.monotonic()
-    if code := run([*common, "--run.version=whole"], log):
+    if code := run([*common, "--run.version=whole"], log, num_processes=num_processes):
         raise RuntimeError(f"the undisturbed run failed with code {code}: {log.read_text()}")
     seconds = time.monotonic() - begin
     reference = folder / "runs" / "whole"
@@ -178,16 +239,23 @@ def kill_and_go_on(config: Path, folder: Path, num_kills: int, seed: int) -> dic
             shutil.rmtree(current, ignore_errors=True)
         how: dict[str, Any] = {}
         if len(result["kills"]) < num_kills:
+            events = EVENTS
+            if num_processes > 1:
+                how["struck"] = draws.randrange(num_processes)
+                events = SHARDED_EVENTS[min(how["struck"], 1)]
             if attempt % 2:
-                kind = draws.choice(list(EVENTS))
-                how["event"] = kind, draws.randint(1, EVENTS[kind])
+                kind = draws.choice(list(events))
+                how["event"] = kind, draws.randint(1, events[kind])
             else:
                 how["after"] = draws.uniform(0, seconds / 3)
         attempt += 1
-        code = run(arguments, log, **how)
+        code = run(arguments, log, num_processes=num_processes, **how)
         if code == -signal.SIGKILL:
             lost = last_logged_step(current) - newest_step(current)
             result["kills"].append({**how, "began_at": step, "newest": newest_step(current), "steps_to_repeat": lost})
+            result["kills"][-1]["errors"] = [
+                line for line in log.read_text().splitlines() if line.startswith("error: ")
+            ]
         elif code == 0:
             result["finished"] += 1
             result["differences"] += differences(current, reference)
@@ -204,12 +272,13 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--report", type=Path)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     import revdeq_lightning.tasks.language_command_line  # noqa: F401  before the forks
 
-    result = kill_and_go_on(options.config, options.folder, options.kills, options.seed)
+    result = kill_and_go_on(options.config, options.folder, options.kills, options.seed, options.processes)
     text = json.dumps(result, indent=1)
     if options.report:
         options.report.write_text(text)

@@ -10,12 +10,13 @@ from tiny_command import tiny_config
 ROOT = Path(__file__).parents[2]
 
 
-def kill(folder, num_kills, seed, **trainer):
+def kill(folder, num_kills, seed, processes=1, **trainer):
     config = tiny_config(folder, **trainer)
     text = config.read_text().replace("run:\n", "run:\n  checkpoint_every_n_steps: 3\n")
     config.write_text(text.replace("sample_tokens: 5", "sample_tokens: 0"))
     report = folder / "report.json"
     options = ["--config", config, "--folder", folder, "--kills", num_kills, "--seed", seed, "--report", report]
+    options += ["--processes", processes]
     run_python("-m", "benchmarks.killing", *options, seconds=900, cwd=ROOT)
     return json.loads(report.read_text())
 
@@ -32,3 +33,16 @@ def test_killed_runs_go_on_and_end_as_the_undisturbed_one(tmp_path, num_kills, s
     # Nothing is lost but the steps since the last checkpoint, of which there is one every three steps.
     assert all(0 <= kill["steps_to_repeat"] <= 3 for kill in report["kills"])
     assert any("event" in kill for kill in report["kills"])
+
+
+@pytest.mark.slow
+def test_sharded_runs_of_which_one_process_is_killed_end_as_the_undisturbed_one(tmp_path):
+    report = kill(tmp_path, 10, 2, processes=2, max_steps=60, val_check_interval=10)
+    assert report["differences"] == []
+    assert report["finished"] >= 1
+    assert all(0 <= kill["steps_to_repeat"] <= 3 for kill in report["kills"])
+    assert {kill["struck"] for kill in report["kills"]} == {0, 1}
+    assert any("event" in kill for kill in report["kills"])
+    for struck in report["kills"]:
+        (error,) = struck["errors"]
+        assert error.startswith(f"error: rank {1 - struck["struck"]} lost another process")
