@@ -226,10 +226,30 @@ def measured() -> list[str]:
     ]
 
 
+def reading(c: Counted, image_size: int) -> list[str]:
+    """What one core of this machine decodes, and the cores that a node of GPUs keeps busy so."""
+    from benchmarks.decoding import HEIGHT, IMAGES, WIDTH, decode
+
+    speed, file_bytes = decode(c.read_bytes, image_size)
+    lines = [
+        f"One core reads, decodes, crops and resizes {speed:.0f} images a second (JPEG files of {WIDTH} x {HEIGHT}"
+        f" pixels and {file_bytes / 1e3:.0f} kB to {image_size} pixels; processor time, {IMAGES} files that the system"
+        " holds in memory). Eight GPUs want so much:",
+        "",
+        "| utilisation | images a second | cores that decode |",
+        "|---|---|---|",
+    ]
+    for utilisation in UTILISATIONS:
+        step = c.batch_size * c.flops / (utilisation * PEAK) + communication(c, GPUS_A_NODE, "ddp")
+        wanted = GPUS_A_NODE * c.batch_size / step
+        lines.append(f"| {utilisation:.0%} | {wanted:,.0f} | {wanted / speed:.0f} |")
+    return lines
+
+
 def main() -> None:
     """Write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--measure", action="store_true", help="also time one and two processes on this CPU")
+    parser.add_argument("--measure", action="store_true", help="also time processes and decoding on this CPU")
     parser.add_argument("--output", type=Path, default=PAGE)
     arguments = parser.parse_args()
     lines = ["<!-- Written by `python -m benchmarks.scaling`; the model and its constants: ../scaling.md -->", ""]
@@ -252,7 +272,8 @@ def main() -> None:
             *table(counted, strong=True),
             "",
         ]
-    lines += ["## On this machine", "", *measured()] if arguments.measure else []
+    if arguments.measure:
+        lines += ["## On this machine", "", *measured(), "", *reading(counted, sample[0].shape[-1])]
     arguments.output.write_text("\n".join(lines).rstrip() + "\n")
     print(f"written: {arguments.output}")
 
