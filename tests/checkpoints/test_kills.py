@@ -45,4 +45,4 @@ def test_sharded_runs_of_which_one_process_is_killed_end_as_the_undisturbed_one(
     assert any("event" in kill for kill in report["kills"])
     for struck in report["kills"]:
         (error,) = struck["errors"]
-        assert error.startswith(f"error: rank {1 - struck["struck"]} lost another process")
+        assert error.startswith(f"error: rank {1 - struck['struck']} lost another process")
