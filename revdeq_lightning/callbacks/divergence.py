@@ -1,7 +1,6 @@
 """A loss, state or gradient that is not finite: no optimizer step, the batch kept, the run ended or taken back."""
 
 import functools
-import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,16 +8,14 @@ from typing import Any, Literal, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from revdeq_lightning.callbacks.checkpoint_io import on_host
 from revdeq_lightning.callbacks.random_state import random_state
 from revdeq_lightning.callbacks.training_step import equilibria
 from revdeq_lightning.checkpoints import newest_good, write_checkpoint
-from revdeq_lightning.equilibrium import DivergenceError
+from revdeq_lightning.equilibrium import DivergenceError, deferred_divergence
 from revdeq_lightning.runs import CHECKPOINTS
 
 DIVERGED = "diverged"
@@ -65,10 +62,8 @@ class DivergenceGuard(Callback):
 
     If they are not finite it raises `DivergedError`, on all processes together, with the weights of before the step;
     the batches of the step, the random states that they met, and the weights are in the run's folder, for
-    `python -m revdeq_lightning replay`. An equilibrium that diverges on one process (`DivergenceError`) becomes a loss
-    of NaN there, so that the others, which wait for its gradient, hear of it. One that diverges in the backward pass
-    becomes a gradient of NaN for all parameters that the pass did not come to; under FSDP2, whose gradients come by
-    layers, the process that fails ends all.
+    `python -m revdeq_lightning replay`. An equilibrium that diverges on one process, forward or backward,
+    goes on there with NaN (`deferred_divergence`), so that the others, which wait for its gradient, hear of it.
 
     Costs one read of the gradient and one wait of the host a step. With a gradient scaler (16-mixed), which skips
     overflowing steps by itself, only the loss is looked at. Must come after callbacks that call `training_step`.
@@ -88,9 +83,7 @@ class DivergenceGuard(Callback):
         self._rollbacks_in_checkpoint = 0
         self._batches: list[dict[str, Any]] = []
         self._losses: list[Tensor] = []
-        self._reasons: list[str] = []
-        self._arrived: set[Tensor] = set()
-        self._hooks: list[RemovableHandle] = []
+        self._errors: list[DivergenceError] = []
         self._begins = True
         self._in_step = False
         self._is_attached = False
@@ -112,7 +105,7 @@ class DivergenceGuard(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Keep the batch and what its step depends on."""
         if self._begins:
-            self._batches, self._losses, self._reasons = [], [], []
+            self._batches, self._losses, self._errors = [], [], []
         solvers = [asdict(cast(Any, layer.solver)) for layer in equilibria(pl_module)]
         self._batches.append({"batch": batch, "random_state": random_state(), "solvers": solvers})
         self._begins, self._in_step = False, True
@@ -120,7 +113,6 @@ class DivergenceGuard(Callback):
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Note the loss; it stays on the device."""
         self._in_step = False
-        self._arrived.clear()
         self._losses.append(loss.detach().float())
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -128,7 +120,8 @@ class DivergenceGuard(Callback):
         self._begins = True
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         gradients = () if scaled else (p.grad for p in pl_module.parameters() if p.grad is not None)
-        if trainer.strategy.reduce_boolean_decision(not all_finite([*self._losses, *norms(gradients)]), all=False):
+        diverged = bool(self._errors) or not all_finite([*self._losses, *norms(gradients)])
+        if trainer.strategy.reduce_boolean_decision(diverged, all=False):
             self._end(trainer, pl_module)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -151,45 +144,24 @@ class DivergenceGuard(Callback):
         self._leave(pl_module)
 
     def _attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        step, backward = pl_module.training_step, pl_module.backward
+        step = pl_module.training_step
 
         @functools.wraps(step)
         def guarded_step(*args: Any, **kwargs: Any) -> Any:
-            try:
+            if not self._in_step:  # another callback asks, and can be told at once
                 return step(*args, **kwargs)
-            except DivergenceError as error:
-                if not self._in_step:
-                    raise  # another callback asked
-                self._reasons.append(str(error))
-                # Through every parameter: none of the others' hooks waits for one without a gradient.
-                return {"loss": math.nan * sum(p.sum() for p in pl_module.parameters() if p.requires_grad)}
+            with deferred_divergence(self._errors):
+                return step(*args, **kwargs)
 
-        @functools.wraps(backward)
-        def guarded_backward(*args: Any, **kwargs: Any) -> None:
-            try:
-                backward(*args, **kwargs)
-            except DivergenceError as error:
-                if trainer.world_size > 1 and not is_ddp:
-                    raise
-                self._reasons.append(str(error))
-                self._losses.append(torch.tensor(math.nan))
-                if is_ddp:  # the others wait for each gradient, once
-                    missing = [p.sum() for p in parameters if p not in self._arrived]
-                    backward(math.nan * torch.stack(missing).sum())
-
-        parameters = [p for p in pl_module.parameters() if p.requires_grad]
-        is_ddp = isinstance(trainer.strategy, DDPStrategy)
-        if is_ddp:
-            self._hooks = [cast(Any, p).register_post_accumulate_grad_hook(self._arrived.add) for p in parameters]
-        pl_module.__dict__ |= {"training_step": guarded_step, "backward": guarded_backward}
+        pl_module.__dict__["training_step"] = guarded_step
         self._is_attached = True
 
     def _end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        mine = not all_finite(self._losses)
+        mine = bool(self._errors) or not all_finite(self._losses)
         anyones = trainer.strategy.reduce_boolean_decision(mine, all=False)
         losses = ", ".join(f"{loss.item():.4g}" for loss in self._losses)
-        if self._reasons:
-            reason = self._reasons[0]
+        if self._errors:
+            reason = str(self._errors[0])
         elif mine:
             reason = f"the loss is not finite ({losses})"
         elif anyones:
@@ -243,11 +215,9 @@ class DivergenceGuard(Callback):
         return str(path)
 
     def _leave(self, pl_module: LightningModule) -> None:
-        for name in ("training_step", "backward") if self._is_attached else ():
-            del pl_module.__dict__[name]
-        for hook in self._hooks:
-            hook.remove()
-        self._is_attached, self._batches, self._losses, self._hooks = False, [], [], []
+        if self._is_attached:
+            del pl_module.__dict__["training_step"]
+        self._is_attached, self._batches, self._losses = False, [], []
 
 
 def lower_rates(trainer: Trainer, factor: float) -> None:

@@ -29,6 +29,7 @@ from .solvers import (
     PicardSolver,
     RelaxedSolver,
     ReversibleSolver,
+    deferred_divergence,
     recorded_residuals,
 )
 from .weights import normalise_weights
@@ -55,6 +56,7 @@ __all__ = [
     "ReversibleAdjoint",
     "ReversibleSolver",
     "SolverStats",
+    "deferred_divergence",
     "gradient_error",
     "jacobian_regularisation",
     "normalise_weights",

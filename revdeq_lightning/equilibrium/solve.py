@@ -1,7 +1,8 @@
 """The one entry point: a fixed point, and its gradient; at once, or in parts whose results all are differentiable."""
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ from .adjoints.base import AbstractAdjoint
 from .adjoints.implicit import ImplicitAdjoint
 from .adjoints.phantom import PhantomAdjoint
 from .function import EquilibriumFunction, Leaves
-from .solution import FixedPointSolution
-from .solvers.base import AbstractSolver, require_count
+from .solution import FixedPointSolution, SolverStats
+from .solvers.base import AbstractSolver, DivergenceError, divergence_errors, require_count
 
 
 def solve_fixed_point(
@@ -41,7 +42,8 @@ def solve_fixed_point(
     Raises:
         ValueError: If the adjoint does not support the solver or f, if z0 is not as above, or if f changes the
             structure, shape, dtype or device of z.
-        DivergenceError: If the state becomes non-finite or leaves the range of its arithmetic.
+        DivergenceError: If the state becomes non-finite or leaves the range of its arithmetic; within
+            `deferred_divergence` the value is NaN instead.
 
     Source: McCallum et al. 2025, arXiv:2509.12917, section 3.
     """
@@ -50,7 +52,13 @@ def solve_fixed_point(
     x_leaves, x_spec = tree_flatten(x)
     z_leaves = _checked_state(z_leaves)
     function = EquilibriumFunction(f, z_leaves, z_spec, x_spec)
-    value, stats = adjoint.solve(function, z_leaves, x_leaves, solver)
+    try:
+        value, stats = adjoint.solve(function, z_leaves, x_leaves, solver)
+    except DivergenceError as error:
+        if (errors := divergence_errors()) is None:
+            raise
+        errors.append(error)
+        value, stats = _diverged(function, z_leaves, x_leaves, solver)
     return FixedPointSolution(tree_unflatten(value, z_spec), stats)
 
 
@@ -107,6 +115,17 @@ def require_solver_and_adjoint(solver: Any, adjoint: Any) -> None:
         raise ValueError(f"solver must be a solver such as ReversibleSolver(), got {solver!r}")
     if not isinstance(adjoint, AbstractAdjoint):
         raise ValueError(f"adjoint must be an adjoint such as ReversibleAdjoint(), got {adjoint!r}")
+
+
+def _diverged(
+    f: EquilibriumFunction, z0: Leaves, x: Sequence[Any], solver: AbstractSolver
+) -> tuple[Leaves, SolverStats]:
+    """NaN, by one more evaluation: so everything that f uses has a gradient, NaN, which other processes wait for."""
+    value = [v * math.nan for v in f(z0, x)]
+    steps = torch.full((len(z0[0]),), solver.max_steps, device=z0[0].device)
+    residual = torch.full(steps.shape, math.nan, device=steps.device)
+    converged = torch.zeros_like(steps, dtype=torch.bool) if solver.has_tolerance else None
+    return value, SolverStats(steps, f.nfe, residual, converged)
 
 
 def _checked_state(leaves: list[Any]) -> Leaves:

@@ -14,8 +14,9 @@ from tiny_runs import tiny_data, tiny_task, tiny_trainer
 
 from revdeq_lightning.callbacks.divergence import DivergedError, DivergenceConfig, DivergenceGuard
 from revdeq_lightning.checkpoints import read_checkpoint
-from revdeq_lightning.equilibrium import DivergenceError
 from revdeq_lightning.tasks.replay import replay
+
+IMPLICIT = [f"--model.solver.{name}" for name in ("adjoint=implicit", "mismatch=warn", "unconverged=ignore")]
 
 
 def poisoned_config(folder, *poisons, **trainer):
@@ -91,20 +92,14 @@ def test_weights_that_overflowed_are_not_saved(tmp_path, capsys):
     assert not (tmp_path / "bad.ckpt").exists()
 
 
-def test_an_equilibrium_that_diverges_in_the_backward_pass_is_told_alike(tmp_path):
-    class Fail(Poison):
-        def on_train_start(self, trainer, pl_module):
-            def backward(loss, *args, **kwargs):
-                loss.backward(*args, **kwargs)
-                if trainer.global_step == 3:
-                    raise DivergenceError("as asked")
-
-            pl_module.backward = backward
-
-    data = tiny_data(tmp_path)
-    trainer = tiny_trainer(tmp_path, [Fail("", 0), DivergenceGuard(tmp_path)])
-    with pytest.raises(DivergedError, match="step 4: as asked"):
-        trainer.fit(tiny_task(data), data)
+def test_an_equilibrium_that_diverges_in_the_backward_pass_is_told_alike(tmp_path, capsys):
+    config = poisoned_config(tmp_path, {"what": "cotangent", "step": 4})
+    with pytest.raises(SystemExit):
+        run("image", "fit", "--config", config, *IMPLICIT)
+    out, err = capsys.readouterr()
+    assert "process 0: weights unchanged" in out
+    assert "error: training diverged in step 4: the linear system of ImplicitAdjoint's backward pass diverged" in err
+    assert (tmp_path / "runs/tiny/v/diverged/step-4/process-0.ckpt").exists()
 
 
 def test_a_rollback_goes_on_from_the_checkpoint_with_lower_rates(tmp_path, capsys):
@@ -158,14 +153,20 @@ def test_settings_out_of_range_are_refused(name, value):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 @pytest.mark.parametrize(
-    ("what", "reason"), [("pixel", "the state is not finite"), ("backward", "the state of the backward solve is not")]
+    ("what", "adjoint", "reason"),
+    [
+        ("pixel", "reversible", "the state is not finite"),
+        ("cotangent", "implicit", "the linear system of ImplicitAdjoint's backward pass diverged"),
+    ],
 )
-def test_all_processes_agree_to_roll_back_where_one_diverges(tmp_path, what, reason):
+def test_all_processes_agree_to_roll_back_where_one_diverges(tmp_path, strategy, what, adjoint, reason):
     """The second process diverges in its forward or in the midst of its backward pass; the first waits for it."""
     poison = {"what": what, "step": 4, "rank": 1, "while_lr": 0.015}
-    config = poisoned_config(tmp_path, poison, devices=2, strategy="ddp", accumulate_grad_batches=2)
+    config = poisoned_config(tmp_path, poison, devices=2, strategy=strategy, accumulate_grad_batches=2)
     words = ["-m", "revdeq_lightning", "image", "fit", "--config", config, "--divergence.policy=rollback"]
+    words += IMPLICIT if adjoint == "implicit" else []
     out, err = run_python(*words, seconds=120)
     assert all(f"process {rank}: weights unchanged" in out for rank in (0, 1))  # both may print at once
     folder = tmp_path / "runs/tiny/v"

@@ -5,22 +5,16 @@ import math
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from revdeq_lightning.equilibrium import DivergenceError
 
-
-def diverge(gradient):
-    raise DivergenceError("the state of the backward solve is not finite")
-
-
-def let_backward_diverge(layer, inputs, solution):
-    solution.value.register_hook(diverge)
+def poison_cotangent(layer, inputs, solution):
+    solution.value.register_hook(lambda gradient: gradient * math.nan)
 
 
 class Poison(Callback):
     """Puts NaN into one number of a process, in one step, while the learning rate is at least `while_lr`.
 
-    what: "pixel" (diverges in the state), "label weight" (in the loss), "gradient", or "backward" (an error in the
-    midst of the backward pass, as of an implicit gradient's solve).
+    what: "pixel" (diverges in the state), "label weight" (in the loss), "gradient", or "cotangent" (of an equilibrium's
+    result: an implicit gradient's linear solve diverges, in the midst of the backward pass).
     """
 
     def __init__(self, what: str, step: int, rank: int = 0, while_lr: float = 0.0):
@@ -38,9 +32,9 @@ class Poison(Callback):
             batch.images[0, 0, 0, 0] = math.nan
         if self.strikes(trainer, "label weight"):
             batch.weights[0] = math.nan
-        if self.strikes(trainer, "backward"):
+        if self.strikes(trainer, "cotangent"):
             layer = pl_module.model.equilibria[0]
-            self.handle = layer.register_forward_hook(let_backward_diverge)
+            self.handle = layer.register_forward_hook(poison_cotangent)
 
     def on_after_backward(self, trainer, pl_module):
         if self.strikes(trainer, "gradient"):

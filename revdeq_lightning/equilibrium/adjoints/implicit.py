@@ -6,6 +6,7 @@ With J = df/dz at the fixed point and g = dL/dz:
     dL/dtheta = (df/dtheta)^T w             and the same for x
 """
 
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from ..graph import vector_jacobian_products
 from ..norms import broadcast_to_leaf
 from ..solution import SolverStats
 from ..solvers.anderson import AndersonSolver
-from ..solvers.base import AbstractSolver, DivergenceError, iterate_to_fixed_point
+from ..solvers.base import AbstractSolver, DivergenceError, divergence_errors, iterate_to_fixed_point
 from ..solvers.vectors import join
 from .attached import attach, record_at, solve_without_gradient
 from .base import AbstractAdjoint
@@ -88,9 +89,16 @@ class ImplicitAdjoint(AbstractAdjoint):
         if recorded is None:
             return value, stats
         system = AdjointSystem(*recorded)
+        errors = divergence_errors()  # asked here: the backward pass may run in another thread
 
         def cotangents(grads: Leaves) -> Leaves:
-            return self._cotangents(system, grads, solver, stats)
+            try:
+                return self._cotangents(system, grads, solver, stats)
+            except DivergenceError as error:
+                if errors is None:
+                    raise
+                errors.append(error)
+                return [torch.full_like(g, math.nan) for g in grads]
 
         return attach(value, recorded[1], z0, cotangents), stats
 

@@ -1,7 +1,7 @@
 """Solvers: one file each."""
 
 from .anderson import AndersonSolver
-from .base import AbstractSolver, DivergenceError, recorded_residuals
+from .base import AbstractSolver, DivergenceError, deferred_divergence, recorded_residuals
 from .broyden import BroydenSolver
 from .picard import PicardSolver
 from .relaxed import RelaxedSolver
@@ -17,5 +17,6 @@ __all__ = [
     "PicardSolver",
     "RelaxedSolver",
     "ReversibleSolver",
+    "deferred_divergence",
     "recorded_residuals",
 ]

@@ -22,8 +22,30 @@ State = Any
 _records_residuals: ContextVar[bool] = ContextVar("records_residuals", default=False)
 
 
+_deferred: ContextVar["list[DivergenceError] | None"] = ContextVar("deferred", default=None)
+
+
 class DivergenceError(RuntimeError):
     """The state became non-finite or left the range that its arithmetic holds."""
+
+
+@contextmanager
+def deferred_divergence(errors: "list[DivergenceError]") -> Iterator[None]:
+    """Within, a solve that diverges returns NaN and adds its error to the list; so does its backward pass, later.
+
+    For several processes that work together: one that raised would leave the others waiting for it. Its NaN reaches
+    all of them by the usual ways, and then whoever opened this must look at the list, and raise.
+    """
+    token = _deferred.set(errors)
+    try:
+        yield
+    finally:
+        _deferred.reset(token)
+
+
+def divergence_errors() -> "list[DivergenceError] | None":
+    """The list of `deferred_divergence`, None outside of it."""
+    return _deferred.get()
 
 
 @contextmanager
