@@ -18,7 +18,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from benchmarks.fault_runs import STEPS, write_image_config, write_language_conf
 from benchmarks.killing import differences, kill_and_go_on, last_logged_step, newest_step, run
 from benchmarks.measure import provenance
 from benchmarks.report import table
+from revdeq_lightning.callbacks.endurance import RecordWarning
 
 RESULTS = Path(__file__).parent / "results" / "faults.md"
 
@@ -110,11 +111,9 @@ class Bench:
 
 
 def message(log: Path) -> str:
-    """The warnings and errors that a run printed, without the machine's paths."""
+    """The first warning, error or reason to stop that a run printed, without the machine's paths."""
     lines = [line for line in log.read_text().splitlines() if line.startswith(("error: ", "warning: "))]
-    lines += [
-        line.split("UserWarning: ")[1] for line in log.read_text().splitlines() if "UserWarning: no check" in line
-    ]
+    lines += [line.split("Warning: ", 1)[1] for line in log.read_text().splitlines() if "Warning: " in line]
     return re.sub(r"/\S*/", "", lines[0]).replace("|", "\\|") if lines else ""
 
 
@@ -146,6 +145,27 @@ def malice(path: Path) -> None:
 
     path.unlink()
     write_checkpoint({"global_step": 10**6, "state_dict": Malice()}, path)
+
+
+def poison() -> None:
+    """NaN in a weight of the model that this process trains."""
+    import gc
+
+    import torch
+    from lightning import LightningModule
+
+    task = next(found for found in gc.get_objects() if isinstance(found, LightningModule))
+    with torch.no_grad():
+        next(task.parameters()).view(-1)[0] = torch.nan
+
+
+def kill_logger() -> None:
+    """End the processes of W&B below this one."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError, IndexError):  # of a process that is gone
+            parent = int(path.read_text().rsplit(")", 1)[1].split()[1])
+            if parent == os.getpid() and "wandb-core" in path.with_name("cmdline").read_text():
+                os.kill(int(path.parent.name), signal.SIGKILL)
 
 
 def kill_children() -> None:
@@ -216,6 +236,28 @@ def data_faults(bench: Bench) -> None:
     )
 
 
+def other_faults(bench: Bench) -> None:
+    bench.strike(
+        "machine asked back",
+        "SIGTERM after step 40; saved, exit code 75",
+        disturb=lambda: os.kill(os.getpid(), signal.SIGTERM),
+    )
+    bench.strike("divergence", "a weight set to NaN after step 40", disturb=poison, between=remove("diverged"))
+    bench.strike(
+        "logger gone",
+        "kill -9 of W&B's process after step 40; the run goes on to its end",
+        disturb=kill_logger,
+        between=remove("wandb"),
+        fails=False,
+        options=("--run.wandb=offline",),
+    )
+
+
+def remove(name: str) -> Callable[[Path], None]:
+    """What the struck run has more than the undisturbed one."""
+    return lambda path: shutil.rmtree(path / name)
+
+
 def checkpoint_faults(bench: Bench) -> None:
     def last(what: Callable[[Path], None]) -> Callable[[Path], None]:
         return lambda path: what(path / "checkpoints" / "last.ckpt")
@@ -262,6 +304,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
+    warnings.filterwarnings("default", category=RecordWarning)
     begin = time.monotonic()
     facts = provenance(f"python -m benchmarks.faults --kills {options.kills}")
     importing = time.monotonic()
@@ -277,6 +320,7 @@ def main() -> None:
         checkpoint_faults(bench)
         disk_faults(bench)
         data_faults(bench)
+        other_faults(bench)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     page = markdown(bench.rows, facts, importing, time.monotonic() - begin)

@@ -1,7 +1,7 @@
 """Time and memory of a process on 8 to 1,024 GPUs: `python -m benchmarks.scaling [--measure]`; see `scaling.md`.
 
-Counts (parameters, operations, bytes) are taken from the models themselves; what hardware does with them is the model
-of `scaling.md`, with the constants below. Writes `results/scaling.md`.
+Counts (parameters, operations, bytes) are taken from the models themselves, and the time to issue a step from this
+machine; what GPUs do with them is the model of `scaling.md`, with the constants below. Writes `results/scaling.md`.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import yaml
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.issuing import issue
 from revdeq_lightning.equilibrium import EquilibriumLayer
 from revdeq_lightning.models import ClassifierConfig, TransformerConfig
 from revdeq_lightning.optimizers import group_parameters
@@ -30,12 +31,8 @@ PAGE = Path(__file__).parent / "results" / "scaling.md"
 GPUS_A_NODE = 8
 RANKS = (8, 16, 32, 64, 128, 256, 512, 1024)
 PEAK = 989e12  # operations/s, bfloat16 dense; NVIDIA's data sheet of the H100 SXM
-UTILISATIONS = (0.1, 0.4)  # assumed, of small and of well filled GPUs: give the measured one
-NVLINK, NETWORK = (
-    450e9,
-    50e9,
-)  # bytes/s of a GPU and direction; data sheet of the DGX H100 (900 GB/s both, 400 Gb/s)
-BANDWIDTH = 0.8  # assumed, the fraction of these that NCCL reaches with large messages
+UTILISATION = {"tokens": 0.40, "images": 0.11}  # of PEAK by filled GPUs; measured by others, see scaling.md
+NVLINK, NETWORK = 370.8e9, 46e9  # bytes/s of a GPU and direction that NCCL gets of 450 and 50; see scaling.md
 BASE, INTRA, INTER = 8.4e-6, 3.4e-6, 14e-6  # seconds, protocol Simple; NCCL, src/graph/tuning.cc
 IMAGE_BYTES = 115e3  # of a JPEG file: ImageNet's 1.28 M training images take about 148 GB
 
@@ -56,12 +53,14 @@ class Counted:
     read_bytes: float
     flops: float = 0.0
     kept_bytes: float = 0.0
+    issue_seconds: float = 0.0
+    operations: int = 0
 
 
 def load(path: Path) -> tuple[Counted, nn.Module, Any]:
     """The model of a configuration, with what its data give, and one sample."""
-    settings = yaml.safe_load(path.read_text())
-    solver = SolverConfig(**{k: float(v) if k == "rtol" else v for k, v in settings["model"]["solver"].items()})
+    settings = settings_of(path)
+    solver = SolverConfig(**settings["model"]["solver"])
     data, network = settings["data"], settings["model"]["network"]
     torch.manual_seed(0)
     if "context_length" in data:
@@ -88,6 +87,12 @@ def load(path: Path) -> tuple[Counted, nn.Module, Any]:
         read_bytes=what[2],
     )
     return counted, model, sample
+
+
+def settings_of(path: Path) -> dict[str, Any]:
+    """A configuration as it stands in its file."""
+    settings: dict[str, Any] = yaml.safe_load(path.read_text())
+    return settings
 
 
 def count(parameters: Any) -> int:
@@ -154,8 +159,8 @@ def all_reduce(num_bytes: float, ranks: int) -> float:
     """Seconds: by ring within a node and by the GPUs' own network ports between nodes, one after the other."""
     nodes, gpus = max(1, ranks // GPUS_A_NODE), min(ranks, GPUS_A_NODE)
     latency = BASE + 2 * ((gpus - 1) * INTRA + math.log2(nodes) * INTER)
-    within = 2 * (gpus - 1) / gpus * num_bytes / (BANDWIDTH * NVLINK)
-    between = 2 * (nodes - 1) / nodes * num_bytes / gpus / (BANDWIDTH * NETWORK)
+    within = 2 * (gpus - 1) / gpus * num_bytes / NVLINK
+    between = 2 * (nodes - 1) / nodes * num_bytes / gpus / NETWORK
     return latency + within + between
 
 
@@ -165,7 +170,7 @@ def gather(num_bytes: float, ranks: int) -> float:
     latency = BASE + (ranks - nodes) * INTRA + (nodes - 1) * INTER
     # A ring passes each node boundary once a step, over all ports of the node.
     slowest = NVLINK if nodes == 1 else min(NVLINK, GPUS_A_NODE * NETWORK)
-    return latency + (ranks - 1) / ranks * num_bytes / (BANDWIDTH * slowest) * (1 if gpus > 1 else 0)
+    return latency + (ranks - 1) / ranks * num_bytes / slowest * (1 if gpus > 1 else 0)
 
 
 def communication(c: Counted, ranks: int, strategy: str) -> float:
@@ -176,11 +181,15 @@ def communication(c: Counted, ranks: int, strategy: str) -> float:
     return 3 * gather(4 * c.in_layers, ranks) + 2 * gather(4 * rest, ranks)
 
 
+def compute(c: Counted, batch: float) -> float:
+    """Seconds of a step without communication: the GPU's, or those that the host takes to issue it."""
+    return max(batch * c.flops / (UTILISATION[c.unit] * PEAK), c.issue_seconds)
+
+
 def table(c: Counted, *, strong: bool) -> list[str]:
     """Rows of a configuration: the global batch held (strong), or that of a GPU (weak)."""
-    low, high = (f"{u:.0%}" for u in UTILISATIONS)
     lines = [
-        f"| GPUs | {c.unit} a GPU | ms of compute at {low}, {high} | ms of DDP | efficiency | ms of FSDP2 | efficiency"
+        f"| GPUs | {c.unit} a GPU | ms of GPU | ms a step, DDP | efficiency | ms a step, FSDP2 | efficiency"
         " | GiB DDP | GiB FSDP2 | read |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -188,14 +197,16 @@ def table(c: Counted, *, strong: bool) -> list[str]:
         batch = c.batch_size * RANKS[0] / ranks if strong else c.batch_size
         if batch < 1:
             break
-        compute = [batch * c.flops / (u * PEAK) for u in UTILISATIONS]
-        cells = [f"{ranks:,}", f"{batch * c.units:,.0f}", ", ".join(f"{1e3 * t:.1f}" for t in compute)]
+        # One GPU alone: with the whole global batch in one step, or with the batch of each.
+        alone = compute(c, batch * ranks) / ranks if strong else compute(c, batch)
+        busy = batch * c.flops / (UTILISATION[c.unit] * PEAK)
+        cells = [f"{ranks:,}", f"{batch * c.units:,.0f}", f"{1e3 * busy:.1f}"]
         for strategy in ("ddp", "fsdp2"):
-            seconds = communication(c, ranks, strategy)
-            cells += [f"{1e3 * seconds:.1f}", ", ".join(f"{t / (t + seconds):.0%}" for t in compute)]
+            seconds = compute(c, batch) + communication(c, ranks, strategy)
+            cells += [f"{1e3 * seconds:.1f}", f"{alone / seconds:.0%}"]
         cells += [f"{memory(c, ranks, s, batch) / 2**30:.1f}" for s in ("ddp", "fsdp2")]
-        rate = ranks * batch * c.read_bytes / (compute[-1] + communication(c, ranks, "ddp"))
-        cells.append(f"{rate / 1e9:.2g} GB/s")
+        rate = ranks * batch * c.read_bytes / (compute(c, batch) + communication(c, ranks, "ddp"))
+        cells.append(f"{rate / 1e9:.2g} GB/s" if rate < 1e11 else f"{rate / 1e9:.0f} GB/s")
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -231,19 +242,13 @@ def reading(c: Counted, image_size: int) -> list[str]:
     from benchmarks.decoding import HEIGHT, IMAGES, WIDTH, decode
 
     speed, file_bytes = decode(c.read_bytes, image_size)
-    lines = [
+    step = compute(c, c.batch_size) + communication(c, GPUS_A_NODE, "ddp")
+    wanted = GPUS_A_NODE * c.batch_size / step
+    return [
         f"One core reads, decodes, crops and resizes {speed:.0f} images a second (JPEG files of {WIDTH} x {HEIGHT}"
         f" pixels and {file_bytes / 1e3:.0f} kB to {image_size} pixels; processor time, {IMAGES} files that the system"
-        " holds in memory). Eight GPUs want so much:",
-        "",
-        "| utilisation | images a second | cores that decode |",
-        "|---|---|---|",
+        f" holds in memory). Eight GPUs want {wanted:,.0f}: {wanted / speed:.0f} such cores.",
     ]
-    for utilisation in UTILISATIONS:
-        step = c.batch_size * c.flops / (utilisation * PEAK) + communication(c, GPUS_A_NODE, "ddp")
-        wanted = GPUS_A_NODE * c.batch_size / step
-        lines.append(f"| {utilisation:.0%} | {wanted:,.0f} | {wanted / speed:.0f} |")
-    return lines
 
 
 def main() -> None:
@@ -255,13 +260,16 @@ def main() -> None:
     lines = ["<!-- Written by `python -m benchmarks.scaling`; the model and its constants: ../scaling.md -->", ""]
     for path in (Path("configs/lm/wikitext103.yaml"), Path("configs/imagenet/modern.yaml")):
         counted, model, sample = load(path)
+        counted.issue_seconds, counted.operations = issue(settings_of(path))
         take_counts(counted, model, sample)
         lines += [
             f"## {path}",
             "",
             f"{counted.parameters / 1e6:.1f} M parameters, {counted.in_layers / 1e6:.1f} M of them in equilibrium"
             f" layers; {counted.flops / counted.units / 1e9:.2f} GFLOP and"
-            f" {counted.kept_bytes / counted.units / 2**20:.2f} MiB for each of the {counted.unit} in a training step.",
+            f" {counted.kept_bytes / counted.units / 2**20:.2f} MiB for each of the {counted.unit} in a training step."
+            f" It is {counted.operations:,} operations of PyTorch, issued in {1e3 * counted.issue_seconds:.0f} ms by"
+            " one core of this machine.",
             "",
             f"Batch of {counted.batch_size} a GPU held (the global batch grows):",
             "",

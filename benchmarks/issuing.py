@@ -1,0 +1,77 @@
+"""Seconds in which Python and PyTorch issue a training step, whatever its sizes; used by `benchmarks.scaling`.
+
+The models of the configurations with all widths shrunk to almost nothing: as many operations, which hardly compute. On
+a GPU, where a launch takes the place of that little computation, a step takes no less, however few samples it has.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from revdeq_lightning.models import ClassifierConfig, TransformerConfig
+from revdeq_lightning.optimizers import OptimizerConfig, build_optimizer
+from revdeq_lightning.tasks.settings import SolverConfig, build_image_classifier, build_language_model
+
+WARMUP, STEPS = 5, 25
+
+
+class Issued(NamedTuple):
+    """What was measured: seconds of processor time a step, PyTorch operations of it."""
+
+    seconds: float
+    operations: int
+
+
+def issue(settings: dict[str, Any]) -> Issued:
+    """Time the steps of a configuration: loss, gradients in bfloat16 autocast, optimizer; one thread."""
+    model, loss = shrunk(settings["model"]["network"], solver_of(settings), "context_length" in settings["data"])
+    optimizer = build_optimizer(model, OptimizerConfig(**settings["model"]["optimizer"]))
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            value = loss()
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    threads, seconds = torch.get_num_threads(), []
+    torch.set_num_threads(1)
+    for _ in range(WARMUP + STEPS):
+        begin = time.process_time()
+        step()
+        seconds.append(time.process_time() - begin)
+    with _Counter() as counter:
+        step()
+    torch.set_num_threads(threads)
+    return Issued(statistics.median(seconds[WARMUP:]), counter.operations)
+
+
+def solver_of(settings: dict[str, Any]) -> SolverConfig:
+    """The solver, without a tolerance: all of its steps are issued."""
+    return SolverConfig(**settings["model"]["solver"] | {"rtol": 0.0})
+
+
+def shrunk(network: dict[str, Any], solver: SolverConfig, is_text: bool) -> tuple[Any, Callable[[], torch.Tensor]]:
+    """A tiny model of the same operations, and its loss."""
+    torch.manual_seed(0)
+    if is_text:
+        config = TransformerConfig(64, 8, **network | {"d_model": 2 * network["num_heads"]})
+        model: Any = build_language_model(config, solver)
+        tokens = torch.randint(64, (1, 9))
+        return model, lambda: model.loss(tokens[:, :-1], tokens[:, 1:]).loss
+    network = network | {"channels": [8] * len(network["channels"])}
+    model = build_image_classifier(ClassifierConfig(num_classes=10, **network), solver)
+    images = torch.randn(2, 3, 64, 64)
+    return model, lambda: model(images).logits_BV.float().sum()
+
+
+class _Counter(TorchDispatchMode):
+    operations = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operations += 1
+        return function(*args, **(kwargs or {}))
