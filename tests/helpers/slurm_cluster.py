@@ -64,6 +64,8 @@ def slurm_cluster(folder: Path) -> Iterator[SlurmCluster]:
     """Start it; at the end nothing is left. The folder's path must be short: sockets lie in it."""
     cluster = SlurmCluster(folder)
     controller, *nodes = free_ports(3)
+    # The processes of a job meet at a port that Lightning makes of its id: not that of another cluster beside this one.
+    first_job = os.getpid() % 9000 + 1
     (folder / "munge.key").write_bytes(os.urandom(128))
     (folder / "munge.key").chmod(0o400)
     (folder / "slurm.conf").write_text(
@@ -72,6 +74,7 @@ ClusterName=test
 SlurmctldHost={socket.gethostname()}(127.0.0.1)
 SlurmctldPort={controller}
 SlurmUser=root
+FirstJobId={first_job}
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket
 CredType=cred/munge
