@@ -17,6 +17,7 @@ from revdeq_lightning.callbacks.media import log_curves, log_picture, log_table,
 from revdeq_lightning.callbacks.random_state import untouched_random_state
 from revdeq_lightning.callbacks.step_rows import append_rows, rewind_rows
 from revdeq_lightning.callbacks.training_step import equilibria, run_folder
+from revdeq_lightning.equilibrium import deferred_divergence
 
 Sums = Callable[[LightningModule, Any], dict[str, Tensor]]
 Rows = list[dict[str, Any]]
@@ -151,7 +152,12 @@ class DepthSweep(Callback):
     def _evaluate(self, trainer: Trainer, pl_module: Any, batch: Any) -> None:
         with untouched_random_state():
             for steps, totals in self._totals.items():
-                with solver_steps(pl_module, steps), trainer.precision_plugin.val_step_context():
+                # A depth at which the state diverges has figures of NaN.
+                with (
+                    deferred_divergence([]),
+                    solver_steps(pl_module, steps),
+                    trainer.precision_plugin.val_step_context(),
+                ):
                     found = self.sums(pl_module, batch) if self.sums else pl_module.evaluation_sums(batch)
                 for key, value in found.items():
                     totals[key] = totals.get(key, 0) + value.double()

@@ -6,7 +6,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics import MetricCollection, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from revdeq_lightning.data.image_store import ImageBatch
@@ -127,15 +127,19 @@ class ClassificationTask(AbstractTask):
         real = batch.labels != IGNORE_INDEX
         nats_B = F.cross_entropy(logits_BV, batch.labels.clamp(min=0), reduction="none")
         for key, metric in cast(MetricCollection, self.metrics[name]).items():
-            if key == "loss":
-                metric.update(nats_B, real.float())
+            if key == "nats":
+                metric.update(nats_B * real)
+            elif key == "images":
+                metric.update(real.sum())
             else:
                 metric.update(logits_BV, batch.labels)
         return logits_BV
 
     def _log_figures(self, name: str) -> None:
         metrics = cast(MetricCollection, self.metrics[name])
-        self.log_dict({f"{name}/{key}": value for key, value in metrics.compute().items()}, sync_dist=True)
+        values = metrics.compute()
+        values = {"loss": values.pop("nats") / values.pop("images")} | values
+        self.log_dict({f"{name}/{key}": value for key, value in values.items()}, sync_dist=True)
         metrics.reset()
 
 
@@ -156,12 +160,14 @@ def num_images(batch: ImageBatch) -> Tensor:
 
 
 def figures(num_classes: int) -> MetricCollection:
-    """Figures of an evaluation; the mean of `loss` is weighted, 0 for an item that only fills a batch."""
+    """Figures of an evaluation, and the sums that its loss is made of: an item that only fills a batch adds nothing."""
 
     def accuracy(top_k: int) -> MulticlassAccuracy:
         return MulticlassAccuracy(num_classes, top_k=top_k, average="micro", ignore_index=IGNORE_INDEX)
 
-    metrics: dict[str, Any] = {"loss": MeanMetric(), "accuracy": accuracy(1)}
+    # No MeanMetric: it would leave NaN out, or, with "disable", its weights.
+    sums = {name: SumMetric(nan_strategy="disable") for name in ("nats", "images")}
+    metrics: dict[str, Any] = {**sums, "accuracy": accuracy(1)}
     if num_classes > 5:
         metrics["top5_accuracy"] = accuracy(5)
     return MetricCollection(metrics, compute_groups=False)

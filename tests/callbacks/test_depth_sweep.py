@@ -1,15 +1,17 @@
 """What a sweep says of each depth is what an evaluation with so many steps gives."""
 
 import csv
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from strangers import Stranger, Validated, loader, trainer
+from strangers import DIM, Stranger, Validated, loader, trainer
 from tiny_runs import tiny_data, tiny_task, tiny_trainer
+from torch.utils.data import DataLoader
 
 from revdeq_lightning.callbacks.depth_sweep import DepthSweep
-from revdeq_lightning.equilibrium import MomentumSolver, ReversibleSolver
+from revdeq_lightning.equilibrium import BackpropAdjoint, MomentumSolver, PicardSolver, ReversibleSolver
 
 
 def read(path):
@@ -71,6 +73,27 @@ def test_within_training_it_takes_the_first_batches_of_some_validations(tmp_path
         first.solver = ReversibleSolver(max_steps=max(1, round(row["steps"] / 2)))
         second.solver = MomentumSolver(max_steps=int(row["steps"]))
         assert row["loss"] == pytest.approx(F.cross_entropy(module(inputs), labels).item(), rel=1e-6)
+
+
+def test_a_depth_at_which_the_state_diverges_ends_nothing_and_is_nan(tmp_path):
+    """With 8 steps, twice as many as in training, f = 1e40 z leaves the range of float64."""
+
+    class Expanding(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(DIM, DIM)
+
+        def forward(self, z, x):
+            return 1e40 * z + self.linear(x)
+
+    module = Validated(PicardSolver(max_steps=4), adjoint=BackpropAdjoint())
+    module.double().layers[0].f = Expanding().double()
+    data = DataLoader([(inputs.double(), label) for inputs, label in loader().dataset], 8)
+    trainer(tmp_path, [DepthSweep(sums=sums)]).validate(module, data, verbose=False)
+    rows = read(tmp_path / "logs/depth_sweep.csv")
+    assert [row["steps"] for row in rows] == [1, 2, 4, 8, 16]
+    assert math.isfinite(rows[0]["loss"])
+    assert math.isnan(rows[-1]["loss"])
 
 
 def test_settings_that_cannot_be_are_refused(tmp_path):

@@ -76,5 +76,15 @@ def test_evaluation_counts_every_image_once_and_padding_never():
     torch.testing.assert_close(sums["accuracy"] / NUM, expected["accuracy"])
 
 
+def test_a_loss_that_is_not_finite_is_not_left_out_of_the_mean():
+    task, logged = make_task(), {}
+    task.log_dict = lambda values, **_: logged.update(values)
+    task.validation_step(make_batch([0, 1, 2, 3, 4, 5]), 0)
+    task.model.head.bias.data.fill_(float("nan"))
+    task.validation_step(make_batch([0, 1, 2, 3, 4, 5]), 1)
+    task.on_validation_epoch_end()
+    assert torch.isnan(logged["val/loss"])
+
+
 def test_few_classes_have_no_top_five():
     assert "top5_accuracy" not in make_task(num_classes=5).metrics["val"]
