@@ -205,7 +205,7 @@ def newest_step(folder: Path) -> int:
     from revdeq_lightning.checkpoints import newest_good, steps_of
 
     path = newest_good(folder / "checkpoints").path
-    return 0 if path is None else steps_of([path])[0][path]
+    return 0 if path is None else steps_of([path])[0][path].number
 
 
 def last_logged_step(folder: Path) -> int:

@@ -24,8 +24,13 @@ SHARDED_PARTS = (".metadata", "meta.pt")
 
 SUMS = "SHA256SUMS"
 
+LAST = "last.ckpt"
+BETWEEN_STEPS = "between_steps"
+"""Key of a checkpoint that was written in the midst of accumulated gradients, which it does not hold."""
+
 _LABEL = b"sha256:"
 _COMMENT_BYTES = len(_LABEL) + 64
+_BEGIN_OF_ARCHIVE = b"PK\x03\x04"
 _END_OF_ARCHIVE, _END_BYTES = b"PK\x05\x06", 22
 """What an archive ends with, before its comment; the last two bytes are the comment's length."""
 _CHUNK_BYTES = 1 << 24
@@ -87,18 +92,23 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
     return checkpoint
 
 
-def newest_good(folder: Path) -> Found:
+def newest_good(folder: Path, *, at_most: int | None = None) -> Found:
     """The newest checkpoint of a run's folder: `last.ckpt`, and if that is not there or damaged the one of most steps.
 
-    Leaves all files as they are; other names than `*.ckpt` are not looked at, but for a folder that a process had put
-    aside for a newer one when it was killed (`replace_folder`).
+    One from which a run does not go on exactly (`BETWEEN_STEPS`) is taken only where there is no other. Leaves all
+    files as they are; other names than `*.ckpt` are not looked at, but for a folder that a process had put aside for a
+    newer one when it was killed (`replace_folder`).
+
+    Args:
+        folder: Where the checkpoints lie.
+        at_most: Of no more optimizer steps than these.
     """
-    last = folder / "last.ckpt"
-    steps, faults = steps_of([last] if last.exists() else [])
+    last = folder / LAST
+    steps, faults = steps_of([last] if last.exists() else [], at_most)
     if not steps:
         aside = [path for path in sorted(folder.glob(".*.ckpt.old")) if not _replaced(path).exists()]
         others = [path for path in sorted(folder.glob("*.ckpt")) if path != last] + aside
-        steps, other_faults = steps_of(others)
+        steps, other_faults = steps_of(others, at_most)
         faults |= other_faults
     return Found(max(steps, key=lambda path: steps[path], default=None), faults)
 
@@ -109,23 +119,62 @@ def other_checkpoint(path: str | Path) -> str:
     return f": go on from {other}" if other else ""
 
 
-def steps_of(paths: list[Path]) -> tuple[dict[Path, int], dict[Path, str]]:
+class Steps(NamedTuple):
+    """How far a run had got in a checkpoint; the later, the more.
+
+    Attributes:
+        is_exact: Whether a run goes on from there as if nothing had been.
+        number: Optimizer steps.
+    """
+
+    is_exact: bool
+    number: int
+
+
+def steps_of(paths: list[Path], at_most: int | None = None) -> tuple[dict[Path, Steps], dict[Path, str]]:
     """Optimizer steps of the checkpoints that can be used, and what is wrong with the others."""
-    steps: dict[Path, int] = {}
+    steps: dict[Path, Steps] = {}
     faults: dict[Path, str] = {}
     for path in paths:
-        fault = fault_of_seal(path)
         try:
-            if fault is None:
-                # As a memory map: of the weights nothing is read a second time.
-                file = path / "meta.pt" if path.is_dir() else path
-                content = _load(file, mmap=zipfile.is_zipfile(file))
-                steps[path] = int(content["global_step"])
-        except Exception as error:  # torch raises many kinds for what is not a checkpoint
-            fault = _reason(error)
-        if fault:
-            faults[path] = fault
+            content = contents(path)
+        except CheckpointError as error:
+            faults[path] = str(error).removeprefix(f"{path} ")
+            continue
+        found = Steps(not content.get(BETWEEN_STEPS, False), content["global_step"])
+        if at_most is None or found.number <= at_most:
+            steps[path] = found
     return steps, faults
+
+
+def contents(path: Path) -> dict[str, Any]:
+    """What a checkpoint of a training run holds, its weights as a memory map: of them nothing is read a second time.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        CheckpointError: If it is damaged, or something else.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"no checkpoint {path}")
+    if fault := fault_of_seal(path):
+        raise CheckpointError(f"{path} {fault}")
+    file = path / "meta.pt" if path.is_dir() else path
+    try:
+        content = _load(file, mmap=zipfile.is_zipfile(file))
+    except Exception as error:  # torch raises many kinds for what is not a checkpoint
+        raise CheckpointError(f"{path} {_reason(error)}") from None
+    return require_training(content, path)
+
+
+def require_training(content: Any, path: str | Path) -> dict[str, Any]:
+    """The content of a checkpoint that a training run wrote.
+
+    Raises:
+        CheckpointError: If it is something else.
+    """
+    if not (isinstance(content, dict) and isinstance(content.get("global_step"), int) and "loops" in content):
+        raise CheckpointError(f"{path} is something else than the checkpoint of a training run")
+    return content
 
 
 def fault_of_seal(path: Path) -> str | None:
@@ -140,7 +189,10 @@ def fault_of_seal(path: Path) -> str | None:
             end = tail.rfind(_END_OF_ARCHIVE)
             comment = tail[end + _END_BYTES :]
             if end < 0:
-                return "is empty" if size == 0 else None  # of another kind, or cut further: reading will tell
+                file.seek(0)
+                if file.read(4) == _BEGIN_OF_ARCHIVE:
+                    return "is damaged (it does not end where its archive does)"
+                return "is empty" if size == 0 else None  # of another kind: reading will tell
             if tail[end + _END_BYTES - 2 : end + _END_BYTES] != struct.pack("<H", len(comment)):
                 return "is damaged (its end is missing)"
             if not comment:

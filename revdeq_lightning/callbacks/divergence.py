@@ -50,15 +50,16 @@ class DivergedError(RuntimeError):
 
     Attributes:
         checkpoint: Where to go on with lower learning rates; None: the run is to stop.
+        num_rollbacks: How many the run has made so far.
     """
 
-    def __init__(self, message: str, checkpoint: Path | None = None) -> None:
+    def __init__(self, message: str, checkpoint: Path | None = None, num_rollbacks: int = 0) -> None:
         super().__init__(message)
-        self.checkpoint = checkpoint
+        self.checkpoint, self.num_rollbacks = checkpoint, num_rollbacks
 
 
 class DivergenceGuard(Callback):
-    """Looks at loss and gradient before each optimizer step, and at the weights before each checkpoint.
+    """Looks at loss and gradient before each optimizer step, and at the weights before each validation and checkpoint.
 
     If they are not finite it raises `DivergedError`, on all processes together, with the weights of before the step;
     the batches of the step, the random states that they met, and the weights are in the run's folder, for
@@ -84,6 +85,7 @@ class DivergenceGuard(Callback):
         self._batches: list[dict[str, Any]] = []
         self._losses: list[Tensor] = []
         self._errors: list[DivergenceError] = []
+        self._validation_errors: list[DivergenceError] = []
         self._begins = True
         self._in_step = False
         self._is_attached = False
@@ -124,16 +126,37 @@ class DivergenceGuard(Callback):
         if trainer.strategy.reduce_boolean_decision(diverged, all=False):
             self._end(trainer, pl_module)
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let the weights be validated only if they are finite."""
+        self._validation_errors.clear()
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._check_weights(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End, on all processes, if an equilibrium diverged on one of them; before a checkpoint is written."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            reasons: list[Any] = [str(error) for error in self._validation_errors[:1]]
+            if trainer.world_size > 1:
+                gathered: list[Any] = [None] * trainer.world_size
+                torch.distributed.all_gather_object(gathered, reasons)
+                reasons = [reason for found in gathered for reason in found]
+            if reasons:
+                self._raise(trainer, f"in the validation {reasons[0]}")
+
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Refuse to save weights from which training cannot go on: an update may overflow though its gradient does not.
+        """Refuse to save weights from which training cannot go on.
 
         Raises:
             DivergedError: If they are not finite.
         """
         if trainer.state.fn == "fit":
-            finite = all_finite(norms(p.detach() for p in pl_module.parameters()))
-            if trainer.strategy.reduce_boolean_decision(not finite, all=False):
-                self._raise(trainer, "the weights are not finite: the last update overflowed", None)
+            self._check_weights(trainer, pl_module)
+
+    def _check_weights(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """An update may overflow though its gradient does not."""
+        finite = all_finite(norms(p.detach() for p in pl_module.parameters()))
+        if trainer.strategy.reduce_boolean_decision(not finite, all=False):
+            self._raise(trainer, "the weights are not finite: the last update overflowed")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the module as it was."""
@@ -153,7 +176,14 @@ class DivergenceGuard(Callback):
             with deferred_divergence(self._errors):
                 return step(*args, **kwargs)
 
-        pl_module.__dict__["training_step"] = guarded_step
+        validation_step = pl_module.validation_step
+
+        @functools.wraps(validation_step)
+        def guarded_validation_step(*args: Any, **kwargs: Any) -> Any:
+            with deferred_divergence(self._validation_errors):
+                return validation_step(*args, **kwargs)
+
+        pl_module.__dict__ |= {"training_step": guarded_step, "validation_step": guarded_validation_step}
         self._is_attached = True
 
     def _end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -169,31 +199,30 @@ class DivergenceGuard(Callback):
         else:
             reason = f"the gradient is not finite (loss {losses})"
         keep = mine or (not anyones and trainer.global_rank < MOST_FILES)
-        place = self._keep(trainer, pl_module, reason if keep else None)
-        reasons: list[Any] = [(trainer.global_rank, reason, place if keep else None)]
+        kept = self._keep(trainer, pl_module, reason if keep else None)
+        reasons: list[Any] = [(trainer.global_rank, reason, kept if keep else None)]
         if trainer.world_size > 1:
             reasons = [None] * trainer.world_size
-            torch.distributed.all_gather_object(reasons, (trainer.global_rank, reason, place if keep else None))
-        rank, reason, place = next(entry for entry in reasons if entry[2] is not None)
+            torch.distributed.all_gather_object(reasons, (trainer.global_rank, reason, kept if keep else None))
+        rank, reason, kept = next(entry for entry in reasons if entry[2] is not None)
         where = f" on process {rank}" if trainer.world_size > 1 else ""
-        self._raise(trainer, f"{reason}{where}", place)
+        self._raise(trainer, f"{reason}{where}", f"; {kept}")
 
-    def _raise(self, trainer: Trainer, reason: str, place: str | None) -> None:
-        text = f"training diverged in step {trainer.global_step + 1}: {reason}. No step was made with it"
-        if place is not None:
-            text += f"; to see the batch again: python -m revdeq_lightning replay --file {place}"
+    def _raise(self, trainer: Trainer, reason: str, kept: str = "") -> None:
+        text = f"training diverged in step {trainer.global_step + 1}: {reason}. No step was made with it{kept}"
         checkpoint: Path | None = None
         if self.config.policy == "rollback":
             if self.num_rollbacks >= self.config.max_rollbacks:
                 text += f"; after {self.num_rollbacks} rollbacks (divergence.max_rollbacks) the run stops"
             else:
-                found = newest_good(self.folder / CHECKPOINTS).path if trainer.is_global_zero else None
+                folder, step = self.folder / CHECKPOINTS, trainer.global_step
+                found = newest_good(folder, at_most=step).path if trainer.is_global_zero else None
                 checkpoint = trainer.strategy.broadcast(found)
                 text += "" if checkpoint else "; there is no checkpoint to go back to"
-        raise DivergedError(text, checkpoint)
+        raise DivergedError(text, checkpoint, self.num_rollbacks)
 
     def _keep(self, trainer: Trainer, pl_module: LightningModule, reason: str | None) -> str:
-        """Write the weights (first process) and, with a reason, this process's batches; says where, or why not."""
+        """Write the weights (first process) and, with a reason, this process's batches; what to tell the user of it."""
         folder = self.folder / DIVERGED / f"step-{trainer.global_step + 1}"
         state = {name: whole(value) for name, value in pl_module.state_dict().items()}
         path = folder / f"process-{trainer.global_rank}.ckpt"
@@ -211,12 +240,12 @@ class DivergenceGuard(Callback):
                 }
                 write_checkpoint(on_host(content), path)
         except OSError as error:
-            return f"(not kept: {error.strerror or error})"
-        return str(path)
+            return f"its batch could not be kept in {folder}: {error.strerror or error}"
+        return f"to see the batch again: python -m revdeq_lightning replay --file {path}"
 
     def _leave(self, pl_module: LightningModule) -> None:
-        if self._is_attached:
-            del pl_module.__dict__["training_step"]
+        for name in ("training_step", "validation_step") if self._is_attached else ():
+            del pl_module.__dict__[name]
         self._is_attached, self._batches, self._losses = False, [], []
 
 

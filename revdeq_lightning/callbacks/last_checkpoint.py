@@ -1,10 +1,13 @@
 """`last.ckpt`: always there, also after a signal, and always at a moment from which the run can be resumed exactly."""
 
 import contextlib
+import itertools
 import os
+import re
 import shutil
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,10 +15,11 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from revdeq_lightning.callbacks.training_step import is_logging_step, made_step, validation_follows
-from revdeq_lightning.checkpoints import CheckpointError, newest_good, remove_leftovers, steps_of
+from revdeq_lightning.checkpoints import LAST, CheckpointError, newest_good, remove_leftovers, steps_of
+from revdeq_lightning.runs import BEST
 from revdeq_lightning.stop_signals import STOP
 
-LAST = "last.ckpt"
+KEPT = re.compile(r"step-(\d+)\.ckpt")
 
 
 class LastCheckpoint(Checkpoint):
@@ -23,10 +27,11 @@ class LastCheckpoint(Checkpoint):
 
     The checkpoints before it stay as `step-N.ckpt`, so that there is one to go back to if the newest is damaged. Saves
     only after an optimizer step: in the midst of accumulation, when a validation falls there, after the next one. What
-    killed runs left half written in the folder is removed at the start.
+    killed runs left half written in the folder is removed at the start. A run that goes on from an older checkpoint
+    leaves the newer ones behind in a folder of their own, `left-at-step-N`, and says so.
 
     A checkpoint that cannot be written (a full disk) is a warning, if the trainer's `AtomicCheckpointIO` is told so; at
-    the end of training it is an error.
+    the end of training, and when a signal ends it, it is an error.
 
     Args:
         folder: Where checkpoints lie; None: the folder `checkpoints` in the run's.
@@ -35,7 +40,7 @@ class LastCheckpoint(Checkpoint):
             before it; None: none of them.
         every_n_steps: Save after so many optimizer steps, too; None: not.
         every_minutes: Save when the newest is so old, too; None: not. Several processes look at logging steps.
-        clock: Seconds, for tests.
+        clock: Seconds since 1970.
     """
 
     def __init__(
@@ -46,7 +51,7 @@ class LastCheckpoint(Checkpoint):
         keep_every_hours: float | None = None,
         every_n_steps: int | None = None,
         every_minutes: float | None = 30.0,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         for name, value, least in (("keep_last", keep_last, 1), ("checkpoint_every_n_steps", every_n_steps, 1)):
             if value is not None and value < least:
@@ -62,6 +67,15 @@ class LastCheckpoint(Checkpoint):
         self._is_settled = True
         self._saved_at = 0.0
         self._due = False
+        self._written: dict[int, float] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """When the checkpoints were written, if it matters: the dates of files do not survive a copy."""
+        return {"written": dict(self._written)} if self.keep_every_hours is not None else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with these."""
+        self._written = dict(state_dict.get("written", {}))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the folder, on all ranks that of the first; clean it up; see that it can be written to.
@@ -80,6 +94,11 @@ class LastCheckpoint(Checkpoint):
         """The clock begins."""
         self._saved_at = self.clock()
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave what is newer than the checkpoint that the run goes on from."""
+        if trainer.is_global_zero and not cast(Any, trainer).fast_dev_run:
+            self._leave_branch(trainer.global_step)
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -97,12 +116,14 @@ class LastCheckpoint(Checkpoint):
             # Lightning logs the step after this hook: of a run killed in between it would be missing.
             cast(Any, trainer)._logger_connector.update_train_step_metrics()
             self._save(trainer, finish=bool(STOP.agreed))
+            self._require_saved(trainer, STOP.agreed)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save, also what was saved before the validation: only now it is behind the run."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             if made_step(trainer):
                 self._save(trainer, finish=bool(STOP.agreed), again=True)
+                self._require_saved(trainer, STOP.agreed)
             else:
                 self._due = True
 
@@ -113,14 +134,18 @@ class LastCheckpoint(Checkpoint):
             CheckpointError: If that fails.
         """
         self._save(trainer)
-        fault = self._failure(trainer)
-        if fault := trainer.strategy.broadcast(fault):
-            raise CheckpointError(fault)
+        self._require_saved(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End what a run that was killed at its very end had begun."""
         if trainer.is_global_zero and self._step_of_file is not None:
             self._prune()
+
+    def _require_saved(self, trainer: Trainer, asked_to_end: int = True) -> None:
+        """Raise on all ranks, if the run is to end and its newest checkpoint was not written."""
+        fault = trainer.strategy.broadcast(self._failure(trainer)) if asked_to_end else None
+        if fault:
+            raise CheckpointError(fault)
 
     def _save(self, trainer: Trainer, *, finish: bool = True, again: bool = False) -> None:
         """Save on all ranks, unless it is done for this step; `finish`: return when it is on the disk."""
@@ -128,9 +153,9 @@ class LastCheckpoint(Checkpoint):
         if (again or self.saved_step != trainer.global_step) and not cast(Any, trainer).fast_dev_run:
             if trainer.is_global_zero:
                 self._keep_previous(trainer.global_step)
+            self._saved_at = self._written[trainer.global_step] = self.clock()
             trainer.save_checkpoint(self.path)
-            self.saved_step, self._is_settled = trainer.global_step, False
-            self._saved_at, self._due = self.clock(), False
+            self.saved_step, self._is_settled, self._due = trainer.global_step, False, False
         if finish or not getattr(trainer.strategy.checkpoint_io, "background", False):
             self._settle(trainer)
 
@@ -167,25 +192,49 @@ class LastCheckpoint(Checkpoint):
                 self.path.replace(kept)  # no links there; until the new one is whole this one is the newest
 
     def _prune(self) -> None:
-        """Keep the newest and one in so many hours; those of later steps belong to a branch that was left."""
-        steps = {int(path.stem.removeprefix("step-")): path for path in self.path.parent.glob("step-*.ckpt")}
-        before = sorted(step for step in steps if step < (self._step_of_file or 0))
-        num_older = max(0, len(before) - self.keep_last + 1)
-        kept = {steps[step] for step in before[num_older:]} | self._hourly([steps[step] for step in before[:num_older]])
-        for path in set(steps.values()) - kept:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        """Keep the newest, and one in so many hours."""
+        files = self._kept_files()
+        steps = sorted(files)
+        num_older = max(0, len(steps) - self.keep_last + 1)
+        kept = {*steps[num_older:], *self._hourly(files, steps[:num_older])}
+        for step in set(steps) - kept:
+            shutil.rmtree(files[step]) if files[step].is_dir() else files[step].unlink()
+        self._written = {step: at for step, at in self._written.items() if step in kept or step == self._step_of_file}
 
-    def _hourly(self, paths: list[Path]) -> set[Path]:
-        """Those to keep for their age, of paths from old to new."""
-        kept: set[Path] = set()
-        if self.keep_every_hours is not None:
-            due = float("-inf")
-            for path in paths:
-                written = path.stat().st_mtime
-                if written >= due:
-                    kept.add(path)
-                    due = written + 3600 * self.keep_every_hours
-        return kept
+    def _hourly(self, files: dict[int, Path], steps: list[int]) -> Iterator[int]:
+        """Those to keep for their age."""
+        due = float("-inf")
+        for step in steps if self.keep_every_hours is not None else ():
+            written = self._written.get(step) or files[step].stat().st_mtime
+            if written >= due:
+                yield step
+                due = written + 3600 * cast(float, self.keep_every_hours)
+
+    def _kept_files(self) -> dict[int, Path]:
+        """Those of earlier steps, by their steps."""
+        named = {path: KEPT.fullmatch(path.name) for path in self.path.parent.glob("step-*.ckpt")}
+        return {int(match[1]): path for path, match in named.items() if match}
+
+    def _leave_branch(self, step: int) -> None:
+        """Put all of later steps aside: from here on the run writes others of these names."""
+        newer = [path for number, path in sorted(self._kept_files().items()) if number > step]
+        if self._step_of_file is not None and self._step_of_file > step:
+            newer.append(self.path)
+            self._step_of_file = None
+        if not newer:
+            return  # a `best.ckpt` alone is newer where a run was killed after a validation
+        best, _ = steps_of([path for path in [self.path.with_name(BEST)] if path.exists()])
+        newer += [path for path, steps in best.items() if steps.number > step]
+        names = (f"left-at-step-{step}" + (f"-{k}" if k else "") for k in itertools.count())
+        left = next(path for path in map(self.path.with_name, names) if not path.exists())
+        left.mkdir()
+        for path in newer:
+            path.rename(left / path.name)
+        warnings.warn(
+            f"the run goes on from step {step}: its checkpoints of later steps ({', '.join(p.name for p in newer)}) are"
+            f" in {left} now",
+            stacklevel=2,
+        )
 
     def _prepare_folder(self) -> str | None:
         folder = self.path.parent
@@ -197,7 +246,7 @@ class LastCheckpoint(Checkpoint):
         except OSError as error:
             return f"checkpoints cannot be written to {folder}: {error.strerror or error}; choose another run.folder"
         steps, _ = steps_of([self.path] if self.path.exists() else [])
-        self._step_of_file = steps.get(self.path)
+        self._step_of_file = steps[self.path].number if steps else None
         return None
 
     def _failure(self, trainer: Trainer) -> str | None:

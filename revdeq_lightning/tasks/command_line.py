@@ -11,6 +11,7 @@ from lightning import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
+from revdeq_lightning.callbacks.best_checkpoint import BestCheckpoint
 from revdeq_lightning.callbacks.checkpoint_io import AtomicCheckpointIO
 from revdeq_lightning.callbacks.csv_logger import ContinuedCSVLogger
 from revdeq_lightning.callbacks.depth_sweep import DepthSweep
@@ -42,7 +43,7 @@ from revdeq_lightning.sharded_checkpoint import is_sharded_checkpoint
 from revdeq_lightning.sharding import deferred_weights
 from revdeq_lightning.stop_signals import STOP
 from revdeq_lightning.strategies import is_fsdp2, register_strategies
-from revdeq_lightning.tasks.kept_checkpoints import best_checkpoint, best_or_last, last_checkpoint
+from revdeq_lightning.tasks.kept_checkpoints import best_or_last, last_checkpoint
 from revdeq_lightning.tasks.messages import (
     check_writable,
     chosen,
@@ -175,7 +176,7 @@ class AbstractCommandLine(LightningCLI):
             callbacks.append(DivergenceGuard(self.run_config.path, divergence, self.num_rollbacks))
             if settings.get("enable_checkpointing") is not False:
                 if "validation" in self.datamodule.splits:
-                    callbacks.append(best_checkpoint())
+                    callbacks.append(BestCheckpoint())
                 callbacks.append(last_checkpoint(self.run_config))
             own = settings.get("logger")
             if any(isinstance(logger, WandbLogger) for logger in as_list(own)):
@@ -207,6 +208,14 @@ class AbstractCommandLine(LightningCLI):
 
     def fit(self, **kwargs: Any) -> None:
         """Train."""
+        while (checkpoint := self._fit(**kwargs)) is not None:
+            # With new objects, so that nothing but the checkpoint is carried over; the old ones are not kept.
+            self.model = self.trainer = self.datamodule = kwargs = cast(Any, None)
+            self.instantiate_classes()
+            kwargs = {"model": self.model, "datamodule": self.datamodule, "ckpt_path": str(checkpoint)}
+
+    def _fit(self, **kwargs: Any) -> Path | None:
+        """Train; after a divergence the checkpoint to go back to."""
         STOP.let_restart_kill()  # until `StopSignal.setup`
         with device_errors():
             try:
@@ -214,7 +223,12 @@ class AbstractCommandLine(LightningCLI):
             except DivergedError as error:
                 if error.checkpoint is None:
                     fail(str(error), code=1)
-                self._roll_back(error)
+                self.num_rollbacks = error.num_rollbacks + 1
+                config: DivergenceConfig = self._get(self.config_init, "divergence")
+                rates = f"learning rates times {config.lr_factor}"
+                times = f"{self.num_rollbacks} of at most {config.max_rollbacks}"
+                say(f"warning: {error}; going back to {error.checkpoint}, {rates} ({times})")
+                return error.checkpoint
             except (DivergenceError, CheckpointError) as error:
                 fail(str(error), code=1)
             except (OSError, RuntimeError) as error:
@@ -223,15 +237,7 @@ class AbstractCommandLine(LightningCLI):
                 fail(line, code=1)
             except SystemExit:
                 end_after_interrupt(self.trainer)
-
-    def _roll_back(self, error: DivergedError) -> None:
-        """Train again from the checkpoint: with new objects, so that nothing but it is carried over."""
-        self.num_rollbacks += 1
-        config: DivergenceConfig = self._get(self.config_init, "divergence")
-        times = f"{self.num_rollbacks} of at most {config.max_rollbacks}"
-        say(f"warning: {error}; going back to {error.checkpoint}, learning rates times {config.lr_factor} ({times})")
-        self.instantiate_classes()
-        self.fit(model=self.model, datamodule=self.datamodule, ckpt_path=str(error.checkpoint))
+        return None
 
     def after_fit(self) -> None:
         """Test, show, and say how to go on."""

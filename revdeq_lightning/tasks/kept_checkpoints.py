@@ -1,18 +1,10 @@
 """Which checkpoints a run keeps."""
 
-from pathlib import Path
-from typing import Any
-
 from lightning import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 
+from revdeq_lightning.callbacks.best_checkpoint import BestCheckpoint
 from revdeq_lightning.callbacks.last_checkpoint import LastCheckpoint
-from revdeq_lightning.runs import BEST, RunConfig
-
-
-def best_checkpoint() -> ModelCheckpoint:
-    """Keeps `best.ckpt`, by the validation loss."""
-    return ModelCheckpoint(filename=Path(BEST).stem, monitor="val/loss", enable_version_counter=False)
+from revdeq_lightning.runs import RunConfig
 
 
 def last_checkpoint(run: RunConfig) -> LastCheckpoint:
@@ -27,6 +19,5 @@ def last_checkpoint(run: RunConfig) -> LastCheckpoint:
 
 def best_or_last(trainer: Trainer) -> str | None:
     """Path of the best checkpoint, of the last one where there was no validation, if any was written."""
-    callbacks: list[Any] = trainer.checkpoint_callbacks
-    paths = [c.best_model_path if isinstance(c, ModelCheckpoint) else str(c.path) for c in callbacks]
-    return next((path for path in paths if path and Path(path).exists()), None)
+    ours = [c for c in trainer.checkpoint_callbacks if isinstance(c, BestCheckpoint | LastCheckpoint)]
+    return next((str(callback.path) for callback in ours if callback.path.exists()), None)

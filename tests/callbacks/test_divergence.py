@@ -1,7 +1,9 @@
 """No optimizer step with NaN; the batch is kept; the run stops, or goes back."""
 
 import csv
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -137,6 +139,79 @@ def test_rollbacks_are_bounded(tmp_path, capsys):
     err = capsys.readouterr().err
     assert err.count("warning: training diverged in step 4") == 2
     assert "after 2 rollbacks (divergence.max_rollbacks) the run stops" in err
+
+
+def test_a_run_that_goes_on_lowers_its_rates_further_and_counts_on(tmp_path, capsys):
+    """Rolled back once before it ended, the run diverges again, later, until the rates are a quarter."""
+    first = poisoned_config(tmp_path, {"what": "gradient", "step": 4, "while_lr": 0.015}, max_steps=4)
+    policy = "--divergence.policy=rollback"
+    run("image", "fit", "--config", first, policy)
+    last = tmp_path / "runs/tiny/v/checkpoints/last.ckpt"
+    assert read_checkpoint(last)["callbacks"]["DivergenceGuard"] == {"num_rollbacks": 1}
+    again = poisoned_config(tmp_path, {"what": "gradient", "step": 6, "while_lr": 0.008}, max_steps=8)
+    capsys.readouterr()
+    run("image", "fit", "--config", again, policy, "--ckpt_path", last)
+    err = capsys.readouterr().err
+    assert [line.rsplit("(", 1)[1] for line in err.splitlines() if line.startswith("warning: training diverged")] == [
+        "2 of at most 3)"
+    ]
+    end = read_checkpoint(last)
+    assert end["callbacks"]["DivergenceGuard"] == {"num_rollbacks": 2}
+    assert {group["lr"] for group in end["optimizer_states"][0]["param_groups"]} == {0.02 * 0.25, 0.01 * 0.25}
+    third = poisoned_config(tmp_path, {"what": "gradient", "step": 10}, max_steps=12)
+    with pytest.raises(SystemExit):
+        run("image", "fit", "--config", third, policy, "--ckpt_path", last)
+    err = capsys.readouterr().err
+    assert err.count("warning: training diverged in step 10") == 1
+    assert "after 3 rollbacks (divergence.max_rollbacks) the run stops" in err
+
+
+def test_a_rollback_does_not_go_forward_into_a_branch_that_was_left(tmp_path, capsys):
+    run("image", "fit", "--config", poisoned_config(tmp_path, max_steps=8), "--run.keep_last=9")
+    step_2 = tmp_path / "runs/tiny/v/checkpoints/step-2.ckpt"
+    config = poisoned_config(tmp_path, {"what": "gradient", "step": 4, "while_lr": 0.015}, max_steps=5)
+    with pytest.warns(UserWarning, match="goes on from step 2: its checkpoints of later steps"):
+        run("image", "fit", "--config", config, "--divergence.policy=rollback", "--ckpt_path", step_2)
+    assert f"going back to {step_2}" in capsys.readouterr().err
+    assert read_checkpoint(step_2.with_name("last.ckpt"))["global_step"] == 5
+
+
+@pytest.mark.parametrize("what", ["weight", "validation pixel"])
+def test_a_divergence_in_the_validation_goes_back_too(tmp_path, capsys, what):
+    config = poisoned_config(tmp_path, {"what": what, "step": 4, "while_lr": 0.015})
+    run("image", "fit", "--config", config, "--divergence.policy=rollback")
+    err = capsys.readouterr().err
+    (warning,) = [line for line in err.splitlines() if line.startswith("warning: training diverged in step 5")]
+    assert ("the weights are not finite" if what == "weight" else "in the validation the state is not") in warning
+    end = read_checkpoint(tmp_path / "runs/tiny/v/checkpoints/last.ckpt")
+    assert end["global_step"] == 6
+    assert sorted(losses(tmp_path)) == list(range(6))
+
+
+def test_models_before_rollbacks_do_not_add_up(tmp_path, monkeypatch):
+    made = []
+    own = DivergenceGuard.on_train_start
+
+    def on_train_start(self, trainer, pl_module):
+        gc.collect()
+        made.append((weakref.ref(pl_module), sum(model() is not None for model, _ in made)))
+        own(self, trainer, pl_module)
+
+    monkeypatch.setattr(DivergenceGuard, "on_train_start", on_train_start)
+    config = poisoned_config(tmp_path, {"what": "gradient", "step": 4, "while_lr": 0.003})
+    run("image", "fit", "--config", config, "--divergence.policy=rollback")
+    assert [others for _, others in made] == [0, 1, 1, 1]  # the first is held by LightningCLI's own frame
+
+
+def test_a_batch_that_cannot_be_kept_is_told(tmp_path, capsys):
+    config = poisoned_config(tmp_path, {"what": "gradient", "step": 4})
+    (tmp_path / "runs/tiny/v").mkdir(parents=True)
+    (tmp_path / "runs/tiny/v/diverged").write_text("in the way")
+    with pytest.raises(SystemExit):
+        run("image", "fit", "--config", config)
+    err = capsys.readouterr().err
+    assert "No step was made with it; its batch could not be kept in " in err
+    assert "replay" not in err
 
 
 def test_without_a_checkpoint_there_is_no_rollback(tmp_path, capsys):

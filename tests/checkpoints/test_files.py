@@ -60,15 +60,18 @@ def test_the_checksum_is_the_comment_of_the_archive_that_torch_writes(tmp_path):
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_every_changed_bit_and_every_cut_is_found(tmp_path, data):
+def test_every_changed_bit_every_cut_and_every_addition_is_found(tmp_path, data):
     path = tmp_path / "a.ckpt"
     write_checkpoint(content(), path)
     whole = bytearray(path.read_bytes())
     position = data.draw(st.integers(0, len(whole) - 1))
-    if data.draw(st.booleans()):
-        del whole[position:]
-    else:
-        whole[position] ^= 1 << data.draw(st.integers(0, 7))
+    match data.draw(st.sampled_from(["bit", "cut", "addition"])):
+        case "cut":
+            del whole[position:]
+        case "bit":
+            whole[position] ^= 1 << data.draw(st.integers(0, 7))
+        case _:
+            whole += data.draw(st.binary(min_size=1, max_size=200))
     path.write_bytes(whole)
     with pytest.raises(CheckpointError) as caught:
         read_checkpoint(path)
@@ -105,6 +108,7 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path, kind):
         (lambda path: path.write_text("text"), "is not a checkpoint"),
         (lambda path: zipfile.ZipFile(path, "w").close(), "is not a checkpoint"),
         (lambda path: torch.save(torch.ones(3), path), "holds no checkpoint but a Tensor"),
+        (lambda path: torch.save({"global_step": 99}, path), "something else than the checkpoint of a training run"),
         (lambda path: path.mkdir(), "is incomplete"),
     ],
 )
@@ -112,7 +116,7 @@ def test_something_else_is_told_in_one_line(tmp_path, write, words):
     path = tmp_path / "last.ckpt"
     write(path)
     with pytest.raises(CheckpointError, match=words) as caught:
-        read_checkpoint(path)
+        AtomicCheckpointIO().load_checkpoint(path)
     assert len(str(caught.value).splitlines()) == 1
     assert list(newest_good(tmp_path).faults) == [path]
 
@@ -168,7 +172,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path):
 def test_in_the_background_the_moment_of_the_call_is_written(tmp_path):
     io_ = AtomicCheckpointIO(background=True)
     weight = torch.zeros(200_000)
-    state = {"global_step": 1, "state_dict": {"embedding": weight, "readout": weight, "row": weight[:3]}}
+    state = {"global_step": 1, "loops": {}, "state_dict": {"embedding": weight, "readout": weight, "row": weight[:3]}}
     io_.save_checkpoint(state, tmp_path / "a.ckpt")
     weight.fill_(1.0)
     state["global_step"] = 2
@@ -208,7 +212,7 @@ def test_a_folder_put_aside_is_found_while_it_is_the_only_one_of_its_name(tmp_pa
     old, new, last = (tmp_path / name for name in (".last.ckpt.old", ".last.ckpt.part", "last.ckpt"))
     for path, step in ((old, 3), (new, 4)):
         path.mkdir()
-        torch.save({"global_step": step}, path / "meta.pt")
+        torch.save({"global_step": step, "loops": {}}, path / "meta.pt")
         (path / ".metadata").write_bytes(b"")
         write_checksums(path, checksums([path / "meta.pt", path / ".metadata"]))
     assert newest_good(tmp_path).path == old  # killed between the two renames

@@ -41,7 +41,7 @@ def test_a_damaged_last_checkpoint_is_named_and_the_one_before_taken(whole, caps
     run("fit", "--config", config, *QUIET[1:], "--run.name=tiny", "--ckpt_path=last")
     out, err = capsys.readouterr()
     (warning,) = [line for line in err.splitlines() if line.startswith("warning: ")]
-    assert "last.ckpt is not a checkpoint, or a truncated one" in warning
+    assert "last.ckpt is damaged (it does not end where its archive does)" in warning
     assert warning.endswith(f"going on from {folder}/checkpoints/step-3.ckpt")
     assert "resumed at step 3" in out
     assert metrics(folder) == metrics(kept)
@@ -256,30 +256,23 @@ def test_what_a_kill_at_the_end_left_too_many_goes_when_it_goes_on(whole):
     assert names(folder) == names(kept)
 
 
-class HalfAnHourAStep(Callback):
-    """Dates `last.ckpt` half an hour of 1970 after the one a step before."""
-
-    def on_train_batch_start(self, trainer, *_):
-        (last,) = (callback.path for callback in trainer.callbacks if isinstance(callback, LastCheckpoint))
-        if last.exists():
-            os.utime(last, (0, 1800 * trainer.global_step))
-
-
 @pytest.mark.parametrize(
     ("keep_last", "hours", "steps"), [(2, 1, [1, 3, 5, 7, 8]), (1, 1, [1, 3, 5, 7]), (3, 1.4, [1, 4, 7, 8])]
 )
 def test_of_the_older_ones_one_in_so_many_hours_is_kept(tmp_path, keep_last, hours, steps):
     def going_on(max_steps, ckpt_path=None):
-        last = LastCheckpoint(keep_last=keep_last, keep_every_hours=hours, every_n_steps=1)
-        trainer = tiny_trainer(tmp_path, [last, HalfAnHourAStep()], **SAVING | {"max_steps": max_steps})
+        """A step takes half an hour."""
+        last = LastCheckpoint(keep_last=keep_last, keep_every_hours=hours, every_n_steps=1, every_minutes=None)
+        trainer = tiny_trainer(tmp_path, [last], **SAVING | {"max_steps": max_steps})
+        last.clock = lambda: 1800 * trainer.global_step
         data = tiny_data(tmp_path, batch_size=16)
         trainer.fit(tiny_task(data), data, ckpt_path=ckpt_path)
 
     going_on(4)
+    for path in (tmp_path / "checkpoints").iterdir():
+        os.utime(path)  # as a copy of the folder has it
     going_on(9, tmp_path / "checkpoints/last.ckpt")
     assert kept_steps(tmp_path) == {f"step-{step}": step for step in steps} | {"last": 9}
-    going_on(2, tmp_path / "checkpoints/step-1.ckpt")  # a branch: what was kept of the other goes
-    assert kept_steps(tmp_path) == {"step-1": 1, "last": 2}
 
 
 def test_one_alone_is_kept_if_asked(tmp_path):
@@ -300,13 +293,16 @@ def test_in_the_midst_of_accumulation_nothing_is_saved(tmp_path):
     assert kept_steps(tmp_path) == {"step-2": 2, "last": 3}
 
 
-def test_checkpoints_of_a_branch_that_was_left_go(tmp_path):
-    fit(tmp_path, LastCheckpoint(keep_last=4, every_n_steps=1))
-    assert kept_steps(tmp_path).keys() == {"step-6", "step-7", "step-8", "last"}
-    data = tiny_data(tmp_path, batch_size=16)
-    trainer = tiny_trainer(tmp_path, [LastCheckpoint(keep_last=4)], **SAVING | {"max_steps": 8})
-    trainer.fit(tiny_task(data), data, ckpt_path=tmp_path / "checkpoints/step-6.ckpt")
-    assert kept_steps(tmp_path) == {"step-6": 6, "step-7": 7, "last": 8}
+@pytest.mark.filterwarnings("ignore:no page of the run")
+def test_asked_to_end_on_a_full_disk_is_an_error(whole, tmp_path, capsys, disturbed, full_disk):
+    """Who puts the job back because of exit code 75 would do so for ever."""
+    _, _, config = whole
+    disturbed(Disturb(4, lambda: (full_disk(), os.kill(os.getpid(), signal.SIGTERM))))
+    with pytest.warns(UserWarning, match=r"no checkpoint was written"), pytest.raises(SystemExit) as stop:
+        run("fit", "--config", config, *QUIET, f"--run.folder={tmp_path}")
+    assert stop.value.code == 1
+    (error,) = errors(capsys)
+    assert "the run's end could not be saved" in error
 
 
 @pytest.mark.parametrize(

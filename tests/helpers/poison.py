@@ -21,9 +21,9 @@ class Poison(Callback):
         self.what, self.step, self.rank, self.while_lr = what, step, rank, while_lr
         self.weights, self.handle = [], None
 
-    def strikes(self, trainer, what):
+    def strikes(self, trainer, what, steps_made=False):
         rate = trainer.optimizers[0].param_groups[0]["initial_lr" if trainer.lr_scheduler_configs else "lr"]
-        here = trainer.global_rank == self.rank and trainer.global_step + 1 == self.step
+        here = trainer.global_rank == self.rank and trainer.global_step + (not steps_made) == self.step
         return self.what == what and here and rate >= self.while_lr
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
@@ -43,6 +43,15 @@ class Poison(Callback):
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         if self.handle is not None:
             self.handle.remove()
+
+    def on_validation_start(self, trainer, pl_module):
+        if self.strikes(trainer, "weight", steps_made=True):
+            with torch.no_grad():
+                next(pl_module.parameters()).view(-1)[0] = math.nan
+
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        if self.strikes(trainer, "validation pixel", steps_made=True):
+            batch.images[0, 0, 0, 0] = math.nan
 
     def on_exception(self, trainer, pl_module, exception):
         kept = all(torch.equal(a, b) for a, b in zip(self.weights, pl_module.parameters(), strict=True))

@@ -1,0 +1,159 @@
+"""`best.ckpt` is what its name says: also in a folder that was moved, on a disk that was full, between two steps."""
+
+import errno
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from strangers import Stranger, loader, trainer
+
+from revdeq_lightning.callbacks.best_checkpoint import BestCheckpoint
+from revdeq_lightning.callbacks.checkpoint_io import AtomicCheckpointIO
+from revdeq_lightning.callbacks.last_checkpoint import LastCheckpoint
+from revdeq_lightning.checkpoints import newest_good
+
+# These runs go on from a plain loader's next batch.
+pytestmark = pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
+
+
+class Scripted(Stranger):
+    """Whose validation losses are given: one after each step, from the first of the run on."""
+
+    def __init__(self, *losses):
+        super().__init__()
+        self.given = losses
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val/loss", self.given[self.trainer.fit_loop.total_batch_idx])
+
+
+def fit(folder, losses, *, max_steps=None, ckpt_path=None, callbacks=(), io=None, **settings):
+    """One validation a batch; `best.ckpt` and `last.ckpt` in `folder/checkpoints`."""
+    best, last = BestCheckpoint(), LastCheckpoint(keep_last=99, every_n_steps=1)
+    run = trainer(
+        folder,
+        [*callbacks, best, last],
+        max_steps=max_steps or len(losses),
+        logger=False,
+        enable_checkpointing=True,
+        val_check_interval=1,
+        num_sanity_val_steps=0,
+        plugins=[io or AtomicCheckpointIO(errors="warn")],
+        **settings,
+    )
+    run.fit(Scripted(*losses), loader(), loader(8), ckpt_path=ckpt_path)
+    return best
+
+
+def best_step(folder) -> int:
+    return torch.load(folder / "checkpoints/best.ckpt", weights_only=True)["global_step"]
+
+
+def test_it_is_that_of_the_lowest_loss(tmp_path):
+    for k, (losses, step) in enumerate([((3, 1, 2), 2), ((3, 2, 1), 3), ((1, 1, float("nan")), 1)]):
+        assert fit(tmp_path / str(k), losses).loss == min(losses)
+        assert best_step(tmp_path / str(k)) == step
+
+
+def test_a_run_that_goes_on_elsewhere_or_by_another_path_keeps_it(tmp_path, monkeypatch):
+    fit(tmp_path / "a", (3, 1, 2))
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    fit(tmp_path / "b", (3, 1, 2, 1.5), ckpt_path=tmp_path / "b/checkpoints/last.ckpt")
+    assert best_step(tmp_path / "b") == 2
+    monkeypatch.chdir(tmp_path)
+    fit(Path("b"), (3, 1, 2, 1.5, 1.2), ckpt_path="b/checkpoints/last.ckpt")
+    assert best_step(tmp_path / "b") == 2
+    fit(Path("b"), (3, 1, 2, 1.5, 1.2, 0.5), ckpt_path="b/checkpoints/last.ckpt")
+    assert best_step(tmp_path / "b") == 6
+
+
+def test_where_there_is_none_the_next_is_the_best(tmp_path):
+    fit(tmp_path, (3, 1, 2))
+    (tmp_path / "checkpoints/best.ckpt").unlink()
+    fit(tmp_path, (3, 1, 2, 2.5, 4), ckpt_path=tmp_path / "checkpoints/last.ckpt")
+    assert best_step(tmp_path) == 4
+
+
+def test_after_a_kill_before_last_was_written_the_validation_is_done_again(tmp_path):
+    fit(tmp_path, (3, 2, 1))
+    whole = torch.load(tmp_path / "checkpoints/best.ckpt", weights_only=True)
+    os.replace(tmp_path / "checkpoints/step-2.ckpt", tmp_path / "checkpoints/last.ckpt")
+    fit(tmp_path, (3, 2, 1), ckpt_path=tmp_path / "checkpoints/last.ckpt")
+    again = torch.load(tmp_path / "checkpoints/best.ckpt", weights_only=True)
+    assert again["global_step"] == whole["global_step"] == 3
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoints"}
+    assert not list(tmp_path.rglob("left-at*"))
+
+
+class FullFor(AtomicCheckpointIO):
+    """Has no room for `best.ckpt` after one step."""
+
+    def __init__(self, step, **options):
+        super().__init__(**options)
+        self.step = step
+
+    def _write(self, checkpoint, path):
+        if path.name == "best.ckpt" and checkpoint["global_step"] == self.step:
+            self.note(path, OSError(errno.ENOSPC, "No space left on device"))
+        else:
+            super()._write(checkpoint, path)
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_what_could_not_be_written_is_not_the_best(tmp_path, background):
+    """The loss of step 2 is the lowest, but its file is not there: that of step 4 is better than that of step 1."""
+    with pytest.warns(UserWarning, match="no checkpoint was written to .*best.ckpt"):
+        best = fit(tmp_path, (3, 1, 4, 2), io=FullFor(2, errors="warn", background=background))
+    assert best.loss == 2
+    assert best_step(tmp_path) == 4
+
+
+def test_between_two_steps_it_is_for_evaluation_and_nothing_else(tmp_path):
+    """Steps after batches 3 and 6; validated after each batch, the best after the fifth."""
+    fit(tmp_path, (9, 8, 7, 6, 1, 5), accumulate_grad_batches=3, max_steps=2)
+    best = torch.load(tmp_path / "checkpoints/best.ckpt", weights_only=True)
+    assert (best["global_step"], best["between_steps"]) == (1, True)
+    folder = tmp_path / "checkpoints"
+    assert newest_good(folder).path == folder / "last.ckpt"
+    (folder / "last.ckpt").write_text("damaged")
+    assert newest_good(folder).path == folder / "step-1.ckpt"  # as far, and exact
+    (folder / "step-1.ckpt").unlink()
+    assert newest_good(folder).path == folder / "best.ckpt"  # better than none
+    with pytest.warns(UserWarning, match=r"best.ckpt was written in the midst of accumulated gradients: .* step 1"):
+        fit(tmp_path, (9, 8, 7, 6, 1, 5, 4), accumulate_grad_batches=3, max_steps=2, ckpt_path=folder / "best.ckpt")
+
+
+class Notes(Callback):
+    def __init__(self):
+        self.steps = []
+
+    def on_train_batch_start(self, trainer, *_):
+        self.steps.append(trainer.global_step)
+
+
+def test_a_run_that_goes_on_from_an_older_one_leaves_the_newer_ones_behind(tmp_path):
+    folder, notes = tmp_path / "checkpoints", Notes()
+    fit(tmp_path, (3, 2, 1, 4))
+    weights = {p.name: torch.load(p, weights_only=True)["global_step"] for p in folder.iterdir()}
+    assert weights == {"best.ckpt": 3, "step-1.ckpt": 1, "step-2.ckpt": 2, "step-3.ckpt": 3, "last.ckpt": 4}
+    with pytest.warns(UserWarning, match=r"goes on from step 2: .*\(step-3.ckpt, last.ckpt, best.ckpt\) are in .*left"):
+        fit(tmp_path, (3, 2, 5), ckpt_path=folder / "step-2.ckpt", callbacks=[notes])
+    assert notes.steps == [2]
+    left = folder / "left-at-step-2"
+    assert {p.name: torch.load(p, weights_only=True)["global_step"] for p in left.iterdir()} == {
+        name: weights[name] for name in ("best.ckpt", "step-3.ckpt", "last.ckpt")
+    }
+    own = {p.name: torch.load(p, weights_only=True)["global_step"] for p in folder.iterdir() if p.is_file()}
+    assert own == {"best.ckpt": 3, "step-1.ckpt": 1, "step-2.ckpt": 2, "last.ckpt": 3}
+    with pytest.warns(UserWarning, match="left-at-step-2-1 now"):
+        fit(tmp_path, (3, 2, 5), ckpt_path=folder / "step-2.ckpt")
+
+
+def test_a_file_of_another_name_is_left_alone(tmp_path):
+    fit(tmp_path, (3, 2))
+    shutil.copy(tmp_path / "checkpoints/last.ckpt", tmp_path / "checkpoints/step-2-backup.ckpt")
+    fit(tmp_path, (3, 2, 1), ckpt_path=tmp_path / "checkpoints/last.ckpt")
+    assert (tmp_path / "checkpoints/step-2-backup.ckpt").exists()
