@@ -6,6 +6,8 @@ from typing import Any
 import yaml
 
 STEPS = 60
+EVERY = 7
+"""Steps from one checkpoint to the next, at most."""
 
 
 def write_language_config(folder: Path) -> Path:
@@ -51,7 +53,7 @@ def base_config(folder: Path, name: str) -> dict[str, Any]:
         },
         "data": {"batch_size": 8, "cache_dir": str(folder / "cache" / name)},
         "trainer": trainer | {"accelerator": "cpu", "devices": 1, "gradient_clip_val": 1.0},
-        "run": {"checkpoint_every_n_steps": 7},
+        "run": {"checkpoint_every_n_steps": EVERY},
     }
 
 
