@@ -163,15 +163,6 @@ def contents(path: Path) -> dict[str, Any]:
         content = _load(file, mmap=zipfile.is_zipfile(file))
     except Exception as error:  # torch raises many kinds for what is not a checkpoint
         raise CheckpointError(f"{path} {_reason(error)}") from None
-    return require_training(content, path)
-
-
-def require_training(content: Any, path: str | Path) -> dict[str, Any]:
-    """The content of a checkpoint that a training run wrote.
-
-    Raises:
-        CheckpointError: If it is something else.
-    """
     if not (isinstance(content, dict) and isinstance(content.get("global_step"), int) and "loops" in content):
         raise CheckpointError(f"{path} is something else than the checkpoint of a training run")
     return content

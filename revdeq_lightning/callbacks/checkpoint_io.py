@@ -10,13 +10,7 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from revdeq_lightning.checkpoints import (
-    CheckpointError,
-    other_checkpoint,
-    read_checkpoint,
-    require_training,
-    write_checkpoint,
-)
+from revdeq_lightning.checkpoints import CheckpointError, other_checkpoint, read_checkpoint, write_checkpoint
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -67,7 +61,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise ValueError("weights_only=False would run code that is in the checkpoint: leave it out")
         self.wait()
         try:
-            return require_training(read_checkpoint(path, map_location), path)
+            return read_checkpoint(path, map_location)
         except CheckpointError as error:
             raise CheckpointError(f"{error}{other_checkpoint(path)}") from None
 

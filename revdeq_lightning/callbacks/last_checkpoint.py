@@ -230,9 +230,10 @@ class LastCheckpoint(Checkpoint):
         left.mkdir()
         for path in newer:
             path.rename(left / path.name)
+        begins = f"the run {'goes on from' if step else 'begins at'} step {step}"
+        names_of_newer = ", ".join(path.name for path in newer)
         warnings.warn(
-            f"the run goes on from step {step}: its checkpoints of later steps ({', '.join(p.name for p in newer)}) are"
-            f" in {left} now",
+            f"{begins}: the checkpoints of later steps ({names_of_newer}) are in {left} now",
             stacklevel=2,
         )
 

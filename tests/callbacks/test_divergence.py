@@ -170,7 +170,7 @@ def test_a_rollback_does_not_go_forward_into_a_branch_that_was_left(tmp_path, ca
     run("image", "fit", "--config", poisoned_config(tmp_path, max_steps=8), "--run.keep_last=9")
     step_2 = tmp_path / "runs/tiny/v/checkpoints/step-2.ckpt"
     config = poisoned_config(tmp_path, {"what": "gradient", "step": 4, "while_lr": 0.015}, max_steps=5)
-    with pytest.warns(UserWarning, match="goes on from step 2: its checkpoints of later steps"):
+    with pytest.warns(UserWarning, match="goes on from step 2: the checkpoints of later steps"):
         run("image", "fit", "--config", config, "--divergence.policy=rollback", "--ckpt_path", step_2)
     assert f"going back to {step_2}" in capsys.readouterr().err
     assert read_checkpoint(step_2.with_name("last.ckpt"))["global_step"] == 5

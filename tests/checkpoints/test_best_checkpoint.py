@@ -139,7 +139,7 @@ def test_a_run_that_goes_on_from_an_older_one_leaves_the_newer_ones_behind(tmp_p
     fit(tmp_path, (3, 2, 1, 4))
     weights = {p.name: torch.load(p, weights_only=True)["global_step"] for p in folder.iterdir()}
     assert weights == {"best.ckpt": 3, "step-1.ckpt": 1, "step-2.ckpt": 2, "step-3.ckpt": 3, "last.ckpt": 4}
-    with pytest.warns(UserWarning, match=r"goes on from step 2: .*\(step-3.ckpt, last.ckpt, best.ckpt\) are in .*left"):
+    with pytest.warns(UserWarning, match=r"from step 2: the .* \(step-3.ckpt, last.ckpt, best.ckpt\) are in .*left"):
         fit(tmp_path, (3, 2, 5), ckpt_path=folder / "step-2.ckpt", callbacks=[notes])
     assert notes.steps == [2]
     left = folder / "left-at-step-2"
