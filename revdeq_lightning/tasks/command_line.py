@@ -208,7 +208,7 @@ class AbstractCommandLine(LightningCLI):
     def fit(self, **kwargs: Any) -> None:
         """Train."""
         STOP.let_restart_kill()  # until `StopSignal.setup`
-        with device_errors():
+        with device_errors(), self._losses_told("training"):
             try:
                 self.trainer.fit(**kwargs)
             except DivergedError as error:
@@ -217,10 +217,6 @@ class AbstractCommandLine(LightningCLI):
                 self._roll_back(error)
             except (DivergenceError, CheckpointError) as error:
                 fail(str(error), code=1)
-            except (OSError, RuntimeError) as error:
-                if (line := lost_peer(error, self.trainer) or lost_resource(error)) is None:
-                    raise
-                fail(line, code=1)
             except SystemExit:
                 end_after_interrupt(self.trainer)
 
@@ -241,10 +237,11 @@ class AbstractCommandLine(LightningCLI):
         split = self.closing_split() if best and self.run_config.test else None
         if split:
             evaluate = self.trainer.test if split == "test" else self.trainer.validate
-            try:
-                results = evaluate(self.model, self.datamodule, ckpt_path=best, verbose=False, weights_only=True)
-            except SystemExit:
-                end_after_interrupt(self.trainer)
+            with self._evaluation(split):
+                try:
+                    results = evaluate(self.model, self.datamodule, ckpt_path=best, verbose=False, weights_only=True)
+                except SystemExit:
+                    end_after_interrupt(self.trainer)
             self._print_figures(f"{split.capitalize()} ({Path(str(best)).name})", results)
         if self.trainer.is_global_zero:
             if best:
@@ -258,16 +255,33 @@ class AbstractCommandLine(LightningCLI):
     def validate(self, **kwargs: Any) -> None:
         """Print the figures of the validation split."""
         self._require("validation")
-        with device_errors(), readable_checkpoint():
+        with self._evaluation("validation"):
             results = self.trainer.validate(**kwargs | {"verbose": False})
         self._print_figures("Validation", results)
 
     def test(self, **kwargs: Any) -> None:
         """Print the figures of the test split."""
         self._require("test")
-        with device_errors(), readable_checkpoint():
+        with self._evaluation("test"):
             results = self.trainer.test(**kwargs | {"verbose": False})
         self._print_figures("Test", results)
+
+    @contextmanager
+    def _evaluation(self, split: str) -> Iterator[None]:
+        """End in one line where the split cannot be evaluated."""
+        with device_errors(), readable_checkpoint(), self._losses_told(f"the {split}"):
+            yield
+
+    @contextmanager
+    def _losses_told(self, what: str) -> Iterator[None]:
+        """End in one line where another process, a file, the disk or a worker is lost."""
+        try:
+            yield
+        except (OSError, RuntimeError) as error:
+            peer = lost_peer(error, self.trainer) if self.subcommand == "fit" else None
+            if (line := peer or lost_resource(error, what)) is None:
+                raise
+            fail(line, code=1)
 
     def _require(self, split: str) -> None:
         if split not in self.datamodule.splits:
