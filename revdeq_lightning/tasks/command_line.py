@@ -162,6 +162,11 @@ class AbstractCommandLine(LightningCLI):
         if self.subcommand == "fit":
             if settings.get("logger") is False:
                 fail("trainer.logger=false: a run always has a folder with its metrics; choose where by run.folder")
+            if (every := settings.get("log_every_n_steps")) is not None and every < 1:
+                fail(
+                    f"trainer.log_every_n_steps={every}: at logging steps a run certifies its gradients, and looks"
+                    " whether a checkpoint is due; choose a large number for few of them"
+                )
             asked = diagnostics.gradient_error_every_n_steps or diagnostics.contraction_every_n_steps
             if asked and is_fsdp2(settings.get("strategy")):
                 fail(

@@ -10,10 +10,12 @@ from tiny_runs import tiny_data, tiny_task, tiny_trainer
 
 from revdeq_lightning.callbacks.averaged_weights import AveragedWeights
 from revdeq_lightning.callbacks.checkpoint_io import AtomicCheckpointIO
+from revdeq_lightning.callbacks.cost import Cost
 from revdeq_lightning.callbacks.csv_logger import ContinuedCSVLogger
 from revdeq_lightning.callbacks.endurance import RecordWarning
 from revdeq_lightning.callbacks.progress import RunProgress
 from revdeq_lightning.callbacks.random_state import random_state, set_random_state
+from revdeq_lightning.callbacks.reconstruction_certificate import ReconstructionCertificate
 
 
 def test_checkpoint_survives_a_failed_write_of_the_next(tmp_path, monkeypatch):
@@ -143,3 +145,20 @@ def test_progress_shows_the_figures(tmp_path, terminal):
         lines = text.splitlines()
         assert len(lines) == 4  # two logging steps, two validations
         assert all(line.startswith("step ") for line in lines)
+
+
+def test_without_logging_steps_nothing_is_logged_or_piles_up(tmp_path, capsys):
+    """Lightning's `log_every_n_steps=0`; the count of certified gradients is printed all the same."""
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            assert not any(key.startswith(("equilibrium/", "system/")) for key in trainer.callback_metrics)
+            assert cost._clock is None
+
+    console, cost = Console(file=io.StringIO()), Cost()
+    callbacks = [ReconstructionCertificate(), cost, RunProgress(0.0, console), Watch()]
+    data = tiny_data(tmp_path)
+    trainer = tiny_trainer(tmp_path, callbacks, max_steps=4, log_every_n_steps=0, enable_progress_bar=True)
+    trainer.fit(tiny_task(data), data)
+    assert trainer.global_step == 4
+    assert "4 of 4 gradients certified exact" in capsys.readouterr().out
