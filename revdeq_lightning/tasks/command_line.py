@@ -9,10 +9,9 @@ from typing import Any, ClassVar, cast
 
 from lightning import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import Logger, WandbLogger
 
 from revdeq_lightning.callbacks.checkpoint_io import AtomicCheckpointIO
-from revdeq_lightning.callbacks.csv_logger import ContinuedCSVLogger
 from revdeq_lightning.callbacks.depth_sweep import DepthSweep
 from revdeq_lightning.callbacks.diagnostics import DiagnosticsConfig
 from revdeq_lightning.callbacks.divergence import DivergedError, DivergenceConfig, DivergenceGuard
@@ -24,7 +23,6 @@ from revdeq_lightning.callbacks.same_start import SameStart
 from revdeq_lightning.callbacks.stop_signal import StopSignal
 from revdeq_lightning.callbacks.training_step import equilibria
 from revdeq_lightning.callbacks.wandb_checkpoints import WandbCheckpoints
-from revdeq_lightning.callbacks.wandb_logger import finish_wandb, wandb_logger
 from revdeq_lightning.checkpoints import CheckpointError
 from revdeq_lightning.cli import ReadableErrors, fail, given_files
 from revdeq_lightning.equilibrium import DivergenceError
@@ -43,6 +41,7 @@ from revdeq_lightning.sharding import deferred_weights
 from revdeq_lightning.stop_signals import STOP
 from revdeq_lightning.strategies import is_fsdp2, register_strategies
 from revdeq_lightning.tasks.kept_checkpoints import best_checkpoint, best_or_last, last_checkpoint
+from revdeq_lightning.tasks.loggers import run_loggers
 from revdeq_lightning.tasks.messages import (
     check_writable,
     chosen,
@@ -50,9 +49,16 @@ from revdeq_lightning.tasks.messages import (
     readable_checkpoint,
     say,
 )
-from revdeq_lightning.tasks.process_end import end_after_interrupt, end_process_group, lost_peer, stop_signals_noted
+from revdeq_lightning.tasks.process_end import (
+    end_after_interrupt,
+    end_process_group,
+    finished_wandb,
+    lost_peer,
+    stop_signals_noted,
+)
 from revdeq_lightning.tasks.quiet import quieten_lightning
 from revdeq_lightning.tasks.readable_errors import device_errors, readable_errors
+from revdeq_lightning.tasks.run_lock import locked
 from revdeq_lightning.tasks.saved_config import SaveRunConfig
 
 
@@ -188,7 +194,7 @@ class AbstractCommandLine(LightningCLI):
             if run.async_checkpoints and getattr(settings.get("strategy"), "_save_distributed_checkpoint", False):
                 fail("run.async_checkpoints is for checkpoints of one file, not for the strategy's sharded_checkpoints")
             check_writable(run.path)
-            loggers = [ContinuedCSVLogger(run.path), *([] if own is True else as_list(own)), *asked_loggers(run)]
+            loggers = run_loggers(run, [] if own is True else as_list(own))
             if run.wandb_checkpoints:
                 callbacks.append(WandbCheckpoints(run.checkpoints))
         self.trainer_defaults = {"callbacks": callbacks}
@@ -209,6 +215,12 @@ class AbstractCommandLine(LightningCLI):
         with readable_errors(), deferred_weights(is_fsdp2(strategy)):
             super().instantiate_classes()
             self.datamodule.setup(str(self.subcommand))
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Train in a folder, and test at the end, as the only program that does."""
+        trains = subcommand == "fit" and self.trainer.is_global_zero
+        with locked(self.run_config.path) if trains else nullcontext():
+            super()._run_subcommand(subcommand)
 
     def fit(self, **kwargs: Any) -> None:
         """Train."""
@@ -329,30 +341,6 @@ def with_config_of_checkpoint(options: Sequence[str]) -> list[str]:
     if runs and runs[-1] and not any(map(describes_run, given_files(options, "--config", "-c"))):
         return ["--config", str(runs[-1] / CONFIG), *options]
     return list(options)
-
-
-def asked_loggers(run: RunConfig) -> list[Logger]:
-    """Those that are asked for beside the CSV file."""
-    loggers: list[Logger] = []
-    if (wandb := wandb_logger(run)) is not None:
-        loggers.append(wandb)
-    if run.tensorboard:
-        loggers.append(TensorBoardLogger(run.path, name="tensorboard", version="", default_hp_metric=False))
-    return loggers
-
-
-@contextmanager
-def finished_wandb() -> Iterator[None]:
-    """End the W&B runs of the command with its exit code: a later run in this process would go on with them."""
-    code = 1
-    try:
-        yield
-        code = 0
-    except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-        raise
-    finally:
-        finish_wandb(code)
 
 
 def as_list(value: Any) -> list[Any]:
