@@ -81,6 +81,8 @@ class Cost(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock, and look up the device's peak."""
+        if cast(Any, trainer).log_every_n_steps == 0:
+            return  # moments would pile up that nobody asks for
         self._statistics.attach(pl_module)
         self._reset()
         self._clock = _Clock(pl_module.device)

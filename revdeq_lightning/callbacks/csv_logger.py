@@ -1,7 +1,11 @@
 """Metrics as one CSV file a run, which a resumed run continues."""
 
 import csv
+import itertools
 import os
+import shutil
+import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
 
+from revdeq_lightning.callbacks.endurance import RecordWarning
 from revdeq_lightning.checkpoints import remove_leftovers
 
 
@@ -47,7 +52,10 @@ class ContinuedCSVLogger(CSVLogger):
 
     @rank_zero_only
     def rewind(self, step: int) -> None:
-        """Drop what was logged at this step or later: the run goes on from a checkpoint before."""
+        """Drop what was logged at this step or later: the run goes on from a checkpoint before.
+
+        A file with rows that are damaged, or with something else, is kept beside, and its good rows are gone on with.
+        """
         self._last = ""
         self.experiment.rewind(step)
 
@@ -57,13 +65,17 @@ class _ContinuedWriter(ExperimentWriter):
         super().__init__(log_dir)
         self.path = Path(self.metrics_file_path)
         if self.path.is_file():
-            with self.path.open(newline="") as file:
+            with self.path.open(newline="", errors="replace") as file, suppress(csv.Error):
                 self.metrics_keys = next(csv.reader(file), [])
 
     def rewind(self, step: int) -> None:
         remove_leftovers(self.path.parent)
         if self.path.is_file():
-            rows = [row for row in self._rows() if int(row["step"]) < step]
+            rows = self._rows()
+            good = [row for row in rows if _is_whole(row)]
+            if len(good) < len(rows) or (self.metrics_keys and "step" not in self.metrics_keys):
+                self._keep_beside(len(good))
+            rows = [row for row in good if int(row["step"]) < step]
             self._write_anew([key for key in self.metrics_keys if any(row[key] for row in rows)], rows)
 
     def save(self) -> None:
@@ -100,8 +112,27 @@ class _ContinuedWriter(ExperimentWriter):
     def _rows(self) -> list[dict[str, Any]]:
         if not self.path.is_file():
             return []
-        with self.path.open(newline="") as file:
-            return list(csv.DictReader(line for line in file if line.endswith("\n")))  # a kill may have cut the last
+        with self.path.open(newline="", errors="replace") as file:
+            whole = (line for line in file if line.endswith("\n"))  # a kill may have cut the last
+            lines = ("\0\n" if "\0" in line else line for line in whole)  # zeros of a crash may be longer than a field
+            try:
+                return list(csv.DictReader(lines))
+            except csv.Error:  # a field beyond all bounds
+                return [{}]
+
+    def _keep_beside(self, num_good: int) -> None:
+        numbered = (self.path.with_name(f"{self.path.stem}.damaged-{n}.csv") for n in itertools.count(1))
+        aside = next(path for path in numbered if not path.exists())
+        shutil.copyfile(self.path, aside)
+        text = f"{self.path} is damaged, or something else: kept as {aside.name}; going on with {num_good} rows of it"
+        warnings.warn(text, RecordWarning, stacklevel=2)
 
     def _check_log_dir_exists(self) -> None:
         """The base class would delete the file."""
+
+
+def _is_whole(row: dict[str, Any]) -> bool:
+    """Whether a row has all its fields, a step, and no bytes that were never text (a crash leaves zeros)."""
+    if None in row or None in row.values():
+        return False
+    return row.get("step", "").isdecimal() and not {"\0", "\ufffd"} & set("".join(row.values()))

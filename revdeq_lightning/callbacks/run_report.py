@@ -8,6 +8,7 @@ from lightning import Callback, LightningModule, Trainer
 
 from revdeq_lightning.callbacks.csv_logger import ContinuedCSVLogger
 from revdeq_lightning.callbacks.divergence import DivergedError
+from revdeq_lightning.checkpoints import Found, newest_good
 from revdeq_lightning.equilibrium import EquilibriumLayer
 from revdeq_lightning.reporting import write_report
 from revdeq_lightning.runs import BEST, CHECKPOINTS, CONFIG, LAST, METRICS, REPORT, RunConfig, command
@@ -77,18 +78,22 @@ def close_run(folder: Path, run: RunConfig) -> None:
         except Exception as error:  # the run is over and saved: its page can be written again by hand
             warnings.warn(f"no page of the run in {folder}: {error!r}", stacklevel=2)
     best, last = (folder / CHECKPOINTS / name for name in (BEST, LAST))
+    found = Found(last, {}) if last.exists() else newest_good(folder / CHECKPOINTS)
     print(f"\nRun folder         {folder}")
     files = {path.stem.replace("_", " "): path for path in sorted(folder.glob("*.png"))}
     known = {"report": folder / REPORT, "metrics": folder / METRICS, "settings": folder / CONFIG}
     for label, path in (known | files).items():
         if path.is_file():
             print(f"  {label:<16} {path}")
-    if last.exists():  # a folder, if sharded
-        print(f"  {'checkpoints':<16} {', '.join(str(p) for p in (best, last) if p.exists())}")
-        newest = best if best.exists() else last
+    if (go_on := found.path) is not None:
+        trained = best if best.exists() and best not in found.faults else go_on
+        print(f"  {'checkpoints':<16} {', '.join(map(str, dict.fromkeys([trained, go_on])))}")
         label, subcommand, *arguments = run.usage
-        print(f"Go on              {command(run, 'fit', last)}")
-        print(f"Test               {command(run, 'test', newest)}")
-        print(f"{label:<18} {command(run, subcommand, newest, *arguments)}", flush=True)
+        print(f"Go on              {command(run, 'fit', go_on)}")
+        print(f"Test               {command(run, 'test', trained)}")
+        print(f"{label:<18} {command(run, subcommand, trained, *arguments)}", flush=True)
+    elif found.faults:
+        faults = "; ".join(f"{path.name} {fault}" for path, fault in found.faults.items())
+        print(f"No checkpoint in {folder / CHECKPOINTS} can be used: {faults}", flush=True)
     else:
         print("There is no checkpoint yet: the first is written after the first validation, or at Ctrl-C.", flush=True)

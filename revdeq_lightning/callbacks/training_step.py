@@ -19,8 +19,12 @@ def made_step(trainer: Trainer) -> bool:
 
 
 def is_logging_step(trainer: Trainer) -> bool:
-    """Whether Lightning hands metrics to the loggers after this optimizer step (ask in `on_train_batch_end`)."""
-    return trainer.global_step % cast(Any, trainer).log_every_n_steps == 0 and made_step(trainer)
+    """Whether Lightning hands metrics to the loggers after this optimizer step (ask in `on_train_batch_end`).
+
+    Never, if `log_every_n_steps` is 0.
+    """
+    every: int = cast(Any, trainer).log_every_n_steps
+    return every != 0 and trainer.global_step % every == 0 and made_step(trainer)
 
 
 def validation_follows(trainer: Trainer) -> bool:

@@ -43,6 +43,10 @@ class ArrayCache(NamedTuple):
     arrays: dict[str, StoredArray]
     metadata: dict[str, Any]
 
+    def checksum(self, name: str) -> str:
+        """CRC-32 of an array's content, which was compared when it was opened."""
+        return f"{self.metadata['checksums'][name]:08x}"
+
 
 def load_or_build(path: Path, build: Callable[[], tuple[dict[str, NDArray[Any]], dict[str, Any]]]) -> ArrayCache:
     """Read the arrays from `path`, or build and store them there.

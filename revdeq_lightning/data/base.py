@@ -94,7 +94,10 @@ class AbstractDataModule(LightningDataModule):
 
     @abstractmethod
     def _order_settings(self) -> dict[str, Any]:
-        """What the order of training depends on besides the global batch size; plain containers."""
+        """What the order of training depends on besides the global batch size, and checksums of what is trained on.
+
+        Plain containers; the checksums are those that cost no other pass over the data.
+        """
 
     def _training_loader(
         self, dataset: Dataset[Any], num_items: int, order: Callable[[int], NDArray[np.int64]]
@@ -171,11 +174,13 @@ class AbstractDataModule(LightningDataModule):
 
     def _warn_if_other_order(self) -> None:
         now, then = self.state_dict()["order"], self._resumed["order"]
-        changed = [f"{name} {then.get(name)} -> {now[name]}" for name in now if now[name] != then.get(name)]
+        # What older checkpoints do not have cannot be compared.
+        changed = [f"{name} {then[name]} -> {now[name]}" for name in now if name in then and now[name] != then[name]]
         if changed:
             rank_zero_warn(
-                f"the order of training changed since the checkpoint ({', '.join(changed)}): within this epoch "
-                f"{self._items} may come twice or not at all; to continue exactly, use the checkpoint's values."
+                f"what is trained on, or its order, changed since the checkpoint ({', '.join(changed)}): within this "
+                f"epoch {self._items} may come twice or not at all; to continue exactly, use the checkpoint's data and "
+                "values."
             )
 
 

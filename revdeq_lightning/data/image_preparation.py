@@ -1,5 +1,7 @@
 """From a source to data sets: splits, decoded images in one file, and the statistics of the training images."""
 
+import os
+import zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,13 +28,24 @@ _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class ImageData(NamedTuple):
-    """Data sets by split, and what is known of them."""
+    """Data sets by split, and what is known of them.
+
+    Attributes:
+        class_names: In the order of their indices.
+        channels: 1 grey, 3 RGB.
+        mean: By channel.
+        std: By channel.
+        datasets: By split.
+        checksums: Of the training split: `label_checksum`, and `image_checksum`, or `name_checksum` where images are
+            decoded as they are needed: what is in those is not looked at.
+    """
 
     class_names: list[str]
     channels: int
     mean: list[float]
     std: list[float]
     datasets: dict[str, PreparedImages] | dict[str, DecodedImages]
+    checksums: dict[str, str]
 
 
 def prepare_in_memory(
@@ -64,7 +77,8 @@ def prepare_in_memory(
         for split in cache.metadata["splits"]
     }
     mean, std, class_names = (cache.metadata[name] for name in ("mean", "std", "class_names"))
-    return ImageData(class_names, sizes.channels, mean, std, datasets)
+    checksums = {"image_checksum": cache.checksum("train"), "label_checksum": cache.checksum("train/labels")}
+    return ImageData(class_names, sizes.channels, mean, std, datasets, checksums)
 
 
 def prepare_decoding(
@@ -94,7 +108,16 @@ def prepare_decoding(
     }
     grey = sizes.channels == 1
     mean, std = ([float(np.mean(v))] if grey else list(v) for v in (_IMAGENET_MEAN, _IMAGENET_STD))
-    return ImageData(collection.class_names, sizes.channels, mean, std, datasets)
+    checksums = _checksums(collection.tables["train"])
+    return ImageData(collection.class_names, sizes.channels, mean, std, datasets, checksums)
+
+
+def _checksums(table: ImageTable) -> dict[str, str]:
+    names = 0
+    for index in range(len(table.labels)):
+        names = zlib.crc32(os.fsencode(table.name(index)) + b"\0", names)
+    labels = zlib.crc32(table.labels.astype(np.int64).data)
+    return {"name_checksum": f"{names:08x}", "label_checksum": f"{labels:08x}"}
 
 
 def _decode_all(

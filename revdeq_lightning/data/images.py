@@ -299,7 +299,8 @@ class ImageDataModule(AbstractDataModule):
         return self._loader(dataset, len(dataset))
 
     def _order_settings(self) -> dict[str, Any]:
-        return {"seed": self.hparams["seed"], "num_images": self.num_images("train")}
+        order = {"seed": self.hparams["seed"], "num_images": self.num_images("train")}
+        return order | self._prepared().checksums
 
     def _described(self) -> str:
         path = self.hparams["path"]

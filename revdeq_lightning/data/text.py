@@ -237,7 +237,8 @@ class TextDataModule(AbstractDataModule):
 
     def _order_settings(self) -> dict[str, Any]:
         settings = {name: self.hparams[name] for name in ("seed", "context_length", "window_order")}
-        return settings | {"num_tokens": len(self._prepared().arrays["train"])}
+        prepared = self._prepared()
+        return settings | {"num_tokens": len(prepared.arrays["train"]), "token_checksum": prepared.checksum("train")}
 
 
 _PATHS = ("path", "dataset_name", "validation_path", "test_path")

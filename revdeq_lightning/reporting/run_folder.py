@@ -90,9 +90,9 @@ class Run:
 
     @property
     def files(self) -> list[Path]:
-        """What lies in the folder, checkpoints first; no pages."""
+        """What lies in the folder, checkpoints first; no pages, nothing hidden."""
         found = [*sorted(self.folder.glob("checkpoints/*")), *sorted(self.folder.iterdir())]
-        return [path for path in found if path.name != "checkpoints" and path.suffix != ".html"]
+        return [p for p in found if p.name != "checkpoints" and p.suffix != ".html" and not p.name.startswith(".")]
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:

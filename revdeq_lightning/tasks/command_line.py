@@ -9,11 +9,10 @@ from typing import Any, ClassVar, cast
 
 from lightning import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import Logger, WandbLogger
 
 from revdeq_lightning.callbacks.best_checkpoint import BestCheckpoint
 from revdeq_lightning.callbacks.checkpoint_io import AtomicCheckpointIO
-from revdeq_lightning.callbacks.csv_logger import ContinuedCSVLogger
 from revdeq_lightning.callbacks.depth_sweep import DepthSweep
 from revdeq_lightning.callbacks.diagnostics import DiagnosticsConfig
 from revdeq_lightning.callbacks.divergence import DivergedError, DivergenceConfig, DivergenceGuard
@@ -25,7 +24,6 @@ from revdeq_lightning.callbacks.same_start import SameStart
 from revdeq_lightning.callbacks.stop_signal import StopSignal
 from revdeq_lightning.callbacks.training_step import equilibria
 from revdeq_lightning.callbacks.wandb_checkpoints import WandbCheckpoints
-from revdeq_lightning.callbacks.wandb_logger import finish_wandb, wandb_logger
 from revdeq_lightning.checkpoints import CheckpointError
 from revdeq_lightning.cli import ReadableErrors, fail, given_files
 from revdeq_lightning.equilibrium import DivergenceError
@@ -44,6 +42,7 @@ from revdeq_lightning.sharding import deferred_weights
 from revdeq_lightning.stop_signals import STOP
 from revdeq_lightning.strategies import is_fsdp2, register_strategies
 from revdeq_lightning.tasks.kept_checkpoints import best_or_last, last_checkpoint
+from revdeq_lightning.tasks.loggers import run_loggers
 from revdeq_lightning.tasks.messages import (
     check_writable,
     chosen,
@@ -51,9 +50,16 @@ from revdeq_lightning.tasks.messages import (
     readable_checkpoint,
     say,
 )
-from revdeq_lightning.tasks.process_end import end_after_interrupt, end_process_group, lost_peer, stop_signals_noted
+from revdeq_lightning.tasks.process_end import (
+    end_after_interrupt,
+    end_process_group,
+    finished_wandb,
+    lost_peer,
+    stop_signals_noted,
+)
 from revdeq_lightning.tasks.quiet import quieten_lightning
 from revdeq_lightning.tasks.readable_errors import device_errors, readable_errors
+from revdeq_lightning.tasks.run_lock import locked
 from revdeq_lightning.tasks.saved_config import SaveRunConfig
 
 
@@ -163,6 +169,11 @@ class AbstractCommandLine(LightningCLI):
         if self.subcommand == "fit":
             if settings.get("logger") is False:
                 fail("trainer.logger=false: a run always has a folder with its metrics; choose where by run.folder")
+            if (every := settings.get("log_every_n_steps")) is not None and every < 1:
+                fail(
+                    f"trainer.log_every_n_steps={every}: at logging steps a run certifies its gradients, and looks"
+                    " whether a checkpoint is due; choose a large number for few of them"
+                )
             asked = diagnostics.gradient_error_every_n_steps or diagnostics.contraction_every_n_steps
             if asked and is_fsdp2(settings.get("strategy")):
                 fail(
@@ -184,7 +195,7 @@ class AbstractCommandLine(LightningCLI):
             if run.async_checkpoints and getattr(settings.get("strategy"), "_save_distributed_checkpoint", False):
                 fail("run.async_checkpoints is for checkpoints of one file, not for the strategy's sharded_checkpoints")
             check_writable(run.path)
-            loggers = [ContinuedCSVLogger(run.path), *([] if own is True else as_list(own)), *asked_loggers(run)]
+            loggers = run_loggers(run, [] if own is True else as_list(own))
             if run.wandb_checkpoints:
                 callbacks.append(WandbCheckpoints(run.checkpoints))
         self.trainer_defaults = {"callbacks": callbacks}
@@ -206,6 +217,12 @@ class AbstractCommandLine(LightningCLI):
             super().instantiate_classes()
             self.datamodule.setup(str(self.subcommand))
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Train in a folder, and test at the end, as the only program that does."""
+        trains = subcommand == "fit" and self.trainer.is_global_zero
+        with locked(self.run_config.path) if trains else nullcontext():
+            super()._run_subcommand(subcommand)
+
     def fit(self, **kwargs: Any) -> None:
         """Train."""
         while (checkpoint := self._fit(**kwargs)) is not None:
@@ -217,7 +234,7 @@ class AbstractCommandLine(LightningCLI):
     def _fit(self, **kwargs: Any) -> Path | None:
         """Train; after a divergence the checkpoint to go back to."""
         STOP.let_restart_kill()  # until `StopSignal.setup`
-        with device_errors():
+        with device_errors(), self._losses_told("training"):
             try:
                 self.trainer.fit(**kwargs)
             except DivergedError as error:
@@ -231,10 +248,6 @@ class AbstractCommandLine(LightningCLI):
                 return error.checkpoint
             except (DivergenceError, CheckpointError) as error:
                 fail(str(error), code=1)
-            except (OSError, RuntimeError) as error:
-                if (line := lost_peer(error, self.trainer) or lost_resource(error)) is None:
-                    raise
-                fail(line, code=1)
             except SystemExit:
                 end_after_interrupt(self.trainer)
         return None
@@ -247,10 +260,11 @@ class AbstractCommandLine(LightningCLI):
         split = self.closing_split() if best and self.run_config.test else None
         if split:
             evaluate = self.trainer.test if split == "test" else self.trainer.validate
-            try:
-                results = evaluate(self.model, self.datamodule, ckpt_path=best, verbose=False, weights_only=True)
-            except SystemExit:
-                end_after_interrupt(self.trainer)
+            with self._evaluation(split):
+                try:
+                    results = evaluate(self.model, self.datamodule, ckpt_path=best, verbose=False, weights_only=True)
+                except SystemExit:
+                    end_after_interrupt(self.trainer)
             self._print_figures(f"{split.capitalize()} ({Path(str(best)).name})", results)
         if self.trainer.is_global_zero:
             if best:
@@ -264,16 +278,33 @@ class AbstractCommandLine(LightningCLI):
     def validate(self, **kwargs: Any) -> None:
         """Print the figures of the validation split."""
         self._require("validation")
-        with device_errors(), readable_checkpoint():
+        with self._evaluation("validation"):
             results = self.trainer.validate(**kwargs | {"verbose": False})
         self._print_figures("Validation", results)
 
     def test(self, **kwargs: Any) -> None:
         """Print the figures of the test split."""
         self._require("test")
-        with device_errors(), readable_checkpoint():
+        with self._evaluation("test"):
             results = self.trainer.test(**kwargs | {"verbose": False})
         self._print_figures("Test", results)
+
+    @contextmanager
+    def _evaluation(self, split: str) -> Iterator[None]:
+        """End in one line where the split cannot be evaluated."""
+        with device_errors(), readable_checkpoint(), self._losses_told(f"the {split}"):
+            yield
+
+    @contextmanager
+    def _losses_told(self, what: str) -> Iterator[None]:
+        """End in one line where another process, a file, the disk or a worker is lost."""
+        try:
+            yield
+        except (OSError, EOFError, RuntimeError) as error:
+            peer = lost_peer(error, self.trainer) if self.subcommand == "fit" else None
+            if (line := peer or lost_resource(error, what)) is None:
+                raise
+            fail(line, code=1)
 
     def _require(self, split: str) -> None:
         if split not in self.datamodule.splits:
@@ -316,30 +347,6 @@ def with_config_of_checkpoint(options: Sequence[str]) -> list[str]:
     if runs and runs[-1] and not any(map(describes_run, given_files(options, "--config", "-c"))):
         return ["--config", str(runs[-1] / CONFIG), *options]
     return list(options)
-
-
-def asked_loggers(run: RunConfig) -> list[Logger]:
-    """Those that are asked for beside the CSV file."""
-    loggers: list[Logger] = []
-    if (wandb := wandb_logger(run)) is not None:
-        loggers.append(wandb)
-    if run.tensorboard:
-        loggers.append(TensorBoardLogger(run.path, name="tensorboard", version="", default_hp_metric=False))
-    return loggers
-
-
-@contextmanager
-def finished_wandb() -> Iterator[None]:
-    """End the W&B runs of the command with its exit code: a later run in this process would go on with them."""
-    code = 1
-    try:
-        yield
-        code = 0
-    except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-        raise
-    finally:
-        finish_wandb(code)
 
 
 def as_list(value: Any) -> list[Any]:

@@ -23,14 +23,15 @@ def readable_checkpoint() -> Iterator[None]:
         fail(str(error))
 
 
-def lost_resource(error: Exception) -> str | None:
-    """One line on what a run lost on its way: a file, the disk, a worker; None for another error."""
+def lost_resource(error: Exception, what: str) -> str | None:
+    """One line on what training or a test (`what`) lost on its way: a file, the disk, a worker; None: another error."""
     *_, text = str(error).strip().splitlines() or [type(error).__name__]  # a worker's begins with its traceback
-    # A worker that dies while it hands a batch over is a broken connection; one that raised is named otherwise.
-    if isinstance(error, ConnectionError) or re.search(r"DataLoader worker \(pid", str(error)):
-        return f"training cannot go on: a process that loads data is gone: {text} Is memory short? Try data.num_workers"
+    # A worker that dies while it hands a batch over is a broken connection, or one without an answer; one that raised is
+    # named otherwise.
+    if isinstance(error, ConnectionError | EOFError) or re.search(r"DataLoader worker \(pid", str(error)):
+        return f"{what} cannot go on: a process that loads data is gone: {text} Is memory short? Try data.num_workers"
     if isinstance(error, OSError):
-        return f"training cannot go on: {text}"
+        return f"{what} cannot go on: {text}"
     return None
 
 

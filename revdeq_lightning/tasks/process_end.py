@@ -9,6 +9,7 @@ from typing import NoReturn
 import torch.distributed as dist
 from lightning import Trainer
 
+from revdeq_lightning.callbacks.wandb_logger import finish_wandb
 from revdeq_lightning.stop_signals import STOP
 
 # gloo raises plain RuntimeErrors, NCCL and the store those of torch.distributed.
@@ -31,6 +32,20 @@ def stop_signals_noted() -> Iterator[None]:
             STOP.give_back()
         else:
             STOP.ignore()
+
+
+@contextmanager
+def finished_wandb() -> Iterator[None]:
+    """End the W&B runs of the command with its exit code: a later run in this process would go on with them."""
+    code = 1
+    try:
+        yield
+        code = 0
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        raise
+    finally:
+        finish_wandb(code)
 
 
 def end_after_interrupt(trainer: Trainer) -> NoReturn:

@@ -10,9 +10,12 @@ from tiny_runs import tiny_data, tiny_task, tiny_trainer
 
 from revdeq_lightning.callbacks.averaged_weights import AveragedWeights
 from revdeq_lightning.callbacks.checkpoint_io import AtomicCheckpointIO
+from revdeq_lightning.callbacks.cost import Cost
 from revdeq_lightning.callbacks.csv_logger import ContinuedCSVLogger
+from revdeq_lightning.callbacks.endurance import RecordWarning
 from revdeq_lightning.callbacks.progress import RunProgress
 from revdeq_lightning.callbacks.random_state import random_state, set_random_state
+from revdeq_lightning.callbacks.reconstruction_certificate import ReconstructionCertificate
 
 
 def test_checkpoint_survives_a_failed_write_of_the_next(tmp_path, monkeypatch):
@@ -87,6 +90,45 @@ def test_csv_file_is_continued_and_rewound_to_the_checkpoint(tmp_path):
     assert rows(path) == [(0, "0.0", ""), (1, "1.0", ""), (2, "20.0", "1.0")]
 
 
+GOOD = b"a,step\r\n0.0,0\r\n1.0,1\r\n2.0,2\r\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "kept"),
+    [
+        (GOOD[:-5] + b"\0" * 9 + b"\n", 2),  # what a crash of the machine leaves
+        (GOOD + b"\0" * 200_000 + b"\n", 3),
+        (GOOD + b"3.0\r\n", 3),
+        (GOOD + b"3.0,3,3.0\r\n", 3),
+        (GOOD.replace(b"1.0", b"\xff.0"), 2),
+        (b"\0" * 9 + GOOD[6:], 0),
+        (GOOD[:3], 0),
+        (b"something else\nmore\n", 0),
+        (b"x" * 200_000 + b"\ny\n", 0),
+        (bytes(range(256)) * 3, 0),
+    ],
+)
+def test_a_csv_file_that_is_damaged_or_another_is_kept_beside_and_gone_on_with(tmp_path, content, kept):
+    path = tmp_path / "metrics.csv"
+    path.write_bytes(content)
+    (tmp_path / "metrics.damaged-1.csv").write_text("kept before")
+    logger = ContinuedCSVLogger(tmp_path)
+    with pytest.warns(RecordWarning, match=rf"s.csv is damaged.* as metrics.damaged-2.csv; going on with {kept} rows"):
+        logger.rewind(3)
+    logger.log_metrics({"a": 30.0}, 3)
+    assert [row for row in rows(path) if row[0] == 3] == [(3, "30.0", "")]
+    assert len(rows(path)) == kept + 1
+    assert (tmp_path / "metrics.damaged-2.csv").read_bytes() == content
+    ContinuedCSVLogger(tmp_path).rewind(4)  # now it is whole
+
+
+@pytest.mark.parametrize("content", [b"", b"\r\n", GOOD + b"3.", GOOD])
+def test_a_csv_file_that_was_only_begun_or_cut_by_a_kill_is_not_called_damaged(tmp_path, content):
+    (tmp_path / "metrics.csv").write_bytes(content)
+    ContinuedCSVLogger(tmp_path).rewind(2)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
+
+
 @pytest.mark.parametrize("terminal", [False, True])
 def test_progress_shows_the_figures(tmp_path, terminal):
     out = io.StringIO()
@@ -103,3 +145,20 @@ def test_progress_shows_the_figures(tmp_path, terminal):
         lines = text.splitlines()
         assert len(lines) == 4  # two logging steps, two validations
         assert all(line.startswith("step ") for line in lines)
+
+
+def test_without_logging_steps_nothing_is_logged_or_piles_up(tmp_path, capsys):
+    """Lightning's `log_every_n_steps=0`; the count of certified gradients is printed all the same."""
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            assert not any(key.startswith(("equilibrium/", "system/")) for key in trainer.callback_metrics)
+            assert cost._clock is None
+
+    console, cost = Console(file=io.StringIO()), Cost()
+    callbacks = [ReconstructionCertificate(), cost, RunProgress(0.0, console), Watch()]
+    data = tiny_data(tmp_path)
+    trainer = tiny_trainer(tmp_path, callbacks, max_steps=4, log_every_n_steps=0, enable_progress_bar=True)
+    trainer.fit(tiny_task(data), data)
+    assert trainer.global_step == 4
+    assert "4 of 4 gradients certified exact" in capsys.readouterr().out

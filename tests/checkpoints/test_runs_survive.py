@@ -208,6 +208,32 @@ def test_an_image_removed_in_mid_run_is_named_and_the_checkpoint_stays(tmp_path,
     assert read_checkpoint(tmp_path / "runs/tiny/v/checkpoints/last.ckpt")["global_step"] == 4
 
 
+class WithoutImages(Callback):
+    """The test's images are elsewhere once it begins."""
+
+    def __init__(self, folder):
+        self.images, self.elsewhere = folder / "images/test", folder / "elsewhere"
+
+    def on_test_start(self, trainer, pl_module):
+        self.images.rename(self.elsewhere)
+
+
+def test_images_removed_before_a_test_are_named_and_the_trained_model_stays(tmp_path, capsys, disturbed):
+    config, options = images_that_are_read_in_training(tmp_path)
+    gone = WithoutImages(tmp_path)
+    disturbed(gone)
+    last = tmp_path / "runs/tiny/v/checkpoints/last.ckpt"
+    for arguments in (("fit", "--config", config, *options[:1]), ("test", "--ckpt_path", last)):
+        with pytest.raises(SystemExit) as stop:
+            run("image", *arguments)
+        assert stop.value.code == 1
+        (error,) = errors(capsys)
+        assert "the test cannot go on: FileNotFoundError: " in error
+        assert str(gone.images) in error
+        gone.elsewhere.rename(gone.images)
+    assert read_checkpoint(last)["global_step"] == 12
+
+
 def test_a_text_removed_in_mid_run_disturbs_nothing(whole, tmp_path, disturbed):
     kept, *_ = whole
     config = tiny_config(tmp_path)

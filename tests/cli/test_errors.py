@@ -22,6 +22,7 @@ from tiny_command import run, tiny_config
         (["fit", "--data.context_length=5000"], ["text has", "a window needs 5001"]),
         (["fit", "--run.wandb=online"], ["WANDB_API_KEY"]),
         (["fit", "--trainer.logger=false"], ["run.folder"]),
+        (["fit", "--trainer.log_every_n_steps=0"], ["trainer.log_every_n_steps=0", "choose a large number"]),
         (["fit", "--trainer.logger=WandbLogger"], ["run.wandb=auto"]),
         (
             [

@@ -15,7 +15,7 @@ from wandb_runs import without_key
 
 FILES = {
     *("checkpoints", "config.yaml", "report.html", "metrics.csv", "environment.json", "samples.jsonl", "samples.txt"),
-    *("depth_sweep.csv", "depth_sweep.png", "depth_sweep_validation.csv"),
+    *("depth_sweep.csv", "depth_sweep.png", "depth_sweep_validation.csv", ".lock"),
 }
 """Of a short run: no curve of the residual is kept before step 100."""
 

@@ -4,6 +4,7 @@ import json
 import logging
 import multiprocessing
 import pickle
+import shutil
 import sys
 
 import numpy as np
@@ -311,12 +312,43 @@ def test_resuming_in_another_order_warns_and_with_other_classes_fails(module, tm
     state = module().state_dict() | {"position": {"epoch": 0, "batch": 1}}
     other = module(seed=7, batch_size=2, max_train_images=20)
     other.load_state_dict(json.loads(json.dumps(state)))
-    changes = r"seed 0 -> 7, num_images 30 -> 20, global_batch_size 4 -> 2.* images may come twice"
+    changes = r"seed 0 -> 7, num_images 30 -> 20, image_checksum .*, global_batch_size 4 -> 2\).* images may come twice"
     with pytest.warns(UserWarning, match=changes):
         other.train_dataloader()
     animals = make_folder(tmp_path / "animals", {"train": 4}, classes=("ant", "bee", "cow"))
     with pytest.raises(ValueError, match=r'other classes .*\(3 and 3; for example "cat" is not among both'):
         module(animals).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("in_memory", "source", "target", "changes"),
+    [
+        (True, "train/bee/001.jpg", "train/bee/000.jpg", "image_checksum"),
+        (False, "train/bee/001.jpg", "train/bee/100.jpg", "name_checksum"),
+        (True, "train/ant/001.jpg", "train/bee/100.jpg", "label_checksum"),
+        (False, "train/ant/001.jpg", "train/bee/100.jpg", "label_checksum"),
+    ],
+)
+def test_resuming_with_other_images_of_the_same_number_warns(
+    module, folder, tmp_path, in_memory, source, target, changes
+):
+    state = module(in_memory=in_memory).state_dict() | {"position": {"epoch": 0, "batch": 1}}
+    root = shutil.copytree(folder, tmp_path / "elsewhere")
+
+    def resume(state):
+        data = module(root, in_memory=in_memory)
+        data.load_state_dict(json.loads(json.dumps(state)))
+        data.train_dataloader()
+
+    resume(state)  # a warning is an error here
+    content = (root / source).read_bytes()
+    if not (root / target).exists():
+        (root / source).unlink()
+    (root / target).write_bytes(content)
+    with pytest.warns(UserWarning, match=rf"trained on, or its order, changed .*{changes} \w{{8}} -> \w{{8}}[,)]"):
+        resume(state)
+    state["order"] = {key: value for key, value in state["order"].items() if not key.endswith("_checksum")}
+    resume(state)  # of before there were checksums
 
 
 def test_position_survives_without_lightning(module):

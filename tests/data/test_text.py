@@ -426,6 +426,22 @@ def test_resuming_in_another_order_warns_and_in_another_vocabulary_fails(module)
         module(tokenizer="characters").load_state_dict(state)
 
 
+def test_resuming_with_another_text_of_the_same_length_warns(module):
+    state = json.loads(json.dumps(module().state_dict())) | {"position": {"epoch": 0, "batch": 1}}
+    other = module(PROSE.replace("Line", "line"))
+    other.load_state_dict(state)
+    with pytest.warns(UserWarning, match=r"trained on, or its order, changed .*\(token_checksum \w{8} -> \w{8}\)"):
+        other.train_dataloader()
+
+
+def test_a_checkpoint_of_before_there_were_checksums_resumes(module):
+    state = module().state_dict() | {"position": {"epoch": 0, "batch": 1}}
+    del state["order"]["token_checksum"]
+    same = module()
+    same.load_state_dict(state)
+    same.train_dataloader()  # a warning is an error here
+
+
 def test_a_missing_split_is_told_and_training_without_validation_works(tmp_path):
     data = data_module(tmp_path, validation_fraction=0.0)
     fit(tmp_path, "run", data=data, max_epochs=1, limit_val_batches=0)

@@ -215,4 +215,4 @@ def test_a_folder_that_is_no_checkpoint_is_told(tmp_path, capsys):
     (tmp_path / "empty.ckpt").mkdir()
     with pytest.raises(SystemExit):
         main(["export", "--ckpt_path", str(tmp_path / "empty.ckpt")])
-    assert "empty.ckpt is not a checkpoint of a training run" in capsys.readouterr().err
+    assert "empty.ckpt is incomplete (a folder of shards without .metadata)" in capsys.readouterr().err
