@@ -160,7 +160,8 @@ def contents(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} {fault}")
     file = path / "meta.pt" if path.is_dir() else path
     try:
-        content = _load(file, mmap=zipfile.is_zipfile(file))
+        # Wherever it was written: on a GPU that is not here, or that is not to be filled.
+        content = _load(file, mmap=zipfile.is_zipfile(file), map_location="cpu")
     except Exception as error:  # torch raises many kinds for what is not a checkpoint
         raise CheckpointError(f"{path} {_reason(error)}") from None
     if not (isinstance(content, dict) and isinstance(content.get("global_step"), int) and "loops" in content):

@@ -26,8 +26,8 @@ def readable_checkpoint() -> Iterator[None]:
 def lost_resource(error: Exception, what: str) -> str | None:
     """One line on what training or a test (`what`) lost on its way: a file, the disk, a worker; None: another error."""
     *_, text = str(error).strip().splitlines() or [type(error).__name__]  # a worker's begins with its traceback
-    # A worker that dies while it hands a batch over is a broken connection, or one without an answer; one that raised is
-    # named otherwise.
+    # A worker that dies while it hands a batch over is a broken or unanswered connection; one that raised is named
+    # otherwise.
     if isinstance(error, ConnectionError | EOFError) or re.search(r"DataLoader worker \(pid", str(error)):
         return f"{what} cannot go on: a process that loads data is gone: {text} Is memory short? Try data.num_workers"
     if isinstance(error, OSError):

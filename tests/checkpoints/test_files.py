@@ -128,6 +128,17 @@ def test_a_checkpoint_without_checksum_is_read(tmp_path):
     assert newest_good(tmp_path) == (tmp_path / "last.ckpt", {})
 
 
+def test_one_that_was_written_on_a_gpu_is_found_where_there_is_none(tmp_path, monkeypatch):
+    """`location_tag` is what `torch.save` writes of a tensor's device."""
+    monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:7")
+    write_checkpoint(content(3), tmp_path / "last.ckpt")
+    monkeypatch.undo()
+    with pytest.raises(RuntimeError, match="CUDA"):
+        torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert newest_good(tmp_path) == (tmp_path / "last.ckpt", {})
+    assert contents(tmp_path / "last.ckpt")["global_step"] == 3
+
+
 def test_the_newest_good_one_is_last_or_that_of_most_steps(tmp_path):
     assert newest_good(tmp_path) == (None, {})
     for name, step in (("step-200", 200), ("best", 300), ("step-1000", 1000), ("last", 1100)):
