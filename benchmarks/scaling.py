@@ -34,6 +34,7 @@ PEAK = 989e12  # operations/s, bfloat16 dense; NVIDIA's data sheet of the H100 S
 UTILISATION = {"tokens": 0.40, "images": 0.11}  # of PEAK by filled GPUs; measured by others, see scaling.md
 NVLINK, NETWORK = 370.8e9, 46e9  # bytes/s of a GPU and direction that NCCL gets of 450 and 50; see scaling.md
 BASE, INTRA, INTER = 8.4e-6, 3.4e-6, 14e-6  # seconds, protocol Simple; NCCL, src/graph/tuning.cc
+BUCKET, FIRST_BUCKET = 25 * 2**20, 2**20  # bytes that DDP reduces at a time; its defaults
 IMAGE_BYTES = 115e3  # of a JPEG file: ImageNet's 1.28 M training images take about 148 GB
 
 
@@ -46,7 +47,7 @@ class Counted:
     unit: str
     units: int
     parameters: int
-    in_layers: int
+    layers: list[int]
     matrices: int
     averaged: bool
     muon: bool
@@ -55,6 +56,11 @@ class Counted:
     kept_bytes: float = 0.0
     issue_seconds: float = 0.0
     operations: int = 0
+
+    @property
+    def in_layers(self) -> int:
+        """Parameters of the equilibrium layers."""
+        return sum(self.layers)
 
 
 def load(path: Path) -> tuple[Counted, nn.Module, Any]:
@@ -80,7 +86,7 @@ def load(path: Path) -> tuple[Counted, nn.Module, Any]:
         unit=what[0],
         units=what[1],
         parameters=count(model.parameters()),
-        in_layers=sum(count(layer.parameters()) for layer in layers),
+        layers=[count(layer.parameters()) for layer in layers],
         matrices=count(group_parameters(model).matrices),
         averaged=settings["model"]["optimizer"].get("ema_decay", 0) > 0,
         muon=settings["model"]["optimizer"]["optimizer"] == "muon",
@@ -155,30 +161,30 @@ def memory(c: Counted, ranks: int, strategy: str, batch: float) -> float:
     return state + batch * c.kept_bytes
 
 
-def all_reduce(num_bytes: float, ranks: int) -> float:
-    """Seconds: by ring within a node and by the GPUs' own network ports between nodes, one after the other."""
-    nodes, gpus = max(1, ranks // GPUS_A_NODE), min(ranks, GPUS_A_NODE)
-    latency = BASE + 2 * ((gpus - 1) * INTRA + math.log2(nodes) * INTER)
-    within = 2 * (gpus - 1) / gpus * num_bytes / NVLINK
-    between = 2 * (nodes - 1) / nodes * num_bytes / gpus / NETWORK
-    return latency + within + between
-
-
 def gather(num_bytes: float, ranks: int) -> float:
     """Seconds of an all-gather or a reduce-scatter, by ring: its steps grow with the ranks."""
+    nodes = max(1, ranks // GPUS_A_NODE)
+    return BASE + (ranks - nodes) * INTRA + (nodes - 1) * INTER + (ranks - 1) / ranks * num_bytes / bandwidth(nodes)
+
+
+def all_reduce(num_bytes: float, ranks: int) -> float:
+    """Seconds, by tree: its steps grow with the logarithm of the nodes."""
     nodes, gpus = max(1, ranks // GPUS_A_NODE), min(ranks, GPUS_A_NODE)
-    latency = BASE + (ranks - nodes) * INTRA + (nodes - 1) * INTER
-    # A ring passes each node boundary once a step, over all ports of the node.
-    slowest = NVLINK if nodes == 1 else min(NVLINK, GPUS_A_NODE * NETWORK)
-    return latency + (ranks - 1) / ranks * num_bytes / slowest * (1 if gpus > 1 else 0)
+    latency = BASE + 2 * ((gpus - 1) * INTRA + math.log2(nodes) * INTER)
+    return latency + 2 * (ranks - 1) / ranks * num_bytes / bandwidth(nodes)
+
+
+def bandwidth(nodes: int) -> float:
+    """Bytes/s of a GPU: what is sent passes each node's boundary once, over all of its ports, piece by piece."""
+    return NVLINK if nodes == 1 else min(NVLINK, GPUS_A_NODE * NETWORK)
 
 
 def communication(c: Counted, ranks: int, strategy: str) -> float:
     """Seconds that nothing hides: gradients of a layer come all at once, at the end of its backward pass."""
-    rest = c.parameters - c.in_layers
     if strategy == "ddp":
-        return all_reduce(4 * c.parameters, ranks)
-    return 3 * gather(4 * c.in_layers, ranks) + 2 * gather(4 * rest, ranks)
+        buckets = 1 + math.ceil((4 * c.parameters - FIRST_BUCKET) / BUCKET)
+        return buckets * all_reduce(4 * c.parameters / buckets, ranks)
+    return 3 * sum(gather(4 * p, ranks) for p in c.layers) + 2 * gather(4 * (c.parameters - c.in_layers), ranks)
 
 
 def compute(c: Counted, batch: float) -> float:

@@ -45,7 +45,9 @@ def shard_equilibria(
         return
     layers: dict[str, EquilibriumLayer] = {}
     for name, module in model.named_modules():
-        if isinstance(module, EquilibriumLayer) and not any(name.startswith(f"{outer}.") for outer in layers):
+        if isinstance(module, EquilibriumLayer) and not any(
+            name.startswith(f"{outer}." if outer else "") for outer in layers
+        ):
             layers[name] = module
     for name, layer in layers.items():
         part = next((n for n, m in layer.named_modules() if n and isinstance(m, FSDPModule)), None)
@@ -58,8 +60,9 @@ def shard_equilibria(
     policy = MixedPrecisionPolicy(param_dtype=gather_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     for layer in layers.values():
         fully_shard(layer, mesh=mesh, reshard_after_forward=reshard_after_forward, mp_policy=policy)
-    # Not in that dtype: an embedding rounded to bfloat16 would make x, the input of every evaluation, bfloat16.
-    fully_shard(model, mesh=mesh)
+    if "" not in layers:
+        # Not in that dtype: an embedding rounded to bfloat16 would make x, the input of every evaluation, bfloat16.
+        fully_shard(model, mesh=mesh)
     for method in FORWARD_METHODS:
         if hasattr(model, method):
             register_fsdp_forward_method(model, method)

@@ -144,6 +144,19 @@ def dtypes_under_autocast(gather_dtype):
     return seen, int(output.stats.reconstruction_mismatch), gradients
 
 
+def layer_alone():
+    """Gradients of an equilibrium layer that is all of the model, sharded and whole."""
+    gradients = []
+    for sharded in (True, False):
+        layer = language_model(3).equilibrium
+        if sharded:
+            shard_equilibria(layer, mesh())
+        torch.manual_seed(0)
+        layer(torch.randn(2, SIZES["context_length"], SIZES["d_model"])).value.square().mean().backward()
+        gradients.append([whole(p.grad) for p in layer.parameters()])
+    return gradients
+
+
 def in_parts():
     """Gradients of a solve in three parts with a loss on each, sharded and whole; how often was gathered."""
     gradients, calls = [], {}
@@ -196,6 +209,7 @@ def everything(rank):
     deferred = gradients_of_a_deferred_model()
     return {
         "parts": in_parts(),
+        "alone": layer_alone(),
         "sent": sent,
         "autocast": autocast,
         "parallel": parallel,
@@ -234,6 +248,12 @@ def test_fsdp2_gathers_a_layer_once_before_its_solve_and_once_before_its_backwar
 def test_a_solve_in_parts_is_gathered_as_often_and_has_the_gradient_of_the_whole(ranks):
     (sharded, plain), calls = ranks[0]["parts"]
     assert calls == {"_allgather_base_": 3, "_reduce_scatter_base_": 2}
+    for a, b in zip(sharded, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_a_layer_that_is_all_of_the_model_is_one_unit(ranks):
+    sharded, plain = ranks[0]["alone"]
     for a, b in zip(sharded, plain, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
