@@ -81,7 +81,7 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
     try:
         checkpoint = _load(path, map_location=map_location)
     except Exception as error:  # torch raises many kinds for what is not a checkpoint
-        raise CheckpointError(f"{path} {_reason(error)}") from None
+        raise CheckpointError(f"{path} {reason_of(error)}") from None
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{path} holds no checkpoint but a {type(checkpoint).__name__}")
     return checkpoint
@@ -122,7 +122,7 @@ def steps_of(paths: list[Path]) -> tuple[dict[Path, int], dict[Path, str]]:
                 content = _load(file, mmap=zipfile.is_zipfile(file))
                 steps[path] = int(content["global_step"])
         except Exception as error:  # torch raises many kinds for what is not a checkpoint
-            fault = _reason(error)
+            fault = reason_of(error)
         if fault:
             faults[path] = fault
     return steps, faults
@@ -287,7 +287,8 @@ def _chunks(file: BinaryIO, num_bytes: int) -> Iterator[bytes]:
         yield chunk
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: BaseException) -> str:
+    """Why something is no checkpoint, by what PyTorch raised of it."""
     if "unsupported global" in str(error).lower():
         return "is refused: it holds Python objects, whose loading could run any code, not only plain data and tensors"
     return f"is not a checkpoint, or a truncated one ({type(error).__name__})"

@@ -50,6 +50,7 @@ from revdeq_lightning.checkpoints import (
 from revdeq_lightning.sharded_checkpoint import (
     TRAINED,
     WEIGHTS,
+    disk_error,
     is_sharded_checkpoint,
     load_into,
     read_metadata,
@@ -278,17 +279,6 @@ class EquilibriumFSDP2(ModelParallelStrategy):
     def _module(self) -> nn.Module:
         assert self.model is not None
         return self.model
-
-
-def disk_error(error: BaseException) -> OSError | None:
-    """The error of the disk, on whichever process, that kept a sharded checkpoint from being written; else None."""
-    if isinstance(error, OSError):
-        return error
-    if isinstance(error, CheckpointException):
-        return next(filter(None, (disk_error(cause) for cause, _ in error.failures.values())), None)
-    # PyTorch's archive writer replaces the error of the file below it.
-    writes = isinstance(error, RuntimeError) and ("PytorchStreamWriter" in str(error) or "unexpected pos" in str(error))
-    return OSError(f"the file could not be written, is the disk full? ({error})".splitlines()[0]) if writes else None
 
 
 def renamed(state: Mapping[str, Any], new: Mapping[Any, Any]) -> dict[str, Any]:

@@ -233,6 +233,7 @@ class AbstractCommandLine(LightningCLI):
         self.instantiate_classes()
         self.fit(model=self.model, datamodule=self.datamodule, ckpt_path=str(error.checkpoint))
 
+    @readable_checkpoint()
     def after_fit(self) -> None:
         """Test, show, and say how to go on."""
         if cast(Any, self.trainer).fast_dev_run:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from revdeq_lightning.checkpoints import CheckpointError
 from revdeq_lightning.tasks.inference import load_checkpoint
 
 
@@ -27,6 +28,8 @@ def export_weights(ckpt_path: str, output: str | None = None) -> str:
     try:
         checkpoint = load_checkpoint(path)
         weights, settings, step = (checkpoint[key] for key in ("state_dict", "hyper_parameters", "global_step"))
+    except CheckpointError:
+        raise
     except Exception as error:  # torch raises many kinds for what is not a checkpoint
         raise ValueError(f"{path} is not a checkpoint of a training run ({type(error).__name__})") from None
     prefix = "model."

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import re
 import shutil
 import signal
@@ -20,7 +19,7 @@ from scripts import run_python
 
 from revdeq_lightning.checkpoints import CheckpointError, Found, fault_of_folder, newest_good
 from revdeq_lightning.cli import main
-from revdeq_lightning.sharded_checkpoint import METADATA, is_sharded_checkpoint, load_into, read_metadata, read_whole
+from revdeq_lightning.sharded_checkpoint import METADATA, load_into, read_whole
 from revdeq_lightning.tasks.inference import load_language_model
 
 # FROM-TO: a run that stops after 10 of 20 steps, and the run that goes on.
@@ -115,42 +114,9 @@ def test_export_writes_the_averaged_weights_of_either_kind(fast, tmp_path, capsy
     assert all(torch.equal(value, contents[0][key].float()) for key, value in model.state_dict().items())
 
 
-class Malicious:
-    """What a pickle does when it is loaded."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
 @pytest.fixture
 def checkpoint(fast, tmp_path):
     return shutil.copytree(fast / "folder_2.ckpt", tmp_path / "copy.ckpt")
-
-
-def test_code_in_the_metadata_is_refused(checkpoint, tmp_path):
-    assert is_sharded_checkpoint(checkpoint)
-    (checkpoint / METADATA).write_bytes(pickle.dumps(Malicious(tmp_path / "trace")))
-    with pytest.raises(ValueError, match=r"copy\.ckpt is not a sharded checkpoint: it refers to (io|_io)\.open"):
-        read_whole(checkpoint, "state_dict")
-    assert not (tmp_path / "trace").exists()
-
-
-def test_code_in_a_value_is_refused(checkpoint, tmp_path):
-    metadata = read_metadata(checkpoint)
-    key = "optimizer_0.param_groups.0.lr"
-    place = next(info for index, info in metadata.storage_data.items() if index.fqn == key)
-    torch.save(Malicious(tmp_path / "trace"), tmp_path / "bad")
-    bad = (tmp_path / "bad").read_bytes()
-    with (checkpoint / place.relative_path).open("r+b") as file:
-        place.offset, place.length = file.seek(0, os.SEEK_END), len(bad)
-        file.write(bad)
-    (checkpoint / METADATA).write_bytes(pickle.dumps(metadata))
-    with pytest.raises(ValueError, match=r"copy\.ckpt cannot be read \(process 0, UnpicklingError\): Weights only"):
-        load_into({"optimizer_0": {"param_groups": [{"lr": 0.0}]}}, checkpoint, no_dist=True)
-    assert not (tmp_path / "trace").exists()
 
 
 @pytest.mark.parametrize(
@@ -164,7 +130,7 @@ def test_code_in_a_value_is_refused(checkpoint, tmp_path):
     ],
 )
 def test_another_model_is_told_in_one_line(checkpoint, state, words):
-    with pytest.raises(ValueError, match=words) as caught:
+    with pytest.raises(CheckpointError, match=words) as caught:
         load_into(state, checkpoint, no_dist=True)
     assert "\n" not in str(caught.value)
 
@@ -172,7 +138,7 @@ def test_another_model_is_told_in_one_line(checkpoint, state, words):
 def test_a_truncated_file_is_told_in_one_line(checkpoint):
     file = checkpoint / "__1_0.distcp"
     os.truncate(file, file.stat().st_size // 2)
-    with pytest.raises(ValueError, match=r"copy\.ckpt cannot be read") as caught:
+    with pytest.raises(CheckpointError, match=r"copy\.ckpt .* truncated one \(.*\), as process 0 found") as caught:
         read_whole(checkpoint, "state_dict", "optimizer_0")
     assert "\n" not in str(caught.value)
 
@@ -215,4 +181,4 @@ def test_a_folder_that_is_no_checkpoint_is_told(tmp_path, capsys):
     (tmp_path / "empty.ckpt").mkdir()
     with pytest.raises(SystemExit):
         main(["export", "--ckpt_path", str(tmp_path / "empty.ckpt")])
-    assert "empty.ckpt is not a checkpoint of a training run" in capsys.readouterr().err
+    assert "empty.ckpt is incomplete (a folder of shards without .metadata)" in capsys.readouterr().err
