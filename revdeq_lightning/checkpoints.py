@@ -4,7 +4,8 @@ The checksum is the comment of the zip archive that `torch.save` writes: `sha256
 would be without a comment. So it is in the file itself: it cannot be forgotten in a copy, and there is no moment
 between two writes at which one file speaks of another's content. `torch.load` and `unzip` read it as any other.
 
-A folder of shards holds `SHA256SUMS`, which `sha256sum --check` reads, and takes its name when all of it is there.
+A folder of shards holds `SHA256SUMS`, which `sha256sum --check` reads, and takes its name when all of it is there. It
+has to list every other file: nothing else in the folder could be told from what was put there later.
 """
 
 import hashlib
@@ -157,21 +158,24 @@ def fault_of_seal(path: Path) -> str | None:
 
 
 def fault_of_folder(path: Path, share: int = 0, num_shares: int = 1) -> str | None:
-    """What is wrong with a folder of shards; None also for one without checksums.
+    """What is wrong with a folder of shards: a file that is missing, changed, or not in `SHA256SUMS`.
 
     Args:
         path: The folder.
         share: Every `num_shares`-th file is read, from this one on: so several processes read a folder together.
         num_shares: Number of these processes.
     """
-    missing = [name for name in SHARDED_PARTS if not (path / name).is_file()]
+    missing = [name for name in (*SHARDED_PARTS, SUMS) if not (path / name).is_file()]
     if missing:
         return f"is incomplete (a folder of shards without {missing[0]})"
-    if not (path / SUMS).is_file():
-        return None
-    sums = {
-        name: digest for digest, _, name in (line.partition("  ") for line in (path / SUMS).read_text().splitlines())
-    }
+    try:
+        lines = (path / SUMS).read_text().splitlines()
+        unlisted = {file.name for file in path.iterdir()} - {SUMS}
+    except (OSError, UnicodeDecodeError):
+        return f"cannot be read (its {SUMS})"
+    sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    if unlisted := unlisted - sums.keys():
+        return f"is refused: its {SUMS} does not list {min(unlisted)}, which did not come with the checkpoint"
     for name in sorted(sums)[share::num_shares]:
         if not (path / name).is_file():
             return f"is incomplete (a folder of shards without {name})"

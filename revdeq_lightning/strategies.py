@@ -55,6 +55,7 @@ from revdeq_lightning.sharded_checkpoint import (
     load_into,
     read_metadata,
     read_rest,
+    refuse_others,
 )
 from revdeq_lightning.sharding import ParallelismError, fill_from_first_process, shard_equilibria
 
@@ -248,6 +249,7 @@ class EquilibriumFSDP2(ModelParallelStrategy):
         if fault := next(filter(None, faults), None):
             raise CheckpointError(f"{path} {fault}{other_checkpoint(path)}")
         weights: Any = get_model_state_dict(self._module)
+        refuse_others(weights, path)
         load_into({WEIGHTS: weights}, path)
         self._module.load_state_dict(weights)
         for i, optimizer in enumerate(self.optimizers):

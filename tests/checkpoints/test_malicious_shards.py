@@ -204,3 +204,18 @@ def test_commands_refuse_code_in_one_line(folder, trace, capsys, command, place)
     assert line.startswith(f"error: {folder}")
     assert "refers to shard_folders.touch" in line or "is refused: it holds Python objects" in line
     assert not trace.exists()
+
+
+def test_every_file_of_a_folder_has_to_be_listed(tmp_path):
+    folder = write_shards(tmp_path / "last.ckpt")
+    assert fault_of_folder(folder) is None
+    (folder / "__1_0.distcp").write_bytes(b"x")
+    fault = "is refused: its SHA256SUMS does not list __1_0.distcp, which did not come with the checkpoint"
+    assert [fault_of_folder(folder, share, 2) for share in range(2)] == [fault, fault]
+    assert newest_good(tmp_path) == (None, {folder: fault})
+    seal(folder)
+    assert fault_of_folder(folder) is None
+    (folder / "SHA256SUMS").write_bytes(b"\xff\xfe")
+    assert fault_of_folder(folder) == "cannot be read (its SHA256SUMS)"
+    (folder / "SHA256SUMS").unlink()
+    assert fault_of_folder(folder) == "is incomplete (a folder of shards without SHA256SUMS)"
