@@ -12,7 +12,7 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from revdeq_lightning.callbacks.training_step import is_logging_step, made_step, validation_follows
-from revdeq_lightning.checkpoints import CheckpointError, newest_good, remove_leftovers, steps_of
+from revdeq_lightning.checkpoints import CheckpointError, make_folder, newest_good, remove, remove_leftovers, steps_of
 from revdeq_lightning.stop_signals import STOP
 
 LAST = "last.ckpt"
@@ -156,8 +156,9 @@ class LastCheckpoint(Checkpoint):
             return
         kept = self.path.with_name(f"step-{previous}.ckpt")
         if self.path.is_dir():
-            shutil.rmtree(kept, ignore_errors=True)
-            self.path.rename(kept)  # a folder of shards is written file by file: never over the one before
+            with contextlib.suppress(OSError):  # as below
+                remove(kept)
+                self.path.rename(kept)
             return
         with contextlib.suppress(OSError):  # where nothing can be written the save after this one says so
             try:
@@ -191,7 +192,7 @@ class LastCheckpoint(Checkpoint):
         folder = self.path.parent
         probe = folder / f".probe.{os.getpid()}.part"
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             probe.write_bytes(b"x")
             remove_leftovers(folder)  # the probe, too
         except OSError as error:

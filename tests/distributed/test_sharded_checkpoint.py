@@ -93,6 +93,66 @@ def test_a_run_killed_while_a_folder_is_replaced_goes_on_from_a_whole_one(tmp_pa
     assert sorted(path.name for path in checkpoints.iterdir()) == ["best.ckpt", "last.ckpt"]
 
 
+@pytest.mark.slow
+def test_a_name_that_cannot_be_changed_is_a_warning_and_the_next_save_tries_again(tmp_path):
+    said = run_python(sharded_run.__file__, tmp_path, "unrenamed")
+    assert "last.ckpt: Read-only file system; what it held before is intact" in said.err
+    assert "Traceback" not in said.err
+    checkpoints = tmp_path / "runs/tiny/v/checkpoints"
+    assert torch.load(checkpoints / "last.ckpt/meta.pt", weights_only=True)["global_step"] == 4
+    assert not [path.name for path in checkpoints.iterdir() if path.name.startswith(".")]
+
+
+def test_all_of_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path):
+    run_python(sharded_run.__file__, tmp_path, "recorded")
+    calls = sorted(call for rank in range(2) for call in json.loads((tmp_path / f"calls-{rank}.json").read_text()))
+    calls = [(call, path) for _, call, path in calls]
+    named = calls.index(("rename", "last.ckpt"))
+    sealed = calls.index(("sync", ".last.ckpt.part/SHA256SUMS"))
+    assert sealed < calls.index(("sync", ".last.ckpt.part")) < named < calls.index(("sync", "."), named)
+    for name in (METADATA, "meta.pt", "__0_0.distcp", "__1_0.distcp"):
+        assert calls.index(("sync", f".last.ckpt.part/{name}")) < sealed
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_from_a_folder_with_one_file_and_back(tmp_path):
+    run_python(sharded_run.__file__, tmp_path, "switched")
+    listings = json.loads((tmp_path / "listings.json").read_text())
+    assert [listing["last.ckpt"] for listing in listings] == ["folder", "file", "folder"]
+    assert [sorted(listing) for listing in listings] == [["best.ckpt", "last.ckpt"]] * 3
+    last = tmp_path / "runs/tiny/v/checkpoints/last.ckpt"
+    assert torch.load(last / "meta.pt", weights_only=True)["global_step"] == 6
+
+
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("refused")
+    run_python(sharded_run.__file__, folder, "refused")
+    return json.loads((folder / "refused.json").read_text())
+
+
+MISFIT = "the checkpoint does not fit the model"
+REFUSALS = {
+    "code": r"bad\.ckpt/meta\.pt is refused: it holds Python objects",
+    "metadata": r"bad\.ckpt/\.metadata is not the metadata of a checkpoint .*: it refers to shard_folders\.touch",
+    "unsealed": r"bad\.ckpt is incomplete \(a folder of shards without SHA256SUMS\): go on from .*last\.ckpt",
+    "wider": rf"{MISFIT}: it needs state_dict\.\S+ of shape \(.*32.*\), \S+bad\.ckpt holds",
+    "larger": rf"{MISFIT}: it needs state_dict\.\S+layers\.2\.\S+ of shape .*, \S+bad\.ckpt has none",
+    "smaller": rf"{MISFIT}, which has no state_dict\.\S+layers\.1\.\S+: \S+bad\.ckpt",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
+@pytest.mark.parametrize("fault", REFUSALS)
+def test_commands_tell_in_one_line_what_they_refuse(refused, command, fault):
+    said, code, ran = refused[f"{command} {fault}"]
+    (line,) = said
+    assert re.match(f"error: .*{REFUSALS[fault]}", line)
+    assert code in (1, 2)
+    assert not ran
+
+
 def test_export_writes_the_averaged_weights_of_either_kind(fast, tmp_path, capsys):
     contents = []
     for name in ("folder_2", "file_2"):
