@@ -4,9 +4,12 @@ The checksum is the comment of the zip archive that `torch.save` writes: `sha256
 would be without a comment. So it is in the file itself: it cannot be forgotten in a copy, and there is no moment
 between two writes at which one file speaks of another's content. `torch.load` and `unzip` read it as any other.
 
-A folder of shards holds `SHA256SUMS`, which `sha256sum --check` reads, and takes its name when all of it is there.
+A folder of shards holds `SHA256SUMS`, which `sha256sum --check` reads, and takes its name when all of it is there. It
+has to list every other file: nothing else in the folder could be told from what was put there later.
 """
 
+import contextlib
+import errno
 import hashlib
 import os
 import shutil
@@ -59,17 +62,16 @@ def write_checkpoint(checkpoint: Any, path: str | Path) -> None:
         OSError: If the file cannot be written; what was at `path` is still there.
     """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         with temporary.open("wb+") as file:
             _save_sealed(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(target)
+        put_in_place(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
-    sync_folder(target.parent)
 
 
 def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
@@ -86,7 +88,7 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
     try:
         checkpoint = _load(path, map_location=map_location)
     except Exception as error:  # torch raises many kinds for what is not a checkpoint
-        raise CheckpointError(f"{path} {_reason(error)}") from None
+        raise CheckpointError(f"{path} {reason_of(error)}") from None
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{path} holds no checkpoint but a {type(checkpoint).__name__}")
     return checkpoint
@@ -96,8 +98,8 @@ def newest_good(folder: Path, *, at_most: int | None = None) -> Found:
     """The newest checkpoint of a run's folder: `last.ckpt`, and if that is not there or damaged the one of most steps.
 
     One from which a run does not go on exactly (`BETWEEN_STEPS`) is taken only where there is no other. Leaves all
-    files as they are; other names than `*.ckpt` are not looked at, but for a folder that a process had put aside for a
-    newer one when it was killed (`replace_folder`).
+    files as they are; other names than `*.ckpt` are not looked at, but for what a process had put aside for a newer
+    one when it was killed (`put_in_place`).
 
     Args:
         folder: Where the checkpoints lie.
@@ -106,8 +108,8 @@ def newest_good(folder: Path, *, at_most: int | None = None) -> Found:
     last = folder / LAST
     steps, faults = steps_of([last] if last.exists() else [], at_most)
     if not steps:
-        aside = [path for path in sorted(folder.glob(".*.ckpt.old")) if not _replaced(path).exists()]
-        others = [path for path in sorted(folder.glob("*.ckpt")) if path != last] + aside
+        others = [path for path in sorted(folder.glob("*.ckpt")) if path != last]
+        others += sorted(folder.glob(".*.ckpt.old"))
         steps, other_faults = steps_of(others, at_most)
         faults |= other_faults
     return Found(max(steps, key=lambda path: steps[path], default=None), faults)
@@ -163,7 +165,7 @@ def contents(path: Path) -> dict[str, Any]:
         # Wherever it was written: on a GPU that is not here, or that is not to be filled.
         content = _load(file, mmap=zipfile.is_zipfile(file), map_location="cpu")
     except Exception as error:  # torch raises many kinds for what is not a checkpoint
-        raise CheckpointError(f"{path} {_reason(error)}") from None
+        raise CheckpointError(f"{path} {reason_of(error)}") from None
     if not (isinstance(content, dict) and isinstance(content.get("global_step"), int) and "loops" in content):
         raise CheckpointError(f"{path} is something else than the checkpoint of a training run")
     return content
@@ -201,21 +203,24 @@ def fault_of_seal(path: Path) -> str | None:
 
 
 def fault_of_folder(path: Path, share: int = 0, num_shares: int = 1) -> str | None:
-    """What is wrong with a folder of shards; None also for one without checksums.
+    """What is wrong with a folder of shards: a file that is missing, changed, or not in `SHA256SUMS`.
 
     Args:
         path: The folder.
         share: Every `num_shares`-th file is read, from this one on: so several processes read a folder together.
         num_shares: Number of these processes.
     """
-    missing = [name for name in SHARDED_PARTS if not (path / name).is_file()]
+    missing = [name for name in (*SHARDED_PARTS, SUMS) if not (path / name).is_file()]
     if missing:
         return f"is incomplete (a folder of shards without {missing[0]})"
-    if not (path / SUMS).is_file():
-        return None
-    sums = {
-        name: digest for digest, _, name in (line.partition("  ") for line in (path / SUMS).read_text().splitlines())
-    }
+    try:
+        lines = (path / SUMS).read_text().splitlines()
+        unlisted = {file.name for file in path.iterdir()} - {SUMS}
+    except (OSError, UnicodeDecodeError):
+        return f"cannot be read (its {SUMS})"
+    sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    if unlisted := unlisted - sums.keys():
+        return f"is refused: its {SUMS} does not list {min(unlisted)}, which did not come with the checkpoint"
     for name in sorted(sums)[share::num_shares]:
         if not (path / name).is_file():
             return f"is incomplete (a folder of shards without {name})"
@@ -237,46 +242,80 @@ def checksums(files: Iterable[Path]) -> dict[str, str]:
     return sums
 
 
+def synced_checksums(files: Iterable[Path]) -> dict[str, str]:
+    """The same of files just written, once they are on the disk."""
+    paths = list(files)
+    for path in paths:
+        sync(path)
+    return checksums(paths)
+
+
 def write_checksums(folder: Path, sums: dict[str, str]) -> None:
     """Write the checksums of files by name into their folder, and wait until it is on the disk."""
     with (folder / SUMS).open("w") as file:
         file.writelines(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
         file.flush()
         os.fsync(file.fileno())
-    sync_folder(folder)
+    sync(folder)
 
 
-def replace_folder(new: Path, target: Path) -> None:
-    """Put a folder in the place of a folder or file; unlike a file's, its old content must be put aside before.
+def put_in_place(new: Path, target: Path) -> None:
+    """Give a file or folder that is whole and on the disk its name, which an older one may have.
 
-    Of a process that is killed in between the old one stays aside, as the only one of its name: `newest_good` finds it.
+    A file takes the place of a file in one step. Where one of them is a folder the old one is put aside first: of a
+    process that is killed in between it stays there, as the only one of its name, and `newest_good` finds it.
+
+    Raises:
+        IsADirectoryError: If the target is a folder of something else.
+        OSError: If names cannot be changed there.
     """
+    if target.is_dir() and not any((target / name).exists() for name in SHARDED_PARTS):
+        raise IsADirectoryError(errno.EISDIR, "it is a folder, and no checkpoint", str(target))
     aside = target.with_name(f".{target.name}.old")
-    if target.is_dir():
-        shutil.rmtree(aside, ignore_errors=True)  # its removal was not finished
-        target.rename(aside)
-    target.unlink(missing_ok=True)
-    new.rename(target)
-    sync_folder(target.parent)
-    shutil.rmtree(aside, ignore_errors=True)
+    if target.is_dir() or (new.is_dir() and os.path.lexists(target)):
+        if os.path.lexists(aside):  # a process that was killed left both, and the removal of one may have begun
+            remove(target if fault_of_seal(target) else aside)
+        if os.path.lexists(target):
+            target.rename(aside)
+    new.replace(target)
+    sync(target.parent)
+    with contextlib.suppress(OSError):  # the next one tries again
+        remove(aside)
 
 
-def _replaced(aside: Path) -> Path:
-    return aside.with_name(aside.name.removeprefix(".").removesuffix(".old"))
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def remove_leftovers(folder: Path) -> list[Path]:
-    """Remove what processes that were killed in the midst of a write left behind; no other may be writing there."""
-    leftovers = sorted(folder.glob(".*.part")) if folder.is_dir() else []
-    leftovers += [path for path in sorted(folder.glob(".*.ckpt.old")) if _replaced(path).exists()]
+    """Remove what processes that were killed in the midst of a write left behind; no other may be writing there.
+
+    What was put aside for a newer one stays until that one can be used.
+    """
+    leftovers = sorted(folder.glob(".*.part"))
+    for aside in folder.glob(".*.ckpt.old"):
+        newer = aside.with_name(aside.name.removeprefix(".").removesuffix(".old"))
+        leftovers += [aside] if newer.exists() and steps_of([newer])[0] else []
     for path in leftovers:
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        remove(path)
     return leftovers
 
 
-def sync_folder(folder: Path) -> None:
-    """Wait until the names in the folder, too, are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it; their names are on the disk, as otherwise nothing in them would be."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -331,7 +370,8 @@ def _chunks(file: BinaryIO, num_bytes: int) -> Iterator[bytes]:
         yield chunk
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: BaseException) -> str:
+    """Why something is no checkpoint, by what PyTorch raised of it."""
     if "unsupported global" in str(error).lower():
         return "is refused: it holds Python objects, whose loading could run any code, not only plain data and tensors"
     return f"is not a checkpoint, or a truncated one ({type(error).__name__})"

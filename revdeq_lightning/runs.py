@@ -16,7 +16,7 @@ import yaml
 CHECKPOINTS, CONFIG, METRICS, REPORT = "checkpoints", "config.yaml", "metrics.csv", "report.html"
 ENVIRONMENT = "environment.json"
 BEST, LAST = "best.ckpt", "last.ckpt"
-ASIDE = f".{LAST}.old"  # all that a run killed in an unlucky moment may have, see `checkpoints.replace_folder`
+ASIDE = f".{LAST}.old"  # all that a run killed in an unlucky moment may have, see `checkpoints.put_in_place`
 
 
 @dataclass

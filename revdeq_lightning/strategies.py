@@ -8,7 +8,6 @@ Both exchange as many bytes as for an explicit model with the same parameters.
 """
 
 import shutil
-from collections import ChainMap
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -41,19 +40,23 @@ from revdeq_lightning.callbacks.checkpoint_io import AtomicCheckpointIO
 from revdeq_lightning.checkpoints import (
     SHARDED_PARTS,
     CheckpointError,
-    checksums,
     fault_of_folder,
+    make_folder,
     other_checkpoint,
-    replace_folder,
+    put_in_place,
+    remove,
+    synced_checksums,
     write_checksums,
 )
 from revdeq_lightning.sharded_checkpoint import (
     TRAINED,
     WEIGHTS,
+    disk_error,
     is_sharded_checkpoint,
     load_into,
     read_metadata,
     read_rest,
+    refuse_others,
 )
 from revdeq_lightning.sharding import ParallelismError, fill_from_first_process, shard_equilibria
 
@@ -190,42 +193,62 @@ class EquilibriumFSDP2(ModelParallelStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Write a file, or a folder that is in its place only when it is whole."""
         if not self._save_distributed_checkpoint:
-            return super().save_checkpoint(checkpoint, filepath, storage_options)
+            # Not Lightning's: each of its processes would first remove a folder of this name.
+            return Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
         target = Path(self.broadcast(str(filepath)))
         part = target.with_name(f".{target.name}.part")
-        if self.is_global_zero:
-            shutil.rmtree(part, ignore_errors=True)
-        self.barrier()
-        trained = checkpoint.pop(TRAINED, {})  # sharded as well: they go where the weights go
-        checkpoint[WEIGHTS] |= {f"{TRAINED}.{name}": weight for name, weight in trained.items()}
-        fault: OSError | None = None
         sums: dict[str, str] = {}
-        try:
-            super().save_checkpoint(checkpoint, part, storage_options)
-            # Each process those of its own files, as the file system that it wrote to need not show it the others' yet.
-            sums = checksums(part.glob(f"__{self.global_rank}_*"))
-        except (OSError, RuntimeError, CheckpointException) as error:
-            if (fault := disk_error(error)) is None:
-                raise
-        every: list[Any] = [None] * self.world_size
-        dist.all_gather_object(every, (sums, fault))
-        fault = next((fault for _, fault in every if fault), None)
-        if self.is_global_zero:
-            if fault is None:
-                try:
-                    rest = checksums(part / name for name in SHARDED_PARTS)
-                    write_checksums(part, dict(ChainMap(rest, *(sums for sums, _ in every))))
-                    replace_folder(part, target)
-                except OSError as error:
-                    fault = error
-            if fault is not None:
-                shutil.rmtree(part, ignore_errors=True)  # where the disk is full
-        fault = self.broadcast(fault)
+
+        def begin() -> None:
+            remove(part)
+            make_folder(part)
+
+        def finish() -> None:
+            write_checksums(part, sums | synced_checksums(part / name for name in SHARDED_PARTS))
+            put_in_place(part, target)
+
+        if (fault := self._by_first_process(begin)) is None:
+            fault = self._write_shares(checkpoint, part, storage_options, sums)
+        if fault is None:
+            fault = self._by_first_process(finish)
+        if fault is not None and self.is_global_zero:
+            shutil.rmtree(part, ignore_errors=True)  # where the disk is full
         if self.is_global_zero and isinstance(self.checkpoint_io, AtomicCheckpointIO):
             self.checkpoint_io.note(target, fault)
         elif fault is not None and not isinstance(self.checkpoint_io, AtomicCheckpointIO):
             raise fault
         return None
+
+    def _by_first_process(self, act: Callable[[], None]) -> OSError | None:
+        """Let the first process do something; the error of the disk, on all of them."""
+        fault: OSError | None = None
+        if self.is_global_zero:
+            try:
+                act()
+            except OSError as error:
+                fault = error
+        return self.broadcast(fault)
+
+    def _write_shares(
+        self, checkpoint: dict[str, Any], part: Path, storage_options: Any, sums: dict[str, str]
+    ) -> OSError | None:
+        """Each process writes its files; gives all of them every checksum, and the first error of the disk."""
+        trained = checkpoint.pop(TRAINED, {})  # sharded as well: they go where the weights go
+        checkpoint[WEIGHTS] |= {f"{TRAINED}.{name}": weight for name, weight in trained.items()}
+        fault: OSError | None = None
+        own: dict[str, str] = {}
+        try:
+            super().save_checkpoint(checkpoint, part, storage_options)
+            # Each process those of its own files, as the file system that it wrote to need not show it the others' yet.
+            own = synced_checksums(part.glob(f"__{self.global_rank}_*"))
+        except (OSError, RuntimeError, CheckpointException) as error:
+            if (fault := disk_error(error)) is None:
+                raise
+        every: list[Any] = [None] * self.world_size
+        dist.all_gather_object(every, (own, fault))
+        for others, _ in every:
+            sums |= others
+        return next((fault for _, fault in every if fault), None)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """State of an optimizer, keyed by names in a folder; in a file by numbers, as any other strategy reads it."""
@@ -247,6 +270,7 @@ class EquilibriumFSDP2(ModelParallelStrategy):
         if fault := next(filter(None, faults), None):
             raise CheckpointError(f"{path} {fault}{other_checkpoint(path)}")
         weights: Any = get_model_state_dict(self._module)
+        refuse_others(weights, path)
         load_into({WEIGHTS: weights}, path)
         self._module.load_state_dict(weights)
         for i, optimizer in enumerate(self.optimizers):
@@ -278,17 +302,6 @@ class EquilibriumFSDP2(ModelParallelStrategy):
     def _module(self) -> nn.Module:
         assert self.model is not None
         return self.model
-
-
-def disk_error(error: BaseException) -> OSError | None:
-    """The error of the disk, on whichever process, that kept a sharded checkpoint from being written; else None."""
-    if isinstance(error, OSError):
-        return error
-    if isinstance(error, CheckpointException):
-        return next(filter(None, (disk_error(cause) for cause, _ in error.failures.values())), None)
-    # PyTorch's archive writer replaces the error of the file below it.
-    writes = isinstance(error, RuntimeError) and ("PytorchStreamWriter" in str(error) or "unexpected pos" in str(error))
-    return OSError(f"the file could not be written, is the disk full? ({error})".splitlines()[0]) if writes else None
 
 
 def renamed(state: Mapping[str, Any], new: Mapping[Any, Any]) -> dict[str, Any]:

@@ -15,7 +15,15 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 from revdeq_lightning.callbacks.training_step import is_logging_step, made_step, validation_follows
-from revdeq_lightning.checkpoints import LAST, CheckpointError, newest_good, remove_leftovers, steps_of
+from revdeq_lightning.checkpoints import (
+    LAST,
+    CheckpointError,
+    make_folder,
+    newest_good,
+    remove,
+    remove_leftovers,
+    steps_of,
+)
 from revdeq_lightning.runs import BEST
 from revdeq_lightning.stop_signals import STOP
 
@@ -181,8 +189,9 @@ class LastCheckpoint(Checkpoint):
             return
         kept = self.path.with_name(f"step-{previous}.ckpt")
         if self.path.is_dir():
-            shutil.rmtree(kept, ignore_errors=True)
-            self.path.rename(kept)  # a folder of shards is written file by file: never over the one before
+            with contextlib.suppress(OSError):  # as below
+                remove(kept)
+                self.path.rename(kept)
             return
         with contextlib.suppress(OSError):  # where nothing can be written the save after this one says so
             try:
@@ -198,7 +207,7 @@ class LastCheckpoint(Checkpoint):
         num_older = max(0, len(steps) - self.keep_last + 1)
         kept = {*steps[num_older:], *self._hourly(files, steps[:num_older])}
         for step in set(steps) - kept:
-            shutil.rmtree(files[step]) if files[step].is_dir() else files[step].unlink()
+            remove(files[step])
         self._written = {step: at for step, at in self._written.items() if step in kept or step == self._step_of_file}
 
     def _hourly(self, files: dict[int, Path], steps: list[int]) -> Iterator[int]:
@@ -241,7 +250,7 @@ class LastCheckpoint(Checkpoint):
         folder = self.path.parent
         probe = folder / f".probe.{os.getpid()}.part"
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             probe.write_bytes(b"x")
             remove_leftovers(folder)  # the probe, too
         except OSError as error:

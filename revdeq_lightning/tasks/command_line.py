@@ -252,6 +252,7 @@ class AbstractCommandLine(LightningCLI):
                 end_after_interrupt(self.trainer)
         return None
 
+    @readable_checkpoint()
     def after_fit(self) -> None:
         """Test, show, and say how to go on."""
         if cast(Any, self.trainer).fast_dev_run:

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from lightning.pytorch.utilities import rank_zero_only
 
-from revdeq_lightning.checkpoints import CheckpointError, Found
+from revdeq_lightning.checkpoints import CheckpointError, Found, make_folder
 from revdeq_lightning.cli import fail
 
 
@@ -43,7 +43,7 @@ def check_writable(folder: Path) -> None:
     """
     probe = folder / f".probe.{os.getpid()}.part"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         probe.write_bytes(b"x")
         probe.unlink()
     except OSError as error:

@@ -16,14 +16,11 @@ from hypothesis import strategies as st
 from revdeq_lightning.callbacks.checkpoint_io import AtomicCheckpointIO, on_host
 from revdeq_lightning.checkpoints import (
     CheckpointError,
-    checksums,
     contents,
     newest_good,
     read_checkpoint,
     remove_leftovers,
-    replace_folder,
     write_checkpoint,
-    write_checksums,
 )
 
 
@@ -218,24 +215,3 @@ def test_leftovers_are_removed_and_nothing_else(tmp_path):
     assert [path.name for path in remove_leftovers(tmp_path)] == [".last.ckpt.17.part", ".probe.4.part"]
     assert {path.name for path in tmp_path.iterdir()} == {"last.ckpt", "x.part"}
     assert remove_leftovers(tmp_path / "nowhere") == []
-
-
-def test_a_folder_put_aside_is_found_while_it_is_the_only_one_of_its_name(tmp_path):
-    old, new, last = (tmp_path / name for name in (".last.ckpt.old", ".last.ckpt.part", "last.ckpt"))
-    for path, step in ((old, 3), (new, 4)):
-        path.mkdir()
-        torch.save({"global_step": step, "loops": {}}, path / "meta.pt")
-        (path / ".metadata").write_bytes(b"")
-        write_checksums(path, checksums([path / "meta.pt", path / ".metadata"]))
-    assert newest_good(tmp_path).path == old  # killed between the two renames
-    assert remove_leftovers(tmp_path) == [new]
-    old.rename(last)
-    for name in (old, new):
-        name.mkdir()
-        (name / "rest").write_text("")
-    replace_folder(new, last)  # over what a process that was killed had not removed
-    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
-    assert (last / "rest").exists()
-    old.mkdir()
-    assert newest_good(tmp_path).path != old
-    assert remove_leftovers(tmp_path) == [old]

@@ -1,18 +1,32 @@
-"""A small run that writes sharded checkpoints, on one process; as a script: `FOLDER full` or `FOLDER killed MOMENT`.
+"""A small run that writes sharded checkpoints; as a script: `FOLDER FAULT [MOMENT]`.
 
 full: the disk refuses to write `last.ckpt` once, after the second step. killed: kill -9 as `last.ckpt` is replaced
 for the first time: `aside`, when the old one is put aside and no other is there; `removed`, when the new one is there.
+unrenamed: for a while `last.ckpt` cannot get another name. Of two processes: recorded: `calls-RANK.json` lists what the
+kernel was asked for. switched: goes on with one file, and with a folder again; `listings.json` has what there was.
+refused: commands on checkpoints with a fault; `refused.json` has what they told, their exit code, and whether code in
+the checkpoint ran.
 """
 
+import contextlib
 import errno
+import io
+import json
 import os
 import shutil
 import signal
 import sys
+import time
+import traceback
 import warnings
 from pathlib import Path
 
+import torch
+from process_groups import run_group
+from shard_folders import Malice, change_metadata, seal
 from tiny_command import run, tiny_config
+
+from revdeq_lightning.checkpoints import SUMS
 
 OPTIONS = (
     *("--config", "configs/trainer/fsdp2.yaml", "--trainer.accelerator=cpu", "--trainer.devices=1"),
@@ -55,7 +69,111 @@ def kill(moment: str) -> None:
     Path.rename, shutil.rmtree = renamed, removed
 
 
+def refuse_names() -> None:
+    """As a read-only file system does, for the second save: `last.ckpt` is neither kept nor replaced."""
+    rename, refused = Path.rename, []
+    warnings.simplefilter("always")
+
+    def renamed(path: Path, target: Path) -> Path:
+        if path.name == "last.ckpt" and len(refused) < 2:
+            refused.append(target)
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return rename(path, target)
+
+    Path.rename = renamed
+
+
+def record(folder: Path, *options: object) -> None:
+    """Run, noting the moment, the call and the path of each sync and each new name among the checkpoints."""
+    calls: list[tuple[int, str, str]] = []
+    checkpoints = folder.resolve() / "runs/tiny/v/checkpoints"
+    sync = os.fsync
+
+    def note(call: str, path: object) -> None:
+        path = Path(os.path.abspath(str(path)))
+        if path.is_relative_to(checkpoints):
+            calls.append((time.monotonic_ns(), call, str(path.relative_to(checkpoints))))
+
+    def fsync(descriptor: int) -> None:
+        sync(descriptor)
+        note("sync", os.readlink(f"/proc/self/fd/{descriptor}"))
+
+    def noting(change):
+        def changed(path, target, **settings):
+            note("rename", target)
+            change(path, target, **settings)
+
+        return changed
+
+    os.fsync, os.rename, os.replace = fsync, noting(os.rename), noting(os.replace)
+    run("fit", *options)
+    (folder / f"calls-{os.environ['RANK']}.json").write_text(json.dumps(calls))
+
+
+def switch(folder: Path, *options: object) -> None:
+    listings = []
+    for steps, sharded in ((2, "true"), (4, "false"), (6, "true")):
+        own = (f"--trainer.max_steps={steps}", f"--trainer.strategy.sharded_checkpoints={sharded}")
+        run_group(2, run, "fit", *options, *own)
+        checkpoints = sorted((folder / "runs/tiny/v/checkpoints").iterdir())
+        listings.append({path.name: "folder" if path.is_dir() else "file" for path in checkpoints})
+    (folder / "listings.json").write_text(json.dumps(listings))
+
+
+WITHIN = {
+    "code": lambda bad, trace: (torch.save({"global_step": 1, "loops": Malice(trace)}, bad / "meta.pt"), seal(bad)),
+    "metadata": lambda bad, trace: change_metadata(bad, lambda m: setattr(m, "planner_data", Malice(trace))),
+    "unsealed": lambda bad, trace: (bad / SUMS).unlink(),
+}
+OTHER_MODELS = {
+    "wider": ("--model.network.d_model=32",),
+    "larger": ("--model.network.num_layers=3",),
+    "smaller": ("--model.network.num_layers=1",),
+}
+
+
+def refuse(folder: Path, *options: object) -> None:
+    options = (*options, "--model.network.num_layers=2", "--trainer.max_steps=1")
+    run_group(1, run, "fit", *options)
+    last = folder / "runs/tiny/v/checkpoints/last.ckpt"
+    bad, told, trace = last.with_name("bad.ckpt"), folder / "told.json", folder / "trace"
+    options = (*options, "--ckpt_path", bad, "--run.resume=no")
+    results = {}
+    for fault in (*WITHIN, *OTHER_MODELS):
+        shutil.rmtree(bad, ignore_errors=True)
+        shutil.copytree(last, bad)
+        WITHIN.get(fault, lambda bad, trace: None)(bad, trace)
+        for command in ("fit", "validate", "test", "predict"):
+            told.unlink(missing_ok=True)
+            run_group(1, tell, told, command, *options, *OTHER_MODELS.get(fault, ()))
+            results[f"{command} {fault}"] = (*json.loads(told.read_text()), trace.exists())
+    (folder / "refused.json").write_text(json.dumps(results))
+
+
+def tell(told: Path, *words: object) -> None:
+    code, errors = 0, io.StringIO()
+    with contextlib.redirect_stderr(errors):
+        try:
+            run(*words)
+        except SystemExit as end:
+            code = end.code
+        except Exception:
+            traceback.print_exc()
+    told.write_text(json.dumps((errors.getvalue().splitlines(), code)))
+
+
 if __name__ == "__main__":
-    folder, fault, *moment = sys.argv[1:]
-    fill_disk() if fault == "full" else kill(*moment) if fault == "killed" else None
-    run("fit", "--config", tiny_config(Path(folder)), *OPTIONS)
+    folder, fault, *moment = Path(sys.argv[1]), *sys.argv[2:]
+    options = ("--config", tiny_config(folder), *OPTIONS)
+    if fault == "recorded":
+        run_group(2, record, folder, *options, "--trainer.devices=2", "--trainer.max_steps=1")
+    elif fault == "switched":
+        switch(folder, *options, "--trainer.devices=2", "--trainer.val_check_interval=1")
+    elif fault == "refused":
+        refuse(folder, *options)
+    elif fault == "unrenamed":
+        refuse_names()
+        run("fit", *options, "--run.keep_last=2", "--trainer.max_steps=4")
+    else:
+        fill_disk() if fault == "full" else kill(*moment) if fault == "killed" else None
+        run("fit", *options)
