@@ -4,7 +4,6 @@ import contextlib
 import itertools
 import os
 import re
-import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator

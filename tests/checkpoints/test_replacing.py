@@ -24,7 +24,7 @@ KINDS = ["file", "folder"]
 
 def write(kind, path, step):
     if kind == "file":
-        write_checkpoint({"global_step": step}, path)
+        write_checkpoint({"global_step": step, "loops": {}}, path)
     else:
         write_shards(path, step)
     return path
@@ -33,7 +33,7 @@ def write(kind, path, step):
 def replace(kind, path, step):
     """As `AtomicCheckpointIO` does, or `EquilibriumFSDP2`."""
     if kind == "file":
-        write_checkpoint({"global_step": step}, path)
+        write_checkpoint({"global_step": step, "loops": {}}, path)
     else:
         put_in_place(write_shards(path.with_name(f".{path.name}.part"), step), path)
 
@@ -70,7 +70,7 @@ def step_found(folder):
         path = find_checkpoint("last", run).path
     except (CheckpointError, FileNotFoundError):  # not to be taken for an error of the change itself
         return None
-    return steps_of([path])[0][path]
+    return steps_of([path])[0][path].number
 
 
 @pytest.mark.parametrize("new", KINDS)

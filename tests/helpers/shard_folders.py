@@ -21,7 +21,7 @@ def write_shards(folder: Path, step: int = 1) -> Path:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that no other process takes part
         save(STATE, checkpoint_id=folder, no_dist=True)
-    torch.save({"global_step": step}, folder / "meta.pt")
+    torch.save({"global_step": step, "loops": {}}, folder / "meta.pt")
     seal(folder)
     return folder
 
