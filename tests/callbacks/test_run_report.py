@@ -23,7 +23,7 @@ from revdeq_lightning.runs import LanguageRunConfig
 def test_it_offers_to_go_on_from_the_newest_that_is_there(tmp_path, capsys, steps, damaged, go_on, test):
     checkpoints = tmp_path / "checkpoints"
     for name, step in steps.items():
-        write_checkpoint({"global_step": step}, checkpoints / f"{name}.ckpt")
+        write_checkpoint({"global_step": step, "loops": {}}, checkpoints / f"{name}.ckpt")
     for name in damaged:
         path = checkpoints / f"{name}.ckpt"
         path.write_bytes(path.read_bytes()[:-100])
