@@ -248,8 +248,8 @@ class AbstractCommandLine(LightningCLI):
                 return error.checkpoint
             except (DivergenceError, CheckpointError) as error:
                 fail(str(error), code=1)
-            except SystemExit:
-                end_after_interrupt(self.trainer)
+            except SystemExit as stop:
+                end_after_interrupt(self.trainer, stop)
         return None
 
     def after_fit(self) -> None:
@@ -263,8 +263,8 @@ class AbstractCommandLine(LightningCLI):
             with self._evaluation(split):
                 try:
                     results = evaluate(self.model, self.datamodule, ckpt_path=best, verbose=False, weights_only=True)
-                except SystemExit:
-                    end_after_interrupt(self.trainer)
+                except SystemExit as stop:
+                    end_after_interrupt(self.trainer, stop)
             self._print_figures(f"{split.capitalize()} ({Path(str(best)).name})", results)
         if self.trainer.is_global_zero:
             if best:
