@@ -51,6 +51,7 @@ from revdeq_lightning.tasks.messages import (
     say,
 )
 from revdeq_lightning.tasks.process_end import (
+    children_ended,
     end_after_interrupt,
     end_process_group,
     finished_wandb,
@@ -318,13 +319,14 @@ class AbstractCommandLine(LightningCLI):
             print(f"\n{title}: {', '.join(texts)}")
 
 
+@children_ended()
 def run_command_line(
     command_line: type[AbstractCommandLine], task: type, data: type, subcommand: str, options: Sequence[str]
 ) -> None:
     """Parse and run; what the user can mend is told in one line."""
     quieten_lightning()
     register_strategies()
-    with stop_signals_noted() if subcommand == "fit" else nullcontext(), finished_wandb():
+    with stop_signals_noted() if subcommand == "fit" else nullcontext(), finished_wandb(), children_ended():
         command_line(
             task,
             data,

@@ -51,6 +51,20 @@ def finished_wandb() -> Iterator[None]:
         finish_wandb(code)
 
 
+@contextmanager
+def children_ended() -> Iterator[None]:
+    """Where this process ends by an error, end those that Lightning started from it.
+
+    They would wait for it: with NCCL for the strategy's `timeout_seconds`, and keep their GPUs.
+    """
+    try:
+        yield
+    except BaseException:
+        for child in released_children():
+            child.kill()  # SIGTERM is only noted
+        raise
+
+
 def end_after_interrupt(trainer: Trainer, stop: SystemExit) -> NoReturn:
     """Exit, in the place of Lightning, whose code after an interrupt is 1."""
     if isinstance(stop, Stopped):

@@ -114,3 +114,18 @@ def test_a_second_interrupt_ends_both_at_once(tmp_path):
         os.killpg(run.process.pid, signal.SIGINT)
         assert run.end() == 130, run.said
     assert not list(tmp_path.glob("runs/tiny/*/checkpoints/*.ckpt"))
+
+
+def test_an_error_of_the_first_ends_the_other(tmp_path):
+    with Run("error_of_first", tiny_config(tmp_path)) as run:
+        run.wait_for("error: ")
+        assert run.end() == 1, run.said
+    (error,) = [line for line in run.said.splitlines() if line.startswith("error: ")]
+    assert error.startswith("error: process 0 ran out of GPU memory (it wanted 20.00 GiB more)")
+
+
+def test_a_divergence_ends_both_and_leaves_the_first_its_exit_code(tmp_path):
+    with Run("not_a_number_of_second", tiny_config(tmp_path)) as run:
+        run.wait_for("error: ")
+        assert run.end() == 1, run.said
+    assert "the loss is not finite (nan) on process 1" in run.said
