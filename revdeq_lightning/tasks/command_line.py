@@ -185,7 +185,7 @@ class AbstractCommandLine(LightningCLI):
             watching = diagnostics.callbacks(has_equilibrium=bool(equilibria(self.model)))
             callbacks[:0] = [StopSignal(), SameStart(), *watching, ResumableRandomState(), report]
             divergence: DivergenceConfig = self._get(self.config_init, "divergence")
-            callbacks.append(DivergenceGuard(self.run_config.path, divergence, self.num_rollbacks))
+            callbacks.append(DivergenceGuard(None, divergence, self.num_rollbacks))
             if settings.get("enable_checkpointing") is not False:
                 if "validation" in self.datamodule.splits:
                     callbacks.append(BestCheckpoint())

@@ -16,6 +16,7 @@ from scripts import run_python
 from tiny_command import tiny_config
 
 from revdeq_lightning.checkpoints import read_checkpoint
+from revdeq_lightning.cli import main
 
 OPTIONS = ("--config", "configs/trainer/cpu_ddp.yaml", "--run.test=false", "--run.sample_tokens=0")
 pytestmark = pytest.mark.slow
@@ -124,8 +125,13 @@ def test_an_error_of_the_first_ends_the_other(tmp_path):
     assert error.startswith("error: process 0 ran out of GPU memory (it wanted 20.00 GiB more)")
 
 
-def test_a_divergence_ends_both_and_leaves_the_first_its_exit_code(tmp_path):
+def test_a_divergence_of_the_second_ends_both_and_can_be_replayed(tmp_path, capsys):
     with Run("not_a_number_of_second", tiny_config(tmp_path)) as run:
         run.wait_for("error: ")
         assert run.end() == 1, run.said
     assert "the loss is not finite (nan) on process 1" in run.said
+    (folder,) = (tmp_path / "runs/tiny").iterdir()
+    (file,) = {line.split("--file ")[1] for line in run.said.splitlines() if "--file " in line}
+    assert Path(file).parent.parent.parent == folder
+    main(["replay", "--file", file])
+    assert "Step 3, as it was: the loss is not finite (nan)" in capsys.readouterr().out
