@@ -17,6 +17,14 @@ AGAIN = 75
 """Exit code (EX_TEMPFAIL, "try again later") of a training that SIGTERM or SIGUSR1 ended, and that can go on."""
 
 
+class Stopped(SystemExit):
+    """Training ends on all its processes after the same step, asked to by a signal.
+
+    Not Lightning's way to shut down, KeyboardInterrupt: there the first process kills those that it started, and
+    PyTorch 2.11 takes that of a forked one for an end in good order, and waits for its result for ever.
+    """
+
+
 class StopSignals:
     """Notes which signal asked to end.
 

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from revdeq_lightning.callbacks.checkpoint_io import on_host
 from revdeq_lightning.callbacks.random_state import random_state
-from revdeq_lightning.callbacks.training_step import equilibria
+from revdeq_lightning.callbacks.training_step import equilibria, run_folder
 from revdeq_lightning.checkpoints import newest_good, write_checkpoint
 from revdeq_lightning.equilibrium import DivergenceError, deferred_divergence
 from revdeq_lightning.runs import CHECKPOINTS
@@ -70,7 +70,7 @@ class DivergenceGuard(Callback):
     overflowing steps by itself, only the loss is looked at. Must come after callbacks that call `training_step`.
 
     Args:
-        folder: Folder of the run.
+        folder: Folder of the run; None: the trainer's.
         config: What to do.
         num_rollbacks: How many there were before this start; a checkpoint knows of those before it.
 
@@ -78,8 +78,11 @@ class DivergenceGuard(Callback):
         DivergedError: See above; whoever catches it may go back to its `checkpoint`.
     """
 
-    def __init__(self, folder: str | Path, config: DivergenceConfig | None = None, num_rollbacks: int = 0) -> None:
-        self.folder, self.config = Path(folder), config or DivergenceConfig()
+    def __init__(
+        self, folder: str | Path | None = None, config: DivergenceConfig | None = None, num_rollbacks: int = 0
+    ) -> None:
+        self.folder, self.config = folder, config or DivergenceConfig()
+        self._path = Path()
         self.num_rollbacks = num_rollbacks
         self._rollbacks_in_checkpoint = 0
         self._batches: list[dict[str, Any]] = []
@@ -98,6 +101,11 @@ class DivergenceGuard(Callback):
         """The rates of the checkpoint are lowered so often."""
         self._rollbacks_in_checkpoint = state_dict["num_rollbacks"]
         self.num_rollbacks = max(self.num_rollbacks, self._rollbacks_in_checkpoint)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the folder, on all ranks that of the first."""
+        if stage == "fit":
+            self._path = run_folder(trainer, self.folder)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Lower the rates after a rollback; listen to the training step."""
@@ -215,7 +223,7 @@ class DivergenceGuard(Callback):
             if self.num_rollbacks >= self.config.max_rollbacks:
                 text += f"; after {self.num_rollbacks} rollbacks (divergence.max_rollbacks) the run stops"
             else:
-                folder, step = self.folder / CHECKPOINTS, trainer.global_step
+                folder, step = self._path / CHECKPOINTS, trainer.global_step
                 found = newest_good(folder, at_most=step).path if trainer.is_global_zero else None
                 checkpoint = trainer.strategy.broadcast(found)
                 text += "" if checkpoint else "; there is no checkpoint to go back to"
@@ -223,7 +231,7 @@ class DivergenceGuard(Callback):
 
     def _keep(self, trainer: Trainer, pl_module: LightningModule, reason: str | None) -> str:
         """Write the weights (first process) and, with a reason, this process's batches; what to tell the user of it."""
-        folder = self.folder / DIVERGED / f"step-{trainer.global_step + 1}"
+        folder = self._path / DIVERGED / f"step-{trainer.global_step + 1}"
         state = {name: whole(value) for name, value in pl_module.state_dict().items()}
         path = folder / f"process-{trainer.global_rank}.ckpt"
         try:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from revdeq_lightning.callbacks.training_step import StepStatistics, equilibria, is_logging_step, log_now
 from revdeq_lightning.equilibrium import ReconstructionError, ReconstructionWarning
+from revdeq_lightning.stop_signals import Stopped
 
 POLICIES = ("warn", "raise", "stop")
 INEXACT = "inexact.ckpt"
@@ -98,7 +99,7 @@ class ReconstructionCertificate(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Print the certificate of what was counted; other processes and the device may be gone: none is asked."""
         self._statistics.detach()
-        if trainer.world_size == 1 and isinstance(exception, KeyboardInterrupt):
+        if trainer.world_size == 1 and isinstance(exception, KeyboardInterrupt | Stopped):
             self._gather(trainer)
         if self.num_gradients and trainer.is_global_zero:
             print(self.summary)

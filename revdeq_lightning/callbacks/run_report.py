@@ -12,6 +12,7 @@ from revdeq_lightning.checkpoints import Found, newest_good
 from revdeq_lightning.equilibrium import EquilibriumLayer
 from revdeq_lightning.reporting import write_report
 from revdeq_lightning.runs import BEST, CHECKPOINTS, CONFIG, LAST, METRICS, REPORT, RunConfig, command
+from revdeq_lightning.stop_signals import Stopped
 
 
 class RunReport(Callback):
@@ -53,7 +54,7 @@ class RunReport(Callback):
                 data.on_exception(exception)
             for logger in trainer.loggers:
                 logger.save()
-            if isinstance(exception, KeyboardInterrupt):
+            if isinstance(exception, KeyboardInterrupt | Stopped):
                 print(f"\n{str(exception) or 'Interrupted'} after step {trainer.global_step}.")
             close_run(self.folder, self.run)
 

@@ -1,6 +1,5 @@
 """Ctrl-C and a scheduler's signals end training after the same step on every rank."""
 
-import multiprocessing
 import signal
 import threading
 from typing import Any, cast
@@ -10,7 +9,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
 from revdeq_lightning.callbacks.training_step import made_step
-from revdeq_lightning.stop_signals import STOP
+from revdeq_lightning.stop_signals import STOP, Stopped
 
 
 class StopSignal(Callback):
@@ -66,7 +65,7 @@ class StopSignal(Callback):
         self._end_if_asked()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give the signals back, but for Ctrl-C after Ctrl-C: Lightning ignores it while it shuts down."""
+        """Give the signals back, but for Ctrl-C where it is ignored while training shuts down."""
         if isinstance(exception, Exception):
             self._give_back_interrupt()
         self.teardown(trainer, pl_module, "")
@@ -91,13 +90,10 @@ class StopSignal(Callback):
     def _end_if_asked(self) -> None:
         if not STOP.agreed:
             return
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is saved, and soon over
         name = signal.Signals(STOP.agreed).name
-        message = "Interrupted" if STOP.agreed == signal.SIGINT else f"Stopped by {name}"
-        if multiprocessing.parent_process() is not None:
-            # A forked or spawned rank: PyTorch 2.11 takes its KeyboardInterrupt for an end in good order, and
-            # Lightning then waits for its result for ever.
-            raise SystemExit(message)
-        raise KeyboardInterrupt(message)  # Lightning's way to shut down
+        raise Stopped("Interrupted" if STOP.agreed == signal.SIGINT else f"Stopped by {name}")
 
     def _interrupt(self, *_: Any) -> None:
         STOP.received = signal.SIGINT

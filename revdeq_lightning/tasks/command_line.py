@@ -51,6 +51,7 @@ from revdeq_lightning.tasks.messages import (
     say,
 )
 from revdeq_lightning.tasks.process_end import (
+    children_ended,
     end_after_interrupt,
     end_process_group,
     finished_wandb,
@@ -184,7 +185,7 @@ class AbstractCommandLine(LightningCLI):
             watching = diagnostics.callbacks(has_equilibrium=bool(equilibria(self.model)))
             callbacks[:0] = [StopSignal(), SameStart(), *watching, ResumableRandomState(), report]
             divergence: DivergenceConfig = self._get(self.config_init, "divergence")
-            callbacks.append(DivergenceGuard(self.run_config.path, divergence, self.num_rollbacks))
+            callbacks.append(DivergenceGuard(None, divergence, self.num_rollbacks))
             if settings.get("enable_checkpointing") is not False:
                 if "validation" in self.datamodule.splits:
                     callbacks.append(BestCheckpoint())
@@ -248,8 +249,8 @@ class AbstractCommandLine(LightningCLI):
                 return error.checkpoint
             except (DivergenceError, CheckpointError) as error:
                 fail(str(error), code=1)
-            except SystemExit:
-                end_after_interrupt(self.trainer)
+            except SystemExit as stop:
+                end_after_interrupt(self.trainer, stop)
         return None
 
     @readable_checkpoint()
@@ -264,8 +265,8 @@ class AbstractCommandLine(LightningCLI):
             with self._evaluation(split):
                 try:
                     results = evaluate(self.model, self.datamodule, ckpt_path=best, verbose=False, weights_only=True)
-                except SystemExit:
-                    end_after_interrupt(self.trainer)
+                except SystemExit as stop:
+                    end_after_interrupt(self.trainer, stop)
             self._print_figures(f"{split.capitalize()} ({Path(str(best)).name})", results)
         if self.trainer.is_global_zero:
             if best:
@@ -319,13 +320,14 @@ class AbstractCommandLine(LightningCLI):
             print(f"\n{title}: {', '.join(texts)}")
 
 
+@children_ended()
 def run_command_line(
     command_line: type[AbstractCommandLine], task: type, data: type, subcommand: str, options: Sequence[str]
 ) -> None:
     """Parse and run; what the user can mend is told in one line."""
     quieten_lightning()
     register_strategies()
-    with stop_signals_noted() if subcommand == "fit" else nullcontext(), finished_wandb():
+    with stop_signals_noted() if subcommand == "fit" else nullcontext(), finished_wandb(), children_ended():
         command_line(
             task,
             data,

@@ -36,11 +36,13 @@ def lost_resource(error: Exception, what: str) -> str | None:
 
 
 def check_writable(folder: Path) -> None:
-    """Say before the run that its folder cannot be written to.
+    """Say before the run that its folder cannot be written to; all processes write into that of the first one.
 
     Raises:
         OSError: If not.
     """
+    if cast(Any, rank_zero_only).rank:
+        return
     probe = folder / f".probe.{os.getpid()}.part"
     try:
         make_folder(folder)

@@ -2,15 +2,18 @@
 
 import re
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from subprocess import Popen
+from typing import Any, NoReturn, cast
 
 import torch.distributed as dist
 from lightning import Trainer
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 
 from revdeq_lightning.callbacks.wandb_logger import finish_wandb
-from revdeq_lightning.stop_signals import STOP
+from revdeq_lightning.stop_signals import STOP, Stopped
 
 # gloo raises plain RuntimeErrors, NCCL and the store those of torch.distributed.
 LOST = re.compile(
@@ -48,9 +51,23 @@ def finished_wandb() -> Iterator[None]:
         finish_wandb(code)
 
 
-def end_after_interrupt(trainer: Trainer) -> NoReturn:
+@contextmanager
+def children_ended() -> Iterator[None]:
+    """Where this process ends by an error, end those that Lightning started from it.
+
+    They would wait for it: with NCCL for the strategy's `timeout_seconds`, and keep their GPUs.
+    """
+    try:
+        yield
+    except BaseException:
+        for child in released_children():
+            child.kill()  # SIGTERM is only noted
+        raise
+
+
+def end_after_interrupt(trainer: Trainer, stop: SystemExit) -> NoReturn:
     """Exit, in the place of Lightning, whose code after an interrupt is 1."""
-    if STOP.agreed:
+    if isinstance(stop, Stopped):
         end_process_group()
         sys.exit(STOP.exit_code)
     sys.exit(130 if trainer.interrupted else 1)
@@ -76,4 +93,18 @@ def end_process_group() -> None:
     """
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
+        released_children()
         dist.destroy_process_group()
+
+
+def released_children() -> list[Popen[bytes]]:
+    """The processes that Lightning started from this one, from now on left to themselves.
+
+    Lightning watches them, and kills this process within seconds of one's end with another code than 0: also where all
+    end for the same reason, and this one has not sent its last figures to W&B.
+    """
+    watches = [cast(Any, t)._child_processes for t in threading.enumerate() if isinstance(t, _ChildProcessObserver)]
+    children = [child for watched in watches for child in watched]
+    for watched in watches:
+        watched.clear()
+    return children
