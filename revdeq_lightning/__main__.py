@@ -2,7 +2,7 @@
 
 import sys
 
-from revdeq_lightning.stop_signals import STOP
+from revdeq_lightning.stop_signals import STOP, no_failure_to_torchrun
 
 if "fit" in sys.argv[1:3]:  # before all other imports, which take a while
     STOP.take()
@@ -10,4 +10,5 @@ if "fit" in sys.argv[1:3]:  # before all other imports, which take a while
 from revdeq_lightning.cli import main
 
 if __name__ == "__main__":
-    main()
+    with no_failure_to_torchrun():
+        main()

@@ -7,7 +7,11 @@ training take seconds, from a network's file system minutes, and the default act
 
 import os
 import signal
+import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -78,6 +82,22 @@ class StopSignals:
 
 STOP = StopSignals()
 """Signals are the process's, so there is one."""
+
+
+@contextmanager
+def no_failure_to_torchrun() -> Iterator[None]:
+    """End with 0 where it was asked for, with the exit code in the file that `configs/cluster/torchrun.sh` names.
+
+    torchrun begins all processes again when one ends with another code.
+    """
+    try:
+        yield
+    except SystemExit as end:
+        file = os.environ.get("REVDEQ_STOPPED")
+        if file is None or end.code not in (AGAIN, 128 + signal.SIGINT):
+            raise
+        Path(file).write_text(str(end.code))
+        sys.exit(0)
 
 
 def leave_signals_to_main_process(worker: int) -> None:

@@ -35,7 +35,7 @@ trap : TERM  # the training is told by SLURM itself: wait until it has saved
 
 # Until Python notes SIGUSR1, which is from its first line on, it would die of it: so ignore it until then.
 # --wait: when one process ended, the others have so many seconds; it is never so long, unless one is lost.
-srun --wait=120 --output="$logs/rank-%t.log" --open-mode=append \
+srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --wait=120 --output="$logs/rank-%t.log" --open-mode=append \
     bash -c 'trap "" USR1; exec "$@"' - "$python" -m revdeq_lightning "$@" --run.resume=auto \
     --trainer.num_nodes="$SLURM_JOB_NUM_NODES" --trainer.devices="$SLURM_NTASKS_PER_NODE" &
 step=$!

@@ -26,9 +26,14 @@ def readable_checkpoint() -> Iterator[None]:
 def lost_resource(error: Exception, what: str) -> str | None:
     """One line on what training or a test (`what`) lost on its way: a file, the disk, a worker; None: another error."""
     *_, text = str(error).strip().splitlines() or [type(error).__name__]  # a worker's begins with its traceback
-    # A worker that dies while it hands a batch over is a broken or unanswered connection; one that raised is named
-    # otherwise.
-    if isinstance(error, ConnectionError | EOFError) or re.search(r"DataLoader worker \(pid", str(error)):
+    if caught := re.match(r"Caught (\w+) in DataLoader worker", str(error)):
+        # One of another class could not be made anew in this process: those of network libraries.
+        told = isinstance(error, OSError) or caught[1] != type(error).__name__
+        return f"{what} cannot go on: {text}" if told else None
+    if "DataLoader timed out" in text:
+        return f"{what} cannot go on: a process that loads data does not answer: {text}"
+    # A worker that dies while it hands a batch over is a broken or unanswered connection.
+    if isinstance(error, ConnectionError | EOFError) or re.search(r"DataLoader worker \(pid", text):
         return f"{what} cannot go on: a process that loads data is gone: {text} Is memory short? Try data.num_workers"
     if isinstance(error, OSError):
         return f"{what} cannot go on: {text}"

@@ -3,6 +3,7 @@
 import re
 import sys
 import threading
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from subprocess import Popen
@@ -15,13 +16,15 @@ from lightning.fabric.strategies.launchers.subprocess_script import _ChildProces
 from revdeq_lightning.callbacks.wandb_logger import finish_wandb
 from revdeq_lightning.stop_signals import STOP, Stopped
 
-# gloo raises plain RuntimeErrors, NCCL and the store those of torch.distributed.
-LOST = re.compile(
-    r"gloo|nccl|pair closure|pair is not connected|socket closed|peer (disconnected|closed)|broken pipe"
-    r"|connection (closed|reset|refused)|(socket|connect) timeout|timed out|unreachable|no route to host",
-    re.IGNORECASE,
+NETWORK = (
+    r"pair closure|pair is not connected|socket closed|peer (disconnected|closed)|broken pipe"
+    r"|connection (closed|reset|refused)|(socket|connect) timeout|timed out|unreachable|no route to host"
 )
-SOURCE_LINE = re.compile(r"^\[[^]]*\]\s*")
+# gloo raises plain RuntimeErrors, NCCL and the store those of torch.distributed.
+LOST = re.compile(f"gloo|nccl|{NETWORK}", re.IGNORECASE)
+SOURCE_LINE = re.compile(r"^\[[^]]*\]\s*|(?<=NCCL error) in: [^,]*")
+NO_PEER = re.compile("invalid (usage|argument)|unhandled (system|cuda) error|internal error")
+"""What NCCL says of this process or machine."""
 
 
 @contextmanager
@@ -74,16 +77,29 @@ def end_after_interrupt(trainer: Trainer, stop: SystemExit) -> NoReturn:
 
 
 def lost_peer(error: Exception, trainer: Trainer) -> str | None:
-    """What happened, in one line, if the error says that another process ended or does not answer; else None."""
-    if trainer.world_size == 1:
+    """What happened, in one line, if the error says that the processes cannot exchange data any more; else None.
+
+    Another process ended or does not answer; or NCCL failed by itself, and would again.
+    """
+    if trainer.world_size == 1 or loading(error):
         return None
     if not isinstance(error, dist.DistError) and not LOST.search(str(error)):
         return None
-    reason = SOURCE_LINE.sub("", str(error).splitlines()[0])
+    text, _, last = str(error).partition("Last error:")  # of NCCL's lines the one that helps
+    reason, last = SOURCE_LINE.sub("", (text.splitlines() or [""])[0]), " ".join(last.split())
+    told = f"{reason}: {last}" if last else reason
+    if isinstance(error, dist.DistBackendError) and NO_PEER.search(reason) and not re.search(NETWORK, last, re.I):
+        return f"rank {trainer.global_rank} cannot exchange data with the other processes: {told}"
     return (
-        f"rank {trainer.global_rank} lost another process, it ended or does not answer ({reason}). Its own log says "
+        f"rank {trainer.global_rank} lost another process, it ended or does not answer ({told}). Its own log says "
         "why; the same command with --run.resume=auto goes on from the newest checkpoint."
     )
+
+
+def loading(error: Exception) -> bool:
+    """Whether it comes from a DataLoader, whose connections and timeouts are to this process's own workers."""
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_globals.get("__name__") == "torch.utils.data.dataloader" for frame, _ in frames)
 
 
 def end_process_group() -> None:

@@ -1,13 +1,36 @@
 """The errors by which gloo, NCCL and the store tell that a process is gone become one line; no other error does."""
 
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
+from torch.utils.data import DataLoader
 
+from revdeq_lightning.tasks.messages import lost_resource
 from revdeq_lightning.tasks.process_end import lost_peer
 
 TRAINER = SimpleNamespace(world_size=2, global_rank=1)
+
+
+def nccl(reason: str, kind: str, last: str) -> dist.DistBackendError:
+    """As PyTorch writes it."""
+    place = "/pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:94"
+    return dist.DistBackendError(
+        f"NCCL error in: {place}, {reason}, NCCL version 2.27.5\n{kind}: What it is.\nLast error:\n{last}"
+    )
+
+
+REMOTE = nccl(
+    "remote process exited or there was a network error",
+    "ncclRemoteError",
+    "socketProgress: Connection closed by remote peer n2<51234>",
+)
+REFUSED = nccl(
+    "unhandled system error (run with NCCL_DEBUG=INFO for details)",
+    "ncclSystemError",
+    "socketPollConnect: connect to 10.0.0.1<41234> returned Connection refused",
+)
 
 
 @pytest.mark.parametrize(
@@ -22,7 +45,8 @@ TRAINER = SimpleNamespace(world_size=2, global_rank=1)
         RuntimeError("Pair is not connected (10.77.0.1)"),
         RuntimeError("Socket closed [10.77.0.2]:43129"),
         RuntimeError("connect [10.77.0.2]:43129: No route to host"),
-        dist.DistBackendError("NCCL error: remote process exited or there was a network error"),
+        REMOTE,
+        REFUSED,
         dist.DistNetworkError("failed to recv, got 0 bytes"),
         ConnectionResetError("[Errno 104] Connection reset by peer"),
     ],
@@ -40,3 +64,81 @@ def test_a_lost_process_is_told_in_one_line(error):
 )
 def test_no_other_error_is(error):
     assert lost_peer(error, TRAINER) is None
+
+
+def test_the_useful_line_of_nccl_is_told():
+    assert "(NCCL error, remote process exited or" in lost_peer(REMOTE, TRAINER)
+    assert "socketProgress: Connection closed by remote peer n2<51234>). Its own log" in lost_peer(REMOTE, TRAINER)
+
+
+@pytest.mark.parametrize(
+    ("reason", "kind", "last"),
+    [
+        (
+            "unhandled system error (run with NCCL_DEBUG=INFO for details)",
+            "ncclSystemError",
+            "Error while creating shared memory segment /dev/shm/nccl-ZVvRsy (size 9637888), error: No space left (28)",
+        ),
+        (
+            "invalid usage (run with NCCL_DEBUG=WARN for details)",
+            "ncclInvalidUsage",
+            "Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 1b000",
+        ),
+        (
+            "unhandled cuda error (run with NCCL_DEBUG=INFO for details)",
+            "ncclUnhandledCudaError",
+            "Cuda failure 2 'out of memory'",
+        ),
+    ],
+)
+def test_what_nccl_cannot_do_here_is_told_without_the_advice_to_go_on(reason, kind, last):
+    line = lost_peer(nccl(reason, kind, last), TRAINER)
+    assert line == (
+        f"rank 1 cannot exchange data with the other processes: NCCL error, {reason}, NCCL version 2.27.5: {last}"
+    )
+
+
+class Data:
+    """One sample, which does not come."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        if self.error is None:
+            time.sleep(2)
+        raise self.error
+
+
+class HubError(Exception):
+    """Of a library, with a constructor that PyTorch cannot call in the process that trains."""
+
+    def __init__(self, text, response):
+        super().__init__(text)
+
+
+@pytest.mark.parametrize(
+    ("error", "settings", "words"),
+    [
+        (None, {"num_workers": 1, "timeout": 0.5}, "a process that loads data does not answer: DataLoader timed out"),
+        (ConnectionError("hub: Read timed out."), {"num_workers": 1}, "ConnectionError: hub: Read timed out."),
+        (HubError("502 timed out", 0), {"num_workers": 1}, "HubError: 502 timed out"),
+        # As where a worker ends while it hands a batch over.
+        (ConnectionResetError(104, "Connection reset by peer"), {}, "a process that loads data is gone: [Errno 104]"),
+    ],
+    ids=["timeout", "in a worker", "in a worker, not made anew", "handed over"],
+)
+def test_what_loads_data_is_no_other_rank(error, settings, words):
+    with pytest.raises((OSError, RuntimeError)) as caught:
+        next(iter(DataLoader(Data(error), **settings)))
+    assert lost_peer(caught.value, TRAINER) is None
+    assert words in lost_resource(caught.value, "training")
+
+
+def test_a_mistake_in_the_data_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError) as caught:
+        next(iter(DataLoader(Data(ZeroDivisionError("timed out")), num_workers=1)))
+    assert lost_peer(caught.value, TRAINER) is lost_resource(caught.value, "training") is None
