@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -40,6 +40,7 @@ class StopSignals:
     def __init__(self) -> None:
         self.received = self.agreed = 0
         self._previous: dict[signal.Signals, Any] = {}
+        self._wakeup: int | None = None
 
     @property
     def exit_code(self) -> int:
@@ -50,23 +51,39 @@ class StopSignals:
         """Note the signals from now on; whether that is new. In other threads than the main one Python cannot."""
         if threading.current_thread() is not threading.main_thread():
             return False
+        self._wait_no_more()
         if self._previous:
-            signal.signal(signal.SIGTERM, self._note)
             return False
         self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
         return True
 
-    def let_restart_kill(self) -> None:
-        """Under torchrun, until `take`: SIGTERM kills, as nothing is lost before the first step.
+    def end_while_waiting(self, kill_children: Callable[[], None]) -> None:
+        """Until `take`: SIGTERM ends this process at once, as nothing is lost before the first step.
 
-        torchrun ends processes that still look for each other by it when one of them failed, and waits for those that
-        only note it, while the others begin again without them.
+        Processes that wait for each other do so in C++, for as long as their timeout, where Python's own handlers do
+        not run: but it writes the signal's number to a file at once, which a thread can read.
+
+        Args:
+            kill_children: Ends the processes of the training that this one started.
         """
-        if self._previous and not self.received and "TORCHELASTIC_RUN_ID" in os.environ:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if self.received == signal.SIGTERM:
+            sys.exit(AGAIN)
+        if not self._previous or self._wakeup is not None:
+            return
+        reader, self._wakeup = os.pipe()
+        os.set_blocking(self._wakeup, False)
+        signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
+        threading.Thread(target=_end_at_sigterm, args=(reader, kill_children), daemon=True).start()
+
+    def _wait_no_more(self) -> None:
+        if self._wakeup is not None:
+            signal.set_wakeup_fd(-1)
+            os.close(self._wakeup)
+            self._wakeup = None
 
     def give_back(self) -> None:
         """Let the signals do again what they did before, and forget what was received."""
+        self._wait_no_more()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous, self.received, self.agreed = {}, 0, 0
@@ -98,6 +115,14 @@ def no_failure_to_torchrun() -> Iterator[None]:
             raise
         Path(file).write_text(str(end.code))
         sys.exit(0)
+
+
+def _end_at_sigterm(reader: int, kill_children: Callable[[], None]) -> None:
+    while numbers := os.read(reader, 1):
+        if numbers[0] == signal.SIGTERM:
+            kill_children()
+            os._exit(AGAIN)
+    os.close(reader)
 
 
 def leave_signals_to_main_process(worker: int) -> None:

@@ -7,6 +7,7 @@
 Both exchange as many bytes as for an explicit model with the same parameters.
 """
 
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -15,6 +16,8 @@ from typing import Any, Literal, cast
 
 import torch
 import torch.distributed as dist
+from lightning import Trainer
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -88,6 +91,7 @@ class EquilibriumDDP(DDPStrategy):
 
     def setup_environment(self) -> None:
         """Connect the processes."""
+        require_time(self._timeout)
         require_nccl(self.root_device)
         super().setup_environment()
         compare_devices(self.root_device, self.allow_mixed_gpus)
@@ -144,6 +148,7 @@ class EquilibriumFSDP2(ModelParallelStrategy):
 
     def setup_environment(self) -> None:
         """Connect the processes; all of them share the data."""
+        require_time(self._timeout)
         require_nccl(self.root_device)
         self._refuse_precision()
         self._data_parallel_size = self.num_nodes * self.num_processes
@@ -308,6 +313,34 @@ def renamed(state: Mapping[str, Any], new: Mapping[Any, Any]) -> dict[str, Any]:
     """An optimizer's state with other keys for its parameters."""
     groups = [{**group, "params": [new[key] for key in group["params"]]} for group in state["param_groups"]]
     return {"state": {new[key]: value for key, value in state["state"].items()}, "param_groups": groups}
+
+
+def require_time(timeout: timedelta | None) -> None:
+    """Raise if processes are to wait for each other for less than a second.
+
+    Raises:
+        ParallelismError: If so; PyTorch would tell it as a lost connection.
+    """
+    if timeout is not None and timeout < timedelta(seconds=1):
+        raise ParallelismError(
+            f"timeout_seconds={timeout.total_seconds():g} of the strategy: so long a process waits for another, which"
+            " may be saving; 1 or more, the default is 1800"
+        )
+
+
+def require_meeting_place(trainer: Trainer) -> None:
+    """Raise where several machines are to train and nothing says where they meet: each would wait by itself.
+
+    Raises:
+        ParallelismError: If so.
+    """
+    alone = isinstance(getattr(trainer.strategy, "cluster_environment", None), LightningEnvironment)
+    if trainer.num_nodes > 1 and alone and "MASTER_ADDR" not in os.environ:
+        raise ParallelismError(
+            f"trainer.num_nodes={trainer.num_nodes}: nothing says where the machines meet; start them by"
+            " configs/cluster/torchrun.sh (make train-nodes) or slurm.sh (make submit), or set MASTER_ADDR, MASTER_PORT"
+            " and NODE_RANK on each"
+        )
 
 
 def require_nccl(device: torch.device) -> None:

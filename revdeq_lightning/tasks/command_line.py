@@ -39,8 +39,7 @@ from revdeq_lightning.runs import (
 )
 from revdeq_lightning.sharded_checkpoint import is_sharded_checkpoint
 from revdeq_lightning.sharding import deferred_weights
-from revdeq_lightning.stop_signals import STOP
-from revdeq_lightning.strategies import is_fsdp2, register_strategies
+from revdeq_lightning.strategies import is_fsdp2, register_strategies, require_meeting_place
 from revdeq_lightning.tasks.kept_checkpoints import best_or_last, last_checkpoint
 from revdeq_lightning.tasks.loggers import run_loggers
 from revdeq_lightning.tasks.messages import (
@@ -55,6 +54,7 @@ from revdeq_lightning.tasks.process_end import (
     end_after_interrupt,
     end_process_group,
     finished_wandb,
+    let_sigterm_end_the_wait,
     lost_peer,
     stop_signals_noted,
 )
@@ -202,9 +202,11 @@ class AbstractCommandLine(LightningCLI):
         self.trainer_defaults = {"callbacks": callbacks}
         checkpoint_io = AtomicCheckpointIO(errors="warn", background=run.async_checkpoints)
         plugins = [*as_list(settings.get("plugins")), checkpoint_io]
-        return super().instantiate_trainer(
+        trainer = super().instantiate_trainer(
             logger=[enduring(logger) for logger in loggers] or False, plugins=plugins, **kwargs
         )
+        require_meeting_place(trainer)
+        return trainer
 
     @property
     def diagnostics(self) -> DiagnosticsConfig:
@@ -234,7 +236,7 @@ class AbstractCommandLine(LightningCLI):
 
     def _fit(self, **kwargs: Any) -> Path | None:
         """Train; after a divergence the checkpoint to go back to."""
-        STOP.let_restart_kill()  # until `StopSignal.setup`
+        let_sigterm_end_the_wait(self.trainer)
         with device_errors(), self._losses_told("training"):
             try:
                 self.trainer.fit(**kwargs)

@@ -1,6 +1,8 @@
 """How a training process ends: asked to by a signal, left by another process, or in order with all of them."""
 
+import os
 import re
+import signal
 import sys
 import threading
 import traceback
@@ -38,6 +40,16 @@ def stop_signals_noted() -> Iterator[None]:
             STOP.give_back()
         else:
             STOP.ignore()
+
+
+def let_sigterm_end_the_wait(trainer: Trainer) -> None:
+    """Until `StopSignal.setup`, where the wait for the other processes may be long, or in vain.
+
+    Those of one machine are there soon: they heed it together.
+    """
+    if (trainer.num_nodes > 1 or "TORCHELASTIC_RUN_ID" in os.environ) and not dist.is_initialized():
+        launcher = trainer.strategy.launcher
+        STOP.end_while_waiting(lambda: launcher.kill(signal.SIGKILL) if launcher else None)
 
 
 @contextmanager

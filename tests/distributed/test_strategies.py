@@ -17,6 +17,7 @@ from tiny_runs import tiny_data, tiny_task, tiny_trainer
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from revdeq_lightning import strategies
 from revdeq_lightning.sharding import ParallelismError, deferred_weights, shard_equilibria
 from revdeq_lightning.strategies import (
     EquilibriumDDP,
@@ -94,6 +95,9 @@ def test_a_run_goes_on_under_another_strategy_with_the_settings_of_the_run(tmp_p
         (["--trainer.strategy=fsdp2", "--diagnostics.gradient_error_every_n_steps=2"], "trainer.strategy=ddp, not"),
         (["--config=configs/trainer/fsdp2.yaml", "--trainer.strategy.gather_dtype=bfloat16"], "trainer.precision=bf16"),
         (["--trainer.strategy=fsdp2", "--model.jacobian_weight=0.1"], "jacobian_weight=0.1 evaluates f outside"),
+        (["--config=configs/trainer/ddp.yaml", "--trainer.strategy.timeout_seconds=0"], "timeout_seconds=0 of the"),
+        (["--config=configs/trainer/fsdp2.yaml", "--trainer.strategy.timeout_seconds=-5"], "timeout_seconds=-5 of the"),
+        (["--trainer.num_nodes=2"], "nothing says where the machines meet; start them by configs/cluster/torchrun.sh"),
         (["--trainer.strategy=ddq"], "invalid strategy name"),
         (["--trainer.strategy=ddp", "--trainer.devices=0"], "0"),
     ],
@@ -135,6 +139,20 @@ def test_gpus_without_nccl_are_told(monkeypatch):
     require_nccl(torch.device("cpu"))
     with pytest.raises(ParallelismError, match="built without NCCL"):
         require_nccl(torch.device("cuda"))
+
+
+@pytest.mark.parametrize("strategy_class", [EquilibriumDDP, EquilibriumFSDP2])
+def test_a_strategy_asks_for_nccl_before_the_processes_meet_and_compares_their_gpus_after(monkeypatch, strategy_class):
+    """Where there are no GPUs, a strategy that never asked would pass all other tests."""
+    calls, (lightnings, *_) = [], strategy_class.__bases__
+    monkeypatch.setattr(strategies, "require_nccl", lambda device: calls.append(("nccl", device)))
+    monkeypatch.setattr(lightnings, "setup_environment", lambda self: calls.append("met"))
+    monkeypatch.setattr(strategies, "compare_devices", lambda device, mixed: calls.append(("kinds", device, mixed)))
+    monkeypatch.setattr(strategy_class, "root_device", torch.device("cuda:3"))
+    strategy = strategy_class(allow_mixed_gpus=True)
+    strategy.num_nodes, strategy.parallel_devices = 1, [torch.device("cuda:3")]
+    strategy.setup_environment()
+    assert calls == [("nccl", strategy.root_device), "met", ("kinds", strategy.root_device, True)]
 
 
 class Properties:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from scripts import pids_with
 from tiny_command import tiny_config
 
 pytestmark = pytest.mark.slow
@@ -40,10 +41,10 @@ class Script:
         self.process.wait()
 
     def torchrun(self) -> list[int]:
-        return pids_with(b"torch.distributed.run", str(self.folder).encode())
+        return pids_with("torch.distributed.run", str(self.folder))
 
     def training(self) -> list[int]:
-        return pids_with(b"revdeq_lightning", b"fit", str(self.folder / "tiny.yaml").encode(), besides=b"torch.distr")
+        return [pid for pid in pids_with("fit", str(self.folder)) if pid not in self.torchrun()]
 
     def until_it_trains(self) -> None:
         end = time.monotonic() + 120
@@ -60,18 +61,6 @@ class Script:
             return self.process.wait(timeout=90)
         except subprocess.TimeoutExpired:
             pytest.fail(self.text())
-
-
-def pids_with(*words: bytes, besides: bytes = b"\n") -> list[int]:
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            command = path.read_bytes()
-        except OSError:  # it ended
-            continue
-        if command.split(b"\0")[0].endswith(b"python") and besides not in command:
-            found += [int(path.parent.name)] * all(word in command for word in words)
-    return found
 
 
 def assert_stopped_once(script: Script, code: int, name: str) -> None:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import NamedTuple
 
 
@@ -22,3 +23,16 @@ def run_python(*words: object, seconds: float = 300, **settings: object) -> Outp
     )
     assert result.returncode == 0, f"{command}:\n{result.stdout[-3000:]}\n{result.stderr[-4000:]}"
     return Output(result.stdout, result.stderr)
+
+
+def pids_with(*words: str) -> list[int]:
+    """Of the Python processes whose command holds these words; none of one that ended, and is not waited for."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = path.read_bytes().decode(errors="replace")
+        except OSError:  # it ended just now
+            continue
+        if "python" in command.split("\0")[0] and all(word in command for word in words):
+            found.append(int(path.parent.name))
+    return sorted(found)
