@@ -46,8 +46,8 @@ class Job:
 
     def start(self, machine: Machine):
         strategy = {
-            "class_path": "lightning.pytorch.strategies.DDPStrategy",
-            "init_args": {"timeout": f"0:00:{TIMEOUT}"},
+            "class_path": "revdeq_lightning.strategies.EquilibriumDDP",
+            "init_args": {"timeout_seconds": TIMEOUT},
         }
         settings = {"max_steps": MAX_STEPS, "val_check_interval": SAVED, "strategy": strategy}
         config = tiny_config(self.folder, **settings)
@@ -146,3 +146,13 @@ def test_a_vanished_machine_ends_the_job_in_bounded_time_and_the_same_command_go
     assert job.end() == [0, 0], job.text()
     assert "resumed at step" in job.text()
     assert_ended_like(whole, job)
+
+
+def test_a_signal_to_the_script_on_one_machine_ends_both_and_none_is_begun_again(machines, tmp_path):
+    job = Job(machines, tmp_path, "asked", max_restarts=3)
+    job.until(lambda: job.steps() > 0, "trained")
+    job.processes[1].send_signal(signal.SIGTERM)
+    assert job.end() == [75, 75], job.text()
+    assert 0 < job.checkpoint()["global_step"] < MAX_STEPS
+    assert "resumed at step" not in job.text()
+    assert "Traceback" not in job.text()
