@@ -27,7 +27,7 @@ SHARDED_PARTS = (".metadata", "meta.pt")
 
 SUMS = "SHA256SUMS"
 
-LAST = "last.ckpt"
+BEST, LAST = "best.ckpt", "last.ckpt"
 BETWEEN_STEPS = "between_steps"
 """Key of a checkpoint that was written in the midst of accumulated gradients, which it does not hold."""
 
@@ -97,7 +97,7 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
 def newest_good(folder: Path, *, at_most: int | None = None) -> Found:
     """The newest checkpoint of a run's folder: `last.ckpt`, and if that is not there or damaged the one of most steps.
 
-    One from which a run does not go on exactly (`BETWEEN_STEPS`) is taken only where there is no other. Leaves all
+    One from which a run does not go on exactly is taken only where there is no other. Leaves all
     files as they are; other names than `*.ckpt` are not looked at, but for what a process had put aside for a newer
     one when it was killed (`put_in_place`).
 
@@ -125,7 +125,8 @@ class Steps(NamedTuple):
     """How far a run had got in a checkpoint; the later, the more.
 
     Attributes:
-        is_exact: Whether a run goes on from there as if nothing had been.
+        is_exact: Whether a run goes on from there as if nothing had been: not from `BETWEEN_STEPS`, and not from
+            `best.ckpt`, which is written before its validation is logged, and may be the end of the run.
         number: Optimizer steps.
     """
 
@@ -143,7 +144,8 @@ def steps_of(paths: list[Path], at_most: int | None = None) -> tuple[dict[Path, 
         except CheckpointError as error:
             faults[path] = str(error).removeprefix(f"{path} ")
             continue
-        found = Steps(not content.get(BETWEEN_STEPS, False), content["global_step"])
+        is_exact = not content.get(BETWEEN_STEPS, False) and path.name != BEST
+        found = Steps(is_exact, content["global_step"])
         if at_most is None or found.number <= at_most:
             steps[path] = found
     return steps, faults

@@ -14,7 +14,8 @@ from revdeq_lightning.runs import LanguageRunConfig
     [
         ({"best": 3, "last": 6, "step-3": 3}, (), "last", "best"),
         ({"last": 6}, (), "last", "last"),
-        ({"best": 6, "step-3": 3}, (), "best", "best"),
+        ({"best": 6, "step-3": 3}, (), "step-3", "best"),
+        ({"best": 6}, (), "best", "best"),
         ({"best": 3, "step-3": 3, "step-20": 20, "step-100": 100}, (), "step-100", "best"),
         ({"step-20": 20, "step-100": 100}, ("step-100",), "step-20", "step-20"),
         ({"best": 20, "step-3": 3}, ("best",), "step-3", "step-3"),

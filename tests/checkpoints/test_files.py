@@ -136,14 +136,14 @@ def test_one_that_was_written_on_a_gpu_is_found_where_there_is_none(tmp_path, mo
     assert contents(tmp_path / "last.ckpt")["global_step"] == 3
 
 
-def test_the_newest_good_one_is_last_or_that_of_most_steps(tmp_path):
+def test_the_newest_good_one_is_last_or_that_of_most_steps_and_best_if_it_is_alone(tmp_path):
     assert newest_good(tmp_path) == (None, {})
-    for name, step in (("step-200", 200), ("best", 300), ("step-1000", 1000), ("last", 1100)):
+    for name, step in (("step-200", 200), ("best", 1100), ("step-1000", 1000), ("last", 1100)):
         write_checkpoint(content(step), tmp_path / f"{name}.ckpt")
     (tmp_path / "notes.txt").write_text("")
     (tmp_path / "alien.ckpt").write_text("from elsewhere")
     assert newest_good(tmp_path) == (tmp_path / "last.ckpt", {})
-    for damaged, then in (("last", "step-1000"), ("step-1000", "best"), ("best", "step-200")):
+    for damaged, then in (("last", "step-1000"), ("step-1000", "step-200"), ("step-200", "best")):
         path = tmp_path / f"{damaged}.ckpt"
         path.write_bytes(path.read_bytes()[:-100])
         found = newest_good(tmp_path)
