@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.issuing import issue
+from benchmarks.measure import provenance
 from revdeq_lightning.equilibrium import EquilibriumLayer
 from revdeq_lightning.models import ClassifierConfig, TransformerConfig
 from revdeq_lightning.optimizers import group_parameters
@@ -230,10 +231,12 @@ def measured() -> list[str]:
     for ranks, (seconds, reduce_seconds, num_bytes) in results.items():
         rows.append(f"| {ranks} | {1e3 * seconds:.0f} | {1e3 * reduce_seconds:.1f} | {num_bytes / 1e6:.1f} |")
     efficiency = results[1][0] / results[2][0]
+    hardware = provenance("")["hardware"]
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     return [
         f"Measured {time.strftime('%Y-%m-%d')}, gloo, `configs/lm/default.yaml`'s model and batch in each process,"
-        f" median of {STEPS} steps after {WARMUP}: efficiency {efficiency:.0%}. {os.cpu_count()} cores, torch"
+        f" median of {STEPS} steps after {WARMUP}: efficiency {efficiency:.0%}. {hardware['cpu']},"
+        f" {hardware['cores']} cores, torch"
         f" {torch.__version__}, commit {commit or 'unknown'}; other processes: load {load:.1f} at the start"
         " (well above 0, the times say nothing).",
         "",
