@@ -22,12 +22,13 @@ from typing import Any, BinaryIO, NamedTuple, cast
 
 import torch
 
+from revdeq_lightning.runs import BEST, LAST
+
 SHARDED_PARTS = (".metadata", "meta.pt")
 """Without both a folder is no finished checkpoint of shards: the last that is written, by the first process."""
 
 SUMS = "SHA256SUMS"
 
-BEST, LAST = "best.ckpt", "last.ckpt"
 BETWEEN_STEPS = "between_steps"
 """Key of a checkpoint that was written in the midst of accumulated gradients, which it does not hold."""
 
@@ -97,9 +98,9 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
 def newest_good(folder: Path, *, at_most: int | None = None) -> Found:
     """The newest checkpoint of a run's folder: `last.ckpt`, and if that is not there or damaged the one of most steps.
 
-    One from which a run does not go on exactly is taken only where there is no other. Leaves all
-    files as they are; other names than `*.ckpt` are not looked at, but for what a process had put aside for a newer
-    one when it was killed (`put_in_place`).
+    One from which a run does not go on exactly is taken only where there is no other. Leaves all files as they are;
+    other names than `*.ckpt` are not looked at, but for what a process had put aside for a newer one when it was
+    killed (`put_in_place`).
 
     Args:
         folder: Where the checkpoints lie.

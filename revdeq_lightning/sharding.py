@@ -45,9 +45,8 @@ def shard_equilibria(
         return
     layers: dict[str, EquilibriumLayer] = {}
     for name, module in model.named_modules():
-        if isinstance(module, EquilibriumLayer) and not any(
-            name.startswith(f"{outer}." if outer else "") for outer in layers
-        ):
+        is_within = any(not outer or name.startswith(f"{outer}.") for outer in layers)
+        if isinstance(module, EquilibriumLayer) and not is_within:
             layers[name] = module
     for name, layer in layers.items():
         part = next((n for n, m in layer.named_modules() if n and isinstance(m, FSDPModule)), None)

@@ -15,7 +15,6 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from revdeq_lightning.callbacks.training_step import is_logging_step, made_step, validation_follows
 from revdeq_lightning.checkpoints import (
-    LAST,
     CheckpointError,
     make_folder,
     newest_good,
@@ -23,7 +22,7 @@ from revdeq_lightning.checkpoints import (
     remove_leftovers,
     steps_of,
 )
-from revdeq_lightning.runs import BEST
+from revdeq_lightning.runs import BEST, LAST
 from revdeq_lightning.stop_signals import STOP
 
 KEPT = re.compile(r"step-(\d+)\.ckpt")
