@@ -17,11 +17,21 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.disturbances import (
+    cut,
+    fill,
+    flip_a_bit,
+    kill_children,
+    kill_logger,
+    make_read_only,
+    malice,
+    poison,
+    small_disk,
+)
 from benchmarks.fault_runs import EVERY, STEPS, write_image_config, write_language_config
 from benchmarks.killing import differences, kill_and_go_on, last_logged_step, newest_step, run
 from benchmarks.measure import provenance
@@ -124,82 +134,6 @@ def brief(error: str) -> str:
     return error.split(" (")[0]
 
 
-def cut(path: Path) -> None:
-    content = path.read_bytes()
-    path.unlink()
-    path.write_bytes(content[: len(content) // 2])
-
-
-def flip_a_bit(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.unlink()
-    path.write_bytes(content)
-
-
-def malice(path: Path) -> None:
-    """A checkpoint that would create a file."""
-    from revdeq_lightning.checkpoints import write_checkpoint
-
-    class Malice:
-        def __reduce__(self) -> Any:
-            return os.system, (f"touch {path.parent}/malice",)
-
-    path.unlink()
-    write_checkpoint({"global_step": 10**6, "state_dict": Malice()}, path)
-
-
-def poison() -> None:
-    """NaN in a weight of the model that this process trains."""
-    import gc
-
-    import torch
-    from lightning import LightningModule
-
-    task = next(found for found in gc.get_objects() if isinstance(found, LightningModule))
-    with torch.no_grad():
-        next(task.parameters()).view(-1)[0] = torch.nan
-
-
-def kill_logger() -> None:
-    """End the processes of W&B below this one."""
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError, IndexError):  # of a process that is gone
-            parent = int(path.read_text().rsplit(")", 1)[1].split()[1])
-            if parent == os.getpid() and "wandb-core" in path.with_name("cmdline").read_text():
-                os.kill(int(path.parent.name), signal.SIGKILL)
-
-
-def kill_children() -> None:
-    import multiprocessing
-
-    for process in multiprocessing.active_children():
-        os.kill(int(process.pid or 0), signal.SIGKILL)
-
-
-@contextmanager
-def small_disk(folder: Path) -> Iterator[bool]:
-    """A file system of 8 MB at this folder, for root; says whether it is there."""
-    folder.mkdir()
-    mounted = not subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)], capture_output=True, check=False
-    ).returncode
-    try:
-        yield mounted
-    finally:
-        if mounted:
-            subprocess.run(["umount", "-l", str(folder)], check=False)
-
-
-def fill(folder: Path) -> None:
-    with (folder / "filler").open("wb", buffering=0) as file:
-        try:
-            while True:
-                file.write(bytes(4096))
-        except OSError:
-            pass
-
-
 def disk_faults(bench: Bench) -> None:
     """On a file system of its own; without root none of these."""
     with small_disk(bench.folder / "disk") as mounted:
@@ -220,12 +154,6 @@ def disk_faults(bench: Bench) -> None:
             disturb=lambda: make_read_only(disk.folder),
             between=lambda path: subprocess.run(["umount", "-l", str(disk.folder)], check=True),
         )
-
-
-def make_read_only(folder: Path) -> None:
-    """Until it is unmounted; by a mount over it, as the kernel refuses one where a file is open to be written."""
-    subprocess.run(["mount", "--bind", str(folder), str(folder)], check=True)
-    subprocess.run(["mount", "-o", "remount,bind,ro", str(folder)], check=True)
 
 
 def data_faults(bench: Bench) -> None:
