@@ -21,8 +21,8 @@ from torch.utils.flop_counter import flop_registry
 
 from benchmarks.measure import peak_tensor_bytes
 from revdeq_lightning.callbacks.averaged_weights import AveragedWeights
-from revdeq_lightning.callbacks.probe import Probe
-from revdeq_lightning.callbacks.training_step import equilibria
+from revdeq_lightning.equilibrium import equilibria
+from revdeq_lightning.runs.probe import Probe
 
 ROOT = Path(__file__).resolve().parent.parent
 COUNT_EVERY = 50

@@ -27,20 +27,20 @@ import yaml
 from lightning import Callback, Trainer
 
 from benchmarks.measure import paired_ratio, provenance
+from revdeq_lightning.callbacks.config import DiagnosticsConfig
 from revdeq_lightning.callbacks.contraction import Contraction
-from revdeq_lightning.callbacks.csv_logger import ContinuedCSVLogger
 from revdeq_lightning.callbacks.depth_sweep import DepthSweep
-from revdeq_lightning.callbacks.diagnostics import DiagnosticsConfig
 from revdeq_lightning.callbacks.gradient_error import GradientError
 from revdeq_lightning.callbacks.residual_curve import ResidualCurve
 from revdeq_lightning.callbacks.samples import ImageSamples, TextSamples
-from revdeq_lightning.data.images import ImageDataModule
-from revdeq_lightning.data.text import TextDataModule
+from revdeq_lightning.data.images.module import ImageDataModule
+from revdeq_lightning.data.text.module import TextDataModule
+from revdeq_lightning.loggers.csv_logger import ContinuedCSVLogger
 from revdeq_lightning.models import ClassifierConfig, TransformerConfig
-from revdeq_lightning.optimizers import OptimizerConfig
+from revdeq_lightning.models.build import SolverConfig
 from revdeq_lightning.tasks.classification import ClassificationTask
 from revdeq_lightning.tasks.language_modeling import LanguageModelingTask
-from revdeq_lightning.tasks.settings import SolverConfig
+from revdeq_lightning.tasks.optimizers import OptimizerConfig
 
 MOST_OF_ALL, MOST_OF_GRADIENT_ERROR = 0.03, 0.02
 DEFAULTS = DiagnosticsConfig()

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from revdeq_lightning.data.augmentation import AugmentationConfig
-from revdeq_lightning.data.images import ImageDataModule
+from revdeq_lightning.data.images.augmentation import AugmentationConfig
+from revdeq_lightning.data.images.module import ImageDataModule
 
 IMAGES, PASSES = 64, 5
 WIDTH, HEIGHT = 500, 375

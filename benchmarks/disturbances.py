@@ -26,7 +26,7 @@ def flip_a_bit(path: Path) -> None:
 
 def malice(path: Path) -> None:
     """A checkpoint that would create a file."""
-    from revdeq_lightning.checkpoints import write_checkpoint
+    from revdeq_lightning.checkpoints.files import write_checkpoint
 
     class Malice:
         def __reduce__(self) -> Any:

@@ -36,7 +36,7 @@ from benchmarks.fault_runs import EVERY, STEPS, write_image_config, write_langua
 from benchmarks.killing import differences, kill_and_go_on, last_logged_step, newest_step, run
 from benchmarks.measure import provenance
 from benchmarks.report import table
-from revdeq_lightning.callbacks.endurance import RecordWarning
+from revdeq_lightning.loggers.endurance import RecordWarning
 
 RESULTS = Path(__file__).parent / "results" / "faults.md"
 
@@ -245,8 +245,8 @@ def main() -> None:
     begin = time.monotonic()
     facts = provenance(f"python -m benchmarks.faults --kills {options.kills}")
     importing = time.monotonic()
-    import revdeq_lightning.tasks.image_command_line
-    import revdeq_lightning.tasks.language_command_line  # noqa: F401  before the forks
+    import revdeq_lightning.cli.image
+    import revdeq_lightning.cli.language  # noqa: F401  before the forks
 
     importing = time.monotonic() - importing
     folder = Path(tempfile.mkdtemp(prefix="faults-"))

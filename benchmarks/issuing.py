@@ -13,8 +13,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from revdeq_lightning.models import ClassifierConfig, TransformerConfig
-from revdeq_lightning.optimizers import OptimizerConfig, build_optimizer
-from revdeq_lightning.tasks.settings import SolverConfig, build_image_classifier, build_language_model
+from revdeq_lightning.models.build import SolverConfig, build_image_classifier, build_language_model
+from revdeq_lightning.tasks.optimizers import OptimizerConfig, build_optimizer
 
 WARMUP, STEPS = 5, 25
 

@@ -23,7 +23,7 @@ from benchmarks.reference import bare_evaluations
 from benchmarks.requirements import Requirement, at_most
 from revdeq_lightning.equilibrium import ReversibleAdjoint, ReversibleSolver, solve_fixed_point
 from revdeq_lightning.equilibrium import kernels as core
-from revdeq_lightning.equilibrium.arithmetic import ExactArithmetic
+from revdeq_lightning.equilibrium.exact.arithmetic import ExactArithmetic
 from revdeq_lightning.equilibrium.norms import residual
 from revdeq_lightning.models import TransformerConfig
 from revdeq_lightning.models.classifier import PaperConvBlock

@@ -121,7 +121,7 @@ def _child(arguments: Sequence[str], log: Path, event: Any, disturb: Any) -> Non
             _kill_before(*event)
         if disturb:
             _disturb_at(*disturb)
-        from revdeq_lightning.cli import main
+        from revdeq_lightning.cli.main import main
 
         main(list(arguments))
         code = 0
@@ -135,7 +135,7 @@ def _child(arguments: Sequence[str], log: Path, event: Any, disturb: Any) -> Non
 
 def _kill_before(kind: str, number: int) -> None:
     """Patch what a save calls, so that the n-th call is never made."""
-    from revdeq_lightning import checkpoints
+    from revdeq_lightning.checkpoints import files as checkpoints
 
     holder: Any = checkpoints._HashingWriter if kind == "write" else os
     own, calls = getattr(holder, kind), [0]
@@ -151,7 +151,7 @@ def _kill_before(kind: str, number: int) -> None:
 
 def _disturb_at(step: int, what: Callable[[], Any]) -> None:
     """Call something after a step, in all training of this process."""
-    from revdeq_lightning.callbacks.random_state import ResumableRandomState
+    from revdeq_lightning.runs.random_state import ResumableRandomState
 
     def on_train_batch_end(self: Any, trainer: Any, *_: Any) -> None:
         if trainer.global_step == step:
@@ -176,7 +176,7 @@ def weights(folder: Path) -> dict[str, Any]:
     """Weights in training at the end."""
     import torch
 
-    from revdeq_lightning.sharded_checkpoint import WEIGHTS, is_sharded_checkpoint, read_whole
+    from revdeq_lightning.checkpoints.sharded import WEIGHTS, is_sharded_checkpoint, read_whole
 
     path = folder / "checkpoints" / "last.ckpt"
     if is_sharded_checkpoint(path):
@@ -202,7 +202,7 @@ def differences(folder: Path, reference: Path) -> list[str]:
 
 def newest_step(folder: Path) -> int:
     """Steps of the newest checkpoint that can be used; 0 without."""
-    from revdeq_lightning.checkpoints import newest_good, steps_of
+    from revdeq_lightning.checkpoints.files import newest_good, steps_of
 
     path = newest_good(folder / "checkpoints").path
     return 0 if path is None else steps_of([path])[0][path].number
@@ -276,7 +276,7 @@ def main() -> None:
     parser.add_argument("--report", type=Path)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    import revdeq_lightning.tasks.language_command_line  # noqa: F401  before the forks
+    import revdeq_lightning.cli.language  # noqa: F401  before the forks
 
     result = kill_and_go_on(options.config, options.folder, options.kills, options.seed, options.processes)
     text = json.dumps(result, indent=1)

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from revdeq_lightning.environment import cpu_name
+from revdeq_lightning.runs.environment import cpu_name
 
 Row = Mapping[str, Any]
 

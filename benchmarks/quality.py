@@ -24,15 +24,15 @@ from benchmarks.measure import write_csv
 from benchmarks.part import RESULTS
 from benchmarks.quality_page import draw, page
 from benchmarks.training import facts_of, read
-from revdeq_lightning.data.augmentation import AugmentationConfig
-from revdeq_lightning.data.images import ImageDataModule
-from revdeq_lightning.data.text import TextDataModule
+from revdeq_lightning.cli.quiet import quieten_lightning
+from revdeq_lightning.data.images.augmentation import AugmentationConfig
+from revdeq_lightning.data.images.module import ImageDataModule
+from revdeq_lightning.data.text.module import TextDataModule
 from revdeq_lightning.models import ClassifierConfig, TransformerConfig
-from revdeq_lightning.optimizers import OptimizerConfig
+from revdeq_lightning.models.build import SolverConfig
 from revdeq_lightning.tasks.classification import ClassificationTask
 from revdeq_lightning.tasks.language_modeling import LanguageModelingTask
-from revdeq_lightning.tasks.quiet import quieten_lightning
-from revdeq_lightning.tasks.settings import SolverConfig
+from revdeq_lightning.tasks.optimizers import OptimizerConfig
 
 SEARCH_SEED = 100
 

@@ -25,8 +25,8 @@ from benchmarks.issuing import issue
 from benchmarks.measure import provenance
 from revdeq_lightning.equilibrium import EquilibriumLayer
 from revdeq_lightning.models import ClassifierConfig, TransformerConfig
-from revdeq_lightning.optimizers import group_parameters
-from revdeq_lightning.tasks.settings import SolverConfig, build_image_classifier, build_language_model
+from revdeq_lightning.models.build import SolverConfig, build_image_classifier, build_language_model
+from revdeq_lightning.tasks.optimizers import group_parameters
 
 PAGE = Path(__file__).parent / "results" / "scaling.md"
 GPUS_A_NODE = 8

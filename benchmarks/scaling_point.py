@@ -13,7 +13,7 @@ import yaml
 from torch.nn.parallel import DistributedDataParallel
 
 from revdeq_lightning.models import TransformerConfig
-from revdeq_lightning.tasks.settings import SolverConfig, build_language_model
+from revdeq_lightning.models.build import SolverConfig, build_language_model
 
 WARMUP, STEPS = 3, 15
 

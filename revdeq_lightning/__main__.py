@@ -2,12 +2,12 @@
 
 import sys
 
-from revdeq_lightning.stop_signals import STOP, no_failure_to_torchrun
+from revdeq_lightning.runs.signals import STOP, no_failure_to_torchrun
 
 if "fit" in sys.argv[1:3]:  # before all other imports, which take a while
     STOP.take()
 
-from revdeq_lightning.cli import main
+from revdeq_lightning.cli.main import main
 
 if __name__ == "__main__":
     with no_failure_to_torchrun():

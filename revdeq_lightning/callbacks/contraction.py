@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-from revdeq_lightning.callbacks.probe import Loss, Probe, first_samples, reason_against
-from revdeq_lightning.callbacks.training_step import equilibria, log_now, made_step
-from revdeq_lightning.equilibrium import spectral_radius
+from revdeq_lightning.equilibrium import equilibria, spectral_radius
+from revdeq_lightning.runs.probe import Loss, Probe, first_samples, reason_against
+from revdeq_lightning.tasks.training_step import log_now, made_step
 
 
 class ContractionWarning(UserWarning):

@@ -14,15 +14,16 @@ from lightning.pytorch.profilers import Profiler
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from revdeq_lightning.callbacks.probe import Loss, Probe, batch_size, first_samples, reason_against
-from revdeq_lightning.callbacks.training_step import StepStatistics, equilibria, is_logging_step, made_step
 from revdeq_lightning.equilibrium import (
     AbstractAdjoint,
     AbstractSolver,
     BackpropAdjoint,
     EquilibriumLayer,
     ReversibleAdjoint,
+    equilibria,
 )
+from revdeq_lightning.runs.probe import Loss, Probe, batch_size, first_samples, reason_against
+from revdeq_lightning.tasks.training_step import StepStatistics, is_logging_step, made_step
 
 Phase = Literal["data", "forward", "backward", "optimizer", "other", "paused"]
 LOGGED_PHASES: tuple[Phase, ...] = ("data", "forward", "backward", "optimizer", "other")

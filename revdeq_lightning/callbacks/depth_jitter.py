@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from lightning import Callback, LightningModule, Trainer
 
-from revdeq_lightning.callbacks.training_step import equilibria
+from revdeq_lightning.equilibrium import equilibria
 
 
 class DepthJitter(Callback):

@@ -12,12 +12,12 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from revdeq_lightning.callbacks.endurance import Survives
-from revdeq_lightning.callbacks.media import log_curves, log_picture, log_table, step_of
-from revdeq_lightning.callbacks.random_state import untouched_random_state
-from revdeq_lightning.callbacks.step_rows import append_rows, rewind_rows
-from revdeq_lightning.callbacks.training_step import equilibria, run_folder
-from revdeq_lightning.equilibrium import deferred_divergence
+from revdeq_lightning.equilibrium import deferred_divergence, equilibria
+from revdeq_lightning.loggers.endurance import Survives
+from revdeq_lightning.loggers.media import log_curves, log_picture, log_table, step_of
+from revdeq_lightning.loggers.step_rows import append_rows, rewind_rows
+from revdeq_lightning.runs.random_state import untouched_random_state
+from revdeq_lightning.tasks.training_step import run_folder
 
 Sums = Callable[[LightningModule, Any], dict[str, Tensor]]
 Rows = list[dict[str, Any]]

@@ -8,9 +8,10 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from revdeq_lightning.callbacks.media import log_histogram
-from revdeq_lightning.callbacks.training_step import StepStatistics, is_logging_step, solvers_of
 from revdeq_lightning.equilibrium import AbstractSolver, SolverStats
+from revdeq_lightning.equilibrium.layer import solvers_of
+from revdeq_lightning.loggers.media import log_histogram
+from revdeq_lightning.tasks.training_step import StepStatistics, is_logging_step
 
 
 class FunctionEvaluations(Callback):

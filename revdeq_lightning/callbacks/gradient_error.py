@@ -10,8 +10,6 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from revdeq_lightning.callbacks.probe import Gradients, Loss, Probe, first_samples, reason_against
-from revdeq_lightning.callbacks.training_step import equilibria, log_now, made_step
 from revdeq_lightning.equilibrium import (
     AbstractAdjoint,
     AbstractSolver,
@@ -20,7 +18,10 @@ from revdeq_lightning.equilibrium import (
     DivergenceError,
     EquilibriumLayer,
     ImplicitAdjoint,
+    equilibria,
 )
+from revdeq_lightning.runs.probe import Gradients, Loss, Probe, first_samples, reason_against
+from revdeq_lightning.tasks.training_step import log_now, made_step
 
 REFERENCES = ("bptt", "converged")
 

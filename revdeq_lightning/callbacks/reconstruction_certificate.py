@@ -8,9 +8,9 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from revdeq_lightning.callbacks.training_step import StepStatistics, equilibria, is_logging_step, log_now
-from revdeq_lightning.equilibrium import ReconstructionError, ReconstructionWarning
-from revdeq_lightning.stop_signals import Stopped
+from revdeq_lightning.equilibrium import ReconstructionError, ReconstructionWarning, equilibria
+from revdeq_lightning.runs.signals import Stopped
+from revdeq_lightning.tasks.training_step import StepStatistics, is_logging_step, log_now
 
 POLICIES = ("warn", "raise", "stop")
 INEXACT = "inexact.ckpt"

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from lightning import Callback, LightningModule, Trainer
 
-from revdeq_lightning.callbacks.endurance import Survives
-from revdeq_lightning.callbacks.media import log_curves, log_picture, step_of
-from revdeq_lightning.callbacks.step_rows import append_rows, read_rows, rewind_rows
-from revdeq_lightning.callbacks.training_step import StepStatistics, made_step, run_folder
 from revdeq_lightning.equilibrium import SolverStats, recorded_residuals
+from revdeq_lightning.loggers.endurance import Survives
+from revdeq_lightning.loggers.media import log_curves, log_picture, step_of
+from revdeq_lightning.loggers.step_rows import append_rows, read_rows, rewind_rows
+from revdeq_lightning.tasks.training_step import StepStatistics, made_step, run_folder
 
 KEY = "equilibrium/residual_curve"
 NUM_DRAWN = 8

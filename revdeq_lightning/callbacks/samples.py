@@ -9,11 +9,11 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from revdeq_lightning.callbacks.classification_report import draw_sheet
-from revdeq_lightning.callbacks.endurance import Survives
-from revdeq_lightning.callbacks.media import log_picture, log_table, step_of
-from revdeq_lightning.callbacks.random_state import untouched_random_state
-from revdeq_lightning.callbacks.step_rows import append_rows, read_rows, rewind_rows
-from revdeq_lightning.callbacks.training_step import run_folder
+from revdeq_lightning.loggers.endurance import Survives
+from revdeq_lightning.loggers.media import log_picture, log_table, step_of
+from revdeq_lightning.loggers.step_rows import append_rows, read_rows, rewind_rows
+from revdeq_lightning.runs.random_state import untouched_random_state
+from revdeq_lightning.tasks.training_step import run_folder
 
 
 class AbstractSamples(Callback):

@@ -17,7 +17,7 @@ from .adjoints import (
     ReversibleAdjoint,
 )
 from .diagnostics import GradientError, gradient_error, jacobian_regularisation, spectral_radius
-from .layer import EquilibriumLayer
+from .layer import EquilibriumLayer, equilibria
 from .solution import FixedPointSolution, SolverStats
 from .solve import solve_fixed_point, solve_in_parts
 from .solvers import (
@@ -57,6 +57,7 @@ __all__ = [
     "ReversibleSolver",
     "SolverStats",
     "deferred_divergence",
+    "equilibria",
     "gradient_error",
     "jacobian_regularisation",
     "normalise_weights",

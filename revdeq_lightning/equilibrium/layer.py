@@ -67,3 +67,16 @@ class EquilibriumLayer(nn.Module):
         """Solver and adjoint, for `print(layer)`."""
         parts = f", num_parts={self.num_parts}" if self.num_parts > 1 else ""
         return f"solver={self.solver}, adjoint={self.adjoint}{parts}"
+
+
+def equilibria(module: nn.Module) -> list[EquilibriumLayer]:
+    """The equilibrium layers of a module, in order."""
+    return [m for m in module.modules() if isinstance(m, EquilibriumLayer)]
+
+
+def solvers_of(module: nn.Module, num_solves: int) -> list[AbstractSolver]:
+    """The solver of each solve of a step; none if the layers are not called once each."""
+    solvers = [layer.solver for layer in equilibria(module)]
+    if len(solvers) == 1:
+        return solvers * num_solves
+    return solvers if len(solvers) == num_solves else []

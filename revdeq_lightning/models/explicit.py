@@ -3,8 +3,8 @@
 from torch import Tensor, nn
 
 from revdeq_lightning.equilibrium import SolverStats
+from revdeq_lightning.models.cache import KeyValueCache
 from revdeq_lightning.models.config import TransformerConfig
-from revdeq_lightning.models.generation import KeyValueCache
 from revdeq_lightning.models.transformer import AbstractLanguageModel, ModernBlock
 
 

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from revdeq_lightning.equilibrium import BackpropAdjoint, EquilibriumLayer, SolverStats
+from revdeq_lightning.models.cache import KeyValueCache
 from revdeq_lightning.models.config import TransformerConfig
 from revdeq_lightning.models.cross_entropy import IGNORE_INDEX, chunked_cross_entropy
-from revdeq_lightning.models.generation import KeyValueCache
 from revdeq_lightning.models.linear import Linear
 
 PAPER_NORM_EPS, MODERN_NORM_EPS = 1e-5, 1e-6

@@ -9,13 +9,13 @@ from lightning import Callback, LightningModule
 from torch import Tensor, nn
 
 from revdeq_lightning.callbacks.averaged_weights import AveragedWeights
-from revdeq_lightning.callbacks.training_step import equilibria
-from revdeq_lightning.equilibrium import SolverStats, jacobian_regularisation
+from revdeq_lightning.distributed.sharding import Recipe
+from revdeq_lightning.distributed.strategies import EquilibriumFSDP2, refuse_foreign
+from revdeq_lightning.equilibrium import SolverStats, equilibria, jacobian_regularisation
 from revdeq_lightning.equilibrium.function import is_compiled
-from revdeq_lightning.optimizers import OptimizerConfig, WindowedPlateau, build_optimizer, build_scheduler
-from revdeq_lightning.sharding import ParallelismError, Recipe
-from revdeq_lightning.strategies import EquilibriumFSDP2, refuse_foreign
+from revdeq_lightning.errors import ParallelismError
 from revdeq_lightning.tasks.checkpoint_fit import changed_settings, check_optimizer, check_weights
+from revdeq_lightning.tasks.optimizers import OptimizerConfig, WindowedPlateau, build_optimizer, build_scheduler
 
 
 class TrainingOutput(NamedTuple):

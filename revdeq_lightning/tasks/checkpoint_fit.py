@@ -5,7 +5,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 
-from revdeq_lightning.checkpoints import CheckpointError
+from revdeq_lightning.errors import CheckpointError
 
 Changes = dict[str, tuple[Any, Any]]
 """Settings that differ, by their dotted names: in the checkpoint, in this run."""

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from revdeq_lightning.data.image_store import ImageBatch
-from revdeq_lightning.data.images import ImageDataModule
-from revdeq_lightning.data.windows import IGNORE_INDEX
+from revdeq_lightning.data.images.module import ImageDataModule
+from revdeq_lightning.data.images.store import ImageBatch
+from revdeq_lightning.data.text.windows import IGNORE_INDEX
 from revdeq_lightning.equilibrium import EquilibriumLayer
 from revdeq_lightning.models import ClassifierConfig
-from revdeq_lightning.optimizers import OptimizerConfig
+from revdeq_lightning.models.build import SolverConfig, build_image_classifier, plain
 from revdeq_lightning.tasks.base import AbstractTask, TrainingOutput
-from revdeq_lightning.tasks.settings import SolverConfig, build_image_classifier, plain
+from revdeq_lightning.tasks.optimizers import OptimizerConfig
 
 
 class ClassificationTask(AbstractTask):

@@ -14,9 +14,9 @@ from tiny_command import run
 from tiny_images import tiny_image_config
 from tiny_runs import tiny_data, tiny_task, tiny_trainer
 
-from revdeq_lightning.callbacks.divergence import DivergedError, DivergenceConfig, DivergenceGuard
-from revdeq_lightning.checkpoints import read_checkpoint
-from revdeq_lightning.tasks.replay import replay
+from revdeq_lightning.checkpoints.files import read_checkpoint
+from revdeq_lightning.cli.replay import replay
+from revdeq_lightning.runs.divergence import DivergedError, DivergenceConfig, DivergenceGuard
 
 IMPLICIT = [f"--model.solver.{name}" for name in ("adjoint=implicit", "mismatch=warn", "unconverged=ignore")]
 

@@ -14,10 +14,10 @@ from lightning import Callback
 from lightning.pytorch.loggers import CSVLogger, Logger
 from strangers import StepByStep, Stranger, loader, trainer
 
-from revdeq_lightning.callbacks.csv_logger import ContinuedCSVLogger
-from revdeq_lightning.callbacks.endurance import Enduring, RecordWarning, Survives, enduring
 from revdeq_lightning.callbacks.function_evaluations import FunctionEvaluations
 from revdeq_lightning.callbacks.residual_curve import ResidualCurve
+from revdeq_lightning.loggers.csv_logger import ContinuedCSVLogger
+from revdeq_lightning.loggers.endurance import Enduring, RecordWarning, Survives, enduring
 
 
 class Failing(Logger):

@@ -11,9 +11,9 @@ from lightning.pytorch.callbacks import Callback
 from scripts import run_python
 from tiny_runs import MUON, assert_equal, tiny_data, tiny_task, tiny_trainer
 
-from revdeq_lightning.callbacks.csv_logger import ContinuedCSVLogger
-from revdeq_lightning.callbacks.run_report import RunReport
-from revdeq_lightning.runs import LanguageRunConfig
+from revdeq_lightning.loggers.csv_logger import ContinuedCSVLogger
+from revdeq_lightning.report.at_end import RunReport
+from revdeq_lightning.runs.folder import LanguageRunConfig
 
 
 class DrawAndSave(Callback):

@@ -4,9 +4,9 @@ import shlex
 
 import pytest
 
-from revdeq_lightning.callbacks.run_report import close_run
-from revdeq_lightning.checkpoints import write_checkpoint
-from revdeq_lightning.runs import LanguageRunConfig
+from revdeq_lightning.checkpoints.files import write_checkpoint
+from revdeq_lightning.report.at_end import close_run
+from revdeq_lightning.runs.folder import LanguageRunConfig
 
 
 @pytest.mark.parametrize(

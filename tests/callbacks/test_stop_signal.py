@@ -16,9 +16,9 @@ from scripts import run_python
 from tiny_command import run, tiny_config
 from tiny_runs import assert_equal, tiny_data, tiny_task, tiny_trainer
 
-from revdeq_lightning.callbacks.last_checkpoint import LastCheckpoint
-from revdeq_lightning.callbacks.stop_signal import StopSignal
-from revdeq_lightning.stop_signals import STOP, StopSignals
+from revdeq_lightning.checkpoints.last import LastCheckpoint
+from revdeq_lightning.runs.signals import STOP, StopSignals
+from revdeq_lightning.runs.stop_signal import StopSignal
 
 EXACT = ("state_dict", "trained_weights", "optimizer_states", "lr_schedulers", "random_states", "TextDataModule")
 

@@ -20,7 +20,6 @@ from revdeq_lightning.callbacks.gradient_error import GradientError
 from revdeq_lightning.callbacks.reconstruction_certificate import ReconstructionCertificate
 from revdeq_lightning.callbacks.residual_curve import ResidualCurve
 from revdeq_lightning.callbacks.samples import TextSamples
-from revdeq_lightning.callbacks.step_rows import read_rows
 from revdeq_lightning.equilibrium import (
     MomentumSolver,
     PhantomAdjoint,
@@ -28,6 +27,7 @@ from revdeq_lightning.equilibrium import (
     ReversibleAdjoint,
     ReversibleSolver,
 )
+from revdeq_lightning.loggers.step_rows import read_rows
 
 
 class ChangeF(Callback):

@@ -7,7 +7,7 @@ from strangers import state
 from tiny_runs import assert_equal
 from whole_set import classifier, fit, language, table, whole_set
 
-from revdeq_lightning.callbacks.step_rows import read_rows
+from revdeq_lightning.loggers.step_rows import read_rows
 
 TASKS = pytest.mark.parametrize("make", [language, classifier], ids=["language", "classifier"])
 

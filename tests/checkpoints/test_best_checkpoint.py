@@ -10,10 +10,10 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from strangers import Stranger, loader, trainer
 
-from revdeq_lightning.callbacks.best_checkpoint import BestCheckpoint
-from revdeq_lightning.callbacks.checkpoint_io import AtomicCheckpointIO
-from revdeq_lightning.callbacks.last_checkpoint import LastCheckpoint
-from revdeq_lightning.checkpoints import newest_good
+from revdeq_lightning.checkpoints.best import BestCheckpoint
+from revdeq_lightning.checkpoints.files import newest_good
+from revdeq_lightning.checkpoints.io import AtomicCheckpointIO
+from revdeq_lightning.checkpoints.last import LastCheckpoint
 
 # These runs go on from a plain loader's next batch.
 pytestmark = pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")

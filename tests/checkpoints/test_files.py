@@ -13,15 +13,15 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from revdeq_lightning.callbacks.checkpoint_io import AtomicCheckpointIO, on_host
-from revdeq_lightning.checkpoints import (
-    CheckpointError,
+from revdeq_lightning.checkpoints.files import (
     contents,
     newest_good,
     read_checkpoint,
     remove_leftovers,
     write_checkpoint,
 )
+from revdeq_lightning.checkpoints.io import AtomicCheckpointIO, on_host
+from revdeq_lightning.errors import CheckpointError
 
 
 def content(step=1, size=40):

@@ -10,9 +10,10 @@ import torch
 from shard_folders import STATE, Malice, change_metadata, seal, write_shards
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
-from revdeq_lightning.checkpoints import CheckpointError, fault_of_folder, newest_good
-from revdeq_lightning.cli import main
-from revdeq_lightning.sharded_checkpoint import load_into, read_metadata, read_rest, read_whole
+from revdeq_lightning.checkpoints.files import fault_of_folder, newest_good
+from revdeq_lightning.checkpoints.sharded import load_into, read_metadata, read_rest, read_whole
+from revdeq_lightning.cli.main import main
+from revdeq_lightning.errors import CheckpointError
 
 
 def text(string):

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 from shard_folders import seal, write_shards
 
-from revdeq_lightning.checkpoints import (
-    CheckpointError,
+from revdeq_lightning.checkpoints.files import (
     make_folder,
     newest_good,
     put_in_place,
@@ -17,7 +16,8 @@ from revdeq_lightning.checkpoints import (
     steps_of,
     write_checkpoint,
 )
-from revdeq_lightning.runs import RunConfig, find_checkpoint
+from revdeq_lightning.errors import CheckpointError
+from revdeq_lightning.runs.folder import RunConfig, find_checkpoint
 
 KINDS = ["file", "folder"]
 

@@ -13,10 +13,11 @@ from tiny_command import run, tiny_config
 from tiny_images import tiny_image_config
 from tiny_runs import assert_equal, text_file, tiny_data, tiny_task, tiny_trainer
 
-from revdeq_lightning.callbacks.last_checkpoint import LastCheckpoint
-from revdeq_lightning.checkpoints import CheckpointError, read_checkpoint
-from revdeq_lightning.tasks.image_command_line import ImageCommandLine
-from revdeq_lightning.tasks.language_command_line import LanguageCommandLine
+from revdeq_lightning.checkpoints.files import read_checkpoint
+from revdeq_lightning.checkpoints.last import LastCheckpoint
+from revdeq_lightning.cli.image import ImageCommandLine
+from revdeq_lightning.cli.language import LanguageCommandLine
+from revdeq_lightning.errors import CheckpointError
 
 QUIET = ("--run.version=v", "--run.test=false", "--run.sample_tokens=0")
 

@@ -102,7 +102,7 @@ def test_a_mistake_without_configuration_is_told_in_one_line(capsys, arguments, 
 def test_help_and_early_errors_come_without_torch():
     program = """
 import sys
-from revdeq_lightning.cli import main
+from revdeq_lightning.cli.main import main
 for arguments in (["--help"], [], ["fti"], ["fit", "--config", "nowhere.yaml"]):
     try:
         main(arguments)

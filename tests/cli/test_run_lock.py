@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from tiny_command import run, tiny_config
 
-from revdeq_lightning.checkpoints import read_checkpoint
-from revdeq_lightning.tasks import run_lock
-from revdeq_lightning.tasks.run_lock import locked
+from revdeq_lightning.checkpoints.files import read_checkpoint
+from revdeq_lightning.runs import lock as run_lock
+from revdeq_lightning.runs.lock import locked
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.getcwd(), "PYTHONUNBUFFERED": "1"}
 HOLD = """

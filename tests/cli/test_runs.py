@@ -81,7 +81,7 @@ def test_generate_needs_only_the_checkpoint_and_no_lightning(tmp_path, capsys):
     (tmp_path / "runs/tiny/v/checkpoints/last.ckpt").rename(elsewhere)
     program = """
 import sys
-from revdeq_lightning.cli import main
+from revdeq_lightning.cli.main import main
 options = ["--ckpt_path", sys.argv[1], "--prompt", "abc", "--max_new_tokens", "30", "--top_k", "5"]
 for seed in "001":
     main(["generate", *options, "--seed", seed])

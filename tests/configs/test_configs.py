@@ -9,8 +9,8 @@ from tiny_command import run
 from tiny_runs import text_file
 
 from revdeq_lightning.models import TransformerConfig
-from revdeq_lightning.optimizers import OptimizerConfig, build_optimizer
-from revdeq_lightning.tasks.settings import SolverConfig, build_language_model
+from revdeq_lightning.models.build import SolverConfig, build_language_model
+from revdeq_lightning.tasks.optimizers import OptimizerConfig, build_optimizer
 
 CONFIGS = sorted(Path("configs/lm").glob("*.yaml"))
 # vocabulary, parameters

@@ -8,10 +8,10 @@ import yaml
 from tiny_command import run
 from tiny_images import image_folder
 
-from revdeq_lightning.data.augmentation import AugmentationConfig
+from revdeq_lightning.data.images.augmentation import AugmentationConfig
 from revdeq_lightning.models import ClassifierConfig
-from revdeq_lightning.optimizers import OptimizerConfig, build_optimizer
-from revdeq_lightning.tasks.settings import SolverConfig, build_image_classifier
+from revdeq_lightning.models.build import SolverConfig, build_image_classifier
+from revdeq_lightning.tasks.optimizers import OptimizerConfig, build_optimizer
 
 FOLDERS = ("cifar10", "cifar100", "digits", "imagenet")
 CONFIGS = sorted(path for folder in FOLDERS for path in Path("configs", folder).glob("*.yaml"))

@@ -10,7 +10,7 @@ from scipy import stats
 from torchvision.transforms.v2 import InterpolationMode, RandAugment
 from torchvision.transforms.v2 import functional as TF
 
-from revdeq_lightning.data.augmentation import (
+from revdeq_lightning.data.images.augmentation import (
     AugmentationConfig,
     augment_normalized,
     augment_pixels,
@@ -22,8 +22,8 @@ from revdeq_lightning.data.augmentation import (
     resized_crop,
     symmetric_beta,
 )
-from revdeq_lightning.data.keyed_random import uniform
-from revdeq_lightning.data.randaugment import MAX_MAGNITUDE, OPERATIONS, apply_operations, rand_augment
+from revdeq_lightning.data.images.keyed_random import uniform
+from revdeq_lightning.data.images.randaugment import MAX_MAGNITUDE, OPERATIONS, apply_operations, rand_augment
 
 MANY = torch.arange(20000)
 
@@ -221,7 +221,7 @@ def test_a_batch_of_all_operations_treats_each_image_alone():
 def test_operations_and_signs_are_drawn_evenly(monkeypatch):
     drawn = []
     monkeypatch.setattr(
-        "revdeq_lightning.data.randaugment.apply_operations",
+        "revdeq_lightning.data.images.randaugment.apply_operations",
         lambda images, operations, signs, magnitude: drawn.append((operations, signs)) or images,
     )
     rand_augment(torch.zeros(len(MANY), 1, 2, 2, dtype=torch.uint8), 2, 9, MANY, 0)

@@ -17,8 +17,8 @@ from sklearn.datasets import load_digits
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2 as transforms
 
-from revdeq_lightning.data import cifar as cifar_module
-from revdeq_lightning.data.image_sources import AbstractImageReader, ImageTable, split_images, stratified_subset
+from revdeq_lightning.data.images import cifar as cifar_module
+from revdeq_lightning.data.images.sources import AbstractImageReader, ImageTable, split_images, stratified_subset
 
 
 @pytest.fixture(scope="module")

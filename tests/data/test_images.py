@@ -15,9 +15,9 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI
 from recorded_fit import SaveAt
 
-from revdeq_lightning.data import image_preparation
-from revdeq_lightning.data.images import AugmentationConfig, ImageDataModule
-from revdeq_lightning.data.windows import IGNORE_INDEX
+from revdeq_lightning.data.images import preparation as image_preparation
+from revdeq_lightning.data.images.module import AugmentationConfig, ImageDataModule
+from revdeq_lightning.data.text.windows import IGNORE_INDEX
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec:FutureWarning")
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

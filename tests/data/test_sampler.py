@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import Dataset
 
-from revdeq_lightning.data.sampler import PADDING, ResumableBatchSampler, ResumableLoader, random_bits, shuffled
+from revdeq_lightning.data.loading.sampler import PADDING, ResumableBatchSampler, ResumableLoader, random_bits, shuffled
 
 SIZES = {"num_items": st.integers(1, 60), "batch_size": st.integers(1, 7), "world_size": st.integers(1, 4)}
 

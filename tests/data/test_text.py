@@ -18,10 +18,10 @@ import torch
 from lightning.pytorch.cli import LightningCLI
 from recorded_fit import Recorder, SaveAt, data_module, fit, recorded
 
-from revdeq_lightning.data import text as text_module
-from revdeq_lightning.data.text import SplitStatistics, TextDataModule
-from revdeq_lightning.data.tokenizers import BytePairTokenizer
-from revdeq_lightning.data.windows import IGNORE_INDEX, window_starts
+from revdeq_lightning.data.text import module as text_module
+from revdeq_lightning.data.text.module import SplitStatistics, TextDataModule
+from revdeq_lightning.data.text.tokenizers import BytePairTokenizer
+from revdeq_lightning.data.text.windows import IGNORE_INDEX, window_starts
 
 # Lightning 2.6 uses what PyTorch 2.15 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec:FutureWarning")
@@ -320,7 +320,7 @@ def test_vocabulary_is_known_at_once_and_can_be_padded(module):
 
 
 def test_a_large_vocabulary_is_stored_in_32_bits(module, monkeypatch):
-    monkeypatch.setattr("revdeq_lightning.data.tokenizers.ByteTokenizer.vocab_size", 2**16 + 1)
+    monkeypatch.setattr("revdeq_lightning.data.text.tokenizers.ByteTokenizer.vocab_size", 2**16 + 1)
     data = module()
     assert data._prepared().arrays["train"].array.dtype == np.uint32
     assert bytes(split_ids(data, "train") + split_ids(data, "validation") + split_ids(data, "test")).decode() == PROSE

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from revdeq_lightning.data import tokenizers as ours
-from revdeq_lightning.data.tokenizers import (
+from revdeq_lightning.data.text import tokenizers as ours
+from revdeq_lightning.data.text.tokenizers import (
     BytePairTokenizer,
     ByteTokenizer,
     CharacterTokenizer,

@@ -13,18 +13,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from revdeq_lightning.equilibrium import BackpropAdjoint, MomentumSolver, ReversibleAdjoint, ReversibleSolver
+from revdeq_lightning.distributed.sharding import Recipe, deferred_weights, fill_from_first_process, shard_equilibria
+from revdeq_lightning.equilibrium import MomentumSolver, ReversibleAdjoint
 from revdeq_lightning.models import ExplicitTransformerLM, TransformerConfig, TransformerLM
-from revdeq_lightning.optimizers import Muon
-from revdeq_lightning.sharding import (
-    Recipe,
-    deferred_weights,
-    fill_from_first_process,
-    is_sharded,
-    shard_equilibria,
-    whole,
-)
-from revdeq_lightning.tensor_parallel import parallelize_block
+from revdeq_lightning.tasks.optimizers import Muon
+from revdeq_lightning.tasks.sharded_tensors import whole
 
 NUM_RANKS = 2
 SIZES = {"vocab_size": 23, "context_length": 12, "d_model": 16, "num_heads": 2, "num_layers": 1}
@@ -176,43 +169,15 @@ def in_parts():
     return gradients, calls
 
 
-def tensor_parallel(block, adjoint, **sizes):
-    """Gradients with the heads and the MLP shared out, and of the whole; the fraction of f's weights that is shared."""
-    solver = ReversibleSolver(max_steps=2) if block == "paper" else MomentumSolver(max_steps=5)
-    adjoint = ReversibleAdjoint(mismatch="raise") if adjoint == "reversible" else BackpropAdjoint()
-    config = TransformerConfig(**SIZES | {"block": block} | sizes)
-    results, share = [], 0.0
-    for shared in (True, False):
-        torch.manual_seed(0)
-        model = TransformerLM(config, solver, adjoint)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter += 0.1 * torch.randn_like(parameter)
-        if shared:
-            parallelize_block(model.equilibrium.f, mesh())
-            f = list(model.equilibrium.parameters())
-            share = sum(p.numel() for p in f if is_sharded(p)) / sum(p.numel() for p in f)
-        model.loss(*make_batch(2)).loss.backward()
-        results.append({name: whole(p.grad) for name, p in model.named_parameters()})
-    return results, share
-
-
 def everything(rank):
     sent = {(s, n): sent_in_a_step(s, n, rank) for s in ("ddp", "fsdp2", "kept") for n in (*STEPS, 0)}
     autocast = {dtype: dtypes_under_autocast(dtype) for dtype in (None, torch.bfloat16)}
-    parallel = {
-        "modern": tensor_parallel("modern", "reversible"),
-        "modern, stored": tensor_parallel("modern", "backprop"),
-        "paper": tensor_parallel("paper", "reversible", double_projection=True),
-        "paper, single": tensor_parallel("paper", "reversible", double_projection=False),
-    }
     deferred = gradients_of_a_deferred_model()
     return {
         "parts": in_parts(),
         "alone": layer_alone(),
         "sent": sent,
         "autocast": autocast,
-        "parallel": parallel,
         "deferred": deferred,
         "muon": moved_by_muon(),
     }
@@ -293,12 +258,3 @@ def test_the_state_stays_in_float32_whatever_parameters_are_sent_in(ranks):
         assert a.dtype == b.dtype == torch.float32
         # Products round weights to bfloat16 in both; vectors and gradients only in the second: 8 bits.
         assert float((a - b).norm()) <= 0.03 * float(a.norm())
-
-
-@pytest.mark.parametrize("case", ["modern", "modern, stored", "paper", "paper, single"])
-def test_heads_shared_out_give_the_gradient_of_the_whole(ranks, case):
-    for rank in ranks:
-        (shared, plain), share = rank["parallel"][case]
-        assert share > 0.5
-        for name, gradient in plain.items():
-            torch.testing.assert_close(shared[name], gradient, rtol=1e-4, atol=1e-6, msg=f"{case}: {name}")

@@ -46,7 +46,7 @@ class Job:
 
     def start(self, machine: Machine):
         strategy = {
-            "class_path": "revdeq_lightning.strategies.EquilibriumDDP",
+            "class_path": "revdeq_lightning.distributed.strategies.EquilibriumDDP",
             "init_args": {"timeout_seconds": TIMEOUT},
         }
         settings = {"max_steps": MAX_STEPS, "val_check_interval": SAVED, "strategy": strategy}

@@ -17,10 +17,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from scripts import run_python
 
-from revdeq_lightning.checkpoints import CheckpointError, Found, fault_of_folder, newest_good
-from revdeq_lightning.cli import main
-from revdeq_lightning.sharded_checkpoint import METADATA, load_into, read_whole
-from revdeq_lightning.tasks.inference import load_language_model
+from revdeq_lightning.checkpoints.files import Found, fault_of_folder, newest_good
+from revdeq_lightning.checkpoints.sharded import METADATA, load_into, read_whole
+from revdeq_lightning.cli.language_inference import load_language_model
+from revdeq_lightning.cli.main import main
+from revdeq_lightning.errors import CheckpointError
 
 # FROM-TO: a run that stops after 10 of 20 steps, and the run that goes on.
 FAST = ["folder_2-fsdp2_4", "folder_2-fsdp2_1", "file_2-one_1", "file_1-fsdp2_2"]

@@ -15,8 +15,8 @@ import pytest
 from scripts import run_python
 from tiny_command import tiny_config
 
-from revdeq_lightning.checkpoints import read_checkpoint
-from revdeq_lightning.cli import main
+from revdeq_lightning.checkpoints.files import read_checkpoint
+from revdeq_lightning.cli.main import main
 
 OPTIONS = ("--config", "configs/trainer/cpu_ddp.yaml", "--run.test=false", "--run.sample_tokens=0")
 pytestmark = pytest.mark.slow

@@ -17,15 +17,16 @@ from tiny_runs import tiny_data, tiny_task, tiny_trainer
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from revdeq_lightning import strategies
-from revdeq_lightning.sharding import ParallelismError, deferred_weights, shard_equilibria
-from revdeq_lightning.strategies import (
+from revdeq_lightning.distributed import strategies
+from revdeq_lightning.distributed.sharding import deferred_weights, shard_equilibria
+from revdeq_lightning.distributed.strategies import (
     EquilibriumDDP,
     EquilibriumFSDP2,
     compare_devices,
     refuse_foreign,
     require_nccl,
 )
+from revdeq_lightning.errors import ParallelismError
 
 CONFIGS = sorted(Path("configs/trainer").glob("*.yaml"))
 ON_THIS = ["--trainer.accelerator=cpu", "--trainer.devices=1"]

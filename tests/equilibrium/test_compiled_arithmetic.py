@@ -12,8 +12,9 @@ import torch
 from against_bptt import BPTT, REVERSIBLE, assert_equal_gradients, attention_layer, gradients_of, project, sequence
 from compiling import COMPILES
 
-from revdeq_lightning.equilibrium import MomentumSolver, ReversibleSolver, kernels
-from revdeq_lightning.equilibrium.arithmetic import COMPILED_EXACT, ExactArithmetic, Recurrence
+from revdeq_lightning.equilibrium import MomentumSolver, ReversibleSolver
+from revdeq_lightning.equilibrium.exact import kernels
+from revdeq_lightning.equilibrium.exact.arithmetic import COMPILED_EXACT, ExactArithmetic, Recurrence
 
 pytestmark = COMPILES
 EAGER = ExactArithmetic()

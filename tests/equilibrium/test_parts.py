@@ -19,7 +19,7 @@ from revdeq_lightning.equilibrium import (
     solve_in_parts,
 )
 from revdeq_lightning.models import ClassifierConfig, TransformerConfig, TransformerLM, generate
-from revdeq_lightning.tasks.settings import SolverConfig, build_image_classifier, build_language_model
+from revdeq_lightning.models.build import SolverConfig, build_image_classifier, build_language_model
 
 EXACT = ReversibleAdjoint(mismatch="raise")
 

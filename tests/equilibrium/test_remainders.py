@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from revdeq_lightning.equilibrium.arithmetic import MAX_DENOMINATOR, ExactArithmetic, Recurrence
-from revdeq_lightning.equilibrium.remainders import Remainders, digits_per_group, digits_per_word
+from revdeq_lightning.equilibrium.exact.arithmetic import MAX_DENOMINATOR, ExactArithmetic, Recurrence
+from revdeq_lightning.equilibrium.exact.remainders import Remainders, digits_per_group, digits_per_word
 
 EXACT = ExactArithmetic()
 SEEDS = st.integers(0, 2**31 - 1)

@@ -10,9 +10,9 @@ import time
 
 import torch
 
-from revdeq_lightning.cli import main
-from revdeq_lightning.stop_signals import STOP
-from revdeq_lightning.tasks import process_end
+from revdeq_lightning.cli import process_end
+from revdeq_lightning.cli.main import main
+from revdeq_lightning.runs.signals import STOP
 from revdeq_lightning.tasks.language_modeling import LanguageModelingTask
 
 RANK = int(os.environ.get("LOCAL_RANK", "0"))

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from revdeq_lightning.data.images import ImageBatch, ImageDataModule
+from revdeq_lightning.data.images.module import ImageBatch, ImageDataModule
 
 CLASSES = ("ant", "bee", "cat")
 

@@ -14,16 +14,16 @@ from lightning import Callback
 from process_groups import run_group
 from tiny_runs import MUON, tiny_data, tiny_task, tiny_trainer
 
-from revdeq_lightning.callbacks.probe import _Float64 as Float64
 from revdeq_lightning.callbacks.reconstruction_certificate import ReconstructionCertificate
-from revdeq_lightning.data.augmentation import AugmentationConfig
-from revdeq_lightning.data.images import ImageDataModule
+from revdeq_lightning.data.images.augmentation import AugmentationConfig
+from revdeq_lightning.data.images.module import ImageDataModule
+from revdeq_lightning.distributed.strategies import EquilibriumDDP, EquilibriumFSDP2
 from revdeq_lightning.models import ClassifierConfig
-from revdeq_lightning.optimizers import OptimizerConfig
-from revdeq_lightning.sharding import whole
-from revdeq_lightning.strategies import EquilibriumDDP, EquilibriumFSDP2
+from revdeq_lightning.models.build import SolverConfig
+from revdeq_lightning.runs.probe import _Float64 as Float64
 from revdeq_lightning.tasks.classification import ClassificationTask
-from revdeq_lightning.tasks.settings import SolverConfig
+from revdeq_lightning.tasks.optimizers import OptimizerConfig
+from revdeq_lightning.tasks.sharded_tensors import whole
 
 half = functools.partial(EquilibriumDDP, compress_gradients=True)
 STRATEGIES = {"one": lambda: "auto", "ddp": EquilibriumDDP, "half": half, "fsdp2": EquilibriumFSDP2}

@@ -17,9 +17,9 @@ from rank_fits import prepare
 from tiny_runs import MUON, tiny_data, tiny_task, tiny_trainer
 
 from revdeq_lightning.callbacks.averaged_weights import AveragedWeights
-from revdeq_lightning.checkpoints import CheckpointError
-from revdeq_lightning.sharding import whole
-from revdeq_lightning.strategies import EquilibriumDDP, EquilibriumFSDP2
+from revdeq_lightning.distributed.strategies import EquilibriumDDP, EquilibriumFSDP2
+from revdeq_lightning.errors import CheckpointError
+from revdeq_lightning.tasks.sharded_tensors import whole
 
 STRATEGIES = {
     "one": lambda: "auto",

@@ -10,7 +10,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch.multiprocessing import ProcessRaisedException
 
-from revdeq_lightning.data.text import TextDataModule
+from revdeq_lightning.data.text.module import TextDataModule
 
 
 class Recorder(LightningModule):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from revdeq_lightning.checkpoints import SUMS, checksums, write_checksums
+from revdeq_lightning.checkpoints.files import SUMS, checksums, write_checksums
 
 STATE = {
     "state_dict": {"w": torch.arange(6.0).reshape(2, 3), "n": torch.tensor(7)},

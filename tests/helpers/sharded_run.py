@@ -26,7 +26,7 @@ from process_groups import run_group
 from shard_folders import Malice, change_metadata, seal
 from tiny_command import run, tiny_config
 
-from revdeq_lightning.checkpoints import SUMS
+from revdeq_lightning.checkpoints.files import SUMS
 
 OPTIONS = (
     *("--config", "configs/trainer/fsdp2.yaml", "--trainer.accelerator=cpu", "--trainer.devices=1"),

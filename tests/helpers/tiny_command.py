@@ -5,7 +5,7 @@ from pathlib import Path
 import yaml
 from tiny_runs import text_file
 
-from revdeq_lightning.cli import main
+from revdeq_lightning.cli.main import main
 
 
 def tiny_config(folder: Path, **trainer) -> Path:

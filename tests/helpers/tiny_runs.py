@@ -6,15 +6,15 @@ import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 
-from revdeq_lightning.callbacks.checkpoint_io import AtomicCheckpointIO
 from revdeq_lightning.callbacks.cost import Cost
 from revdeq_lightning.callbacks.function_evaluations import FunctionEvaluations
-from revdeq_lightning.callbacks.random_state import ResumableRandomState
-from revdeq_lightning.data.text import TextDataModule
+from revdeq_lightning.checkpoints.io import AtomicCheckpointIO
+from revdeq_lightning.data.text.module import TextDataModule
 from revdeq_lightning.models import TransformerConfig
-from revdeq_lightning.optimizers import OptimizerConfig
+from revdeq_lightning.models.build import SolverConfig
+from revdeq_lightning.runs.random_state import ResumableRandomState
 from revdeq_lightning.tasks.language_modeling import LanguageModelingTask
-from revdeq_lightning.tasks.settings import SolverConfig
+from revdeq_lightning.tasks.optimizers import OptimizerConfig
 
 MUON = {"optimizer": "muon", "lr": 0.01, "schedule": "cosine", "warmup_steps": 3, "weight_decay": 0.1, "ema_decay": 0.9}
 

@@ -11,19 +11,19 @@ from tiny_runs import tiny_data, tiny_task
 
 from revdeq_lightning.callbacks.contraction import Contraction
 from revdeq_lightning.callbacks.cost import Cost
-from revdeq_lightning.callbacks.csv_logger import ContinuedCSVLogger
 from revdeq_lightning.callbacks.depth_sweep import DepthSweep
 from revdeq_lightning.callbacks.function_evaluations import FunctionEvaluations
 from revdeq_lightning.callbacks.gradient_error import GradientError
-from revdeq_lightning.callbacks.random_state import ResumableRandomState
 from revdeq_lightning.callbacks.reconstruction_certificate import ReconstructionCertificate
 from revdeq_lightning.callbacks.residual_curve import ResidualCurve
 from revdeq_lightning.callbacks.samples import ImageSamples, TextSamples
-from revdeq_lightning.data.images import ImageDataModule
+from revdeq_lightning.data.images.module import ImageDataModule
+from revdeq_lightning.loggers.csv_logger import ContinuedCSVLogger
 from revdeq_lightning.models import ClassifierConfig
-from revdeq_lightning.optimizers import OptimizerConfig
+from revdeq_lightning.models.build import SolverConfig
+from revdeq_lightning.runs.random_state import ResumableRandomState
 from revdeq_lightning.tasks.classification import ClassificationTask
-from revdeq_lightning.tasks.settings import SolverConfig
+from revdeq_lightning.tasks.optimizers import OptimizerConfig
 
 
 def language(folder: Path):

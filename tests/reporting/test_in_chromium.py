@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from run_folders import whole_run
 
-from revdeq_lightning.reporting import write_report
+from revdeq_lightning.report import write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (Debian package: chromium)")

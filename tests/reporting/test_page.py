@@ -7,8 +7,8 @@ from urllib.parse import unquote
 import pytest
 from run_folders import STEPS, metrics, training_rows, whole_run
 
-from revdeq_lightning.cli import main
-from revdeq_lightning.reporting import write_report
+from revdeq_lightning.cli.main import main
+from revdeq_lightning.report import write_report
 
 
 class Elements(HTMLParser):
@@ -145,7 +145,7 @@ def test_runs_side_by_side_show_what_differs(tmp_path):
 def test_the_command_writes_the_page_without_torch(tmp_path):
     folder = whole_run(tmp_path / "v")
     program = (
-        "import sys; from revdeq_lightning.cli import main; main(['report', *sys.argv[1:]])\n"
+        "import sys; from revdeq_lightning.cli.main import main; main(['report', *sys.argv[1:]])\n"
         "assert not {'torch', 'lightning', 'wandb'} & set(sys.modules)"
     )
     command = [sys.executable, "-c", program, str(folder), "--output", str(tmp_path / "pages" / "p.html")]

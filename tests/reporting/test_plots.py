@@ -3,7 +3,7 @@ import re
 import numpy as np
 import pytest
 
-from revdeq_lightning.reporting.plots import Line, Plot, number
+from revdeq_lightning.report.plots import Line, Plot, number
 
 
 def drawn(svg: str, color: int = 0) -> list[np.ndarray]:

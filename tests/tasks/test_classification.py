@@ -2,11 +2,11 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from revdeq_lightning.data.image_store import ImageBatch
+from revdeq_lightning.data.images.store import ImageBatch
 from revdeq_lightning.models import ClassifierConfig
-from revdeq_lightning.optimizers import OptimizerConfig
+from revdeq_lightning.models.build import SolverConfig
 from revdeq_lightning.tasks.classification import ClassificationTask
-from revdeq_lightning.tasks.settings import SolverConfig
+from revdeq_lightning.tasks.optimizers import OptimizerConfig
 
 NUM = 6
 

@@ -8,12 +8,12 @@ import torch
 from blocks import relative_error
 from tiny_runs import tiny_data, tiny_task, tiny_trainer
 
-from revdeq_lightning.data.windows import TextBatch
+from revdeq_lightning.data.text.windows import TextBatch
 from revdeq_lightning.models import ClassifierConfig, TransformerConfig
-from revdeq_lightning.optimizers import OptimizerConfig
+from revdeq_lightning.models.build import SolverConfig
 from revdeq_lightning.tasks.classification import ClassificationTask
 from revdeq_lightning.tasks.language_modeling import LanguageModelingTask
-from revdeq_lightning.tasks.settings import SolverConfig
+from revdeq_lightning.tasks.optimizers import OptimizerConfig
 
 WEIGHT = 3.0
 SIZES = {"vocab_size": 11, "context_length": 4, "d_model": 4, "num_heads": 2, "d_mlp": 6}

@@ -5,8 +5,8 @@ import torch
 from tiny_runs import tiny_data, tiny_task, tiny_trainer
 
 from revdeq_lightning.equilibrium import BackpropAdjoint, MomentumSolver, ReversibleAdjoint, ReversibleSolver
+from revdeq_lightning.models.build import SolverConfig
 from revdeq_lightning.tasks.language_modeling import LanguageModelingTask
-from revdeq_lightning.tasks.settings import SolverConfig
 
 
 def test_evaluation_is_the_sum_over_the_split_whatever_the_batch_size(tmp_path):

@@ -6,7 +6,7 @@ import torch
 from small_language_models import make_model
 from torch import nn
 
-from revdeq_lightning.optimizers import (
+from revdeq_lightning.tasks.optimizers import (
     JointOptimizer,
     Muon,
     OptimizerConfig,

@@ -12,7 +12,7 @@ from revdeq_lightning.equilibrium import (
     PhantomAdjoint,
     RelaxedSolver,
 )
-from revdeq_lightning.tasks.settings import SolverConfig
+from revdeq_lightning.models.build import SolverConfig
 
 
 def test_names_stand_for_solvers_and_adjoints():

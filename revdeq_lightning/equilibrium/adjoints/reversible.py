@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import kernels
+from ..exact import kernels
+from ..exact.remainders import Remainders
 from ..function import EquilibriumFunction, Leaves, call_with_parameters, is_compiled, named_parameters
 from ..graph import evaluate_recorded, graph_leaves, vector_jacobian_products
-from ..remainders import Remainders
 from ..solution import SolverStats
 from ..solvers.base import AbstractSolver, iterate_to_fixed_point, select
 from ..solvers.reversible import AbstractTwoStepSolver, TwoStepState

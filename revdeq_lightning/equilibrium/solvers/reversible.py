@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..arithmetic import (
+from ..exact.arithmetic import (
     ARITHMETICS,
     COMPILED_EXACT,
     MAX_DENOMINATOR,
@@ -26,8 +26,8 @@ from ..arithmetic import (
     Recurrence,
     advance_with_gradient,
 )
+from ..exact.remainders import Remainders
 from ..function import Leaves
-from ..remainders import Remainders
 from .base import AbstractSolver, require_number, select
 
 

@@ -1,0 +1,1 @@
+"""Checkpoints: files, input and output, sharded folders, and the callbacks that write them."""

@@ -1,0 +1,50 @@
+"""The image classifiers' command line; `predict` is in `revdeq_lightning.cli.image_inference`."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from lightning.pytorch.cli import LightningArgumentParser
+
+from revdeq_lightning.callbacks.classification_report import ClassificationReport
+from revdeq_lightning.callbacks.samples import ImageSamples
+from revdeq_lightning.cli.command_line import AbstractCommandLine, run_command_line
+from revdeq_lightning.data.images.module import ImageDataModule
+from revdeq_lightning.runs.folder import ImageRunConfig
+from revdeq_lightning.tasks.classification import ClassificationTask
+
+
+class ImageCommandLine(AbstractCommandLine):
+    """`fit`, `validate` and `test` of the image classifiers."""
+
+    run_class = ImageRunConfig
+    figures: ClassVar[dict[str, str]] = {
+        "accuracy": "accuracy {:.2%}",
+        "top5_accuracy": "{:.2%} in the first five",
+        "loss": "{:.4f} nats per image",
+    }
+
+    def link_sizes(self, parser: LightningArgumentParser) -> None:
+        """Classes and channels."""
+        for source, target in (
+            ("num_classes", "model.network.num_classes"),
+            ("num_channels", "model.network.num_channels"),
+        ):
+            parser.link_arguments(f"data.{source}", target, apply_on="instantiate")
+
+    def task_callbacks(self) -> list[Any]:
+        """What a test writes into the run's folder, and sheets of images at validations."""
+        every = self.diagnostics.samples_every_n_validations
+        samples = [ImageSamples(folder=self.run_config.path, every_n_validations=every)] if every else []
+        return [ClassificationReport(self.run_config.path), *samples]
+
+    def closing_split(self) -> str | None:
+        """Without test images the validation images: the sheets and the depth sweep are for every run."""
+        return next((split for split in ("test", "validation") if split in self.datamodule.splits), None)
+
+    def show(self, checkpoint: str) -> None:
+        """Nothing: the sheets of the test lie in the run's folder."""
+
+
+def run(subcommand: str, options: Sequence[str]) -> None:
+    """Parse and run one command."""
+    run_command_line(ImageCommandLine, ClassificationTask, ImageDataModule, subcommand, options)

@@ -1,0 +1,138 @@
+"""How a training process ends: asked to by a signal, left by another process, or in order with all of them."""
+
+import os
+import re
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from subprocess import Popen
+from typing import Any, NoReturn, cast
+
+import torch.distributed as dist
+from lightning import Trainer
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
+
+from revdeq_lightning.loggers.wandb_logger import finish_wandb
+from revdeq_lightning.runs.signals import STOP, Stopped
+
+NETWORK = (
+    r"pair closure|pair is not connected|socket closed|peer (disconnected|closed)|broken pipe"
+    r"|connection (closed|reset|refused)|(socket|connect) timeout|timed out|unreachable|no route to host"
+)
+# gloo raises plain RuntimeErrors, NCCL and the store those of torch.distributed.
+LOST = re.compile(f"gloo|nccl|{NETWORK}", re.IGNORECASE)
+SOURCE_LINE = re.compile(r"^\[[^]]*\]\s*|(?<=NCCL error) in: [^,]*")
+NO_PEER = re.compile("invalid (usage|argument)|unhandled (system|cuda) error|internal error")
+"""What NCCL says of this process or machine."""
+
+
+@contextmanager
+def stop_signals_noted() -> Iterator[None]:
+    """From reading the settings to the closing test. A program that noted them before ends with this."""
+    took = STOP.take()
+    try:
+        yield
+    finally:
+        if took:
+            STOP.give_back()
+        else:
+            STOP.ignore()
+
+
+def let_sigterm_end_the_wait(trainer: Trainer) -> None:
+    """Until `StopSignal.setup`, where the wait for the other processes may be long, or in vain.
+
+    Those of one machine are there soon: they heed it together.
+    """
+    if (trainer.num_nodes > 1 or "TORCHELASTIC_RUN_ID" in os.environ) and not dist.is_initialized():
+        launcher = trainer.strategy.launcher
+        STOP.end_while_waiting(lambda: launcher.kill(signal.SIGKILL) if launcher else None)
+
+
+@contextmanager
+def finished_wandb() -> Iterator[None]:
+    """End the W&B runs of the command with its exit code: a later run in this process would go on with them."""
+    code = 1
+    try:
+        yield
+        code = 0
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        raise
+    finally:
+        finish_wandb(code)
+
+
+@contextmanager
+def children_ended() -> Iterator[None]:
+    """Where this process ends by an error, end those that Lightning started from it.
+
+    They would wait for it: with NCCL for the strategy's `timeout_seconds`, and keep their GPUs.
+    """
+    try:
+        yield
+    except BaseException:
+        for child in released_children():
+            child.kill()  # SIGTERM is only noted
+        raise
+
+
+def end_after_interrupt(trainer: Trainer, stop: SystemExit) -> NoReturn:
+    """Exit, in the place of Lightning, whose code after an interrupt is 1."""
+    if isinstance(stop, Stopped):
+        end_process_group()
+        sys.exit(STOP.exit_code)
+    sys.exit(130 if trainer.interrupted else 1)
+
+
+def lost_peer(error: Exception, trainer: Trainer) -> str | None:
+    """What happened, in one line, if the error says that the processes cannot exchange data any more; else None.
+
+    Another process ended or does not answer; or NCCL failed by itself, and would again.
+    """
+    if trainer.world_size == 1 or loading(error):
+        return None
+    if not isinstance(error, dist.DistError) and not LOST.search(str(error)):
+        return None
+    text, _, last = str(error).partition("Last error:")  # of NCCL's lines the one that helps
+    reason, last = SOURCE_LINE.sub("", (text.splitlines() or [""])[0]), " ".join(last.split())
+    told = f"{reason}: {last}" if last else reason
+    if isinstance(error, dist.DistBackendError) and NO_PEER.search(reason) and not re.search(NETWORK, last, re.I):
+        return f"rank {trainer.global_rank} cannot exchange data with the other processes: {told}"
+    return (
+        f"rank {trainer.global_rank} lost another process, it ended or does not answer ({told}). Its own log says "
+        "why; the same command with --run.resume=auto goes on from the newest checkpoint."
+    )
+
+
+def loading(error: Exception) -> bool:
+    """Whether it comes from a DataLoader, whose connections and timeouts are to this process's own workers."""
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_globals.get("__name__") == "torch.utils.data.dataloader" for frame, _ in frames)
+
+
+def end_process_group() -> None:
+    """Part in order, where all processes have come to the end.
+
+    They wait for the first one, which has more to do: schedulers end what is left soon after a process has ended.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.barrier()
+        released_children()
+        dist.destroy_process_group()
+
+
+def released_children() -> list[Popen[bytes]]:
+    """The processes that Lightning started from this one, from now on left to themselves.
+
+    Lightning watches them, and kills this process within seconds of one's end with another code than 0: also where all
+    end for the same reason, and this one has not sent its last figures to W&B.
+    """
+    watches = [cast(Any, t)._child_processes for t in threading.enumerate() if isinstance(t, _ChildProcessObserver)]
+    children = [child for watched in watches for child in watched]
+    for watched in watches:
+        watched.clear()
+    return children

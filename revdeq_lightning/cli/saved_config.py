@@ -1,0 +1,34 @@
+"""The configuration of a run, as it was resolved, in the run's folder."""
+
+from typing import Any
+
+from lightning import Trainer
+from lightning.pytorch.cli import SaveConfigCallback
+
+from revdeq_lightning.runs.environment import describe_environment, write_environment
+from revdeq_lightning.runs.folder import CONFIG, ENVIRONMENT, RunConfig
+from revdeq_lightning.tasks.training_step import run_folder
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """The resolved configuration in the folder of a training run, and in its W&B run."""
+
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Save for training only."""
+        if stage == "fit":
+            self.config.ckpt_path = self.config.run.version = None  # a relaunch from this file is a new run
+            self.config.run.resume = RunConfig.resume
+            self.folder = run_folder(trainer, None)
+            name, self.config_filename = self.config_filename, f".{CONFIG}.part"
+            super().setup(trainer, pl_module, stage)
+            self.config_filename = name
+            part = self.folder / f".{CONFIG}.part"
+            if trainer.is_global_zero and part.is_file():
+                part.replace(part.with_name(name))  # a kill leaves the old file whole
+
+    def save_config(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Hand the configuration to the loggers, and write down with what the run is made."""
+        environment = describe_environment(trainer.world_size)
+        write_environment(self.folder / ENVIRONMENT, environment)
+        for logger in trainer.loggers:
+            logger.log_hyperparams(self.config.as_dict() | {"environment": environment})

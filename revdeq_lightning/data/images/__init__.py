@@ -1,0 +1,1 @@
+"""Labeled images: sources, decoding, augmentation, and their data module."""

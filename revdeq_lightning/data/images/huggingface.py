@@ -1,0 +1,96 @@
+"""Images of a Hugging Face dataset: of the hub, or a local copy."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lightning.pytorch.utilities import rank_zero_warn
+from numpy.typing import NDArray
+
+from revdeq_lightning.data.images.sources import AbstractImageReader, Content, ImageCollection, ImageSource, ImageTable
+from revdeq_lightning.data.text.sources import SPLITS, huggingface_key, load_huggingface
+
+
+class HuggingFaceReader(AbstractImageReader):
+    """Encoded images of one split; rows are read from a memory map."""
+
+    def __init__(self, dataset: Any, column: str, prefix: str) -> None:
+        import datasets
+
+        self.dataset, self.column, self.prefix = (
+            dataset.cast_column(column, datasets.Image(decode=False)),
+            column,
+            prefix,
+        )
+
+    def name(self, position: int) -> str:
+        """Split and row."""
+        return f"{self.prefix}/{position:08d}"
+
+    def read(self, position: int) -> Content:
+        """The image's bytes."""
+        value = self.dataset[position][self.column]
+        return bytes(value["bytes"]) if value["bytes"] is not None else Path(value["path"]).read_bytes()
+
+
+def open_huggingface(path: str, name: str | None, image_column: str | None, label_column: str | None) -> ImageSource:
+    """The arguments are those of `ImageDataModule`."""
+    columns = image_column, label_column
+    return ImageSource(lambda: f"{huggingface_key(path, name)}:{columns}", partial(_open, path, name, *columns))
+
+
+def _open(path: str, name: str | None, image_column: str | None, label_column: str | None) -> ImageCollection:
+    loaded = load_huggingface(Path(path), path, name)
+    if "train" not in loaded:
+        raise ValueError(f'{path} has the splits {sorted(loaded)}, "train" is not among them.')
+    features = loaded["train"].features
+    image_column = _column(path, features, "image_column", image_column, "Image")
+    label_column = _column(path, features, "label_column", label_column, "ClassLabel")
+    values = {
+        split: np.asarray(loaded[split].with_format(None)[label_column][:]) for split in SPLITS if split in loaded
+    }
+    class_names, labels = _number_classes(path, label_column, values, getattr(features[label_column], "names", None))
+    if unused := sorted(set(loaded) - set(labels)):
+        rank_zero_warn(
+            f"{path} has splits that are not used ({', '.join(unused)}): they have no labels, or other names than "
+            f"{', '.join(SPLITS)}."
+        )
+    tables = {
+        split: ImageTable(HuggingFaceReader(loaded[split], image_column, split), np.arange(len(values)), values)
+        for split, values in labels.items()
+    }
+    return ImageCollection(class_names, tables)
+
+
+def _number_classes(
+    path: str, column: str, values: dict[str, NDArray[Any]], class_names: list[str] | None
+) -> tuple[list[str], dict[str, NDArray[np.int64]]]:
+    """Names of the classes, and each split's labels; a split without any label (-1 throughout) is missing."""
+    if class_names is not None:
+        values = {split: labels for split, labels in values.items() if split == "train" or (labels != -1).any()}
+    known = np.unique(values["train"]) if class_names is None else np.arange(len(class_names))
+    numbered = {}
+    for split, labels in values.items():
+        if labels.dtype.kind not in "iuU" or (unknown := np.setdiff1d(labels, known)).size:
+            what = (
+                f"the class {unknown[0]}, which train lacks" if labels.dtype.kind in "iuU" else "rows without a label"
+            )
+            raise ValueError(f'{path} has in {split} {what} (column "{column}"): give each row a class of train.')
+        numbered[split] = np.searchsorted(known, labels).astype(np.int64)
+    return class_names or [str(value) for value in known.tolist()], numbered
+
+
+def _column(path: str, features: Any, argument: str, name: str | None, kind: str) -> str:
+    """The column of that name; without one, the only column of that kind of feature."""
+    if name is not None:
+        if name not in features:
+            raise ValueError(f'{path} has the columns {sorted(features)}, {argument} "{name}" is not among them.')
+        return name
+    found = [column for column, feature in features.items() if type(feature).__name__ == kind]
+    found = found or [
+        column for column in ("label", "labels", "fine_label") if kind == "ClassLabel" and column in features
+    ]
+    if len(found) != 1:
+        raise ValueError(f"{path} has the columns {sorted(features)}: say which one with {argument}.")
+    return str(found[0])

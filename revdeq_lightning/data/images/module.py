@@ -1,0 +1,341 @@
+"""Images for classifiers: decoded once or by workers, augmented on the device, in a reproducible, resumable order."""
+
+import warnings
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from revdeq_lightning.data.images.augmentation import (
+    NO_AUGMENTATION,
+    AugmentationConfig,
+    augment_normalized,
+    augment_pixels,
+)
+from revdeq_lightning.data.images.cifar import KNOWN_STATISTICS
+from revdeq_lightning.data.images.decoding import (
+    INTERPOLATION,
+    UNDECODABLE,
+    ImageSizes,
+    evaluation_resize,
+    find_images,
+    normalize,
+    preprocess_files,
+    skipped_message,
+)
+from revdeq_lightning.data.images.preparation import ImageData, prepare_decoding, prepare_in_memory
+from revdeq_lightning.data.images.sources import IMAGE_SOURCES, ImageCollection, open_image_source, split_images
+from revdeq_lightning.data.images.store import DecodedImages, ImageBatch, PreparedImages
+from revdeq_lightning.data.loading.base import AbstractDataModule, check_at_least, check_choice
+from revdeq_lightning.data.loading.sampler import ResumableLoader, shuffled
+from revdeq_lightning.data.text.sources import SPLITS
+from revdeq_lightning.errors import CheckpointError
+
+__all__ = ["AugmentationConfig", "ImageBatch", "ImageDataModule", "find_images", "preprocess_files"]
+
+
+class ImageDataModule(AbstractDataModule):
+    """Images and their classes, as `ImageBatch`.
+
+    Evaluation resizes the shorter side to `image_size / crop_fraction` (bicubic, antialiased) and cuts out the centre;
+    it uses every image exactly once and nothing random. Training images differ by `augmentation`, image by image, on
+    the device; all of it is a function of (seed, epoch, image), apart from the partner of mixup and cutmix, which is
+    the neighbour in the rank's batch.
+
+    The order of training is a function of seed and epoch, split over the ranks without overlap, and a run resumed from
+    any checkpoint continues with the batch after the last trained one.
+
+    Images of at most 64 pixels are decoded once, by the evaluation's convention, into a file under `cache_dir`, and
+    read as a memory map. Larger ones are decoded as they are needed: set `num_workers`.
+
+    Args:
+        source: "digits" (scikit-learn's 1,797 grey digits of 8x8 pixels: 1,500 for training and validation, 297 for
+            the test), "cifar10", "cifar100", "folder" or "huggingface".
+        path: For "folder" a folder with `train/CLASS/*` (and `val/CLASS/*`, `test/CLASS/*`) or `CLASS/*`, or a tar
+            archive of one, which is not unpacked. For "huggingface" the data set, or a local folder with its parquet
+            files or its `save_to_disk` copy. For CIFAR the folder (default: data) that holds the published archive
+            or what it holds, or into which to download it; or the archive.
+        dataset_name: For "huggingface" the configuration.
+        image_column: For "huggingface", if there is more than one column of images.
+        label_column: For "huggingface", if it is not clear which one.
+        image_size: Side of the square that the model sees.
+        crop_fraction: `image_size` over the shorter side that evaluation resizes to; null: 0.875 above 64 pixels (256
+            for 224), 1 up to there.
+        channels: 1 (grey) or 3 (RGB); null: as the source is (digits 1, the others 3).
+        batch_size: Images per rank and step.
+        augmentation: Of the training images.
+        mean: By channel, on the scale 0 ... 1; null: CIFAR's known ones, else computed from the prepared training
+            images, else ImageNet's.
+        std: Likewise.
+        validation_fraction: Of the training images, if the data has no validation split: rounded to a whole number,
+            of each class its share. 0: no validation.
+        split_seed: Chooses them, together with the images' names; apart from `seed`, so that runs that differ in it
+            compare on the same images.
+        max_train_images: Cuts the training split to so many, of each class its share. None: all.
+        max_eval_images: Likewise for validation and test, each.
+        num_workers: Processes per rank that load batches. 0 is fast enough for prepared images.
+        seed: Of order and augmentation, not negative.
+        undecodable: Of an image that cannot be decoded: "raise" an error that names it, or "skip" it with a warning
+            that counts and names them.
+        download: Whether CIFAR may be downloaded.
+        in_memory: Decode all images once, whatever their size (true) or never (false). Null: up to 64 pixels.
+        cache_dir: Folder of the prepared images.
+
+    Raises:
+        ValueError: If an argument is out of range, or the images do not fit it.
+        FileNotFoundError, ConnectionError: If the images are not to be had.
+    """
+
+    _items = "images"
+
+    def __init__(
+        self,
+        source: str = "digits",
+        path: str | None = None,
+        dataset_name: str | None = None,
+        image_column: str | None = None,
+        label_column: str | None = None,
+        image_size: int = 32,
+        crop_fraction: float | None = None,
+        channels: int | None = None,
+        batch_size: int = 64,
+        augmentation: AugmentationConfig = NO_AUGMENTATION,
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
+        validation_fraction: float = 0.1,
+        split_seed: int = 0,
+        max_train_images: int | None = None,
+        max_eval_images: int | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+        undecodable: Literal["raise", "skip"] = "raise",
+        download: bool = True,
+        in_memory: bool | None = None,
+        cache_dir: str = "data/cache",
+    ) -> None:
+        super().__init__()
+        if isinstance(augmentation, dict):  # a checkpoint gives plain containers
+            augmentation = AugmentationConfig(**augmentation)
+        self.augmentation = replace(augmentation)  # a copy
+        self.save_hyperparameters(ignore="augmentation")
+        self.save_hyperparameters({"augmentation": asdict(self.augmentation)})
+        check_choice("source", source, IMAGE_SOURCES)
+        check_choice("undecodable", undecodable, UNDECODABLE)
+        check_at_least(_LEAST, self.hparams)
+        _check_path(source, path, dataset_name or image_column or label_column)
+        if not 0 <= validation_fraction < 1:
+            raise ValueError(f"validation_fraction must lie in 0 ... 1 (1 excluded), got {validation_fraction}.")
+        if crop_fraction is not None and not 0 < crop_fraction <= 1:
+            raise ValueError(f"crop_fraction must lie in 0 ... 1 (0 excluded), got {crop_fraction}.")
+        if channels not in (None, 1, 3):
+            raise ValueError(f"channels must be 1 (grey) or 3 (RGB), got {channels}.")
+        if (mean is None) != (std is None):
+            raise ValueError(f"mean and std belong together, got mean {mean} and std {std}.")
+        if std is not None and min(std) <= 0:
+            raise ValueError(f"std must be positive, got {std}.")
+        if self.augmentation.crop_padding >= image_size:
+            raise ValueError(
+                f"crop_padding must be smaller than the image of {image_size} pixels, got "
+                f"{self.augmentation.crop_padding}."
+            )
+        self._data: ImageData | None = None
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes, in the order of their indices. Prepares the data if need be."""
+        return list(self._prepared().class_names)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes. Prepares the data if need be."""
+        return len(self._prepared().class_names)
+
+    @property
+    def num_channels(self) -> int:
+        """1 (grey) or 3 (RGB). Prepares the data if need be."""
+        return self._prepared().channels
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square that the model sees."""
+        size: int = self.hparams["image_size"]
+        return size
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits that have images, of "train", "validation" and "test"."""
+        return tuple(split for split in SPLITS if split in self._prepared().datasets)
+
+    def num_images(self, split: str) -> int:
+        """Images of a split."""
+        return len(self._dataset(split))
+
+    def check_model(self, *, num_classes: int, num_channels: int) -> None:
+        """Refuse a model made for other images.
+
+        Raises:
+            ValueError: If one of the counts differs from this data's.
+        """
+        for name, here, there in (
+            ("class(es)", self.num_classes, num_classes),
+            ("channel(s)", self.num_channels, num_channels),
+        ):
+            if here != there:
+                raise ValueError(
+                    f"the images ({self._described()}) have {here} {name}, the model has {there}: build the model for "
+                    f"{here}, or use the data that it was built for."
+                )
+
+    def preprocessing_state(self) -> dict[str, Any]:
+        """How an image becomes the model's input, and what the classes are called; plain containers.
+
+        For `image_decoding.preprocess_files`.
+        """
+        data = self._prepared()
+        return {
+            "image_size": self.image_size,
+            "resize": evaluation_resize(self.image_size, self.hparams["crop_fraction"]),
+            "interpolation": INTERPOLATION,
+            "channels": data.channels,
+            "mean": list(data.mean),
+            "std": list(data.std),
+            "class_names": list(data.class_names),
+        }
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Shuffled; only whole batches."""
+        dataset = self._dataset("train")
+        order = partial(_training_order, len(dataset), self.hparams["seed"])
+        return self._training_loader(dataset, len(dataset), order)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Augment (training only) and normalize, on the device."""
+        if not isinstance(batch, ImageBatch):
+            return batch
+        data, config, seed = self._prepared(), self.augmentation, self.hparams["seed"]
+        if not batch.keys.shape[1]:
+            return batch._replace(images=normalize(batch.images, data.mean, data.std))
+        if isinstance(data.datasets["train"], DecodedImages):  # cropped where they were decoded
+            config = replace(config, random_resized_crop=None)
+        pixels = augment_pixels(batch.images, config, batch.keys[:, 0], seed)
+        mixed = augment_normalized(normalize(pixels, data.mean, data.std), config, batch.keys[:, 0], seed)
+        partner_labels = batch.labels[mixed.partners]
+        return batch._replace(images=mixed.images, partner_labels=partner_labels, weights=mixed.weights)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position of the first batch not yet trained, and what the order depends on; plain containers."""
+        return super().state_dict() | {"class_names": self.class_names}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue at this position.
+
+        Raises:
+            CheckpointError: If the state belongs to a run with other classes.
+        """
+        then, now = state_dict["class_names"], self.class_names
+        if then != now:
+            other = [name for name in then if name not in now] or [name for name in now if name not in then] or then
+            raise CheckpointError(
+                f"the checkpoint was trained on other classes than these images have ({len(then)} and {len(now)}; for "
+                f'example "{other[0]}" is not among both, or stands elsewhere): use the data of that run.'
+            )
+        super().load_state_dict(state_dict)
+
+    def _close_loaders(self) -> None:
+        for loader in self._open_loaders:
+            if isinstance(loader.dataset, DecodedImages) and (skipped := loader.dataset.take_skipped()):
+                warnings.warn(skipped_message(skipped), stacklevel=2)
+        super()._close_loaders()
+
+    def _prepared(self) -> ImageData:
+        if self._data is None:
+            data = self._prepare()
+            for name, statistic in (("mean", data.mean), ("std", data.std)):
+                if len(statistic) != data.channels:
+                    raise ValueError(
+                        f"{name} must have one value for each of the {data.channels} channel(s), got {statistic}."
+                    )
+            self._data = data
+        return self._data
+
+    def _prepare(self) -> ImageData:
+        hparams = self.hparams
+        source = open_image_source(hparams["source"], hparams["path"], **{name: hparams[name] for name in _SOURCE})
+        splitting = {name: hparams[name] for name in _SPLITTING}
+        sizes = ImageSizes(
+            hparams["channels"] or source.channels,
+            self.image_size,
+            evaluation_resize(self.image_size, hparams["crop_fraction"]),
+        )
+
+        def collect() -> ImageCollection:
+            collection = source.open()
+            return collection._replace(tables=split_images(collection.tables, **splitting))
+
+        skip = {"skip_undecodable": hparams["undecodable"] == "skip"}
+        if self.image_size <= 64 if hparams["in_memory"] is None else hparams["in_memory"]:
+            key = [source.key(), splitting]
+            data = prepare_in_memory(Path(hparams["cache_dir"]), hparams["source"], key, collect, sizes, **skip)
+        else:
+            crop_scale = self.augmentation.random_resized_crop
+            data = prepare_decoding(collect(), sizes, crop_scale=crop_scale, seed=hparams["seed"], **skip)
+        if hparams["mean"] is not None:
+            return data._replace(mean=list(hparams["mean"]), std=list(hparams["std"]))
+        if sizes.channels == 3 and (known := KNOWN_STATISTICS.get(hparams["source"])):
+            return data._replace(mean=list(known[0]), std=list(known[1]))
+        return data
+
+    def _dataset(self, split: str) -> PreparedImages | DecodedImages:
+        check_choice("split", split, SPLITS)
+        dataset = self._prepared().datasets.get(split)
+        if dataset is None:
+            advice = "set validation_fraction above 0, or " if split == "validation" else ""
+            raise ValueError(
+                f"{self._described()} has no {split} split: {advice}add one to the data, or do without "
+                "(trainer.limit_val_batches=0 trains without validation)."
+            )
+        return dataset
+
+    def _evaluation_loader(self, split: str) -> ResumableLoader:
+        dataset = self._dataset(split)
+        return self._loader(dataset, len(dataset))
+
+    def _order_settings(self) -> dict[str, Any]:
+        order = {"seed": self.hparams["seed"], "num_images": self.num_images("train")}
+        return order | self._prepared().checksums
+
+    def _described(self) -> str:
+        path = self.hparams["path"]
+        return f'the source "{self.hparams["source"]}"' + (f" ({path})" if path else "")
+
+
+_SOURCE = ("dataset_name", "image_column", "label_column", "download")
+_SPLITTING = ("validation_fraction", "split_seed", "max_train_images", "max_eval_images")
+_LEAST = {
+    "image_size": 1,
+    "batch_size": 1,
+    "num_workers": 0,
+    "seed": 0,
+    "split_seed": 0,
+    "max_train_images": 1,
+    "max_eval_images": 1,
+}
+
+
+def _check_path(source: str, path: str | None, dataset_options: str | None) -> None:
+    if source == "digits" and path is not None:
+        raise ValueError(f'source "digits" takes no path, got {path!r}.')
+    if source in ("folder", "huggingface") and path is None:
+        raise ValueError(f'source "{source}" needs a path, got None.')
+    if source != "huggingface" and dataset_options is not None:
+        raise ValueError(
+            f'dataset_name, image_column and label_column are for source "huggingface", the source is "{source}".'
+        )
+
+
+def _training_order(num_images: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """Keys of the images: they count on through the epochs, so that a data set knows the epoch."""
+    return epoch * num_images + shuffled(num_images, seed, epoch)

@@ -1,0 +1,113 @@
+"""RandAugment (Cubuk et al. 2019, arXiv:1909.13719) with its 14 operations, drawn anew for every image."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.transforms.v2 import functional as TF
+
+from revdeq_lightning.data.images.keyed_random import uniform
+
+MAX_MAGNITUDE = 30
+OPERATIONS = (
+    "Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness",
+    "Color", "Contrast", "Sharpness", "Posterize", "Solarize", "AutoContrast", "Equalize",
+)  # fmt: skip
+_GEOMETRIC = range(1, 6)
+_SIGNED_COLORS = range(6, 10)
+
+
+def rand_augment(images: Tensor, num_ops: int, magnitude: int, keys: Tensor, seed: int) -> Tensor:
+    """Apply `num_ops` operations, one after the other, to each image; uint8 `(batch, 1 or 3, height, width)`.
+
+    Args:
+        images: The batch.
+        num_ops: Operations for each image, drawn independently and uniformly.
+        magnitude: 0 to 30, on torchvision's scale: shear up to 0.3, translation up to 45 % of the side, rotation up to
+            30 degrees, brightness, colour, contrast and sharpness up to 0.9 either way, 8 to 4 bits, solarization above
+            255 ... 0. The sign is drawn.
+        keys: Of the images.
+        seed: Of the draws.
+    """
+    for number in range(num_ops):
+        draws = uniform(keys, seed, f"randaugment/{number}", 2).cpu()  # the one point where a GPU is waited for
+        operations = (draws[:, 0] * len(OPERATIONS)).long()
+        signs = 1 - 2 * (draws[:, 1] < 0.5).to(torch.float32)
+        images = apply_operations(images, operations, signs, magnitude)
+    return images
+
+
+def apply_operations(images: Tensor, operations: Tensor, signs: Tensor, magnitude: int) -> Tensor:
+    """Apply to each image its own operation.
+
+    Args:
+        images: uint8 `(batch, 1 or 3, height, width)`.
+        operations: Indices of `OPERATIONS`, int64 `(batch,)`, on the CPU.
+        signs: 1 or -1 for those that have a direction, on the CPU.
+        magnitude: 0 to 30, for all.
+    """
+    images = images.clone()
+    geometric = ((operations >= _GEOMETRIC.start) & (operations < _GEOMETRIC.stop)).nonzero().flatten()
+    if len(geometric):
+        rows = geometric.to(images.device)
+        matrices = _matrices(operations[geometric], signs[geometric], magnitude, *images.shape[-2:])
+        images[rows] = affine(images[rows], matrices.to(images.device))
+    for operation in range(_GEOMETRIC.stop, len(OPERATIONS)):
+        for sign in (1, -1) if operation in _SIGNED_COLORS else (None,):
+            chosen = operations == operation if sign is None else (operations == operation) & (signs == sign)
+            if len(rows := chosen.nonzero().flatten().to(images.device)):
+                images[rows] = _color(images[rows], OPERATIONS[operation], (sign or 1) * magnitude / MAX_MAGNITUDE)
+    return images
+
+
+def affine(images: Tensor, matrices: Tensor) -> Tensor:
+    """Give each pixel p the value at M p, bilinearly, black outside.
+
+    Args:
+        images: uint8 `(batch, channels, height, width)`.
+        matrices: Each image's M, `(batch, 2, 3)`, in pixels from the centre.
+    """
+    height, width = images.shape[-2:]
+    half = torch.tensor([width / 2, height / 2], device=images.device)
+    relative = matrices * torch.cat([half, half.new_ones(1)]) / half[:, None]
+    grid = F.affine_grid(relative, list(images.shape), align_corners=False)
+    return F.grid_sample(images.to(torch.float32), grid, align_corners=False).round_().to(images.dtype)
+
+
+def _matrices(operations: Tensor, signs: Tensor, magnitude: int, height: int, width: int) -> Tensor:
+    fraction = magnitude / MAX_MAGNITUDE
+    shear = signs * 0.3 * fraction
+    angle = signs * math.radians(30.0 * fraction)
+    one, zero = torch.ones_like(shear), torch.zeros_like(shear)
+    shift_x, shift_y = (signs * int(150.0 / 331.0 * side * fraction) for side in (width, height))
+
+    def matrix(*entries: Tensor) -> Tensor:
+        return torch.stack(entries, dim=-1).view(-1, 2, 3)
+
+    of_operation = torch.stack(
+        [
+            matrix(one, shear, shear * height / 2, zero, one, zero),  # the upper edge stays
+            matrix(one, zero, zero, shear, one, shear * width / 2),  # the left edge stays
+            matrix(one, zero, -shift_x, zero, one, zero),
+            matrix(one, zero, zero, zero, one, -shift_y),
+            matrix(angle.cos(), -angle.sin(), zero, angle.sin(), angle.cos(), zero),
+        ]
+    )
+    return of_operation[operations - _GEOMETRIC.start, torch.arange(len(operations))]
+
+
+def _color(images: Tensor, operation: str, fraction: float) -> Tensor:
+    """One colour operation on all the images."""
+    factor = 1 + 0.9 * fraction
+    result: Tensor = {
+        "Brightness": lambda: TF.adjust_brightness(images, factor),
+        "Color": lambda: TF.adjust_saturation(images, factor),
+        "Contrast": lambda: TF.adjust_contrast(images, factor),
+        "Sharpness": lambda: TF.adjust_sharpness(images, factor),
+        "Posterize": lambda: TF.posterize(images, 8 - round(4 * fraction)),
+        "Solarize": lambda: TF.solarize(images, 255 * (1 - fraction)),
+        "AutoContrast": lambda: TF.autocontrast(images),
+        "Equalize": lambda: TF.equalize(images),
+    }[operation]()
+    return result

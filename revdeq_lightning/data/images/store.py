@@ -1,0 +1,136 @@
+"""Batches of images: prepared ones from a memory map, or decoded by workers as they are needed."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from revdeq_lightning.data.images.augmentation import random_box
+from revdeq_lightning.data.images.decoding import (
+    RESAMPLING,
+    ImageSizes,
+    UndecodableImageError,
+    decode_image,
+    evaluation_transform,
+    to_array,
+)
+from revdeq_lightning.data.images.keyed_random import uniform
+from revdeq_lightning.data.images.sources import ImageTable
+from revdeq_lightning.data.loading.array_cache import StoredArray
+from revdeq_lightning.data.loading.sampler import PADDING
+from revdeq_lightning.data.text.windows import IGNORE_INDEX
+
+
+class ImageBatch(NamedTuple):
+    """Images and their classes; a mixed image has two.
+
+    Attributes:
+        images: `(batch, channels, height, width)`: uint8 from the loader, float32, augmented and normalized, after
+            `ImageDataModule.on_after_batch_transfer`.
+        labels: int64 `(batch,)`; `IGNORE_INDEX` for an item that only fills up the batch.
+        partner_labels: int64 `(batch,)`: class of what was mixed in; `labels` without mixing.
+        weights: float32 `(batch,)`: share of `labels` in the mix; 1 without mixing.
+        keys: int64: `(batch, 1)` in training, `epoch * number of images + image`, from which all that is random
+            follows; `(batch, 0)` in evaluation, where nothing is.
+    """
+
+    images: Tensor
+    labels: Tensor
+    partner_labels: Tensor
+    weights: Tensor
+    keys: Tensor
+
+
+class PreparedImages(Dataset[ImageBatch]):
+    """Images that are decoded and of one size. Indices count on through the epochs if `training`."""
+
+    def __init__(self, images: StoredArray, labels: StoredArray, *, training: bool) -> None:
+        self.images, self.labels, self.training = images, labels, training
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, indices: list[int]) -> ImageBatch:
+        keys = np.asarray(indices, dtype=np.int64)
+        items = np.where(keys == PADDING, 0, keys % len(self))
+        labels = np.where(keys == PADDING, IGNORE_INDEX, self.labels.array[items])
+        return _batch(self.images.array[items], labels, keys, self.training)
+
+
+class DecodedImages(Dataset[ImageBatch]):
+    """Images that are decoded as they are needed. Indices count on through the epochs if `training`.
+
+    Args:
+        table: Where they are.
+        sizes: What to make of each image.
+        training: Whether this is the training split.
+        crop_scale: In training: fractions of the area between which a random part is cut out; None: the centre.
+        seed: Of the random part.
+        skip_undecodable: Whether an image that cannot be decoded becomes a black one with `IGNORE_INDEX`; it is marked
+            in `undecodable`, also from worker processes.
+    """
+
+    def __init__(
+        self,
+        table: ImageTable,
+        sizes: ImageSizes,
+        *,
+        training: bool,
+        crop_scale: tuple[float, float] | None,
+        seed: int,
+        skip_undecodable: bool,
+    ) -> None:
+        self.table, self.sizes, self.training, self.seed = table, sizes, training, seed
+        self.crop_scale = crop_scale if training else None
+        self.undecodable: Tensor | None = None
+        if skip_undecodable:
+            self.undecodable = torch.zeros(len(table.labels), dtype=torch.bool)
+            self.undecodable.share_memory_()  # type: ignore[no-untyped-call]
+
+    def __len__(self) -> int:
+        return len(self.table.labels)
+
+    def __getitem__(self, indices: list[int]) -> ImageBatch:
+        keys = np.asarray(indices, dtype=np.int64)
+        channels, size, resize = self.sizes
+        images = np.zeros((len(keys), channels, size, size), np.uint8)
+        labels = np.full(len(keys), IGNORE_INDEX, np.int64)
+        draws = uniform(torch.from_numpy(keys), self.seed, "crop", 4)
+        for row, key in enumerate(indices):
+            if key == PADDING:
+                continue
+            item = key % len(self)
+            name = self.table.name(item)
+            try:
+                image = decode_image(self.table.reader.read(int(self.table.positions[item])), name, channels)
+            except UndecodableImageError:
+                if self.undecodable is None:
+                    raise
+                self.undecodable[item] = True
+                continue
+            labels[row] = self.table.labels[item]
+            if self.crop_scale is None:
+                images[row] = evaluation_transform(image, size, resize)
+            else:
+                left, top, width, height = random_box(draws[row], *image.size, self.crop_scale).tolist()
+                box = (left, top, left + width, top + height)
+                images[row] = to_array(image.resize((size, size), RESAMPLING, box=box))
+        return _batch(images, labels, keys, self.training)
+
+    def take_skipped(self) -> list[str]:
+        """Names of the images that could not be decoded since the last call."""
+        if self.undecodable is None:
+            return []
+        names = [self.table.name(index) for index in self.undecodable.nonzero().flatten().tolist()]
+        self.undecodable.zero_()
+        return names
+
+
+def _batch(images: NDArray[np.uint8], labels: NDArray[np.int64], keys: NDArray[np.int64], training: bool) -> ImageBatch:
+    labels_B, keys_BK = torch.from_numpy(labels), torch.from_numpy(keys)[:, None]
+    return ImageBatch(
+        torch.from_numpy(images), labels_B, labels_B, torch.ones(len(keys)), keys_BK if training else keys_BK[:, :0]
+    )

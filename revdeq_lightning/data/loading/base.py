@@ -1,0 +1,202 @@
+"""What every DataModule shares: loaders in a reproducible order, and a position to resume from."""
+
+import hashlib
+import json
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from lightning import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
+from numpy.typing import NDArray
+from torch.utils.data import Dataset
+
+from revdeq_lightning.data.loading.sampler import ResumableBatchSampler, ResumableLoader
+from revdeq_lightning.errors import CheckpointError
+
+
+class AbstractDataModule(LightningDataModule):
+    """Loaders split over the ranks; a checkpoint holds the position of the first batch not yet trained.
+
+    Needs the hyper-parameters `batch_size` and `num_workers`. Implementations say on what the order of training depends
+    (`_order_settings`), what is prepared (`_prepared`) and how a split is read once (`_evaluation_loader`).
+    """
+
+    _items: str
+    """What a batch is made of, for messages."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._train_loader: ResumableLoader | None = None
+        self._open_loaders: list[ResumableLoader] = []
+        self._resumed: dict[str, Any] = {}
+        self._shared_batch_size: int | None = None
+
+    def prepare_data(self) -> None:
+        """Download and prepare, or find that it has been done."""
+        self._prepared()
+
+    def setup(self, stage: str) -> None:
+        """Open what was prepared."""
+        self._prepared()
+
+    def val_dataloader(self) -> ResumableLoader:
+        """The whole validation split once, in order."""
+        return self._evaluation_loader("validation")
+
+    def test_dataloader(self) -> ResumableLoader:
+        """The whole test split once, in order."""
+        return self._evaluation_loader("test")
+
+    def predict_dataloader(self) -> ResumableLoader:
+        """The whole test split once, in order."""
+        return self._evaluation_loader("test")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position of the first batch not yet trained, and what the order depends on; plain containers."""
+        position = self._train_loader.state_dict() if self._train_loader else self._resumed.get("position")
+        world_size = self._rank_and_world_size()[1]
+        order = self._order_settings() | {"global_batch_size": self._batch_size * world_size}
+        return {"position": position, "order": order, "world_size": world_size}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue at this position; on another number of processes with the same batches, shared out anew.
+
+        Raises:
+            CheckpointError: If the batches cannot be shared among so many.
+        """
+        self._resumed = dict(state_dict) if state_dict["position"] else {}
+        if self._resumed:
+            self._share_out_anew(state_dict)
+        if self._resumed and self._train_loader:
+            self._train_loader.load_state_dict(self._resumed["position"])
+
+    def teardown(self, stage: str) -> None:
+        """End the workers."""
+        self._close_loaders()
+
+    def on_exception(self, exception: BaseException) -> None:
+        """End the workers: after an exception Lightning does not call `teardown`."""
+        self._close_loaders()
+
+    def __str__(self) -> str:
+        # Lightning's own would run through every batch of a loader that is not a DataLoader.
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.hparams.items())})"
+
+    @abstractmethod
+    def _prepared(self) -> Any:
+        """The data: prepared at the first call, found at later ones."""
+
+    @abstractmethod
+    def _evaluation_loader(self, split: str) -> ResumableLoader:
+        """All of a split once, in order."""
+
+    @abstractmethod
+    def _order_settings(self) -> dict[str, Any]:
+        """What the order of training depends on besides the global batch size, and checksums of what is trained on.
+
+        Plain containers; the checksums are those that cost no other pass over the data.
+        """
+
+    def _training_loader(
+        self, dataset: Dataset[Any], num_items: int, order: Callable[[int], NDArray[np.int64]]
+    ) -> ResumableLoader:
+        """Only whole batches, from the position that was loaded."""
+        self._train_loader = self._loader(dataset, num_items, order, drop_last=True)
+        if self._resumed:
+            self._train_loader.load_state_dict(self._resumed["position"])
+            self._warn_if_other_order()
+        return self._train_loader
+
+    def _loader(
+        self,
+        dataset: Dataset[Any],
+        num_items: int,
+        order: Callable[[int], NDArray[np.int64]] | None = None,
+        *,
+        drop_last: bool = False,
+    ) -> ResumableLoader:
+        rank, world_size = self._rank_and_world_size()
+        batch_size = self._batch_size if drop_last else self.hparams["batch_size"]
+        sampler = ResumableBatchSampler(
+            num_items, batch_size, order=order, rank=rank, world_size=world_size, drop_last=drop_last
+        )
+        loader = ResumableLoader(
+            dataset,
+            sampler,
+            num_workers=self.hparams["num_workers"],
+            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+            trainer=self.trainer if drop_last else None,
+        )
+        self._open_loaders.append(loader)
+        return loader
+
+    def _close_loaders(self) -> None:
+        while self._open_loaders:
+            self._open_loaders.pop().close()
+
+    @property
+    def _batch_size(self) -> int:
+        """Items of a training batch on each process."""
+        size: int = self._shared_batch_size or self.hparams["batch_size"]
+        return size
+
+    def _share_out_anew(self, state: dict[str, Any]) -> None:
+        """Keep the global batch if nothing but the number of processes changed."""
+        world_size, then = self._rank_and_world_size()[1], state.get("world_size")
+        global_batch_size, own = state["order"]["global_batch_size"], self.hparams["batch_size"]
+        if then in (None, world_size) or own * then != global_batch_size:
+            return  # as before, or with another batch_size, which `_warn_if_other_order` tells
+        share, rest = divmod(global_batch_size, world_size)
+        if rest:
+            raise CheckpointError(
+                f"the checkpoint's batches of {global_batch_size} {self._items} cannot be shared among {world_size} "
+                f"processes (it was trained on {then}): use a number that divides {global_batch_size}, or set "
+                "data.batch_size to choose another batch"
+            )
+        if self._train_loader and share != self._batch_size:
+            raise CheckpointError(
+                f"the checkpoint was trained on {then} processes, these are {world_size}: with this strategy the batch "
+                f"must be shared out by hand, data.batch_size={share}"
+            )
+        self._shared_batch_size = share
+        rank_zero_warn(
+            f"the checkpoint was trained on {then} process(es) with {own} {self._items} each, now {world_size} take "
+            f"{share} each: the batches stay the same; no longer identical are the processes' random numbers "
+            "(dropout) and the rounding of sums over the processes."
+        )
+
+    def _rank_and_world_size(self) -> tuple[int, int]:
+        """Among the processes that share the data: under tensor parallelism fewer than there are ranks."""
+        shares = self.trainer.distributed_sampler_kwargs if self.trainer else None
+        return (shares["rank"], shares["num_replicas"]) if shares else (0, 1)
+
+    def _warn_if_other_order(self) -> None:
+        now, then = self.state_dict()["order"], self._resumed["order"]
+        # What older checkpoints do not have cannot be compared.
+        changed = [f"{name} {then[name]} -> {now[name]}" for name in now if name in then and now[name] != then[name]]
+        if changed:
+            rank_zero_warn(
+                f"what is trained on, or its order, changed since the checkpoint ({', '.join(changed)}): within this "
+                f"epoch {self._items} may come twice or not at all; to continue exactly, use the checkpoint's data and "
+                "values."
+            )
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise a ValueError that names the choices."""
+    if value not in choices:
+        raise ValueError(f'{name} must be one of {", ".join(choices)}, got "{value}".')
+
+
+def check_at_least(least: dict[str, int], values: Mapping[str, Any]) -> None:
+    """Raise a ValueError for the first value that is given and too small."""
+    for name, bound in least.items():
+        if values[name] is not None and values[name] < bound:
+            raise ValueError(f"{name} must be at least {bound}, got {values[name]}.")
+
+
+def digest(content: Any) -> str:
+    """A name for plain containers, the same in every process."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]

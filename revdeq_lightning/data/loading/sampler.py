@@ -1,0 +1,187 @@
+"""Batches in an order that is a function of seed and epoch, from any position on."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from revdeq_lightning.data.loading.workers import leave_signals_to_main_process
+
+PADDING = -1
+"""Index that stands for no item: the dataset answers it with an item that is ignored in losses and metrics."""
+
+
+def random_bits(count: int, seed: int, epoch: int) -> NDArray[np.uint64]:
+    """`count` random integers of 64 bits, a pure function of (seed, epoch).
+
+    Raw bits of the generator: the one stream that NumPy promises never to change, so a run resumed under another
+    version of NumPy keeps its order.
+    """
+    return np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(count)
+
+
+def shuffled(num_items: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """A permutation of `0 ... num_items - 1`, a pure function of (seed, epoch)."""
+    return np.argsort(random_bits(num_items, seed, epoch), kind="stable")
+
+
+class ResumableBatchSampler(Sampler[list[int]]):
+    """Yields the batches `b, b + 1, ...` of one epoch as lists of indices, this rank's share of each.
+
+    Global batch b is `order(epoch)[b * G : (b + 1) * G]` with `G = batch_size * world_size`; the ranks take
+    consecutive shares of it. So the ranks never share an item, and one process with batch G sees the same batches.
+
+    Args:
+        num_items: Number of items in an epoch, the length of `order(epoch)`.
+        batch_size: Items per rank.
+        order: Indices of one epoch in the order of use, a pure function of the epoch. None: `0 ... num_items - 1`.
+        rank: This process.
+        world_size: Number of processes that share the items.
+        drop_last: True (training): only whole global batches. False (evaluation): every item exactly once; the last
+            batch may be smaller, and is filled with `PADDING` until it divides among the ranks. Never wraps around.
+
+    Raises:
+        ValueError: If a size is not positive, the rank does not exist, or no whole batch fits into the items.
+    """
+
+    def __init__(
+        self,
+        num_items: int,
+        batch_size: int,
+        *,
+        order: Callable[[int], NDArray[np.int64]] | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        drop_last: bool = True,
+    ) -> None:
+        if batch_size < 1 or num_items < 1:
+            raise ValueError(f"batch_size and number of items must be at least 1, got {batch_size} and {num_items}.")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank must lie in 0 ... world_size - 1, got rank {rank} of {world_size}.")
+        if drop_last and num_items < batch_size * world_size:
+            raise ValueError(
+                f"batch_size {batch_size} on {world_size} rank(s) needs {batch_size * world_size} items, the data has "
+                f"{num_items}: lower batch_size to at most {num_items // world_size}, or use more data."
+            )
+        self.num_items, self.batch_size, self.order = num_items, batch_size, order
+        self.rank, self.world_size, self.drop_last = rank, world_size, drop_last
+        self.epoch, self.start_batch = 0, 0
+
+    @property
+    def global_batch_size(self) -> int:
+        """Items that all ranks together use per batch."""
+        return self.batch_size * self.world_size
+
+    def set_position(self, epoch: int, batch: int) -> None:
+        """Let the next iteration begin with batch `batch` of epoch `epoch`."""
+        self.epoch, self.start_batch = epoch, batch
+
+    def __len__(self) -> int:
+        """Batches of a whole epoch, wherever the next iteration begins (what Lightning expects of a resumed loader)."""
+        size = self.global_batch_size
+        return self.num_items // size if self.drop_last else -(-self.num_items // size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = np.arange(self.num_items) if self.order is None else self.order(self.epoch)
+        for batch in range(self.start_batch, len(self)):
+            indices = order[batch * self.global_batch_size : (batch + 1) * self.global_batch_size]
+            indices = np.pad(indices, (0, -len(indices) % self.world_size), constant_values=PADDING)
+            share = len(indices) // self.world_size
+            yield indices[self.rank * share : (self.rank + 1) * share].tolist()
+
+
+def training_position(trainer: Any) -> tuple[int, int]:
+    """(epoch, batch) of the first batch that `trainer.fit` has not trained yet.
+
+    Derived from Lightning's count of all trained batches: batches that workers fetched ahead do not count, nor one
+    whose step failed. Lightning's epoch counter is of no use, it skips an epoch when a run with `max_steps` resumes
+    from a checkpoint saved in `on_train_epoch_end`.
+    """
+    num_trained = trainer.fit_loop.epoch_loop.batch_progress.total.processed
+    epoch, batch = divmod(num_trained, max(1, trainer.num_training_batches))
+    return int(epoch), int(batch)
+
+
+class ResumableLoader:
+    """A DataLoader whose next iteration begins at a saved position.
+
+    Not a `DataLoader` itself, so that Lightning takes it as it is: neither its sampler is replaced under DDP, nor its
+    order touched by `set_epoch`. Batches are made by `dataset[list_of_indices]`.
+
+    During `trainer.fit` the position follows from Lightning's own counters (`training_position`), so that it can never
+    disagree with them. Outside, each whole iteration advances the epoch by one.
+
+    No iteration draws from the global random state, so that restoring that state in mid-epoch is exact.
+
+    Args:
+        dataset: Maps a list of indices (which may hold `PADDING`) to a batch. Must pickle if workers are spawned.
+        batch_sampler: Which indices, in which order.
+        num_workers: Processes that make batches ahead of time; they live until `close`, or as long as the loader.
+        pin_memory: Put batches into page-locked memory (for CUDA).
+        trainer: Where to read the position in training. None for evaluation.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        batch_sampler: ResumableBatchSampler,
+        *,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+        trainer: Any = None,
+    ) -> None:
+        self.dataset, self.batch_sampler, self.trainer = dataset, batch_sampler, trainer
+        self.epoch, self.start_batch, self.next_batch = 0, 0, 0
+        self._loader = DataLoader(
+            dataset,
+            sampler=batch_sampler,
+            batch_size=None,  # the sampler's lists of indices go to the dataset as they are
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+            pin_memory=pin_memory,
+            generator=torch.Generator(),
+            worker_init_fn=leave_signals_to_main_process,
+        )
+
+    @property
+    def fitting(self) -> bool:
+        """Whether Lightning trains with this loader, or last did (an interrupted fit still saves checkpoints)."""
+        return self.trainer is not None and self.trainer.state.fn == "fit"
+
+    def __len__(self) -> int:
+        return len(self.batch_sampler)
+
+    def __iter__(self) -> Iterator[Any]:
+        # A generator: it runs at the first `next`, when Lightning's counters stand where training (re)starts. Lightning
+        # itself calls `iter` earlier than that.
+        if self.fitting:
+            self.epoch, self.start_batch = training_position(self.trainer)
+            if self.trainer.overfit_batches > 0:
+                self.epoch = 0
+        self.next_batch, self.start_batch = self.start_batch, 0
+        self.batch_sampler.set_position(self.epoch, self.next_batch)
+        for batch in self._loader:
+            self.next_batch += 1
+            yield batch
+        self.epoch, self.next_batch = self.epoch + 1, 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Position of the first batch not yet used (trained, during `trainer.fit`)."""
+        epoch, batch = training_position(self.trainer) if self.fitting else (self.epoch, self.next_batch)
+        return {"epoch": epoch, "batch": batch}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Begin the next iteration at this position."""
+        whole_epochs, self.start_batch = divmod(state["batch"], len(self))
+        self.epoch, self.next_batch = state["epoch"] + whole_epochs, self.start_batch
+
+    def close(self) -> None:
+        """End the workers; the next iteration starts new ones."""
+        # Lightning does this to a DataLoader at the end of a fit; PyTorch has no public way.
+        iterator: Any = self._loader._iterator
+        self._loader._iterator = None
+        if hasattr(iterator, "_shutdown_workers"):
+            iterator._shutdown_workers()

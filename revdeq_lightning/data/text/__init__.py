@@ -1,0 +1,1 @@
+"""Text: sources, tokenizers, windows of tokens, and their data module."""

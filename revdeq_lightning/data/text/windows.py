@@ -1,0 +1,67 @@
+"""Windows of tokens: which ones an epoch takes, and how they become batches."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from revdeq_lightning.data.loading.array_cache import StoredArray
+from revdeq_lightning.data.loading.sampler import PADDING, random_bits, shuffled
+
+IGNORE_INDEX = -100
+"""Target of a position that has none: no loss and no metric counts it."""
+
+WINDOW_ORDERS = ("shuffled", "random")
+
+
+class TextBatch(NamedTuple):
+    """Tokens and, for each, the token that follows (or `IGNORE_INDEX`): both int64, shape `(batch, context_length)`."""
+
+    tokens: Tensor
+    targets: Tensor
+
+
+class TokenWindows(Dataset[TextBatch]):
+    """Maps a list of first positions to a batch of windows; what lies outside the text is not predicted."""
+
+    def __init__(self, tokens: StoredArray, context_length: int) -> None:
+        self.tokens, self.context_length = tokens, context_length
+
+    def __len__(self) -> int:
+        return max(0, len(self.tokens) - 1)
+
+    def __getitem__(self, starts: list[int]) -> TextBatch:
+        first = np.asarray(starts, dtype=np.int64)[:, None]
+        positions = first + np.arange(self.context_length + 1)
+        exists = (first != PADDING) & (positions < len(self.tokens))
+        window = self.tokens.array[np.where(exists, positions, 0)].astype(np.int64)
+        tokens = np.where(exists, window, 0)[:, :-1]
+        targets = np.where(exists, window, IGNORE_INDEX)[:, 1:]
+        return TextBatch(torch.from_numpy(tokens), torch.from_numpy(np.ascontiguousarray(targets)))
+
+
+def count_windows(num_tokens: int, context_length: int) -> int:
+    """Training windows per epoch: as many as fit behind any offset up to `context_length`, at least one."""
+    return max(1, (num_tokens - context_length) // context_length)
+
+
+def window_starts(epoch: int, *, num_tokens: int, context_length: int, seed: int, order: str) -> NDArray[np.int64]:
+    """First positions of the training windows of one epoch, a pure function of its arguments.
+
+    Args:
+        epoch: Number of the epoch.
+        num_tokens: Length of the text, at least `context_length + 1`.
+        context_length: Predicted tokens per window.
+        seed: Not negative.
+        order: "shuffled": windows whose targets do not overlap, from a random offset, shuffled. "random": independent
+            uniform positions, as in nanoGPT.
+    """
+    count = count_windows(num_tokens, context_length)
+    if order == "random":
+        return (random_bits(count, seed, epoch) % np.uint64(num_tokens - context_length)).astype(np.int64)
+    num_offsets = num_tokens - count * context_length  # all that leave room for the windows
+    offset = int(random_bits(count + 1, seed, epoch)[-1] % np.uint64(num_offsets))
+    return offset + context_length * shuffled(count, seed, epoch)

@@ -1,0 +1,1 @@
+"""Strategies for several devices, and how models are sharded."""

@@ -1,0 +1,407 @@
+"""What DDP and FSDP2 need to know of an equilibrium layer: Lightning's strategies with defaults that fit, checked.
+
+    ddp     every process holds the whole model; gradients are averaged once a step
+    fsdp2   every process holds a share of parameters, gradients and optimizer state; an EquilibriumLayer is gathered
+            once before its solve and once before its backward pass, however many evaluations of f they make
+
+Both exchange as many bytes as for an explicit model with the same parameters.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+import torch.distributed as dist
+from lightning import Trainer
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.pytorch.strategies import (
+    DDPStrategy,
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    Strategy,
+    StrategyRegistry,
+)
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from revdeq_lightning.checkpoints.files import (
+    SHARDED_PARTS,
+    fault_of_folder,
+    make_folder,
+    other_checkpoint,
+    put_in_place,
+    remove,
+    synced_checksums,
+    write_checksums,
+)
+from revdeq_lightning.checkpoints.io import AtomicCheckpointIO
+from revdeq_lightning.checkpoints.sharded import (
+    TRAINED,
+    WEIGHTS,
+    disk_error,
+    is_sharded_checkpoint,
+    load_into,
+    read_metadata,
+    read_rest,
+    refuse_others,
+)
+from revdeq_lightning.distributed.sharding import fill_from_first_process, shard_equilibria
+from revdeq_lightning.errors import CheckpointError, ParallelismError
+
+
+class EquilibriumDDP(DDPStrategy):
+    """DDP: no search for unused parameters, and gradients that are views into what is exchanged.
+
+    Args:
+        compress_gradients: Exchange gradients in bfloat16, half of the bytes; the average is rounded to 8 bits.
+        allow_mixed_gpus: Train on GPUs of different kinds together, at the pace of the slowest.
+        timeout_seconds: After so long without an answer of a process the others give up.
+        start_method: How the processes of one machine are started; popen runs the command once more for each.
+    """
+
+    def __init__(
+        self,
+        compress_gradients: bool = False,
+        allow_mixed_gpus: bool = False,
+        timeout_seconds: float = 1800,
+        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+    ) -> None:
+        super().__init__(
+            timeout=timedelta(seconds=timeout_seconds),
+            start_method=start_method,
+            find_unused_parameters=False,
+            gradient_as_bucket_view=True,
+        )
+        self.compress_gradients, self.allow_mixed_gpus = compress_gradients, allow_mixed_gpus
+
+    def setup_environment(self) -> None:
+        """Connect the processes."""
+        require_time(self._timeout)
+        require_nccl(self.root_device)
+        super().setup_environment()
+        compare_devices(self.root_device, self.allow_mixed_gpus)
+
+    def configure_ddp(self) -> None:
+        """Wrap the model."""
+        super().configure_ddp()
+        if self.compress_gradients:
+            # Lightning itself registers hooks on CUDA alone, and drops them elsewhere.
+            assert isinstance(self.model, DistributedDataParallel)
+            self.model.register_comm_hook(None, bf16_compress_hook)
+
+    def on_validation_start(self) -> None:
+        """Evaluate with the running statistics of the checkpoints; DDP leaves them apart while gradients accumulate."""
+        share_buffers(self.lightning_module)
+
+    def on_test_start(self) -> None:
+        """As in validation."""
+        share_buffers(self.lightning_module)
+
+
+class EquilibriumFSDP2(ModelParallelStrategy):
+    """FSDP2: parameters, gradients and optimizer state are shared out over all processes.
+
+    The units are the equilibrium layers, each with its f, and the rest of the model. Precision `32-true` or
+    `bf16-mixed`: the state is never rounded to bfloat16.
+
+    Args:
+        reshard_after_forward: Give the parameters of a layer back after its solve, and gather them once more for the
+            backward pass: half of the communication more, and only one layer at a time in memory.
+        gather_dtype: Send the layers' parameters as float32, or as bfloat16: half of the bytes; for bf16-mixed, whose
+            products round them anyway. Their gradients are rounded to bfloat16 once, then averaged in float32.
+        sharded_checkpoints: Write a folder with a file for each process, readable on any number of processes, instead
+            of one file, for which the first process gathers all.
+        allow_mixed_gpus: Train on GPUs of different kinds together, at the pace of the slowest.
+        timeout_seconds: After so long without an answer of a process the others give up.
+    """
+
+    def __init__(
+        self,
+        reshard_after_forward: bool = True,
+        gather_dtype: Literal["float32", "bfloat16"] = "float32",
+        sharded_checkpoints: bool = False,
+        allow_mixed_gpus: bool = False,
+        timeout_seconds: float = 1800,
+    ) -> None:
+        super().__init__(
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=sharded_checkpoints,
+            timeout=timedelta(seconds=timeout_seconds),
+        )
+        self.reshard_after_forward, self.gather_dtype = reshard_after_forward, gather_dtype
+        self.allow_mixed_gpus = allow_mixed_gpus
+
+    def setup_environment(self) -> None:
+        """Connect the processes; all of them share the data."""
+        require_time(self._timeout)
+        require_nccl(self.root_device)
+        self._refuse_precision()
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+        compare_devices(self.root_device, self.allow_mixed_gpus)
+
+    def shard(self, model: nn.Module, rebuild: Callable[[], nn.Module] | None = None) -> None:
+        """Share a model out; call it in `configure_model`.
+
+        Args:
+            model: Its equilibrium layers become units of their own.
+            rebuild: Makes the model with its weights where it is on the meta device: the first process calls it, and
+                sends each process its share.
+        """
+        if self._layer_sync is not None:  # Lightning does so under DDP alone
+            self._layer_sync.apply(model)
+        # FSDP2 takes no weights in the memory order of channels_last; the images keep it.
+        model.to(memory_format=torch.contiguous_format)
+        dtype = torch.bfloat16 if self.gather_dtype == "bfloat16" else None
+        mesh = self.device_mesh["data_parallel"]
+        shard_equilibria(model, mesh, reshard_after_forward=self.reshard_after_forward, gather_dtype=dtype)
+        if any(p.is_meta for p in model.parameters()):
+            if rebuild is None:
+                raise ParallelismError("the model has no weights (meta device): give a function that makes it anew")
+            fill_from_first_process(model, rebuild, self.root_device)
+
+    def on_validation_start(self) -> None:
+        """Evaluate with the running statistics of the checkpoints."""
+        share_buffers(self.lightning_module)
+
+    def on_test_start(self) -> None:
+        """As in validation."""
+        share_buffers(self.lightning_module)
+
+    def _refuse_precision(self) -> None:
+        precision = str(self.precision_plugin.precision)
+        if precision.startswith("16") or precision == "bf16-true":
+            raise ParallelismError(
+                f"strategy fsdp2 needs a state in float32 or better, got precision={precision!r}: use"
+                " trainer.precision=bf16-mixed or 32-true"
+            )
+        if self.gather_dtype == "bfloat16" and precision != "bf16-mixed":
+            raise ParallelismError(
+                f"gather_dtype='bfloat16' rounds the weights and needs trainer.precision=bf16-mixed, got {precision!r}"
+            )
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Write a file, or a folder that is in its place only when it is whole."""
+        if not self._save_distributed_checkpoint:
+            # Not Lightning's: each of its processes would first remove a folder of this name.
+            return Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
+        target = Path(self.broadcast(str(filepath)))
+        part = target.with_name(f".{target.name}.part")
+        sums: dict[str, str] = {}
+
+        def begin() -> None:
+            remove(part)
+            make_folder(part)
+
+        def finish() -> None:
+            write_checksums(part, sums | synced_checksums(part / name for name in SHARDED_PARTS))
+            put_in_place(part, target)
+
+        if (fault := self._by_first_process(begin)) is None:
+            fault = self._write_shares(checkpoint, part, storage_options, sums)
+        if fault is None:
+            fault = self._by_first_process(finish)
+        if fault is not None and self.is_global_zero:
+            shutil.rmtree(part, ignore_errors=True)  # where the disk is full
+        if self.is_global_zero and isinstance(self.checkpoint_io, AtomicCheckpointIO):
+            self.checkpoint_io.note(target, fault)
+        elif fault is not None and not isinstance(self.checkpoint_io, AtomicCheckpointIO):
+            raise fault
+        return None
+
+    def _by_first_process(self, act: Callable[[], None]) -> OSError | None:
+        """Let the first process do something; the error of the disk, on all of them."""
+        fault: OSError | None = None
+        if self.is_global_zero:
+            try:
+                act()
+            except OSError as error:
+                fault = error
+        return self.broadcast(fault)
+
+    def _write_shares(
+        self, checkpoint: dict[str, Any], part: Path, storage_options: Any, sums: dict[str, str]
+    ) -> OSError | None:
+        """Each process writes its files; gives all of them every checksum, and the first error of the disk."""
+        trained = checkpoint.pop(TRAINED, {})  # sharded as well: they go where the weights go
+        checkpoint[WEIGHTS] |= {f"{TRAINED}.{name}": weight for name, weight in trained.items()}
+        fault: OSError | None = None
+        own: dict[str, str] = {}
+        try:
+            super().save_checkpoint(checkpoint, part, storage_options)
+            # Each process those of its own files, as the file system that it wrote to need not show it the others' yet.
+            own = synced_checksums(part.glob(f"__{self.global_rank}_*"))
+        except (OSError, RuntimeError, CheckpointException) as error:
+            if (fault := disk_error(error)) is None:
+                raise
+        every: list[Any] = [None] * self.world_size
+        dist.all_gather_object(every, (own, fault))
+        for others, _ in every:
+            sums |= others
+        return next((fault for _, fault in every if fault), None)
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """State of an optimizer, keyed by names in a folder; in a file by numbers, as any other strategy reads it."""
+        options = StateDictOptions(full_state_dict=not self._save_distributed_checkpoint, cpu_offload=True)
+        state: Any = get_optimizer_state_dict(self._module, optimizer, options=options)
+        if self._save_distributed_checkpoint or not self.is_global_zero:
+            return cast(dict[str, Any], state)
+        names = [name for group in state["param_groups"] for name in group["params"]]
+        return renamed(state, {name: i for i, name in enumerate(names)})
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Load model and optimizers from a file or a folder, written on any number of processes; return all else."""
+        path = Path(self.broadcast(str(checkpoint_path)))
+        return self._load_folder(path) if is_sharded_checkpoint(path) else self._load_file(path, weights_only)
+
+    def _load_folder(self, path: Path) -> dict[str, Any]:
+        faults: list[str | None] = [None] * self.world_size
+        dist.all_gather_object(faults, fault_of_folder(path, self.global_rank, self.world_size))
+        if fault := next(filter(None, faults), None):
+            raise CheckpointError(f"{path} {fault}{other_checkpoint(path)}")
+        weights: Any = get_model_state_dict(self._module)
+        refuse_others(weights, path)
+        load_into({WEIGHTS: weights}, path)
+        self._module.load_state_dict(weights)
+        for i, optimizer in enumerate(self.optimizers):
+            state: Any = {f"optimizer_{i}": get_optimizer_state_dict(self._module, optimizer)}
+            load_into(state, path)
+            set_optimizer_state_dict(self._module, optimizer, state[f"optimizer_{i}"])
+        rest = read_rest(path)
+        held = read_metadata(path).state_dict_metadata
+        trained = {name: torch.empty_like(w) for name, w in weights.items() if f"{WEIGHTS}.{TRAINED}.{name}" in held}
+        if trained:
+            load_into({WEIGHTS: {TRAINED: trained}}, path)
+            rest |= {WEIGHTS: weights, TRAINED: trained}
+        return rest
+
+    def _load_file(self, path: Path, weights_only: bool | None) -> dict[str, Any]:
+        checkpoint: dict[str, Any] = Strategy.load_checkpoint(self, path, weights_only)
+        options = StateDictOptions(full_state_dict=True)
+        set_model_state_dict(self._module, checkpoint[WEIGHTS], options=options)
+        for optimizer, state in zip(self.optimizers, checkpoint.get("optimizer_states", []), strict=False):
+            # By position in the groups: Lightning takes the numbers for positions in the model, where they are not.
+            name_of = {id(p): name for name, p in self._module.named_parameters()}
+            names = [[name_of[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+            pairs = zip(state["param_groups"], names, strict=True)
+            new = {key: name for group, own in pairs for key, name in zip(group["params"], own, strict=True)}
+            set_optimizer_state_dict(self._module, optimizer, renamed(state, new), options=options)
+        return checkpoint
+
+    @property
+    def _module(self) -> nn.Module:
+        assert self.model is not None
+        return self.model
+
+
+def renamed(state: Mapping[str, Any], new: Mapping[Any, Any]) -> dict[str, Any]:
+    """An optimizer's state with other keys for its parameters."""
+    groups = [{**group, "params": [new[key] for key in group["params"]]} for group in state["param_groups"]]
+    return {"state": {new[key]: value for key, value in state["state"].items()}, "param_groups": groups}
+
+
+def require_time(timeout: timedelta | None) -> None:
+    """Raise if processes are to wait for each other for less than a second.
+
+    Raises:
+        ParallelismError: If so; PyTorch would tell it as a lost connection.
+    """
+    if timeout is not None and timeout < timedelta(seconds=1):
+        raise ParallelismError(
+            f"timeout_seconds={timeout.total_seconds():g} of the strategy: so long a process waits for another, which"
+            " may be saving; 1 or more, the default is 1800"
+        )
+
+
+def require_meeting_place(trainer: Trainer) -> None:
+    """Raise where several machines are to train and nothing says where they meet: each would wait by itself.
+
+    Raises:
+        ParallelismError: If so.
+    """
+    alone = isinstance(getattr(trainer.strategy, "cluster_environment", None), LightningEnvironment)
+    if trainer.num_nodes > 1 and alone and "MASTER_ADDR" not in os.environ:
+        raise ParallelismError(
+            f"trainer.num_nodes={trainer.num_nodes}: nothing says where the machines meet; start them by"
+            " configs/cluster/torchrun.sh (make train-nodes) or slurm.sh (make submit), or set MASTER_ADDR, MASTER_PORT"
+            " and NODE_RANK on each"
+        )
+
+
+def require_nccl(device: torch.device) -> None:
+    """Raise if GPUs are to talk to each other and cannot.
+
+    Raises:
+        ParallelismError: If PyTorch was built without NCCL.
+    """
+    if device.type == "cuda" and not dist.is_nccl_available():
+        raise ParallelismError(
+            f"this PyTorch ({torch.__version__}) was built without NCCL, by which GPUs exchange gradients: install the"
+            " index's own build for Linux and CUDA, or use one GPU (trainer.devices=1)"
+        )
+
+
+def compare_devices(device: torch.device, allow_mixed: bool) -> None:
+    """Raise on all processes if their GPUs are not of one kind; all must call it.
+
+    Raises:
+        ParallelismError: If they differ and are not allowed to.
+    """
+    if device.type != "cuda":
+        return
+    properties = torch.cuda.get_device_properties(device)
+    kinds: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(kinds, f"{properties.name} ({properties.total_memory / 2**30:.0f} GiB)")
+    if len(set(kinds)) > 1 and not allow_mixed:
+        counts = ", ".join(f"{kinds.count(kind)} x {kind}" for kind in dict.fromkeys(kinds))
+        raise ParallelismError(
+            f"the GPUs are of different kinds ({counts}), the slowest and smallest sets the pace: choose some of one"
+            " kind with CUDA_VISIBLE_DEVICES, or set allow_mixed_gpus of the strategy"
+        )
+
+
+def share_buffers(module: nn.Module | None) -> None:
+    """Give all processes the buffers of the first one, which are those in its checkpoints."""
+    for buffer in module.buffers() if module is not None else ():
+        dist.broadcast(buffer, 0)
+
+
+def register_strategies() -> None:
+    """Make `ddp` and `fsdp2` names of `trainer.strategy`; `ddp` then is ours."""
+    for name, strategy in {"ddp": EquilibriumDDP, "fsdp2": EquilibriumFSDP2}.items():
+        StrategyRegistry.register(name, strategy, description=str(strategy.__doc__).split("\n")[0], override=True)
+
+
+def refuse_foreign(strategy: Strategy) -> None:
+    """Raise for strategies that shard without knowing of equilibria.
+
+    Raises:
+        ParallelismError: If this is one.
+    """
+    if isinstance(strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
+        raise ParallelismError(
+            f"{type(strategy).__name__} would shard f apart from its solver, and its gradient would be lost: use"
+            " trainer.strategy=fsdp2, or ddp"
+        )
+
+
+def is_fsdp2(setting: Any) -> bool:
+    """Whether the configuration's `trainer.strategy` is ours of FSDP2, by its name or as a class."""
+    if isinstance(setting, str):
+        return setting == "fsdp2"
+    return str(getattr(setting, "class_path", "")).rpartition(".")[2] == EquilibriumFSDP2.__name__

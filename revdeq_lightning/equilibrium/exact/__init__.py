@@ -1,0 +1,1 @@
+"""Exact state arithmetic: updates, remainders, kernels."""

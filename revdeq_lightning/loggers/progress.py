@@ -1,0 +1,154 @@
+"""One progress bar for the whole run; plain lines where there is no terminal."""
+
+import sys
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+from revdeq_lightning.tasks.training_step import is_logging_step
+
+SHOWN = (
+    ("train/loss", "loss {:.3f}"),
+    ("system/tokens_per_second", "{:,.0f} tokens/s"),
+    ("system/images_per_second", "{:,.0f} images/s"),
+    ("equilibrium/forward_nfe", "{:.0f} evaluations"),
+    ("equilibrium/relative_residual", "residual {:.1e}"),
+)
+SHOWN_AFTER_VALIDATION = (
+    ("val/loss", "val/loss {:.4f} nats"),
+    ("val/bits_per_byte", "{:.4f} bits/byte"),
+    ("val/accuracy", "accuracy {:.2%}"),
+)
+
+
+class _TwoLineBar(Progress):
+    """A bar with a line of figures below: both fit a terminal of 80 columns."""
+
+    figures = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        if self.figures:
+            yield Text(self.figures)
+
+
+class RunProgress(ProgressBar):
+    """Shows loss, throughput, evaluations of f and residual, read from the device at logging steps only.
+
+    In a terminal a bar over all optimizer steps of the run; else a line now and then. Validations leave a line in both.
+
+    Args:
+        seconds_between_lines: Least time between two lines without a terminal; 0 for a line every logging step.
+        console: Where to write; standard output by default.
+    """
+
+    def __init__(self, seconds_between_lines: float = 10.0, console: Console | None = None) -> None:
+        super().__init__()
+        self.seconds_between_lines = seconds_between_lines
+        self.console = console or Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+        self._bar: _TwoLineBar | None = None
+        self._last_line = -float("inf")
+        self._enabled = True
+        self._evaluated = 0
+
+    def disable(self) -> None:
+        """Show nothing (Lightning asks for it on all ranks but the first)."""
+        self._enabled = False
+
+    def enable(self) -> None:
+        """Show again."""
+        self._enabled = True
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print above the bar."""
+        if self._enabled:
+            self.console.print(*args, markup=False)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin at the step where the run begins."""
+        total = trainer.estimated_stepping_batches
+        self._start("training", total, trainer.global_step)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Advance; new figures at logging steps."""
+        if not self._enabled:
+            return
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=trainer.global_step)
+        if is_logging_step(trainer):
+            figures = _figures(trainer, SHOWN)
+            if self._bar is not None:
+                self._bar.figures = figures
+            elif time.monotonic() - self._last_line >= self.seconds_between_lines:
+                self._last_line = time.monotonic()
+                self.print(f"step {trainer.global_step}/{trainer.estimated_stepping_batches}: {figures}")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave a line with the figures of a validation within training."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self.print(f"step {trainer.global_step}: {_figures(trainer, SHOWN_AFTER_VALIDATION)}")
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin a bar over the batches of the test split."""
+        self._start("testing", sum(trainer.num_test_batches), 0)
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Advance."""
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=batch_idx + 1)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End the bar."""
+        self._stop()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End the bar."""
+        self._stop()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """End the bar, so that the terminal is left as it was."""
+        self._stop()
+
+    def _start(self, description: str, total: float, completed: int) -> None:
+        if not (self._enabled and self.console.is_terminal):
+            return
+        known = total if total != float("inf") and total > 0 else None
+        self._bar = _TwoLineBar(
+            TextColumn(description),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("<"),
+            TimeRemainingColumn(),
+            console=self.console,
+            refresh_per_second=4,
+            expand=True,
+        )
+        self._bar.add_task(description, total=known, completed=completed)
+        self._bar.start()
+
+    def _stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def _figures(trainer: Trainer, shown: tuple[tuple[str, str], ...]) -> str:
+    metrics = trainer.callback_metrics
+    return "  ".join(form.format(float(metrics[key])) for key, form in shown if key in metrics)

@@ -1,0 +1,143 @@
+"""The page: what the template shows, and where it is written."""
+
+import argparse
+import base64
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from revdeq_lightning import __version__
+from revdeq_lightning.report import panels
+from revdeq_lightning.report.figures import Figure, figures
+from revdeq_lightning.report.plots import NUM_COLORS, number
+from revdeq_lightning.report.run_folder import Run, read_runs
+from revdeq_lightning.runs.folder import REPORT
+
+MAX_RUNS = NUM_COLORS
+"""Of a comparison: one colour each."""
+SAMPLES_SHOWN = 3
+
+
+def write_report(folders: Sequence[str | Path], output: str | Path | None = None) -> Path:
+    """Write the page of a run, or of several beside each other.
+
+    Args:
+        folders: Folders of runs of one task.
+        output: File to write; None: `report.html` in the run's folder, or `comparison.html` in the nearest folder that
+            holds all runs.
+
+    Returns:
+        The file. It needs no other to be shown; links to checkpoints and tables are relative to it.
+
+    Raises:
+        FileNotFoundError: If a folder holds no run.
+        ValueError: If the runs cannot be compared, or a file is not what its name says.
+    """
+    paths = [Path(folder) for folder in folders]
+    if not 1 <= len(paths) <= MAX_RUNS:
+        raise ValueError(f"a page shows 1 to {MAX_RUNS} runs, got {len(paths)}")
+    runs = read_runs(paths)
+    refuse_other_tasks(runs)
+    if output is None:
+        output = paths[0] / REPORT if len(runs) == 1 else Path(os.path.commonpath(paths)) / "comparison.html"
+    path = Path(output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(render(runs, path.parent), encoding="utf-8")
+    return path
+
+
+def report(options: Sequence[str], parser_class: Callable[..., argparse.ArgumentParser]) -> str:
+    """The command `report RUN [RUN ...] [--output FILE]`; returns what it says."""
+    parser = parser_class(
+        prog="python -m revdeq_lightning report",
+        description="Write the page of a run, or of several runs beside each other.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run: it holds metrics.csv")
+    parser.add_argument("--output", metavar="FILE", help="default: RUN/report.html, or comparison.html above the runs")
+    given = parser.parse_args(list(options))
+    return f"Report in {write_report(given.runs, given.output)}"
+
+
+def refuse_other_tasks(runs: Sequence[Run]) -> None:
+    """Raise if the same key means different things in these runs."""
+    known = {run.task: run for run in runs if run.task}
+    if len(known) > 1:
+        told = ", ".join(f"{run.folder} is a {task}" for task, run in known.items())
+        raise ValueError(f"runs of different tasks have no figure in common, got: {told}. Compare runs of one task")
+
+
+def render(runs: Sequence[Run], folder: Path) -> str:
+    """The page's text, for a file in this folder."""
+    import jinja2
+
+    loader = jinja2.PackageLoader("revdeq_lightning.report", ".")
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.filters.update(number=number, setting=setting, size=size)
+    return environment.get_template("page.html.j2").render(
+        title=runs[0].folder.resolve().name if len(runs) == 1 else f"{len(runs)} runs",
+        runs=runs,
+        figures=[figures(run) for run in runs],
+        compared=compared_figures(runs),
+        settings=main_settings(runs[0]) if len(runs) == 1 else "",
+        curves=panels.curves(runs),
+        others=panels.other_curves(runs),
+        equilibrium=[*panels.residual_plots(runs), *panels.sweep_plots(runs)],
+        sweeps=[sweep_table(run) for run in runs],
+        samples=[list(reversed(run.samples[-SAMPLES_SHOWN:])) for run in runs],
+        images=[[(path.stem, embedded(path)) for path in run.images] for run in runs],
+        differences=differences([run.config for run in runs]),
+        surroundings=differences([run.environment for run in runs]),
+        links=[[(path, os.path.relpath(path, folder)) for path in run.files] for run in runs],
+        version=__version__,
+    )
+
+
+def compared_figures(runs: Sequence[Run]) -> dict[str, list[Figure | None]]:
+    """For each figure its value in each run."""
+    found = [{figure.name: figure for figure in figures(run)} for run in runs]
+    names = dict.fromkeys(name for of_run in found for name in of_run)
+    return {name: [of_run.get(name) for of_run in found] for name in names}
+
+
+def main_settings(run: Run) -> str:
+    """Solver and training in one line, without what was left at its default."""
+    keys = ("solver", "max_steps", "beta", "momentum", "rtol", "atol", "arithmetic", "adjoint")
+    given = {key: run.config.get(f"model.solver.{key}") for key in keys}
+    return ", ".join(f"{key} {setting(value)}" for key, value in given.items() if value not in (None, 0, 0.0))
+
+
+def sweep_table(run: Run) -> dict[str, Any]:
+    """Names and rows of the depth sweep, the newest in training where there is no other."""
+    rows = run.sweep or panels.newest(run.validation_sweep)
+    names = [name for name in (rows[0] if rows else {}) if name != "step"]
+    step = rows[0].get("step") if rows else None
+    return {"label": run.label, "names": names, "rows": rows, "step": step, "trained": panels.trained_nfe(run)}
+
+
+def differences(settings: Sequence[dict[str, Any]]) -> list[tuple[str, list[Any], bool]]:
+    """Each key with its value in each run, and whether they differ."""
+    keys = dict.fromkeys(key for of_run in settings for key in of_run)
+    values = {key: [of_run.get(key) for of_run in settings] for key in keys}
+    return [(key, found, any(value != found[0] for value in found)) for key, found in values.items()]
+
+
+def embedded(path: Path) -> str:
+    """A picture as an address that holds it."""
+    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def setting(value: Any) -> str:
+    """A setting as in the configuration's file."""
+    words = {None: "null", True: "true", False: "false", "": '""'}
+    if isinstance(value, list):
+        return f"[{', '.join(map(setting, value))}]"
+    return words[value] if value is None or isinstance(value, bool) or value == "" else str(value)
+
+
+def size(path: Path) -> str:
+    """Size of a file; nothing of a folder."""
+    num_bytes = path.stat().st_size if path.is_file() else 0
+    units = ((2**20, "MiB"), (2**10, "KiB"), (1, "bytes"))
+    return next((f"{num_bytes / unit:,.0f} {name}" for unit, name in units if num_bytes >= unit), "")

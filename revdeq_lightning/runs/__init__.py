@@ -1,0 +1,1 @@
+"""A run's folder, environment, signals, lock, divergence guard and random state."""

@@ -1,0 +1,292 @@
+"""A loss, state or gradient that is not finite: no optimizer step, the batch kept, the run ended or taken back."""
+
+import functools
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.optim import Optimizer
+
+from revdeq_lightning.checkpoints.files import newest_good, write_checkpoint
+from revdeq_lightning.checkpoints.io import on_host
+from revdeq_lightning.checkpoints.names import CHECKPOINTS
+from revdeq_lightning.equilibrium import DivergenceError, deferred_divergence, equilibria
+from revdeq_lightning.runs.random_state import random_state
+from revdeq_lightning.tasks.training_step import run_folder
+
+DIVERGED = "diverged"
+WEIGHTS = "weights.ckpt"
+MOST_FILES = 8
+"""Where no process can tell that it was its batch: of so many processes the batches are kept."""
+
+
+@dataclass
+class DivergenceConfig:
+    """What a run does when loss, state or gradient is not finite; an optimizer step with such a gradient is never made.
+
+    Attributes:
+        policy: stop, or rollback: go on from the last good checkpoint with lower learning rates.
+        lr_factor: By which a rollback multiplies all learning rates.
+        max_rollbacks: In the whole run; then it stops.
+    """
+
+    policy: Literal["stop", "rollback"] = "stop"
+    lr_factor: float = 0.5
+    max_rollbacks: int = 3
+
+    def __post_init__(self) -> None:
+        if not 0 < self.lr_factor < 1:
+            raise ValueError(f"divergence.lr_factor must be in (0, 1), got {self.lr_factor}")
+        if self.max_rollbacks < 1:
+            raise ValueError(f"divergence.max_rollbacks must be at least 1, got {self.max_rollbacks}: use policy=stop")
+
+
+class DivergedError(RuntimeError):
+    """Training cannot go on from here.
+
+    Attributes:
+        checkpoint: Where to go on with lower learning rates; None: the run is to stop.
+        num_rollbacks: How many the run has made so far.
+    """
+
+    def __init__(self, message: str, checkpoint: Path | None = None, num_rollbacks: int = 0) -> None:
+        super().__init__(message)
+        self.checkpoint, self.num_rollbacks = checkpoint, num_rollbacks
+
+
+class DivergenceGuard(Callback):
+    """Looks at loss and gradient before each optimizer step, and at the weights before each validation and checkpoint.
+
+    If they are not finite it raises `DivergedError`, on all processes together, with the weights of before the step;
+    the batches of the step, the random states that they met, and the weights are in the run's folder, for
+    `python -m revdeq_lightning replay`. An equilibrium that diverges on one process, forward or backward,
+    goes on there with NaN (`deferred_divergence`), so that the others, which wait for its gradient, hear of it.
+
+    Costs one read of the gradient and one wait of the host a step. With a gradient scaler (16-mixed), which skips
+    overflowing steps by itself, only the loss is looked at. Must come after callbacks that call `training_step`.
+
+    Args:
+        folder: Folder of the run; None: the trainer's.
+        config: What to do.
+        num_rollbacks: How many there were before this start; a checkpoint knows of those before it.
+
+    Raises:
+        DivergedError: See above; whoever catches it may go back to its `checkpoint`.
+    """
+
+    def __init__(
+        self, folder: str | Path | None = None, config: DivergenceConfig | None = None, num_rollbacks: int = 0
+    ) -> None:
+        self.folder, self.config = folder, config or DivergenceConfig()
+        self._path = Path()
+        self.num_rollbacks = num_rollbacks
+        self._rollbacks_in_checkpoint = 0
+        self._batches: list[dict[str, Any]] = []
+        self._losses: list[Tensor] = []
+        self._errors: list[DivergenceError] = []
+        self._validation_errors: list[DivergenceError] = []
+        self._begins = True
+        self._in_step = False
+        self._is_attached = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """How often the rates were lowered."""
+        return {"num_rollbacks": self.num_rollbacks}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The rates of the checkpoint are lowered so often."""
+        self._rollbacks_in_checkpoint = state_dict["num_rollbacks"]
+        self.num_rollbacks = max(self.num_rollbacks, self._rollbacks_in_checkpoint)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the folder, on all ranks that of the first."""
+        if stage == "fit":
+            self._path = run_folder(trainer, self.folder)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lower the rates after a rollback; listen to the training step."""
+        lower_rates(trainer, self.config.lr_factor ** (self.num_rollbacks - self._rollbacks_in_checkpoint))
+        self._attach(trainer, pl_module)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Keep the batch and what its step depends on."""
+        if self._begins:
+            self._batches, self._losses, self._errors = [], [], []
+        solvers = [asdict(cast(Any, layer.solver)) for layer in equilibria(pl_module)]
+        self._batches.append({"batch": batch, "random_state": random_state(), "solvers": solvers})
+        self._begins, self._in_step = False, True
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Note the loss; it stays on the device."""
+        self._in_step = False
+        self._losses.append(loss.detach().float())
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Let the step be made only if everything is finite on all processes."""
+        self._begins = True
+        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+        gradients = () if scaled else (p.grad for p in pl_module.parameters() if p.grad is not None)
+        diverged = bool(self._errors) or not all_finite([*self._losses, *norms(gradients)])
+        if trainer.strategy.reduce_boolean_decision(diverged, all=False):
+            self._end(trainer, pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let the weights be validated only if they are finite."""
+        self._validation_errors.clear()
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._check_weights(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End, on all processes, if an equilibrium diverged on one of them; before a checkpoint is written."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            reasons: list[Any] = [str(error) for error in self._validation_errors[:1]]
+            if trainer.world_size > 1:
+                gathered: list[Any] = [None] * trainer.world_size
+                torch.distributed.all_gather_object(gathered, reasons)
+                reasons = [reason for found in gathered for reason in found]
+            if reasons:
+                self._raise(trainer, f"in the validation {reasons[0]}")
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Refuse to save weights from which training cannot go on.
+
+        Raises:
+            DivergedError: If they are not finite.
+        """
+        if trainer.state.fn == "fit":
+            self._check_weights(trainer, pl_module)
+
+    def _check_weights(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """An update may overflow though its gradient does not."""
+        finite = all_finite(norms(p.detach() for p in pl_module.parameters()))
+        if trainer.strategy.reduce_boolean_decision(not finite, all=False):
+            self._raise(trainer, "the weights are not finite: the last update overflowed")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave the module as it was."""
+        self._leave(pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave the module as it was."""
+        self._leave(pl_module)
+
+    def _attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        step = pl_module.training_step
+
+        @functools.wraps(step)
+        def guarded_step(*args: Any, **kwargs: Any) -> Any:
+            if not self._in_step:  # another callback asks, and can be told at once
+                return step(*args, **kwargs)
+            with deferred_divergence(self._errors):
+                return step(*args, **kwargs)
+
+        validation_step = pl_module.validation_step
+
+        @functools.wraps(validation_step)
+        def guarded_validation_step(*args: Any, **kwargs: Any) -> Any:
+            with deferred_divergence(self._validation_errors):
+                return validation_step(*args, **kwargs)
+
+        pl_module.__dict__ |= {"training_step": guarded_step, "validation_step": guarded_validation_step}
+        self._is_attached = True
+
+    def _end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        mine = bool(self._errors) or not all_finite(self._losses)
+        anyones = trainer.strategy.reduce_boolean_decision(mine, all=False)
+        losses = ", ".join(f"{loss.item():.4g}" for loss in self._losses)
+        if self._errors:
+            reason = str(self._errors[0])
+        elif mine:
+            reason = f"the loss is not finite ({losses})"
+        elif anyones:
+            reason = "the loss of another process is not finite"
+        else:
+            reason = f"the gradient is not finite (loss {losses})"
+        keep = mine or (not anyones and trainer.global_rank < MOST_FILES)
+        kept = self._keep(trainer, pl_module, reason if keep else None)
+        reasons: list[Any] = [(trainer.global_rank, reason, kept if keep else None)]
+        if trainer.world_size > 1:
+            reasons = [None] * trainer.world_size
+            torch.distributed.all_gather_object(reasons, (trainer.global_rank, reason, kept if keep else None))
+        rank, reason, kept = next(entry for entry in reasons if entry[2] is not None)
+        where = f" on process {rank}" if trainer.world_size > 1 else ""
+        self._raise(trainer, f"{reason}{where}", f"; {kept}")
+
+    def _raise(self, trainer: Trainer, reason: str, kept: str = "") -> None:
+        text = f"training diverged in step {trainer.global_step + 1}: {reason}. No step was made with it{kept}"
+        checkpoint: Path | None = None
+        if self.config.policy == "rollback":
+            if self.num_rollbacks >= self.config.max_rollbacks:
+                text += f"; after {self.num_rollbacks} rollbacks (divergence.max_rollbacks) the run stops"
+            else:
+                folder, step = self._path / CHECKPOINTS, trainer.global_step
+                found = newest_good(folder, at_most=step).path if trainer.is_global_zero else None
+                checkpoint = trainer.strategy.broadcast(found)
+                text += "" if checkpoint else "; there is no checkpoint to go back to"
+        raise DivergedError(text, checkpoint, self.num_rollbacks)
+
+    def _keep(self, trainer: Trainer, pl_module: LightningModule, reason: str | None) -> str:
+        """Write the weights (first process) and, with a reason, this process's batches; what to tell the user of it."""
+        folder = self._path / DIVERGED / f"step-{trainer.global_step + 1}"
+        state = {name: whole(value) for name, value in pl_module.state_dict().items()}
+        path = folder / f"process-{trainer.global_rank}.ckpt"
+        try:
+            if trainer.is_global_zero:
+                write_checkpoint(on_host({"state_dict": state}), folder / WEIGHTS)
+            if reason is not None:
+                content = {
+                    "task": type(pl_module).__name__,
+                    "hyper_parameters": dict(pl_module.hparams),
+                    "precision": str(trainer.precision),
+                    "global_step": trainer.global_step,
+                    "reason": reason,
+                    "batches": [entry | {"batch": plain(entry["batch"])} for entry in self._batches],
+                }
+                write_checkpoint(on_host(content), path)
+        except OSError as error:
+            return f"its batch could not be kept in {folder}: {error.strerror or error}"
+        return f"to see the batch again: python -m revdeq_lightning replay --file {path}"
+
+    def _leave(self, pl_module: LightningModule) -> None:
+        for name in ("training_step", "validation_step") if self._is_attached else ():
+            del pl_module.__dict__[name]
+        self._is_attached, self._batches, self._losses = False, [], []
+
+
+def lower_rates(trainer: Trainer, factor: float) -> None:
+    """Multiply the learning rates, now and in all that a schedule will make of them."""
+    if factor != 1:
+        for group in (group for optimizer in trainer.optimizers for group in optimizer.param_groups):
+            for key in ("lr", "initial_lr"):
+                if key in group:
+                    group[key] = group[key] * factor
+        for entry in trainer.lr_scheduler_configs:
+            scheduler: Any = entry.scheduler
+            if hasattr(scheduler, "base_lrs"):
+                scheduler.base_lrs = [rate * factor for rate in scheduler.base_lrs]
+
+
+@torch.no_grad()
+def norms(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """A norm each, of what lies on this process; finite if (almost: up to 1e19) and only if all values are."""
+    local = [cast(Any, t).to_local() if hasattr(t, "to_local") else t for t in tensors]
+    return list(torch._foreach_norm([t for t in local if t.numel()])) if local else []
+
+
+def all_finite(values: list[Tensor]) -> bool:
+    """Whether all these numbers are; asks the device once."""
+    return not values or bool(torch.stack([value.float() for value in values]).isfinite().all())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor of shards put together; all processes must call it."""
+    return cast(Any, tensor).full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def plain(batch: Any) -> Any:
+    """Named tuples as dictionaries: a checkpoint holds no classes."""
+    return batch._asdict() if hasattr(batch, "_asdict") else batch

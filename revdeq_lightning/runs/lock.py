@@ -1,0 +1,65 @@
+"""A lock on a run's folder: no second process trains in it."""
+
+import fcntl
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from revdeq_lightning.cli.main import fail
+from revdeq_lightning.cli.messages import say
+
+LOCK = ".lock"
+PATIENCE = 120.0
+"""Seconds to wait for another machine's lock: of one that died a network's file system gives it up late (NFS: 90 s)."""
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Within, this process alone trains in the folder; where another one does, the program ends in one line.
+
+    The lock is the kernel's and ends with the process, however that ends; the file stays and says whose it is. A record
+    lock (`lockf`) is for this process alone: those that load data, and may outlive it, do not inherit it as they would
+    one of `flock`, and the process does not lock itself out. Where there are no locks it goes on without.
+    """
+    descriptor = None
+    with suppress(OSError):  # another user's file
+        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        if descriptor is not None:
+            _take(descriptor, folder)
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _take(descriptor: int, folder: Path) -> None:
+    begin = time.monotonic()
+    is_told = False
+    while not _is_ours(descriptor):
+        host, _, pid = os.pread(descriptor, 300, 0).decode(errors="replace").strip().partition(" ")
+        fault = f"another process trains in {folder} ({pid} on {host})"
+        advice = "wait for its end, or choose another run.version"
+        if host == socket.gethostname():
+            fail(f"{fault}: {advice}")
+        if time.monotonic() - begin >= PATIENCE:
+            fail(f"{fault}: {advice}; if its machine is lost, remove {folder / LOCK}")
+        if host and not is_told:
+            say(f"{fault}: waiting, in case its machine is lost")
+            is_told = True
+        time.sleep(0.5)
+
+
+def _is_ours(descriptor: int) -> bool:
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{socket.gethostname()} {os.getpid()}\n".encode(), 0)
+    except (BlockingIOError, PermissionError):  # POSIX allows both
+        return False
+    except OSError:  # a file system without locks, or a full disk
+        pass
+    return True

@@ -1,0 +1,217 @@
+"""Runs the training step on the side: a question to the model that leaves no trace in the run."""
+
+import copy
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from lightning import LightningModule, Trainer
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+from torchmetrics import Metric, MetricCollection
+
+from revdeq_lightning.equilibrium import AbstractAdjoint, AbstractSolver, EquilibriumLayer, SolverStats, equilibria
+from revdeq_lightning.equilibrium.function import call_with_parameters, is_compiled
+from revdeq_lightning.runs.random_state import random_state, set_random_state
+from revdeq_lightning.tasks.training_step import StepStatistics
+
+Loss = Callable[[LightningModule, Any], Tensor]
+Gradients = dict[str, Tensor]
+
+OWN_STATE = (Metric, MetricCollection)
+"""Modules that hold more state than their buffers."""
+
+
+@dataclasses.dataclass
+class Probe:
+    """The loss of some samples and its gradients, on the side.
+
+    Afterwards the generators of random numbers, buffers, `.grad`, training modes, solvers and adjoints are as they
+    were; nothing is logged, no metric of torchmetrics is updated, and DDP does not hear of it. The parameters' own
+    storage is read, not copied. Compiled functions run eagerly: other sizes would have them compiled anew.
+
+    Attributes:
+        trainer: Its precision applies.
+        module: The model.
+        batch: Samples, as the training step takes them.
+        loss: `(module, batch) -> loss`; None: that of `training_step`.
+        dropout: Whether dropout stays on.
+    """
+
+    trainer: Trainer
+    module: LightningModule
+    batch: Any
+    loss: Loss | None = None
+    dropout: bool = True
+    stats: list[SolverStats] = dataclasses.field(default_factory=list)
+    """Of the newest call's solves."""
+
+    def gradients(
+        self,
+        choose: Callable[[EquilibriumLayer], tuple[AbstractSolver, AbstractAdjoint]] | None = None,
+        *,
+        float64: bool = False,
+    ) -> Gradients:
+        """Gradient of the loss in every parameter that has one, by name; all calls draw the same random numbers.
+
+        Args:
+            choose: Solver and adjoint of each layer; None: its own.
+            float64: Whether all floating-point numbers are float64, also where the model asks for float32, without
+                autocast.
+        """
+
+        def run() -> Gradients:
+            names = [name for name, p in parameters.items() if p.requires_grad]
+            found = torch.autograd.grad(self._loss(float64), [parameters[n] for n in names], allow_unused=True)
+            return {n: torch.zeros_like(parameters[n]) if g is None else g for n, g in zip(names, found, strict=True)}
+
+        # Leaves of their own: the gradient reaches neither `.grad` nor the hooks of the true ones.
+        parameters = {
+            name: _cast(p.detach(), float64).requires_grad_(p.requires_grad)
+            for name, p in self.module.named_parameters()
+        }
+        buffers = {name: _cast(b.clone(), float64) for name, b in self.module.named_buffers()}
+        self.stats = []
+        with (
+            self.untraced(),
+            _chosen(self.module, choose),
+            self._watched(lambda *call: self.stats.append(call[-1].stats)),
+        ):
+            with _Float64() if float64 else nullcontext():
+                found: Gradients = call_with_parameters(self.module, parameters | buffers, run)
+            return found
+
+    @torch.no_grad()
+    def solutions(self) -> list[tuple[EquilibriumLayer, Any, Any]]:
+        """Each layer with the x that it received and the state that it returned, in the order of the calls."""
+        seen: list[tuple[EquilibriumLayer, Any, Any]] = []
+
+        def note(layer: Any, args: Any, kwargs: Any, solution: Any) -> None:
+            seen.append((layer, args[0] if args else kwargs["x"], solution.value))
+
+        buffers: dict[str, Tensor] = {name: b.clone() for name, b in self.module.named_buffers()}
+        with self.untraced(), self._watched(note):
+            call_with_parameters(self.module, buffers, self._loss)
+        return seen
+
+    @contextmanager
+    def precision(self) -> Iterator[None]:
+        """As in a training step."""
+        with self.trainer.precision_plugin.train_step_context():
+            yield
+
+    def _loss(self, float64: bool = False) -> Tensor:
+        batch = apply_to_collection(self.batch, Tensor, _cast, float64)
+        with nullcontext() if float64 else self.precision():
+            output = self.loss(self.module, batch) if self.loss else self._training_step(batch)
+        value = output["loss"] if isinstance(output, dict) else output
+        if not isinstance(value, Tensor):
+            raise TypeError(f"the training step must return a loss, or a dict with one, got {type(value).__name__}")
+        return value
+
+    def _training_step(self, batch: Any) -> Any:
+        takes_index = len(inspect.signature(self.module.training_step).parameters) > 1
+        return self.module.training_step(batch, 0) if takes_index else self.module.training_step(batch)
+
+    @contextmanager
+    def _watched(self, note: Callable[..., None]) -> Iterator[None]:
+        """Call `note(layer, args, kwargs, solution)` after every solve."""
+        handles = [layer.register_forward_hook(note, with_kwargs=True) for layer in equilibria(self.module)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def untraced(self) -> Iterator[None]:
+        """What is asked of the module within leaves no trace."""
+        state = random_state()
+        modules = list(self.module.modules())
+        metrics = [(m, name, c) for m in modules for name, c in m.named_children() if isinstance(c, OWN_STATE)]
+        dropouts = [m for m in modules if isinstance(m, nn.modules.dropout._DropoutNd) and m.training]
+        silenced = ("log", "log_dict")
+        with ExitStack() as stack:
+            if is_compiled(self.module):
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(StepStatistics.unheard())
+            try:
+                for parent, name, metric in metrics:
+                    setattr(parent, name, copy.deepcopy(metric))
+                for dropout in dropouts:
+                    dropout.training = self.dropout
+                for name in silenced:
+                    self.module.__dict__[name] = lambda *args, **kwargs: None
+                yield
+            finally:
+                for name in silenced:
+                    del self.module.__dict__[name]
+                for dropout in dropouts:
+                    dropout.training = True
+                for parent, name, metric in metrics:
+                    setattr(parent, name, metric)
+                set_random_state(state)
+
+
+def batch_size(batch: Any) -> int:
+    """First size of the first tensor."""
+    sizes: list[int] = []
+    apply_to_collection(batch, Tensor, lambda t: sizes.append(len(t)) if t.dim() else None)
+    return sizes[0] if sizes else 1
+
+
+def first_samples(batch: Any, num_samples: int) -> Any:
+    """The first samples of a batch of tensors with a common first size; tensors of another size stay as they are."""
+    size = batch_size(batch)
+    return apply_to_collection(batch, Tensor, lambda t: t[:num_samples] if t.dim() and len(t) == size else t)
+
+
+def reason_against(module: LightningModule, loss: Loss | None) -> str | None:
+    """Why the module cannot be asked on the side, or None."""
+    if loss is None and not module.automatic_optimization:
+        return (
+            f"the training_step of {type(module).__name__} steps the optimizer itself (automatic_optimization=False):"
+            " give a loss=function(module, batch)"
+        )
+    if torch.distributed.is_available():
+        from torch.distributed.tensor import DTensor
+
+        sharded = next((name for name, p in module.named_parameters() if isinstance(p, DTensor)), None)
+        if sharded is not None:
+            return f"parameter {sharded!r} is sharded: one device or DDP is needed"
+    return None
+
+
+@contextmanager
+def _chosen(
+    module: nn.Module, choose: Callable[[EquilibriumLayer], tuple[AbstractSolver, AbstractAdjoint]] | None
+) -> Iterator[None]:
+    layers = equilibria(module) if choose else []
+    own = [(layer.solver, layer.adjoint) for layer in layers]
+    try:
+        for layer in layers:
+            assert choose is not None
+            layer.solver, layer.adjoint = choose(layer)
+        yield
+    finally:
+        for layer, (solver, adjoint) in zip(layers, own, strict=True):
+            layer.solver, layer.adjoint = solver, adjoint
+
+
+def _cast(tensor: Tensor, float64: bool) -> Tensor:
+    return tensor.double() if float64 and tensor.is_floating_point() else tensor
+
+
+class _Float64(TorchFunctionMode):
+    """Whoever asks for float32 gets float64: a loss that is computed in float32 would be no reference."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.float:
+            return args[0].double()
+        args, kwargs = tree_map(lambda a: torch.float64 if a is torch.float32 else a, (args, kwargs or {}))
+        return func(*args, **kwargs)

@@ -1,0 +1,107 @@
+"""Ctrl-C and a scheduler's signals end training after the same step on every rank."""
+
+import signal
+import threading
+from typing import Any, cast
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+
+from revdeq_lightning.runs.signals import STOP, Stopped
+from revdeq_lightning.tasks.training_step import made_step
+
+
+class StopSignal(Callback):
+    """Ends training at Ctrl-C, SIGTERM or SIGUSR1, between two optimizer steps on which all ranks agree.
+
+    A signal may reach one rank alone, or each at another moment. A rank that acted on it by itself would wait for the
+    others in its collective, and they for it in theirs. So the handler only notes the signal, and after each optimizer
+    step the ranks exchange one number. `LastCheckpoint` saves once they have agreed; training ends as the next step
+    begins. A validation that is under way, or due after that step, is finished first; a test, of which nothing
+    can be kept, is not.
+
+    A second Ctrl-C ends at once, without a checkpoint; the other signals may come as often as they like.
+    """
+
+    def __init__(self) -> None:
+        self._previous_interrupt: Any = None
+        self._took = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Note the signals from now on, and keep Lightning from handling them.
+
+        Lightning's handlers call collectives, and under SLURM save, at whatever moment the signal comes: a
+        rank that gets it in another collective than the others hangs.
+        """
+        self._took = STOP.take() or self._took
+        cast(Any, trainer)._signal_connector.register_signal_handlers = lambda: None  # there is no public switch
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take Ctrl-C too; a signal that came before ends the run before its first step."""
+        if threading.current_thread() is threading.main_thread():
+            self._previous_interrupt = signal.signal(signal.SIGINT, self._interrupt)
+        self._agree(trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """End, if asked to: not earlier, for the metrics of the last step are logged after its `on_train_batch_end`."""
+        self._end_if_asked()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Agree."""
+        if made_step(trainer):
+            self._agree(trainer)
+
+    def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        """End an evaluation that is not part of training."""
+        if trainer.state.fn != "fit":
+            self.on_test_batch_end(trainer)
+
+    def on_test_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        """End; the whole test is done again."""
+        self._agree(trainer)
+        self._end_if_asked()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give the signals back, but for Ctrl-C where it is ignored while training shuts down."""
+        if isinstance(exception, Exception):
+            self._give_back_interrupt()
+        self.teardown(trainer, pl_module, "")
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give Ctrl-C back."""
+        self._give_back_interrupt()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the signals back, unless the program took them itself."""
+        if self._took:
+            STOP.give_back()
+            self._took = False
+
+    def _agree(self, trainer: Trainer) -> None:
+        if trainer.world_size == 1:
+            STOP.agreed = STOP.received
+        else:
+            received = torch.tensor(float(STOP.received), device=trainer.strategy.root_device)
+            STOP.agreed = int(trainer.strategy.reduce(received, reduce_op="max"))
+
+    def _end_if_asked(self) -> None:
+        if not STOP.agreed:
+            return
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is saved, and soon over
+        name = signal.Signals(STOP.agreed).name
+        raise Stopped("Interrupted" if STOP.agreed == signal.SIGINT else f"Stopped by {name}")
+
+    def _interrupt(self, *_: Any) -> None:
+        STOP.received = signal.SIGINT
+        self._give_back_interrupt()
+        if cast(Any, rank_zero_only).rank == 0:
+            print("\nStopping with a checkpoint after this step (Ctrl-C again: at once, without) ...", flush=True)
+
+    def _give_back_interrupt(self) -> None:
+        if self._previous_interrupt is not None:
+            signal.signal(signal.SIGINT, self._previous_interrupt)
+            self._previous_interrupt = None

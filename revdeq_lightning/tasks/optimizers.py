@@ -1,0 +1,278 @@
+"""Optimizers and learning rate schedules, each from one dataclass."""
+
+import itertools
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
+
+from revdeq_lightning.tasks.sharded_tensors import shared_out_like, whole
+
+
+@dataclass
+class OptimizerConfig:
+    """Optimizer, schedule and averaging of the weights; gradient clipping is `trainer.gradient_clip_val`.
+
+    Attributes:
+        optimizer: adamw, or muon: Muon for the matrices and kernels inside the model, AdamW for embedding, readout and
+            vectors.
+        lr: Peak learning rate of AdamW.
+        embedding_lr: That of the embeddings; null for `lr`.
+        muon_lr: Peak learning rate of Muon.
+        betas: Of AdamW.
+        eps: Of AdamW.
+        muon_momentum: Of Muon.
+        weight_decay: Decoupled, times the learning rate; of the matrices and kernels, with either optimizer.
+        readout_decay: That of the readout.
+        schedule: After the warm-up: constant, linear or cosine decay over the whole run, or plateau: multiply by
+            plateau_factor when the training loss, averaged over plateau_window steps, has not improved for
+            plateau_patience such windows.
+        warmup_steps: Steps over which the learning rate rises linearly from 0. None with plateau.
+        final_lr_fraction: What linear and cosine decay to, as a fraction of the peak.
+        plateau_factor: See schedule.
+        plateau_patience: See schedule.
+        plateau_window: See schedule.
+        ema_decay: Above 0: an exponential moving average of the weights, with this decay a step, is what validation,
+            test and generation use.
+    """
+
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    lr: float = 3e-4
+    embedding_lr: float | None = None
+    muon_lr: float = 0.02
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    muon_momentum: float = 0.95
+    weight_decay: float = 0.0
+    readout_decay: float = 0.0
+    schedule: Literal["constant", "linear", "cosine", "plateau"] = "constant"
+    warmup_steps: int = 0
+    final_lr_fraction: float = 0.0
+    plateau_factor: float = 0.5
+    plateau_patience: int = 10
+    plateau_window: int = 200
+    ema_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.betas = (self.betas[0], self.betas[1])
+        for name in ("lr", "embedding_lr", "muon_lr", "eps"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be positive, got {value}")
+        for name in ("weight_decay", "readout_decay", "warmup_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("plateau_patience", "plateau_window"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("ema_decay", "final_lr_fraction"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if self.schedule == "plateau" and self.warmup_steps:
+            raise ValueError(f"schedule='plateau' has no warm-up, got warmup_steps={self.warmup_steps}")
+
+
+class Muon(Optimizer):
+    """Moves each matrix by its orthogonalised (Nesterov) momentum; a kernel is the matrix `(out, in * height * width)`.
+
+    Like `torch.optim.Muon`, which takes no kernels and computes in bfloat16 everywhere: on a CPU without instructions
+    for it that is 30 times slower, and slower than the model. Here CPUs compute in float32. Of matrices sharded over
+    processes (FSDP2) each is gathered on every process, which all compute its direction: as many bytes once more as
+    the gradients have.
+
+    Args:
+        parameters: Matrices and kernels.
+        lr: Learning rate; a matrix with more rows than columns moves `sqrt(rows / columns)` times as far.
+        momentum: Weight of the earlier gradients.
+        weight_decay: Decoupled, times the learning rate.
+
+    Source: Jordan et al. 2024, kellerjordan.github.io/posts/muon.
+    """
+
+    def __init__(self, parameters: Iterable[Any], lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
+        super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        vectors = [tuple(p.shape) for group in self.param_groups for p in group["params"] if p.dim() < 2]
+        if vectors:
+            raise ValueError(f"Muon moves matrices and kernels, got a parameter of shape {vectors[0]}")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Make one step."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                state = self.state[p]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(p.grad)
+                buffer = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
+                # A sharded matrix is gathered: its directions are not those of its parts.
+                update = whole(p.grad.lerp(buffer, group["momentum"])).flatten(1)
+                if not p.is_cpu:
+                    update = update.bfloat16()
+                rows, columns = update.shape
+                direction = shared_out_like(orthogonalise(update).to(p.dtype).view(p.shape), p)
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(direction, alpha=-group["lr"] * math.sqrt(max(1.0, rows / columns)))
+        return loss
+
+
+def orthogonalise(g: Tensor) -> Tensor:
+    """Push the singular values of a matrix towards 1 (Newton-Schulz): `x = a x + (b x x' + c (x x')^2) x`, five times.
+
+    Source of the coefficients: as of `Muon`.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = g.mT if g.shape[0] > g.shape[1] else g
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if g.shape[0] > g.shape[1] else x
+
+
+class JointOptimizer(Optimizer):
+    """Several optimizers, each with its own parameters, that step as one (Lightning automates only one)."""
+
+    def __init__(self, optimizers: Iterable[Optimizer]) -> None:
+        self.optimizers = list(optimizers)
+        # The groups are the optimizers' own dictionaries: a scheduler that sets `lr` here sets it there.
+        super().__init__([{"params": []}], {})
+        self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    @property
+    def state(self) -> Any:
+        """The states of all parameters, as a copy: a parameter's own dictionary is shared, the whole is not."""
+        return {p: state for optimizer in self.optimizers for p, state in optimizer.state.items()}
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        """Ignored: the base class makes an empty one."""
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Evaluate the closure once, then step each optimizer."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` gave, each optimizer its groups."""
+        groups = iter(state_dict["param_groups"])
+        for optimizer in self.optimizers:
+            own = list(itertools.islice(groups, len(optimizer.param_groups)))
+            keys = [key for group in own for key in group["params"]]
+            states = {key: state_dict["state"][key] for key in keys if key in state_dict["state"]}
+            optimizer.load_state_dict({"state": states, "param_groups": own})
+        self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+
+class WindowedPlateau(ReduceLROnPlateau):
+    """`ReduceLROnPlateau` on the mean of `window` values (over all processes); the host waits for it once a window."""
+
+    def __init__(self, optimizer: Optimizer, *, factor: float, patience: int, window: int) -> None:
+        # Ours reduces at the patience-th window without improvement, PyTorch's at the one after `patience` of them.
+        super().__init__(optimizer, factor=factor, patience=patience - 1)
+        self.window, self.num_values, self.total = window, 0, torch.zeros(())
+
+    def step(self, metrics: Any, epoch: int | None = None) -> None:  # type: ignore[override]
+        """Take in one value."""
+        self.total = self.total.to(metrics.device) + metrics.detach()
+        self.num_values += 1
+        if self.num_values < self.window:
+            return
+        mean = self.total / self.num_values
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(mean)
+            mean /= torch.distributed.get_world_size()
+        super().step(float(mean))
+        self.num_values, self.total = 0, torch.zeros_like(self.total)
+
+
+class ParameterGroups(NamedTuple):
+    """Trainable parameters by their part in the model."""
+
+    matrices: list[nn.Parameter]
+    """Weights of the linear maps and convolutions, without the readout."""
+    embeddings: list[nn.Parameter]
+    readout: list[nn.Parameter]
+    """The model's `output_weight_VD`, unless it is the embedding."""
+    others: list[nn.Parameter]
+    """All that is small."""
+
+
+def group_parameters(model: nn.Module) -> ParameterGroups:
+    """Each trainable parameter in one group."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    matrices = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    readout = id(getattr(model, "output_weight_VD", None))
+    groups = ParameterGroups([], [], [], [])
+    for p in model.parameters():
+        if p.requires_grad:
+            kind = 1 if id(p) in embeddings else 2 if id(p) == readout else 0 if id(p) in matrices else 3
+            groups[kind].append(p)
+    return groups
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
+    """The optimizer over the trainable parameters of the model."""
+    matrices, embeddings, readout, others = group_parameters(model)
+    groups: list[dict[str, Any]] = [
+        {"params": embeddings, "lr": config.embedding_lr or config.lr},
+        {"params": readout, "weight_decay": config.readout_decay},
+        {"params": others},
+    ]
+    if config.optimizer == "adamw":
+        groups.append({"params": matrices, "weight_decay": config.weight_decay})
+    adamw = AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=0.0,
+        fused=True,
+    )
+    if config.optimizer == "adamw":
+        return adamw
+    if not matrices:
+        raise ValueError(f"optimizer='muon' needs linear layers to train, {type(model).__name__} has none: use 'adamw'")
+    muon = Muon(matrices, lr=config.muon_lr, momentum=config.muon_momentum, weight_decay=config.weight_decay)
+    return JointOptimizer([muon, adamw])
+
+
+def build_scheduler(optimizer: Optimizer, config: OptimizerConfig, total_steps: float) -> LRScheduler | None:
+    """The schedule over `total_steps` optimizer steps, to be stepped after each of them; None for a constant rate.
+
+    Raises:
+        ValueError: If the schedule decays over the run and the run has no end.
+    """
+    if config.schedule == "plateau":
+        return WindowedPlateau(
+            optimizer, factor=config.plateau_factor, patience=config.plateau_patience, window=config.plateau_window
+        )
+    if config.schedule == "constant" and not config.warmup_steps:
+        return None
+    if config.schedule != "constant" and not math.isfinite(total_steps):
+        raise ValueError(
+            f"schedule={config.schedule!r} decays over the run: set trainer.max_steps or trainer.max_epochs"
+        )
+
+    def factor(step: int) -> float:
+        warmup = min(1.0, (step + 1) / (config.warmup_steps + 1))
+        if config.schedule == "constant":
+            return warmup
+        progress = min(1.0, step / total_steps)
+        remaining = 1 - progress if config.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+        return warmup * (config.final_lr_fraction + (1 - config.final_lr_fraction) * remaining)
+
+    return LambdaLR(optimizer, factor)
