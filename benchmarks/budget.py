@@ -20,9 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from benchmarks.measure import peak_tensor_bytes
-from revdeq_lightning.callbacks.averaged_weights import AveragedWeights
 from revdeq_lightning.equilibrium import equilibria
 from revdeq_lightning.runs.probe import Probe
+from revdeq_lightning.tasks.averaged_weights import AveragedWeights
 
 ROOT = Path(__file__).resolve().parent.parent
 COUNT_EVERY = 50

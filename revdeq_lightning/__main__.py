@@ -1,4 +1,4 @@
-"""`python -m revdeq_lightning`: see `cli.py`."""
+"""`revdeq`, or `python -m revdeq_lightning`: see `cli/main.py`."""
 
 import sys
 
@@ -9,6 +9,12 @@ if "fit" in sys.argv[1:3]:  # before all other imports, which take a while
 
 from revdeq_lightning.cli.main import main
 
-if __name__ == "__main__":
+
+def run() -> None:
+    """Run the command line's arguments."""
     with no_failure_to_torchrun():
         main()
+
+
+if __name__ == "__main__":
+    run()

@@ -16,7 +16,6 @@ from lightning.pytorch.callbacks import Checkpoint
 from revdeq_lightning.checkpoints.files import make_folder, newest_good, remove, remove_leftovers, steps_of
 from revdeq_lightning.checkpoints.names import BEST, LAST
 from revdeq_lightning.errors import CheckpointError
-from revdeq_lightning.runs.signals import STOP
 from revdeq_lightning.tasks.training_step import is_logging_step, made_step, validation_follows
 
 KEPT = re.compile(r"step-(\d+)\.ckpt")
@@ -40,6 +39,7 @@ class LastCheckpoint(Checkpoint):
             before it; None: none of them.
         every_n_steps: Save after so many optimizer steps, too; None: not.
         every_minutes: Save when the newest is so old, too; None: not. Several processes look at logging steps.
+        stop_signal: Number of the signal by which training ends after this step; 0 for none.
         clock: Seconds since 1970.
     """
 
@@ -51,6 +51,7 @@ class LastCheckpoint(Checkpoint):
         keep_every_hours: float | None = None,
         every_n_steps: int | None = None,
         every_minutes: float | None = 30.0,
+        stop_signal: Callable[[], int] = lambda: 0,
         clock: Callable[[], float] = time.time,
     ) -> None:
         for name, value, least in (("keep_last", keep_last, 1), ("checkpoint_every_n_steps", every_n_steps, 1)):
@@ -61,6 +62,7 @@ class LastCheckpoint(Checkpoint):
                 raise ValueError(f"{name} must be positive, got {duration}: null for never")
         self.folder, self.keep_last, self.keep_every_hours = folder, keep_last, keep_every_hours
         self.every_n_steps, self.every_minutes, self.clock = every_n_steps, every_minutes, clock
+        self.stop_signal = stop_signal
         self.path = Path()
         self.saved_step = -1
         self._step_of_file: int | None = None
@@ -112,18 +114,18 @@ class LastCheckpoint(Checkpoint):
             self._due = self._due or late
         at_interval = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
         # A run resumed between a step and its validation would leave the validation out.
-        if STOP.agreed or ((self._due or at_interval) and not validation_follows(trainer)):
+        if self.stop_signal() or ((self._due or at_interval) and not validation_follows(trainer)):
             # Lightning logs the step after this hook: of a run killed in between it would be missing.
             cast(Any, trainer)._logger_connector.update_train_step_metrics()
-            self._save(trainer, finish=bool(STOP.agreed))
-            self._require_saved(trainer, STOP.agreed)
+            self._save(trainer, finish=bool(self.stop_signal()))
+            self._require_saved(trainer, self.stop_signal())
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save, also what was saved before the validation: only now it is behind the run."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             if made_step(trainer):
-                self._save(trainer, finish=bool(STOP.agreed), again=True)
-                self._require_saved(trainer, STOP.agreed)
+                self._save(trainer, finish=bool(self.stop_signal()), again=True)
+                self._require_saved(trainer, self.stop_signal())
             else:
                 self._due = True
 

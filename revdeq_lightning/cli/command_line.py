@@ -38,7 +38,6 @@ from revdeq_lightning.cli.process_end import (
 from revdeq_lightning.cli.quiet import quieten_lightning
 from revdeq_lightning.cli.readable_errors import device_errors, readable_errors
 from revdeq_lightning.cli.saved_config import SaveRunConfig
-from revdeq_lightning.distributed.sharding import deferred_weights
 from revdeq_lightning.distributed.strategies import is_fsdp2, register_strategies, require_meeting_place
 from revdeq_lightning.equilibrium import DivergenceError, equilibria
 from revdeq_lightning.errors import CheckpointError
@@ -57,10 +56,11 @@ from revdeq_lightning.runs.folder import (
     new_version,
     run_of_checkpoint,
 )
-from revdeq_lightning.runs.lock import locked
+from revdeq_lightning.runs.lock import LockedError, locked
 from revdeq_lightning.runs.random_state import ResumableRandomState
 from revdeq_lightning.runs.same_start import SameStart
 from revdeq_lightning.runs.stop_signal import StopSignal
+from revdeq_lightning.tasks.recipe import deferred_weights
 
 
 class Parser(ReadableErrors, LightningArgumentParser):
@@ -222,8 +222,11 @@ class AbstractCommandLine(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         """Train in a folder, and test at the end, as the only program that does."""
         trains = subcommand == "fit" and self.trainer.is_global_zero
-        with locked(self.run_config.path) if trains else nullcontext():
-            super()._run_subcommand(subcommand)
+        try:
+            with locked(self.run_config.path) if trains else nullcontext():
+                super()._run_subcommand(subcommand)
+        except LockedError as error:
+            fail(str(error))
 
     def fit(self, **kwargs: Any) -> None:
         """Train."""

@@ -5,6 +5,7 @@ from lightning import Trainer
 from revdeq_lightning.checkpoints.best import BestCheckpoint
 from revdeq_lightning.checkpoints.last import LastCheckpoint
 from revdeq_lightning.runs.folder import RunConfig
+from revdeq_lightning.runs.signals import STOP
 
 
 def last_checkpoint(run: RunConfig) -> LastCheckpoint:
@@ -14,6 +15,7 @@ def last_checkpoint(run: RunConfig) -> LastCheckpoint:
         keep_every_hours=run.keep_every_hours,
         every_n_steps=run.checkpoint_every_n_steps,
         every_minutes=run.checkpoint_every_minutes,
+        stop_signal=lambda: STOP.agreed,
     )
 
 

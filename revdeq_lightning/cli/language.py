@@ -9,10 +9,11 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from revdeq_lightning.callbacks.samples import TextSamples
 from revdeq_lightning.cli.command_line import AbstractCommandLine, run_command_line
-from revdeq_lightning.cli.language_inference import continue_text, load_language_model
+from revdeq_lightning.cli.language_inference import load_language_model
 from revdeq_lightning.cli.main import fail
 from revdeq_lightning.cli.messages import readable_checkpoint
 from revdeq_lightning.data.text.module import TextDataModule
+from revdeq_lightning.models.generation import continue_text
 from revdeq_lightning.runs.folder import LanguageRunConfig
 from revdeq_lightning.tasks.language_modeling import LanguageModelingTask
 

@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from revdeq_lightning.checkpoints.files import fault_of_folder, other_checkpoint
 from revdeq_lightning.checkpoints.files import read_checkpoint as read_file
 from revdeq_lightning.checkpoints.sharded import is_sharded_checkpoint, read_rest, read_whole
@@ -12,8 +10,7 @@ from revdeq_lightning.data.text.tokenizers import AbstractTokenizer, tokenizer_f
 from revdeq_lightning.errors import CheckpointError
 from revdeq_lightning.models import TransformerConfig
 from revdeq_lightning.models.build import SolverConfig, build_language_model
-from revdeq_lightning.models.cache import generate
-from revdeq_lightning.tasks.sharded_tensors import is_sharded
+from revdeq_lightning.models.generation import continue_text
 
 
 class Trained(NamedTuple):
@@ -102,23 +99,3 @@ def generate_text(
         seed=seed,
         warm_start=warm_start,
     )
-
-
-def continue_text(model: Any, tokenizer: AbstractTokenizer, prompt: str, *, seed: int = 0, **sampling: Any) -> str:
-    """Prompt and continuation; of a prompt longer than the context only the end is read.
-
-    A solver with a tolerance generates without the cache, which is exact only for a fixed number of evaluations.
-    """
-    ids = tokenizer.encode(prompt)
-    if not ids:
-        raise ValueError("the prompt is empty: give at least one character")
-    device = model.output_weight_VD.device
-    context_length = model.config.context_length
-    tokens_BT = torch.tensor([ids[-context_length:]], device=device)
-    solver = getattr(getattr(model, "equilibrium", None), "solver", None)
-    generator = torch.Generator(device).manual_seed(seed)
-    # With the cache f is evaluated outside of its layer, for which alone FSDP2 gathers parameters.
-    use_cache = (solver is None or not solver.has_tolerance) and not any(map(is_sharded, model.parameters()))
-    new = generate(model, tokens_BT, generator=generator, use_cache=use_cache, **sampling)[0, tokens_BT.shape[1] :]
-    # A vocabulary padded to a round size has ids that mean no text; an untrained model may draw them.
-    return prompt + tokenizer.decode([i for i in new.tolist() if i < tokenizer.vocab_size])

@@ -1,8 +1,6 @@
 """FSDP2 for models with equilibria, and tensors of which each process holds a part; no Lightning in here."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,8 +12,6 @@ from revdeq_lightning.errors import ParallelismError
 
 FORWARD_METHODS = ("loss",)
 """Methods of our models that are called in the place of `forward`."""
-
-_is_deferred: ContextVar[bool] = ContextVar("weights_deferred", default=False)
 
 
 def shard_equilibria(
@@ -62,42 +58,6 @@ def shard_equilibria(
     for method in FORWARD_METHODS:
         if hasattr(model, method):
             register_fsdp_forward_method(model, method)
-
-
-@contextmanager
-def deferred_weights(enabled: bool = True) -> Iterator[None]:
-    """Within, tasks make their models on the meta device: shapes without weights, which come where FSDP2 shards them.
-
-    No process then ever holds the whole model, but for the first, in the CPU's memory, once.
-    """
-    token = _is_deferred.set(enabled)
-    try:
-        yield
-    finally:
-        _is_deferred.reset(token)
-
-
-class Recipe:
-    """Makes a model, now or later, with the same random numbers.
-
-    Args:
-        build: Makes the model.
-    """
-
-    def __init__(self, build: Callable[[], nn.Module]) -> None:
-        self.build, self.random_state = build, torch.get_rng_state()
-
-    def model(self) -> nn.Module:
-        """The model; without weights within `deferred_weights()`."""
-        if not _is_deferred.get():
-            return self.build()
-        with torch.device("meta"):
-            return self.build()
-
-    def __call__(self) -> nn.Module:
-        """The model with the weights that it would have had at first; the generator then stands behind them."""
-        torch.set_rng_state(self.random_state)
-        return self.build()
 
 
 def fill_from_first_process(model: nn.Module, rebuild: Callable[[], nn.Module], device: torch.device) -> None:

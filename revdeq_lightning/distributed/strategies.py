@@ -20,8 +20,6 @@ from lightning import Trainer
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.strategies import (
     DDPStrategy,
-    DeepSpeedStrategy,
-    FSDPStrategy,
     ModelParallelStrategy,
     Strategy,
     StrategyRegistry,
@@ -155,7 +153,7 @@ class EquilibriumFSDP2(ModelParallelStrategy):
         super().setup_environment()
         compare_devices(self.root_device, self.allow_mixed_gpus)
 
-    def shard(self, model: nn.Module, rebuild: Callable[[], nn.Module] | None = None) -> None:
+    def shard_model(self, model: nn.Module, rebuild: Callable[[], nn.Module] | None = None) -> None:
         """Share a model out; call it in `configure_model`.
 
         Args:
@@ -385,19 +383,6 @@ def register_strategies() -> None:
     """Make `ddp` and `fsdp2` names of `trainer.strategy`; `ddp` then is ours."""
     for name, strategy in {"ddp": EquilibriumDDP, "fsdp2": EquilibriumFSDP2}.items():
         StrategyRegistry.register(name, strategy, description=str(strategy.__doc__).split("\n")[0], override=True)
-
-
-def refuse_foreign(strategy: Strategy) -> None:
-    """Raise for strategies that shard without knowing of equilibria.
-
-    Raises:
-        ParallelismError: If this is one.
-    """
-    if isinstance(strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
-        raise ParallelismError(
-            f"{type(strategy).__name__} would shard f apart from its solver, and its gradient would be lost: use"
-            " trainer.strategy=fsdp2, or ddp"
-        )
 
 
 def is_fsdp2(setting: Any) -> bool:

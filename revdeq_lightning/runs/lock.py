@@ -3,13 +3,16 @@
 import fcntl
 import os
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from revdeq_lightning.cli.main import fail
-from revdeq_lightning.cli.messages import say
+
+class LockedError(RuntimeError):
+    """Another process trains in the folder; the message is one line that says what to do."""
+
 
 LOCK = ".lock"
 PATIENCE = 120.0
@@ -18,7 +21,7 @@ PATIENCE = 120.0
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Within, this process alone trains in the folder; where another one does, the program ends in one line.
+    """Within, this process alone trains in the folder; where another one does, that is a `LockedError`.
 
     The lock is the kernel's and ends with the process, however that ends; the file stays and says whose it is. A record
     lock (`lockf`) is for this process alone: those that load data, and may outlive it, do not inherit it as they would
@@ -44,11 +47,11 @@ def _take(descriptor: int, folder: Path) -> None:
         fault = f"another process trains in {folder} ({pid} on {host})"
         advice = "wait for its end, or choose another run.version"
         if host == socket.gethostname():
-            fail(f"{fault}: {advice}")
+            raise LockedError(f"{fault}: {advice}")
         if time.monotonic() - begin >= PATIENCE:
-            fail(f"{fault}: {advice}; if its machine is lost, remove {folder / LOCK}")
+            raise LockedError(f"{fault}: {advice}; if its machine is lost, remove {folder / LOCK}")
         if host and not is_told:
-            say(f"{fault}: waiting, in case its machine is lost")
+            print(f"{fault}: waiting, in case its machine is lost", file=sys.stderr, flush=True)
             is_told = True
         time.sleep(0.5)
 

@@ -8,14 +8,13 @@ import torch
 from lightning import Callback, LightningModule
 from torch import Tensor, nn
 
-from revdeq_lightning.callbacks.averaged_weights import AveragedWeights
-from revdeq_lightning.distributed.sharding import Recipe
-from revdeq_lightning.distributed.strategies import EquilibriumFSDP2, refuse_foreign
 from revdeq_lightning.equilibrium import SolverStats, equilibria, jacobian_regularisation
 from revdeq_lightning.equilibrium.function import is_compiled
 from revdeq_lightning.errors import ParallelismError
+from revdeq_lightning.tasks.averaged_weights import AveragedWeights
 from revdeq_lightning.tasks.checkpoint_fit import changed_settings, check_optimizer, check_weights
 from revdeq_lightning.tasks.optimizers import OptimizerConfig, WindowedPlateau, build_optimizer, build_scheduler
+from revdeq_lightning.tasks.recipe import Recipe, refuse_foreign
 
 
 class TrainingOutput(NamedTuple):
@@ -101,22 +100,22 @@ class AbstractTask(LightningModule):
     def configure_model(self) -> None:
         """Share the model out, where the strategy asks for it."""
         if self._trainer is None:  # loaded from a checkpoint, to be used alone
-            return None
+            return
         strategy = self.trainer.strategy
-        if isinstance(strategy, EquilibriumFSDP2):
+        if shard := getattr(strategy, "shard_model", None):  # `EquilibriumFSDP2`
             if self.jacobian_weight:
                 raise ParallelismError(
                     f"model.jacobian_weight={self.jacobian_weight} evaluates f outside of its layer, where FSDP2 has"
                     " taken its parameters apart: use trainer.strategy=ddp"
                 )
-            return strategy.shard(self.model, self._recipe)
+            shard(self.model, self._recipe)
+            return
         refuse_foreign(strategy)
         if any(p.is_meta for p in self.model.parameters()):
             raise ParallelismError(
                 f"the model was made within deferred_weights(), whose weights come with trainer.strategy=fsdp2, got"
                 f" {type(strategy).__name__}"
             )
-        return None
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer, and the schedule over the whole run, stepped after each optimizer step."""

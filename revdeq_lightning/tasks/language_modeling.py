@@ -7,13 +7,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from revdeq_lightning.cli.language_inference import continue_text
 from revdeq_lightning.data.text.module import TextDataModule
 from revdeq_lightning.data.text.windows import TextBatch
 from revdeq_lightning.equilibrium.function import is_compiled
 from revdeq_lightning.metrics import LanguageMetrics
 from revdeq_lightning.models import TransformerConfig
 from revdeq_lightning.models.build import SolverConfig, build_language_model, plain
+from revdeq_lightning.models.generation import continue_text
 from revdeq_lightning.tasks.base import AbstractTask, TrainingOutput
 from revdeq_lightning.tasks.optimizers import OptimizerConfig
 

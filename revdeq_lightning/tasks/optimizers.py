@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
-from revdeq_lightning.tasks.sharded_tensors import shared_out_like, whole
+from revdeq_lightning.models.sharded_tensors import shared_out_like, whole
 
 
 @dataclass

@@ -9,7 +9,7 @@ from whole_set import classifier, fit, language
 
 from revdeq_lightning.callbacks import samples
 from revdeq_lightning.callbacks.samples import ImageSamples, TextSamples
-from revdeq_lightning.models.cache import generate
+from revdeq_lightning.models.generation import generate
 
 
 def test_the_text_is_that_of_a_plain_generation_from_the_validated_weights(tmp_path):

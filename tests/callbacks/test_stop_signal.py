@@ -48,7 +48,7 @@ class SendSignal(Callback):
 def fit(folder, *callbacks, ckpt_path=None, seed=0, **settings):
     seed_everything(seed, verbose=False)
     data = tiny_data(folder)
-    last = LastCheckpoint(folder)
+    last = LastCheckpoint(folder, stop_signal=lambda: STOP.agreed)
     trainer = tiny_trainer(folder, [StopSignal(), *callbacks, last], **{"enable_checkpointing": True} | settings)
     try:
         trainer.fit(tiny_task(data, seed=seed), data, ckpt_path=ckpt_path)

@@ -15,7 +15,7 @@ from tiny_command import run, tiny_config
 
 from revdeq_lightning.checkpoints.files import read_checkpoint
 from revdeq_lightning.runs import lock as run_lock
-from revdeq_lightning.runs.lock import locked
+from revdeq_lightning.runs.lock import LockedError, locked
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.getcwd(), "PYTHONUNBUFFERED": "1"}
 HOLD = """
@@ -46,11 +46,10 @@ def held(tmp_path):
         process.communicate()
 
 
-def refusal(capsys, folder: Path) -> str:
-    with pytest.raises(SystemExit) as stop, locked(folder):
+def refusal(folder: Path) -> str:
+    with pytest.raises(LockedError) as stop, locked(folder):
         pytest.fail("two processes in one folder")
-    assert stop.value.code == 2
-    return capsys.readouterr().err.splitlines()[-1]
+    return str(stop.value)
 
 
 def test_a_second_run_is_refused_and_a_killed_one_leaves_the_folder_free(tmp_path, capsys):
@@ -94,7 +93,7 @@ def test_the_process_that_holds_it_may_come_again(tmp_path, capsys):
 def test_what_another_process_holds_is_refused_at_once_on_this_machine(tmp_path, held, capsys):
     process = held(socket.gethostname())
     begin = time.monotonic()
-    assert f"(7 on {socket.gethostname()}): wait for its end" in refusal(capsys, tmp_path)
+    assert f"(7 on {socket.gethostname()}): wait for its end" in refusal(tmp_path)
     assert time.monotonic() - begin < 10
     process.communicate()
     with locked(tmp_path):
@@ -104,7 +103,7 @@ def test_what_another_process_holds_is_refused_at_once_on_this_machine(tmp_path,
 def test_another_machine_is_waited_for_a_while(tmp_path, held, capsys, monkeypatch):
     process = held("elsewhere")
     monkeypatch.setattr(run_lock, "PATIENCE", 1.0)
-    line = refusal(capsys, tmp_path)
+    line = refusal(tmp_path)
     assert "(7 on elsewhere)" in line
     assert line.endswith(f"if its machine is lost, remove {tmp_path}/.lock")
     monkeypatch.setattr(run_lock.time, "sleep", lambda _: process.communicate())  # its machine is found to be lost

@@ -18,7 +18,8 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2 as transforms
 
 from revdeq_lightning.data.images import cifar as cifar_module
-from revdeq_lightning.data.images.sources import AbstractImageReader, ImageTable, split_images, stratified_subset
+from revdeq_lightning.data.images.sources import split_images, stratified_subset
+from revdeq_lightning.data.images.tables import AbstractImageReader, ImageTable
 
 
 @pytest.fixture(scope="module")

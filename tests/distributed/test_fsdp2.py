@@ -13,11 +13,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from revdeq_lightning.distributed.sharding import Recipe, deferred_weights, fill_from_first_process, shard_equilibria
+from revdeq_lightning.distributed.sharding import fill_from_first_process, shard_equilibria
 from revdeq_lightning.equilibrium import MomentumSolver, ReversibleAdjoint
 from revdeq_lightning.models import ExplicitTransformerLM, TransformerConfig, TransformerLM
+from revdeq_lightning.models.sharded_tensors import whole
 from revdeq_lightning.tasks.optimizers import Muon
-from revdeq_lightning.tasks.sharded_tensors import whole
+from revdeq_lightning.tasks.recipe import Recipe, deferred_weights
 
 NUM_RANKS = 2
 SIZES = {"vocab_size": 23, "context_length": 12, "d_model": 16, "num_heads": 2, "num_layers": 1}

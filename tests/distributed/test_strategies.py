@@ -18,15 +18,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from revdeq_lightning.distributed import strategies
-from revdeq_lightning.distributed.sharding import deferred_weights, shard_equilibria
-from revdeq_lightning.distributed.strategies import (
-    EquilibriumDDP,
-    EquilibriumFSDP2,
-    compare_devices,
-    refuse_foreign,
-    require_nccl,
-)
+from revdeq_lightning.distributed.sharding import shard_equilibria
+from revdeq_lightning.distributed.strategies import EquilibriumDDP, EquilibriumFSDP2, compare_devices, require_nccl
 from revdeq_lightning.errors import ParallelismError
+from revdeq_lightning.tasks.recipe import deferred_weights, refuse_foreign
 
 CONFIGS = sorted(Path("configs/trainer").glob("*.yaml"))
 ON_THIS = ["--trainer.accelerator=cpu", "--trainer.devices=1"]

@@ -20,10 +20,10 @@ from revdeq_lightning.data.images.module import ImageDataModule
 from revdeq_lightning.distributed.strategies import EquilibriumDDP, EquilibriumFSDP2
 from revdeq_lightning.models import ClassifierConfig
 from revdeq_lightning.models.build import SolverConfig
+from revdeq_lightning.models.sharded_tensors import whole
 from revdeq_lightning.runs.probe import _Float64 as Float64
 from revdeq_lightning.tasks.classification import ClassificationTask
 from revdeq_lightning.tasks.optimizers import OptimizerConfig
-from revdeq_lightning.tasks.sharded_tensors import whole
 
 half = functools.partial(EquilibriumDDP, compress_gradients=True)
 STRATEGIES = {"one": lambda: "auto", "ddp": EquilibriumDDP, "half": half, "fsdp2": EquilibriumFSDP2}

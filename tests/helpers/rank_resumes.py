@@ -16,10 +16,10 @@ from process_groups import run_group
 from rank_fits import prepare
 from tiny_runs import MUON, tiny_data, tiny_task, tiny_trainer
 
-from revdeq_lightning.callbacks.averaged_weights import AveragedWeights
 from revdeq_lightning.distributed.strategies import EquilibriumDDP, EquilibriumFSDP2
 from revdeq_lightning.errors import CheckpointError
-from revdeq_lightning.tasks.sharded_tensors import whole
+from revdeq_lightning.models.sharded_tensors import whole
+from revdeq_lightning.tasks.averaged_weights import AveragedWeights
 
 STRATEGIES = {
     "one": lambda: "auto",

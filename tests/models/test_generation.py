@@ -6,7 +6,7 @@ from small_language_models import KINDS, SMALL, make_batch, make_model
 
 from revdeq_lightning.equilibrium import MomentumSolver, PicardSolver, RelaxedSolver, ReversibleSolver
 from revdeq_lightning.models import KeyValueCache, generate
-from revdeq_lightning.models.cache import sample
+from revdeq_lightning.models.generation import sample
 
 CONTEXT = SMALL["context_length"]
 SOLVERS = {

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 
-from revdeq_lightning.data.images.sources import ArrayReader, ImageCollection, ImageSource, ImageTable
+from revdeq_lightning.data.images.tables import ArrayReader, ImageCollection, ImageSource, ImageTable
 
 KNOWN_STATISTICS = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from numpy.typing import NDArray
 
 from revdeq_lightning.data.images.decoding import IMAGE_SUFFIXES
-from revdeq_lightning.data.images.sources import AbstractImageReader, Content, ImageCollection, ImageSource, ImageTable
+from revdeq_lightning.data.images.tables import AbstractImageReader, Content, ImageCollection, ImageSource, ImageTable
 
 ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")
 _SPLIT_FOLDERS = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}

@@ -8,7 +8,7 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 from numpy.typing import NDArray
 
-from revdeq_lightning.data.images.sources import AbstractImageReader, Content, ImageCollection, ImageSource, ImageTable
+from revdeq_lightning.data.images.tables import AbstractImageReader, Content, ImageCollection, ImageSource, ImageTable
 from revdeq_lightning.data.text.sources import SPLITS, huggingface_key, load_huggingface
 
 

@@ -27,8 +27,9 @@ from revdeq_lightning.data.images.decoding import (
     skipped_message,
 )
 from revdeq_lightning.data.images.preparation import ImageData, prepare_decoding, prepare_in_memory
-from revdeq_lightning.data.images.sources import IMAGE_SOURCES, ImageCollection, open_image_source, split_images
+from revdeq_lightning.data.images.sources import IMAGE_SOURCES, open_image_source, split_images
 from revdeq_lightning.data.images.store import DecodedImages, ImageBatch, PreparedImages
+from revdeq_lightning.data.images.tables import ImageCollection
 from revdeq_lightning.data.loading.base import AbstractDataModule, check_at_least, check_choice
 from revdeq_lightning.data.loading.sampler import ResumableLoader, shuffled
 from revdeq_lightning.data.text.sources import SPLITS

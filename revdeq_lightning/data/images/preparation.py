@@ -18,8 +18,8 @@ from revdeq_lightning.data.images.decoding import (
     evaluation_transform,
     skipped_message,
 )
-from revdeq_lightning.data.images.sources import ImageCollection, ImageTable
 from revdeq_lightning.data.images.store import DecodedImages, PreparedImages
+from revdeq_lightning.data.images.tables import ImageCollection, ImageTable
 from revdeq_lightning.data.loading.array_cache import load_or_build
 from revdeq_lightning.data.loading.base import digest
 

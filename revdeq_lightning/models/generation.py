@@ -1,0 +1,182 @@
+"""Text from a language model, with a key-value cache for every evaluation of f, or without."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from revdeq_lightning.models.cache import KeyValueCache
+from revdeq_lightning.models.sharded_tensors import is_sharded
+from revdeq_lightning.models.transformer import AbstractLanguageModel
+
+
+@torch.no_grad()
+def generate(
+    model: AbstractLanguageModel,
+    tokens_BT: Tensor,
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+    use_cache: bool = True,
+    warm_start: bool = False,
+) -> Tensor:
+    """Continue a text.
+
+    When the context is full, the model goes on from the later half of it, which is read anew: one pass over half a
+    context every half a context, a constant cost per token.
+
+    Args:
+        model: The language model, evaluated in eval mode.
+        tokens_BT: Prompts of one length, at least one token.
+        max_new_tokens: How many tokens to add.
+        temperature: Divides the logits; 0 takes the most likely token.
+        top_k: Draw from the k most likely tokens.
+        top_p: Draw from the fewest most likely tokens that have this probability together.
+        generator: Source of randomness, on the device of the model; the default one if None.
+        use_cache: False reads the whole context for each token: slow, for any solver.
+        warm_start: Without the cache, start each solve from the last one's states, a new token from that of the token
+            before it. Earlier tokens do not see later ones: their states are solved already, and evaluations saved.
+
+    Returns:
+        Prompt and continuation, shape `(B, T + max_new_tokens)`.
+
+    Raises:
+        ValueError: If an argument is out of its range, the prompt is empty, longer than the context or not of the
+            vocabulary, or the solver stops by a tolerance: a cache is exact only with a fixed number of evaluations;
+            or has none, with a warm start: the text would be another one.
+    """
+    _check_sampling(max_new_tokens, temperature, top_k, top_p)
+    context_length = model.config.context_length
+    if tokens_BT.dim() != 2 or not 1 <= tokens_BT.shape[1] <= context_length:
+        raise ValueError(
+            f"the prompt must have shape (B, T) with 1 <= T <= {context_length} (the context), "
+            f"got {tuple(tokens_BT.shape)}"
+        )
+    model.config.check_tokens(tokens_BT)
+    if use_cache:
+        _check_fixed_steps(model)
+    if warm_start:
+        _check_warm_start(model, use_cache)
+
+    cache = KeyValueCache(context_length) if use_cache else None
+    window_BT = new_BT = tokens_BT
+    text = [tokens_BT]
+    with _eval_mode(model), _warm_started(model) if warm_start else nullcontext():
+        for _ in range(max_new_tokens):
+            h_BTD, _ = model.hidden(new_BT if use_cache else window_BT, cache)
+            logits_BV = model.head(h_BTD[:, -1])
+            token_B1 = sample(logits_BV, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+            text.append(token_B1)
+            if window_BT.shape[1] < context_length:
+                window_BT, new_BT = torch.cat([window_BT, token_B1], 1), token_B1
+            else:
+                kept = max(1, context_length // 2)
+                window_BT = new_BT = torch.cat([window_BT, token_B1], 1)[:, -kept:]
+                cache = KeyValueCache(context_length) if use_cache else None
+    return torch.cat(text, 1)
+
+
+def sample(
+    logits_BV: Tensor, *, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
+) -> Tensor:
+    """Draw one token per row, `(B, 1)`."""
+    if temperature == 0:
+        return logits_BV.argmax(-1, keepdim=True)
+    probs_BV = (logits_BV.float() / temperature).softmax(-1)
+    probs_BV, tokens_BV = torch.sort(probs_BV, dim=-1, descending=True, stable=True)
+    if top_k is not None:
+        probs_BV[:, top_k:] = 0
+        probs_BV /= probs_BV.sum(-1, keepdim=True)
+    if top_p is not None:
+        # A token stays if those before it fall short of top_p: the first always does.
+        probs_BV[probs_BV.cumsum(-1) - probs_BV >= top_p] = 0
+    return tokens_BV.gather(-1, torch.multinomial(probs_BV, 1, generator=generator))
+
+
+def _check_sampling(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must not be negative, got {max_new_tokens}")
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature must be 0 (most likely token) or positive and finite, got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, got {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+
+
+def _check_fixed_steps(model: AbstractLanguageModel) -> None:
+    solver = getattr(getattr(model, "equilibrium", None), "solver", None)
+    rtol, atol = getattr(solver, "rtol", 0), getattr(solver, "atol", 0)
+    if rtol or atol:
+        raise ValueError(
+            f"generation with a cache needs a fixed number of steps, got a solver with rtol={rtol}, atol={atol}: "
+            "set both to 0, or pass use_cache=False"
+        )
+
+
+def _check_warm_start(model: AbstractLanguageModel, use_cache: bool) -> None:
+    solver = getattr(getattr(model, "equilibrium", None), "solver", None)
+    if use_cache or solver is None or not solver.has_tolerance:
+        raise ValueError(
+            f"warm_start=True needs a solver with a tolerance and use_cache=False, got {solver} and"
+            f" use_cache={use_cache}: a fixed number of steps from another start would give another text"
+        )
+
+
+@contextmanager
+def _warm_started(model: Any) -> Iterator[None]:
+    """Within, each solve of the model starts where the last one ended."""
+    states: list[Tensor] = []
+
+    def start(layer: Any, args: Any) -> Any:
+        (x_BTD,) = args
+        if not states:
+            return args
+        z_BTD = states.pop()
+        return x_BTD, torch.cat([z_BTD, z_BTD[:, -1:]], 1)[:, -x_BTD.shape[1] :]
+
+    handles = [
+        model.equilibrium.register_forward_pre_hook(start),
+        model.equilibrium.register_forward_hook(lambda layer, args, solution: states.append(solution.value)),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _eval_mode(model: AbstractLanguageModel) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def continue_text(model: Any, tokenizer: Any, prompt: str, *, seed: int = 0, **sampling: Any) -> str:
+    """Prompt and continuation; of a prompt longer than the context only the end is read.
+
+    A solver with a tolerance generates without the cache, which is exact only for a fixed number of evaluations.
+    """
+    ids = tokenizer.encode(prompt)
+    if not ids:
+        raise ValueError("the prompt is empty: give at least one character")
+    device = model.output_weight_VD.device
+    context_length = model.config.context_length
+    tokens_BT = torch.tensor([ids[-context_length:]], device=device)
+    solver = getattr(getattr(model, "equilibrium", None), "solver", None)
+    generator = torch.Generator(device).manual_seed(seed)
+    # With the cache f is evaluated outside of its layer, for which alone FSDP2 gathers parameters.
+    use_cache = (solver is None or not solver.has_tolerance) and not any(map(is_sharded, model.parameters()))
+    new = generate(model, tokens_BT, generator=generator, use_cache=use_cache, **sampling)[0, tokens_BT.shape[1] :]
+    # A vocabulary padded to a round size has ids that mean no text; an untrained model may draw them.
+    text: str = tokenizer.decode([i for i in new.tolist() if i < tokenizer.vocab_size])
+    return prompt + text
