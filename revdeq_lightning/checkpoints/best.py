@@ -33,7 +33,6 @@ class BestCheckpoint(Checkpoint):
         self.folder, self.monitor = folder, monitor
         self.path = Path()
         self.loss = math.inf
-        self._loss_before = math.inf
         self._begin = 0
         self._is_known = self._is_between_steps = False
 
@@ -59,20 +58,19 @@ class BestCheckpoint(Checkpoint):
         """Save, if it is the best."""
         if trainer.state.fn != "fit" or trainer.sanity_checking or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        self._settle(trainer)
         if not self._is_known:
             loss_of_file = self._loss_of_file() if trainer.is_global_zero else math.inf
-            self._loss_before = self.loss = trainer.strategy.broadcast(loss_of_file)
+            self.loss = trainer.strategy.broadcast(loss_of_file)
             self._is_known = True
         loss = float(trainer.callback_metrics[self.monitor])
         if not trainer.strategy.broadcast(loss < self.loss):
             return
-        self._loss_before, self.loss = self.loss, loss
+        before, self.loss = self.loss, loss  # the file holds its own loss
         self._is_between_steps = not made_step(trainer)
         trainer.save_checkpoint(self.path)
         self._is_between_steps = False
-        if not getattr(trainer.strategy.checkpoint_io, "background", False):
-            self._settle(trainer)
+        if trainer.strategy.broadcast(self.path in getattr(trainer.strategy.checkpoint_io, "failures", {})):
+            self.loss = before  # the file of that loss is still there
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Mark what a run does not go on from exactly."""
@@ -87,14 +85,6 @@ class BestCheckpoint(Checkpoint):
                 f" step {checkpoint['global_step']} is lost, and the run is not the one that would have gone on",
                 stacklevel=2,
             )
-
-    def _settle(self, trainer: Trainer) -> None:
-        """Once it is clear whether the file was written: if not, the one before is still there."""
-        io: Any = trainer.strategy.checkpoint_io
-        getattr(io, "wait", lambda: None)()
-        if trainer.strategy.broadcast(self.path in getattr(io, "failures", {})):
-            self.loss = self._loss_before
-        self._loss_before = self.loss
 
     def _loss_of_file(self) -> float:
         try:

@@ -1,14 +1,10 @@
 """Lightning's way to write and read checkpoints, over `revdeq_lightning.checkpoints.files`."""
 
 import warnings
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch.plugins import TorchCheckpointIO
-from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor
 
 from revdeq_lightning.checkpoints.files import other_checkpoint, read_checkpoint, write_checkpoint
 from revdeq_lightning.errors import CheckpointError
@@ -23,33 +19,30 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     Args:
         errors: If a file cannot be written: "raise", or "warn", and keep the error in `failures`. A run of several
             processes needs "warn": only the first one writes, and the others would wait for it for ever.
-        background: Copy the tensors to the host and write them in a thread, while training goes on. One file at a
-            time: a save waits for the one before.
     """
 
-    def __init__(self, *, errors: Literal["raise", "warn"] = "raise", background: bool = False) -> None:
+    def __init__(self, *, errors: Literal["raise", "warn"] = "raise") -> None:
         if errors not in ("raise", "warn"):
             raise ValueError(f"errors must be 'raise' or 'warn', got {errors!r}")
-        self.errors, self.background = errors, background
+        self.errors = errors
         self.failures: dict[Path, OSError] = {}
-        self._executor: ThreadPoolExecutor | None = None
-        self._pending: Future[None] | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         """Save to a local path.
 
         Raises:
             TypeError: If storage options are given; local files have none.
-            OSError: If the file cannot be written and errors are to be raised; in the background: at the next call.
+            OSError: If the file cannot be written and errors are to be raised.
         """
         if storage_options is not None:
             raise TypeError(f"{type(self).__name__} has no storage_options, got {storage_options!r}")
-        self.wait()
-        if self.background:
-            self._executor = self._executor or ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-            self._pending = self._executor.submit(self._write, on_host(checkpoint), Path(path))
+        path = Path(path)
+        try:
+            write_checkpoint(checkpoint, path)
+        except OSError as error:
+            self.note(path, error)
         else:
-            self._write(checkpoint, Path(path))
+            self.note(path, None)
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
         """Check and read.
@@ -60,39 +53,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """
         if weights_only is False:
             raise ValueError("weights_only=False would run code that is in the checkpoint: leave it out")
-        self.wait()
         try:
             return read_checkpoint(path, map_location)
         except CheckpointError as error:
             raise CheckpointError(f"{error}{other_checkpoint(path)}") from None
-
-    def remove_checkpoint(self, path: Any) -> None:
-        """Remove, after what is being written."""
-        self.wait()
-        super().remove_checkpoint(path)
-
-    def wait(self) -> None:
-        """Return when nothing is being written any more."""
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
-
-    def teardown(self) -> None:
-        """Finish what is being written."""
-        try:
-            self.wait()
-        finally:
-            if self._executor is not None:
-                self._executor.shutdown()
-                self._executor = None
-
-    def _write(self, checkpoint: dict[str, Any], path: Path) -> None:
-        try:
-            write_checkpoint(checkpoint, path)
-        except OSError as error:
-            self.note(path, error)
-        else:
-            self.note(path, None)
 
     def note(self, path: Path, error: OSError | None) -> None:
         """Raise or warn, as set, of an error with which a checkpoint was not written; None: it was.
@@ -112,18 +76,3 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             "save tries again.",
             stacklevel=3,
         )
-
-
-def on_host(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """A copy that training does not change; tensors that are one stay one."""
-    copies: dict[Any, Tensor] = {}
-
-    def copy(tensor: Tensor) -> Tensor:
-        place = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device
-        key: Any = place if tensor.numel() else id(tensor)
-        if key not in copies:
-            copies[key] = tensor.detach().to("cpu", copy=True)
-        return copies[key]
-
-    copied: dict[str, Any] = apply_to_collection(checkpoint, torch.Tensor, copy)
-    return copied

@@ -6,7 +6,7 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,8 +35,6 @@ class LastCheckpoint(Checkpoint):
     Args:
         folder: Where checkpoints lie; None: the folder `checkpoints` in the run's.
         keep_last: How many to keep, `last.ckpt` included.
-        keep_every_hours: Of those before these, keep the first, and each that was written so long after the one kept
-            before it; None: none of them.
         every_n_steps: Save after so many optimizer steps, too; None: not.
         every_minutes: Save when the newest is so old, too; None: not. Several processes look at logging steps.
         stop_signal: Number of the signal by which training ends after this step; 0 for none.
@@ -48,7 +46,6 @@ class LastCheckpoint(Checkpoint):
         folder: str | Path | None = None,
         *,
         keep_last: int = 2,
-        keep_every_hours: float | None = None,
         every_n_steps: int | None = None,
         every_minutes: float | None = 30.0,
         stop_signal: Callable[[], int] = lambda: 0,
@@ -57,27 +54,16 @@ class LastCheckpoint(Checkpoint):
         for name, value, least in (("keep_last", keep_last, 1), ("checkpoint_every_n_steps", every_n_steps, 1)):
             if value is not None and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
-        for name, duration in (("checkpoint_every_minutes", every_minutes), ("keep_every_hours", keep_every_hours)):
-            if duration is not None and not duration > 0:
-                raise ValueError(f"{name} must be positive, got {duration}: null for never")
-        self.folder, self.keep_last, self.keep_every_hours = folder, keep_last, keep_every_hours
+        if every_minutes is not None and not every_minutes > 0:
+            raise ValueError(f"checkpoint_every_minutes must be positive, got {every_minutes}: null for never")
+        self.folder, self.keep_last = folder, keep_last
         self.every_n_steps, self.every_minutes, self.clock = every_n_steps, every_minutes, clock
         self.stop_signal = stop_signal
         self.path = Path()
         self.saved_step = -1
         self._step_of_file: int | None = None
-        self._is_settled = True
         self._saved_at = 0.0
         self._due = False
-        self._written: dict[int, float] = {}
-
-    def state_dict(self) -> dict[str, Any]:
-        """When the checkpoints were written, if it matters: the dates of files do not survive a copy."""
-        return {"written": dict(self._written)} if self.keep_every_hours is not None else {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with these."""
-        self._written = dict(state_dict.get("written", {}))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the folder, on all ranks that of the first; clean it up; see that it can be written to.
@@ -117,14 +103,14 @@ class LastCheckpoint(Checkpoint):
         if self.stop_signal() or ((self._due or at_interval) and not validation_follows(trainer)):
             # Lightning logs the step after this hook: of a run killed in between it would be missing.
             cast(Any, trainer)._logger_connector.update_train_step_metrics()
-            self._save(trainer, finish=bool(self.stop_signal()))
+            self._save(trainer)
             self._require_saved(trainer, self.stop_signal())
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save, also what was saved before the validation: only now it is behind the run."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             if made_step(trainer):
-                self._save(trainer, finish=bool(self.stop_signal()), again=True)
+                self._save(trainer, again=True)
                 self._require_saved(trainer, self.stop_signal())
             else:
                 self._due = True
@@ -149,37 +135,27 @@ class LastCheckpoint(Checkpoint):
         if fault:
             raise CheckpointError(fault)
 
-    def _save(self, trainer: Trainer, *, finish: bool = True, again: bool = False) -> None:
-        """Save on all ranks, unless it is done for this step; `finish`: return when it is on the disk."""
-        self._settle(trainer)
-        if (again or self.saved_step != trainer.global_step) and not cast(Any, trainer).fast_dev_run:
-            if trainer.is_global_zero:
-                self._keep_previous(trainer.global_step)
-            self._saved_at = self._written[trainer.global_step] = self.clock()
-            trainer.save_checkpoint(self.path)
-            self.saved_step, self._is_settled, self._due = trainer.global_step, False, False
-        if finish or not getattr(trainer.strategy.checkpoint_io, "background", False):
-            self._settle(trainer)
-
-    def _settle(self, trainer: Trainer) -> None:
-        """Wait for what is being written; if all went well older ones may go."""
-        if self._is_settled:
+    def _save(self, trainer: Trainer, *, again: bool = False) -> None:
+        """Save on all ranks, unless it is done for this step; if all went well older ones may go."""
+        if (self.saved_step == trainer.global_step and not again) or cast(Any, trainer).fast_dev_run:
             return
-        getattr(trainer.strategy.checkpoint_io, "wait", lambda: None)()
-        self._is_settled = True
+        if trainer.is_global_zero:
+            self._keep_previous(trainer.global_step)
+        self._saved_at, self._due = self.clock(), False
+        trainer.save_checkpoint(self.path)
         if trainer.strategy.broadcast(self._failure(trainer)):
             self.saved_step = -1
-        else:
-            self._step_of_file = self.saved_step
-            if trainer.is_global_zero:
-                self._prune()
+            return
+        self.saved_step = self._step_of_file = trainer.global_step
+        if trainer.is_global_zero:
+            self._prune()
 
     def _keep_previous(self, step: int) -> None:
         """Give the newest checkpoint a name of its own, before another takes `last.ckpt`."""
         previous = self._step_of_file
         if previous is None or previous >= step or not self.path.exists():
             return
-        if self.keep_last == 1 and self.keep_every_hours is None:
+        if self.keep_last == 1:
             return
         kept = self.path.with_name(f"step-{previous}.ckpt")
         if self.path.is_dir():
@@ -195,23 +171,10 @@ class LastCheckpoint(Checkpoint):
                 self.path.replace(kept)  # no links there; until the new one is whole this one is the newest
 
     def _prune(self) -> None:
-        """Keep the newest, and one in so many hours."""
+        """Keep the newest."""
         files = self._kept_files()
-        steps = sorted(files)
-        num_older = max(0, len(steps) - self.keep_last + 1)
-        kept = {*steps[num_older:], *self._hourly(files, steps[:num_older])}
-        for step in set(steps) - kept:
+        for step in sorted(files)[: max(0, len(files) - self.keep_last + 1)]:
             remove(files[step])
-        self._written = {step: at for step, at in self._written.items() if step in kept or step == self._step_of_file}
-
-    def _hourly(self, files: dict[int, Path], steps: list[int]) -> Iterator[int]:
-        """Those to keep for their age."""
-        due = float("-inf")
-        for step in steps if self.keep_every_hours is not None else ():
-            written = self._written.get(step) or files[step].stat().st_mtime
-            if written >= due:
-                yield step
-                due = written + 3600 * cast(float, self.keep_every_hours)
 
     def _kept_files(self) -> dict[int, Path]:
         """Those of earlier steps, by their steps."""

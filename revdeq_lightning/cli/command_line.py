@@ -1,5 +1,6 @@
 """What the tasks' command lines share: LightningCLI with short errors and a folder for each run."""
 
+import sys
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -7,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
+import yaml
 from lightning import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, WandbLogger
@@ -24,7 +26,6 @@ from revdeq_lightning.cli.messages import (
     chosen,
     lost_resource,
     readable_checkpoint,
-    say,
 )
 from revdeq_lightning.cli.process_end import (
     children_ended,
@@ -45,7 +46,7 @@ from revdeq_lightning.loggers.endurance import enduring
 from revdeq_lightning.loggers.progress import RunProgress
 from revdeq_lightning.loggers.wandb_checkpoints import WandbCheckpoints
 from revdeq_lightning.report.at_end import RunReport, close_run
-from revdeq_lightning.runs.divergence import DivergedError, DivergenceConfig, DivergenceGuard
+from revdeq_lightning.runs.divergence import DivergedError, DivergenceGuard
 from revdeq_lightning.runs.folder import (
     CONFIG,
     RunConfig,
@@ -62,6 +63,9 @@ from revdeq_lightning.runs.same_start import SameStart
 from revdeq_lightning.runs.stop_signal import StopSignal
 from revdeq_lightning.tasks.recipe import deferred_weights
 
+REMOVED_SETTINGS = (("", "divergence"), ("run", "keep_every_hours"), ("run", "async_checkpoints"))
+"""Group and name of settings in the configuration of runs of version 0.1.0.dev0, without effect on what is trained."""
+
 
 class Parser(ReadableErrors, LightningArgumentParser):
     """Lightning's parser with errors of one line."""
@@ -74,7 +78,6 @@ class AbstractCommandLine(LightningCLI):
     figures: ClassVar[dict[str, str]]
     """What an evaluation prints: logged key without its split, and how."""
     run_config: RunConfig
-    num_rollbacks = 0
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         """With a usage of one line: the list of two hundred options follows anyway."""
@@ -87,7 +90,6 @@ class AbstractCommandLine(LightningCLI):
         """The run's folder; what is measured; sizes that the model takes from the data."""
         parser.add_argument("--run", type=self.run_class, default=self.run_class())
         parser.add_argument("--diagnostics", type=DiagnosticsConfig, default=DiagnosticsConfig())
-        parser.add_argument("--divergence", type=DivergenceConfig, default=DivergenceConfig())
         self.link_sizes(parser)
 
     @abstractmethod
@@ -183,8 +185,7 @@ class AbstractCommandLine(LightningCLI):
             report = RunReport(run)
             watching = diagnostics.callbacks(has_equilibrium=bool(equilibria(self.model)))
             callbacks[:0] = [StopSignal(), SameStart(), *watching, ResumableRandomState(), report]
-            divergence: DivergenceConfig = self._get(self.config_init, "divergence")
-            callbacks.append(DivergenceGuard(None, divergence, self.num_rollbacks))
+            callbacks.append(DivergenceGuard())
             if settings.get("enable_checkpointing") is not False:
                 if "validation" in self.datamodule.splits:
                     callbacks.append(BestCheckpoint())
@@ -192,14 +193,12 @@ class AbstractCommandLine(LightningCLI):
             own = settings.get("logger")
             if any(isinstance(logger, WandbLogger) for logger in as_list(own)):
                 fail("trainer.logger=WandbLogger would ask for a key, and wait: use run.wandb=auto, online or offline")
-            if run.async_checkpoints and getattr(settings.get("strategy"), "_save_distributed_checkpoint", False):
-                fail("run.async_checkpoints is for checkpoints of one file, not for the strategy's sharded_checkpoints")
             check_writable(run.path)
             loggers = run_loggers(run, [] if own is True else as_list(own))
             if run.wandb_checkpoints:
                 callbacks.append(WandbCheckpoints(run.checkpoints))
         self.trainer_defaults = {"callbacks": callbacks}
-        checkpoint_io = AtomicCheckpointIO(errors="warn", background=run.async_checkpoints)
+        checkpoint_io = AtomicCheckpointIO(errors="warn")
         plugins = [*as_list(settings.get("plugins")), checkpoint_io]
         trainer = super().instantiate_trainer(
             logger=[enduring(logger) for logger in loggers] or False, plugins=plugins, **kwargs
@@ -230,32 +229,18 @@ class AbstractCommandLine(LightningCLI):
 
     def fit(self, **kwargs: Any) -> None:
         """Train."""
-        while (checkpoint := self._fit(**kwargs)) is not None:
-            # With new objects, so that nothing but the checkpoint is carried over; the old ones are not kept.
-            self.model = self.trainer = self.datamodule = kwargs = cast(Any, None)
-            self.instantiate_classes()
-            kwargs = {"model": self.model, "datamodule": self.datamodule, "ckpt_path": str(checkpoint)}
-
-    def _fit(self, **kwargs: Any) -> Path | None:
-        """Train; after a divergence the checkpoint to go back to."""
         let_sigterm_end_the_wait(self.trainer)
         with device_errors(), self._losses_told("training"):
             try:
                 self.trainer.fit(**kwargs)
-            except DivergedError as error:
-                if error.checkpoint is None:
+            except DivergedError as error:  # on all processes together
+                if self.trainer.is_global_zero:
                     fail(str(error), code=1)
-                self.num_rollbacks = error.num_rollbacks + 1
-                config: DivergenceConfig = self._get(self.config_init, "divergence")
-                rates = f"learning rates times {config.lr_factor}"
-                times = f"{self.num_rollbacks} of at most {config.max_rollbacks}"
-                say(f"warning: {error}; going back to {error.checkpoint}, {rates} ({times})")
-                return error.checkpoint
+                sys.exit(1)
             except (DivergenceError, CheckpointError) as error:
                 fail(str(error), code=1)
             except SystemExit as stop:
                 end_after_interrupt(self.trainer, stop)
-        return None
 
     @readable_checkpoint()
     def after_fit(self) -> None:
@@ -352,8 +337,28 @@ def with_config_of_checkpoint(options: Sequence[str]) -> list[str]:
     """Without a `--config` of a model that of the checkpoint's run applies."""
     runs = [run_of_checkpoint(path) for path in given_files(options, "--ckpt_path")]
     if runs and runs[-1] and not any(map(describes_run, given_files(options, "--config", "-c"))):
-        return ["--config", str(runs[-1] / CONFIG), *options]
+        return ["--config", config_of_run(runs[-1]), *options]
     return list(options)
+
+
+def config_of_run(folder: Path) -> str:
+    """Path of a run's configuration; its text without them, where an older version wrote settings that are gone."""
+    path = folder / CONFIG
+    try:
+        settings = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return str(path)  # reported when it is parsed
+    known = settings if isinstance(settings, dict) else {}
+    found = [(part, key) for part, key in REMOVED_SETTINGS if key in part_of(known, part)]
+    for part, key in found:
+        del part_of(known, part)[key]
+    return yaml.safe_dump(settings) if found else str(path)
+
+
+def part_of(settings: dict[str, Any], name: str) -> dict[str, Any]:
+    """A group of settings; all of them for an empty name."""
+    part = settings.get(name) if name else settings
+    return part if isinstance(part, dict) else {}
 
 
 def as_list(value: Any) -> list[Any]:

@@ -12,7 +12,6 @@ def last_checkpoint(run: RunConfig) -> LastCheckpoint:
     """Keeps `last.ckpt` and those before it."""
     return LastCheckpoint(
         keep_last=run.keep_last,
-        keep_every_hours=run.keep_every_hours,
         every_n_steps=run.checkpoint_every_n_steps,
         every_minutes=run.checkpoint_every_minutes,
         stop_signal=lambda: STOP.agreed,

@@ -11,7 +11,6 @@ from revdeq_lightning.checkpoints.names import BEST, CHECKPOINTS, LAST
 from revdeq_lightning.equilibrium import EquilibriumLayer
 from revdeq_lightning.loggers.csv_logger import ContinuedCSVLogger
 from revdeq_lightning.report import write_report
-from revdeq_lightning.runs.divergence import DivergedError
 from revdeq_lightning.runs.folder import CONFIG, METRICS, REPORT, RunConfig, command
 from revdeq_lightning.runs.signals import Stopped
 
@@ -48,8 +47,7 @@ class RunReport(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """After Ctrl-C or an error: where things lie and how to go on."""
-        goes_on = isinstance(exception, DivergedError) and exception.checkpoint is not None
-        if self.folder and trainer.is_global_zero and not goes_on:
+        if self.folder and trainer.is_global_zero:
             # PyTorch raises a dead worker's end again when any other child process ends, until its loader is closed.
             if (data := cast(Any, trainer).datamodule) is not None:
                 data.on_exception(exception)

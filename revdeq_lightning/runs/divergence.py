@@ -1,19 +1,17 @@
-"""A loss, state or gradient that is not finite: no optimizer step, the batch kept, the run ended or taken back."""
+"""A loss, state or gradient that is not finite: no optimizer step, the batch kept, the run ended."""
 
 import functools
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from revdeq_lightning.checkpoints.files import newest_good, write_checkpoint
-from revdeq_lightning.checkpoints.io import on_host
-from revdeq_lightning.checkpoints.names import CHECKPOINTS
+from revdeq_lightning.checkpoints.files import write_checkpoint
 from revdeq_lightning.equilibrium import DivergenceError, deferred_divergence, equilibria
 from revdeq_lightning.runs.random_state import random_state
 from revdeq_lightning.tasks.training_step import run_folder
@@ -24,38 +22,8 @@ MOST_FILES = 8
 """Where no process can tell that it was its batch: of so many processes the batches are kept."""
 
 
-@dataclass
-class DivergenceConfig:
-    """What a run does when loss, state or gradient is not finite; an optimizer step with such a gradient is never made.
-
-    Attributes:
-        policy: stop, or rollback: go on from the last good checkpoint with lower learning rates.
-        lr_factor: By which a rollback multiplies all learning rates.
-        max_rollbacks: In the whole run; then it stops.
-    """
-
-    policy: Literal["stop", "rollback"] = "stop"
-    lr_factor: float = 0.5
-    max_rollbacks: int = 3
-
-    def __post_init__(self) -> None:
-        if not 0 < self.lr_factor < 1:
-            raise ValueError(f"divergence.lr_factor must be in (0, 1), got {self.lr_factor}")
-        if self.max_rollbacks < 1:
-            raise ValueError(f"divergence.max_rollbacks must be at least 1, got {self.max_rollbacks}: use policy=stop")
-
-
 class DivergedError(RuntimeError):
-    """Training cannot go on from here.
-
-    Attributes:
-        checkpoint: Where to go on with lower learning rates; None: the run is to stop.
-        num_rollbacks: How many the run has made so far.
-    """
-
-    def __init__(self, message: str, checkpoint: Path | None = None, num_rollbacks: int = 0) -> None:
-        super().__init__(message)
-        self.checkpoint, self.num_rollbacks = checkpoint, num_rollbacks
+    """Training cannot go on from here; the message is one line."""
 
 
 class DivergenceGuard(Callback):
@@ -71,20 +39,14 @@ class DivergenceGuard(Callback):
 
     Args:
         folder: Folder of the run; None: the trainer's.
-        config: What to do.
-        num_rollbacks: How many there were before this start; a checkpoint knows of those before it.
 
     Raises:
-        DivergedError: See above; whoever catches it may go back to its `checkpoint`.
+        DivergedError: See above.
     """
 
-    def __init__(
-        self, folder: str | Path | None = None, config: DivergenceConfig | None = None, num_rollbacks: int = 0
-    ) -> None:
-        self.folder, self.config = folder, config or DivergenceConfig()
+    def __init__(self, folder: str | Path | None = None) -> None:
+        self.folder = folder
         self._path = Path()
-        self.num_rollbacks = num_rollbacks
-        self._rollbacks_in_checkpoint = 0
         self._batches: list[dict[str, Any]] = []
         self._losses: list[Tensor] = []
         self._errors: list[DivergenceError] = []
@@ -93,23 +55,13 @@ class DivergenceGuard(Callback):
         self._in_step = False
         self._is_attached = False
 
-    def state_dict(self) -> dict[str, Any]:
-        """How often the rates were lowered."""
-        return {"num_rollbacks": self.num_rollbacks}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The rates of the checkpoint are lowered so often."""
-        self._rollbacks_in_checkpoint = state_dict["num_rollbacks"]
-        self.num_rollbacks = max(self.num_rollbacks, self._rollbacks_in_checkpoint)
-
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the folder, on all ranks that of the first."""
         if stage == "fit":
             self._path = run_folder(trainer, self.folder)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lower the rates after a rollback; listen to the training step."""
-        lower_rates(trainer, self.config.lr_factor ** (self.num_rollbacks - self._rollbacks_in_checkpoint))
+        """Listen to the training step."""
         self._attach(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -217,17 +169,8 @@ class DivergenceGuard(Callback):
         self._raise(trainer, f"{reason}{where}", f"; {kept}")
 
     def _raise(self, trainer: Trainer, reason: str, kept: str = "") -> None:
-        text = f"training diverged in step {trainer.global_step + 1}: {reason}. No step was made with it{kept}"
-        checkpoint: Path | None = None
-        if self.config.policy == "rollback":
-            if self.num_rollbacks >= self.config.max_rollbacks:
-                text += f"; after {self.num_rollbacks} rollbacks (divergence.max_rollbacks) the run stops"
-            else:
-                folder, step = self._path / CHECKPOINTS, trainer.global_step
-                found = newest_good(folder, at_most=step).path if trainer.is_global_zero else None
-                checkpoint = trainer.strategy.broadcast(found)
-                text += "" if checkpoint else "; there is no checkpoint to go back to"
-        raise DivergedError(text, checkpoint, self.num_rollbacks)
+        step = trainer.global_step + 1
+        raise DivergedError(f"training diverged in step {step}: {reason}. No step was made with it{kept}")
 
     def _keep(self, trainer: Trainer, pl_module: LightningModule, reason: str | None) -> str:
         """Write the weights (first process) and, with a reason, this process's batches; what to tell the user of it."""
@@ -236,7 +179,7 @@ class DivergenceGuard(Callback):
         path = folder / f"process-{trainer.global_rank}.ckpt"
         try:
             if trainer.is_global_zero:
-                write_checkpoint(on_host({"state_dict": state}), folder / WEIGHTS)
+                write_checkpoint({"state_dict": state}, folder / WEIGHTS)
             if reason is not None:
                 content = {
                     "task": type(pl_module).__name__,
@@ -246,7 +189,7 @@ class DivergenceGuard(Callback):
                     "reason": reason,
                     "batches": [entry | {"batch": plain(entry["batch"])} for entry in self._batches],
                 }
-                write_checkpoint(on_host(content), path)
+                write_checkpoint(content, path)
         except OSError as error:
             return f"its batch could not be kept in {folder}: {error.strerror or error}"
         return f"to see the batch again: python -m revdeq_lightning replay --file {path}"
@@ -255,19 +198,6 @@ class DivergenceGuard(Callback):
         for name in ("training_step", "validation_step") if self._is_attached else ():
             del pl_module.__dict__[name]
         self._is_attached, self._batches, self._losses = False, [], []
-
-
-def lower_rates(trainer: Trainer, factor: float) -> None:
-    """Multiply the learning rates, now and in all that a schedule will make of them."""
-    if factor != 1:
-        for group in (group for optimizer in trainer.optimizers for group in optimizer.param_groups):
-            for key in ("lr", "initial_lr"):
-                if key in group:
-                    group[key] = group[key] * factor
-        for entry in trainer.lr_scheduler_configs:
-            scheduler: Any = entry.scheduler
-            if hasattr(scheduler, "base_lrs"):
-                scheduler.base_lrs = [rate * factor for rate in scheduler.base_lrs]
 
 
 @torch.no_grad()

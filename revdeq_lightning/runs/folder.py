@@ -38,10 +38,8 @@ class RunConfig:
         depth_sweep: With each test, evaluate with other numbers of solver steps too, from 1 to four times as many.
         test: After training, evaluate the best checkpoint on the test split.
         keep_last: How many checkpoints to keep to go on from: `last.ckpt` and, before it, `step-N.ckpt`.
-        keep_every_hours: Keep of the older ones, too, the first and one in so many hours, for good; null: none of them.
         checkpoint_every_n_steps: Write one after so many optimizer steps; null: after validations and by time only.
         checkpoint_every_minutes: Write one when the newest is so old; null: never.
-        async_checkpoints: Write them in the background, for large models; takes a copy of them in host memory.
     """
 
     folder: str = "runs"
@@ -56,10 +54,8 @@ class RunConfig:
     depth_sweep: bool = True
     test: bool = True
     keep_last: int = 2
-    keep_every_hours: float | None = None
     checkpoint_every_n_steps: int | None = None
     checkpoint_every_minutes: float | None = 30.0
-    async_checkpoints: bool = False
 
     task: ClassVar[tuple[str, ...]] = ()
     """Words of the command line that name the task."""

@@ -20,7 +20,7 @@ from revdeq_lightning.checkpoints.files import (
     remove_leftovers,
     write_checkpoint,
 )
-from revdeq_lightning.checkpoints.io import AtomicCheckpointIO, on_host
+from revdeq_lightning.checkpoints.io import AtomicCheckpointIO
 from revdeq_lightning.errors import CheckpointError
 
 
@@ -176,37 +176,6 @@ def test_a_full_disk_leaves_what_was_there(tmp_path):
     io_.save_checkpoint(content(3), path)
     assert not io_.failures
     assert read_checkpoint(path)["global_step"] == 3
-
-
-def test_in_the_background_the_moment_of_the_call_is_written(tmp_path):
-    io_ = AtomicCheckpointIO(background=True)
-    weight = torch.zeros(200_000)
-    state = {"global_step": 1, "loops": {}, "state_dict": {"embedding": weight, "readout": weight, "row": weight[:3]}}
-    io_.save_checkpoint(state, tmp_path / "a.ckpt")
-    weight.fill_(1.0)
-    state["global_step"] = 2
-    io_.save_checkpoint(state, tmp_path / "b.ckpt")
-    weight.fill_(2.0)
-    assert io_.load_checkpoint(tmp_path / "b.ckpt")["state_dict"]["readout"].unique().tolist() == [1.0]
-    io_.save_checkpoint(state, tmp_path / "c.ckpt")
-    io_.teardown()
-    assert read_checkpoint(tmp_path / "a.ckpt")["state_dict"]["readout"].unique().tolist() == [0.0]
-    assert read_checkpoint(tmp_path / "c.ckpt")["state_dict"]["row"].tolist() == [2.0] * 3
-    # What was one tensor is one in the file.
-    assert (tmp_path / "a.ckpt").stat().st_size < 1.1 * weight.nbytes
-    copy = on_host(state)["state_dict"]
-    assert copy["embedding"] is copy["readout"] is not weight
-
-
-def test_an_error_in_the_background_surfaces(tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    io_ = AtomicCheckpointIO(background=True)
-    io_.save_checkpoint(content(), tmp_path / "file" / "a.ckpt")
-    with pytest.raises(OSError, match=r"File exists|Not a directory"):
-        io_.save_checkpoint(content(), tmp_path / "b.ckpt")
-    io_.save_checkpoint(content(), tmp_path / "file" / "a.ckpt")
-    with pytest.raises(OSError, match=r"File exists|Not a directory"):
-        io_.teardown()
 
 
 def test_leftovers_are_removed_and_nothing_else(tmp_path):

@@ -10,10 +10,9 @@ from tiny_command import tiny_config
 ROOT = Path(__file__).parents[2]
 
 
-def kill(folder, num_kills, seed, processes=1, in_background=False, **trainer):
+def kill(folder, num_kills, seed, processes=1, **trainer):
     config = tiny_config(folder, **trainer)
-    settings = f"  checkpoint_every_n_steps: 3\n  async_checkpoints: {str(in_background).lower()}\n"
-    text = config.read_text().replace("run:\n", f"run:\n{settings}")
+    text = config.read_text().replace("run:\n", "run:\n  checkpoint_every_n_steps: 3\n")
     config.write_text(text.replace("sample_tokens: 5", "sample_tokens: 0"))
     report = folder / "report.json"
     options = ["--config", config, "--folder", folder, "--kills", num_kills, "--seed", seed, "--report", report]
@@ -23,25 +22,17 @@ def kill(folder, num_kills, seed, processes=1, in_background=False, **trainer):
 
 
 @pytest.mark.parametrize(
-    ("num_kills", "seed", "in_background"),
-    [
-        pytest.param(30, 0, False, marks=pytest.mark.slow),
-        pytest.param(10, 3, True, marks=pytest.mark.slow),
-        (4, 1, False),
-    ],
-    ids=["thirty", "in the background", "four"],
+    ("num_kills", "seed"), [pytest.param(30, 0, marks=pytest.mark.slow), (4, 1)], ids=["thirty", "four"]
 )
-def test_killed_runs_go_on_and_end_as_the_undisturbed_one(tmp_path, num_kills, seed, in_background):
+def test_killed_runs_go_on_and_end_as_the_undisturbed_one(tmp_path, num_kills, seed):
     steps = 12 if num_kills == 4 else 60
-    settings = {"in_background": in_background, "max_steps": steps, "val_check_interval": 10}
+    settings = {"max_steps": steps, "val_check_interval": 10}
     report = kill(tmp_path, num_kills, seed, **settings)
     assert len(report["kills"]) == num_kills
     assert report["differences"] == []
     assert report["finished"] >= 1
-    # Nothing is lost but the steps since the last checkpoint, of which there is one every three steps; written in the
-    # background the last that is whole may be the one before.
-    most = 6 if in_background else 3
-    assert all(0 <= kill["steps_to_repeat"] <= most for kill in report["kills"])
+    # Nothing is lost but the steps since the last checkpoint, of which there is one every three steps.
+    assert all(0 <= kill["steps_to_repeat"] <= 3 for kill in report["kills"])
     assert any("event" in kill for kill in report["kills"])
 
 

@@ -25,13 +25,6 @@ from tiny_command import run, tiny_config
         (["fit", "--trainer.log_every_n_steps=0"], ["trainer.log_every_n_steps=0", "choose a large number"]),
         (["fit", "--trainer.logger=WandbLogger"], ["run.wandb=auto"]),
         (
-            [
-                *("fit", "--config", "configs/trainer/fsdp2.yaml", "--trainer.accelerator=cpu", "--trainer.devices=1"),
-                *("--trainer.strategy.sharded_checkpoints=true", "--run.async_checkpoints=true"),
-            ],
-            ["run.async_checkpoints", "sharded_checkpoints"],
-        ),
-        (
             ["fit", "--model.solver.solver=none", "--model.solver.beta=0.5"],
             ["solver='none' has no beta, got beta=0.5: leave it out"],
         ),

@@ -11,20 +11,19 @@ def poison_cotangent(layer, inputs, solution):
 
 
 class Poison(Callback):
-    """Puts NaN into one number of a process, in one step, while the learning rate is at least `while_lr`.
+    """Puts NaN into one number of a process, in one step.
 
     what: "pixel" (diverges in the state), "label weight" (in the loss), "gradient", or "cotangent" (of an equilibrium's
     result: an implicit gradient's linear solve diverges, in the midst of the backward pass).
     """
 
-    def __init__(self, what: str, step: int, rank: int = 0, while_lr: float = 0.0):
-        self.what, self.step, self.rank, self.while_lr = what, step, rank, while_lr
+    def __init__(self, what: str, step: int, rank: int = 0):
+        self.what, self.step, self.rank = what, step, rank
         self.weights, self.handle = [], None
 
     def strikes(self, trainer, what, steps_made=False):
-        rate = trainer.optimizers[0].param_groups[0]["initial_lr" if trainer.lr_scheduler_configs else "lr"]
         here = trainer.global_rank == self.rank and trainer.global_step + (not steps_made) == self.step
-        return self.what == what and here and rate >= self.while_lr
+        return self.what == what and here
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self.weights = [p.detach().clone() for p in pl_module.parameters()]

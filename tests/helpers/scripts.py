@@ -14,14 +14,14 @@ class Output(NamedTuple):
     err: str
 
 
-def run_python(*words: object, seconds: float = 300, **settings: object) -> Output:
-    """Run `python WORDS` with one thread, where it must end well; what it says."""
+def run_python(*words: object, seconds: float = 300, code: int = 0, **settings: object) -> Output:
+    """Run `python WORDS` with one thread, where it must end with this code; what it says."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", *map(str, words)]
     result = subprocess.run(
         command, env=environment, timeout=seconds, capture_output=True, text=True, check=False, **settings
     )
-    assert result.returncode == 0, f"{command}:\n{result.stdout[-3000:]}\n{result.stderr[-4000:]}"
+    assert result.returncode == code, f"{command}:\n{result.stdout[-3000:]}\n{result.stderr[-4000:]}"
     return Output(result.stdout, result.stderr)
 
 
