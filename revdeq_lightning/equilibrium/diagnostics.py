@@ -24,8 +24,9 @@ from .function import EquilibriumFunction, Leaves, named_parameters
 from .graph import evaluate_recorded, vector_jacobian_products
 from .norms import broadcast_to_leaf
 from .solve import solve_fixed_point
-from .solvers.base import AbstractSolver, require_count
+from .solvers.base import AbstractSolver
 from .solvers.vectors import join
+from .validation import require_count
 
 
 def jacobian_regularisation(
@@ -52,7 +53,7 @@ def jacobian_regularisation(
 
     Source: Bai et al. 2021, arXiv:2106.14342, section 4.
     """
-    require_count("num_samples", num_samples, least=1)
+    require_count("num_samples", num_samples)
     function, z_leaves, x_leaves = _on_leaves(f, z, x)
     with sdpa_kernel(SDPBackend.MATH):
         state, value = evaluate_recorded(function, z_leaves, x_leaves)
@@ -93,7 +94,7 @@ def spectral_radius(
     Raises:
         ValueError: If `num_iterations` is not a whole number of at least 2.
     """
-    require_count("num_iterations", num_iterations, least=2)
+    require_count("num_iterations", num_iterations, at_least=2)
     with _untouched(f, z), torch.inference_mode(False), torch.enable_grad():
         function, z_leaves, x_leaves = _on_leaves(f, z, tree_map(_constant, x))
         state, value = evaluate_recorded(function, [leaf.clone() for leaf in z_leaves], x_leaves)

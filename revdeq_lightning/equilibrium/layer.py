@@ -10,7 +10,8 @@ from .adjoints.base import AbstractAdjoint
 from .adjoints.reversible import ReversibleAdjoint
 from .solution import FixedPointSolution
 from .solve import require_solver_and_adjoint, solve_in_parts
-from .solvers.base import AbstractSolver, require_count
+from .solvers.base import AbstractSolver
+from .validation import require_count
 
 
 class EquilibriumLayer(nn.Module):
@@ -33,7 +34,7 @@ class EquilibriumLayer(nn.Module):
         super().__init__()
         adjoint = ReversibleAdjoint() if adjoint is None else adjoint
         require_solver_and_adjoint(solver, adjoint)
-        require_count("num_parts", num_parts, least=1)
+        require_count("num_parts", num_parts)
         if num_parts > solver.max_steps:
             raise ValueError(f"num_parts must be at most the solver's max_steps, {solver.max_steps}, got {num_parts}")
         self.f = f

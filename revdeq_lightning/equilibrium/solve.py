@@ -14,7 +14,8 @@ from .adjoints.implicit import ImplicitAdjoint
 from .adjoints.phantom import PhantomAdjoint
 from .function import EquilibriumFunction, Leaves
 from .solution import FixedPointSolution, SolverStats
-from .solvers.base import AbstractSolver, DivergenceError, divergence_errors, require_count
+from .solvers.base import AbstractSolver, DivergenceError, divergence_errors
+from .validation import require_count
 
 
 def solve_fixed_point(
@@ -92,7 +93,7 @@ def solve_in_parts(
 
     Source: Bai et al. 2022, arXiv:2204.08442 (correction); torchdeq, arXiv:2310.18605 (`DEQSliced`).
     """
-    require_count("num_parts", num_parts, least=1)
+    require_count("num_parts", num_parts)
     require_solver_and_adjoint(solver, adjoint)
     num_parts = min(num_parts, solver.max_steps)
     on_the_way = PhantomAdjoint(num_steps=1, beta=1.0) if isinstance(adjoint, ImplicitAdjoint) else adjoint

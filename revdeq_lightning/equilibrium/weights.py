@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
+from .validation import require_choice
+
 NormalisationKind = Literal["weight", "spectral"]
 NORMALISED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -79,8 +81,7 @@ def normalise_weights(f: nn.Module, kind: NormalisationKind = "spectral", *, nor
 
     Source: Salimans and Kingma 2016, arXiv:1602.07868; Miyato et al. 2018, arXiv:1802.05957.
     """
-    if kind not in get_args(NormalisationKind):
-        raise ValueError(f"kind must be one of {', '.join(map(repr, get_args(NormalisationKind)))}, got {kind!r}")
+    require_choice("kind", kind, get_args(NormalisationKind))
     if norm is not None and (kind != "spectral" or not 0 < norm < float("inf")):
         raise ValueError(f"norm must be positive and belongs to kind='spectral', got norm={norm!r}, kind={kind!r}")
     layers = {name: module for name, module in f.named_modules() if isinstance(module, NORMALISED)}

@@ -127,7 +127,7 @@ SIZES = {"vocab_size": 11, "context_length": 4, "d_model": 4, "num_heads": 2}
 @pytest.mark.parametrize(
     ("solver", "match"),
     [
-        ({"num_losses": 0}, "num_parts must be a whole number of at least 1, got 0"),
+        ({"num_losses": 0}, "num_parts must be at least 1, got 0"),
         ({"num_losses": 9, "max_steps": 8}, "num_parts must be at most the solver's max_steps, 8, got 9"),
         ({"num_losses": 2, "loss_decay": 0.0}, r"loss_decay must be in \(0, 1\], got 0.0"),
         ({"loss_decay": 0.5}, "loss_decay=0.5 needs num_losses above 1"),

@@ -67,7 +67,7 @@ def test_more_evaluations_than_there_are_is_the_exact_gradient():
 
 @pytest.mark.parametrize("wrong", [0, -1, 1.5, True])
 def test_wrong_numbers_of_evaluations_are_errors(wrong):
-    with pytest.raises(ValueError, match=f"num_evaluations must be a whole number of at least 1, got {wrong!r}"):
+    with pytest.raises(ValueError, match=f"num_evaluations must be (at least 1|an integer), got {wrong!r}"):
         BackpropAdjoint(num_evaluations=wrong)
 
 

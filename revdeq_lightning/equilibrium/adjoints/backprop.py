@@ -9,7 +9,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ..function import EquilibriumFunction, Leaves
 from ..solution import SolverStats
-from ..solvers.base import AbstractSolver, Evaluation, iterate_to_fixed_point, require_count
+from ..solvers.base import AbstractSolver, Evaluation, iterate_to_fixed_point
+from ..validation import require_count
 from .attached import attach
 from .base import AbstractAdjoint
 
@@ -34,7 +35,7 @@ class BackpropAdjoint(AbstractAdjoint):
 
     def __post_init__(self) -> None:
         if self.num_evaluations is not None:
-            require_count("num_evaluations", self.num_evaluations, least=1)
+            require_count("num_evaluations", self.num_evaluations)
 
     def solve(
         self, f: EquilibriumFunction, z0: Leaves, x: Sequence[Any], solver: AbstractSolver

@@ -22,6 +22,7 @@ from ..solution import SolverStats
 from ..solvers.anderson import AndersonSolver
 from ..solvers.base import AbstractSolver, DivergenceError, divergence_errors, iterate_to_fixed_point
 from ..solvers.vectors import join
+from ..validation import require_choice
 from .attached import attach, record_at, solve_without_gradient
 from .base import AbstractAdjoint
 
@@ -76,10 +77,7 @@ class ImplicitAdjoint(AbstractAdjoint):
                 f"ImplicitAdjoint's solver needs a tolerance, got {self.solver!r}: set rtol=1e-5, say; for a fixed"
                 " number of steps use PhantomAdjoint(kind='neumann')"
             )
-        if self.unconverged not in UNCONVERGED_POLICIES:
-            raise ValueError(
-                f"unconverged must be one of {', '.join(map(repr, UNCONVERGED_POLICIES))}, got {self.unconverged!r}"
-            )
+        require_choice("unconverged", self.unconverged, UNCONVERGED_POLICIES)
 
     def solve(
         self, f: EquilibriumFunction, z0: Leaves, x: Sequence[Any], solver: AbstractSolver

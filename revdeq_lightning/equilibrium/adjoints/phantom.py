@@ -12,7 +12,8 @@ import torch
 
 from ..function import EquilibriumFunction, Leaves
 from ..solution import SolverStats
-from ..solvers.base import AbstractSolver, require_count, require_number
+from ..solvers.base import AbstractSolver
+from ..validation import require_choice, require_count, require_in_range
 from .attached import attach, record_at, solve_without_gradient
 from .base import AbstractAdjoint
 from .implicit import AdjointSystem, refuse_double_backward
@@ -48,11 +49,9 @@ class PhantomAdjoint(AbstractAdjoint):
     kind: PhantomKind = "unrolled"
 
     def __post_init__(self) -> None:
-        require_count("num_steps", self.num_steps, least=1)
-        if not 0 < require_number("beta", self.beta) < 2:
-            raise ValueError(f"beta must be in (0, 2), got {self.beta!r}")
-        if self.kind not in get_args(PhantomKind):
-            raise ValueError(f"kind must be one of {', '.join(map(repr, get_args(PhantomKind)))}, got {self.kind!r}")
+        require_count("num_steps", self.num_steps)
+        require_in_range("beta", self.beta, "(0, 2)")
+        require_choice("kind", self.kind, get_args(PhantomKind))
 
     def solve(
         self, f: EquilibriumFunction, z0: Leaves, x: Sequence[Any], solver: AbstractSolver

@@ -24,6 +24,7 @@ from ..graph import evaluate_recorded, graph_leaves, vector_jacobian_products
 from ..solution import SolverStats
 from ..solvers.base import AbstractSolver, iterate_to_fixed_point, select
 from ..solvers.reversible import AbstractTwoStepSolver, TwoStepState
+from ..validation import require_choice
 from .base import AbstractAdjoint
 
 MISMATCH_POLICIES = ("warn", "raise", "ignore")
@@ -60,10 +61,7 @@ class ReversibleAdjoint(AbstractAdjoint):
     forward_with_grad: bool | None = None
 
     def __post_init__(self) -> None:
-        if self.mismatch not in MISMATCH_POLICIES:
-            raise ValueError(
-                f"mismatch must be one of {', '.join(map(repr, MISMATCH_POLICIES))}, got {self.mismatch!r}"
-            )
+        require_choice("mismatch", self.mismatch, MISMATCH_POLICIES)
 
     def solve(
         self, f: EquilibriumFunction, z0: Leaves, x: Sequence[Any], solver: AbstractSolver

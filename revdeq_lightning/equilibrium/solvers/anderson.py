@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..function import Leaves
-from .base import AbstractSolver, require_count, require_number, select
+from ..validation import require_choice, require_count, require_in_range
+from .base import AbstractSolver, select
 from .vectors import inner, join, rounding, split, weighted_sum
 
 RidgeScale = Literal["relative", "absolute"]
@@ -62,15 +63,10 @@ class AndersonSolver(AbstractSolver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_count("memory", self.memory, least=1)
-        if not 0 < require_number("beta", self.beta) < 2:
-            raise ValueError(f"beta must be in (0, 2), got {self.beta!r}")
-        if not 0 < require_number("ridge", self.ridge) < float("inf"):
-            raise ValueError(f"ridge must be positive and finite, got {self.ridge!r}: choose 1e-6, say")
-        if self.ridge_scale not in get_args(RidgeScale):
-            raise ValueError(
-                f"ridge_scale must be one of {', '.join(map(repr, get_args(RidgeScale)))}, got {self.ridge_scale!r}"
-            )
+        require_count("memory", self.memory)
+        require_in_range("beta", self.beta, "(0, 2)")
+        require_in_range("ridge", self.ridge, "(0, inf)", "use 1e-6, for example")
+        require_choice("ridge_scale", self.ridge_scale, get_args(RidgeScale))
 
     def init(self, z0: Leaves, *, reversible: bool) -> AndersonState:
         batch, device = z0[0].shape[0], z0[0].device

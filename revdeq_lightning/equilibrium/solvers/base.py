@@ -14,6 +14,7 @@ from torch import Tensor
 from ..function import Leaves
 from ..norms import Residual, broadcast_to_leaf, residual
 from ..solution import SolverStats
+from ..validation import require_count, require_in_range
 
 State = Any
 """What a solver carries from one evaluation to the next; each solver has its own type."""
@@ -78,11 +79,9 @@ class AbstractSolver(abc.ABC):
     evaluations_per_step = 1
 
     def __post_init__(self) -> None:
-        require_count("max_steps", self.max_steps, least=1)
-        for name in ("rtol", "atol"):
-            tolerance = require_number(name, getattr(self, name))
-            if not 0 <= tolerance < float("inf"):
-                raise ValueError(f"{name} must be 0 (no stopping test) or positive and finite, got {tolerance!r}")
+        require_count("max_steps", self.max_steps)
+        require_in_range("rtol", self.rtol, "[0, inf)")
+        require_in_range("atol", self.atol, "[0, inf)")
 
     @property
     def has_tolerance(self) -> bool:
@@ -195,19 +194,6 @@ def host_check_interval(device: torch.device) -> int:
 def select(active: Tensor, new: Leaves, old: Leaves) -> Leaves:
     """The new values of the active samples, the old ones of the others."""
     return [torch.where(broadcast_to_leaf(active, a), a, b) for a, b in zip(new, old, strict=True)]
-
-
-def require_number(name: str, value: object) -> float:
-    """The value as a float, or a ValueError that shows it."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
-        raise ValueError(f"{name} must be a number, got {value!r}")
-    return float(value)
-
-
-def require_count(name: str, value: object, *, least: int) -> None:
-    """Raise a ValueError that shows the value, unless it is a whole number of at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
 
 
 @torch.no_grad()

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..function import Leaves
-from .base import AbstractSolver, require_count, require_number, select
+from ..validation import require_count, require_in_range
+from .base import AbstractSolver, select
 from .vectors import inner, join, rounding, split, weighted_sum
 
 SUFFICIENT_DECREASE = 1e-4
@@ -69,10 +70,9 @@ class BroydenSolver(AbstractSolver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_count("memory", self.memory, least=1)
-        require_count("max_halvings", self.max_halvings, least=0)
-        if not 0 < require_number("beta", self.beta) < 2:
-            raise ValueError(f"beta must be in (0, 2), got {self.beta!r}")
+        require_count("memory", self.memory)
+        require_count("max_halvings", self.max_halvings, at_least=0)
+        require_in_range("beta", self.beta, "(0, 2)")
 
     def init(self, z0: Leaves, *, reversible: bool) -> BroydenState:
         base = join(z0)

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..function import Leaves
-from .base import AbstractSolver, require_number, select
+from ..validation import require_in_range
+from .base import AbstractSolver, select
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +24,7 @@ class RelaxedSolver(AbstractSolver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < require_number("beta", self.beta) < 2:
-            raise ValueError(f"beta must be in (0, 2), got {self.beta!r}")
+        require_in_range("beta", self.beta, "(0, 2)")
 
     def init(self, z0: Leaves, *, reversible: bool) -> Leaves:
         return list(z0)

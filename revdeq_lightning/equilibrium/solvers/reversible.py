@@ -28,7 +28,8 @@ from ..exact.arithmetic import (
 )
 from ..exact.remainders import Remainders
 from ..function import Leaves
-from .base import AbstractSolver, require_number, select
+from ..validation import require_choice, require_in_range
+from .base import AbstractSolver, select
 
 
 class TwoStepState(NamedTuple):
@@ -57,10 +58,8 @@ class AbstractTwoStepSolver(AbstractSolver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < require_number("beta", self.beta) < 2:
-            raise ValueError(f"beta must be in (0, 2), got {self.beta!r}")
-        if self.arithmetic not in ARITHMETICS:
-            raise ValueError(f"arithmetic must be one of {', '.join(map(repr, ARITHMETICS))}, got {self.arithmetic!r}")
+        require_in_range("beta", self.beta, "(0, 2)")
+        require_choice("arithmetic", self.arithmetic, ARITHMETICS)
         if self.compiled and self.arithmetic != "exact":
             raise ValueError(f"compiled=True belongs to arithmetic='exact', got {self.arithmetic!r}: leave it out")
 
@@ -162,7 +161,7 @@ class ReversibleSolver(AbstractTwoStepSolver):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.beta == 1:
-            raise ValueError(f"beta must not be 1, got {self.beta!r}: the inverse divides by 1 - beta; choose 0.8, say")
+            raise ValueError(f"beta must not be 1, got {self.beta!r}: the inverse divides by 1 - beta; use 0.8")
         self.state_arithmetic.check(self.recurrence, f"beta={self.beta!r}")
 
     @property
@@ -200,12 +199,9 @@ class MomentumSolver(AbstractTwoStepSolver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        momentum = require_number("momentum", self.momentum)
-        if momentum == 0 or not -1 < momentum < 1:
-            raise ValueError(
-                f"momentum must be in (-1, 1) and not 0, got {self.momentum!r}: the inverse divides by it; choose"
-                f" 0.125, say"
-            )
+        require_in_range("momentum", self.momentum, "(-1, 1)")
+        if self.momentum == 0:
+            raise ValueError(f"momentum must be nonzero, got {self.momentum!r}: the inverse divides by it; use 0.125")
         self.state_arithmetic.check(self.recurrence, f"momentum={self.momentum!r}")
 
     @property

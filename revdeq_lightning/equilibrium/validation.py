@@ -1,0 +1,41 @@
+"""Range checks. Every error shows the value received: "beta must be in (0, 2), got 2.5"."""
+
+from collections.abc import Iterable
+
+
+def require_in_range(name: str, value: object, interval: str, advice: str = "") -> None:
+    """Raise ValueError unless `value` is a number within `interval`.
+
+    Args:
+        name: Of the setting.
+        value: Booleans and NaN are no numbers.
+        interval: Written as in mathematics: "(0, 2)", "[0, 1)", "(0, inf)".
+        advice: What to do, appended to the message.
+    """
+    low, high = map(float, interval[1:-1].split(","))
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not (low <= value if interval[0] == "[" else low < value)
+        or not (value <= high if interval[-1] == "]" else value < high)
+    ):
+        raise ValueError(_message(name, f"in {interval}", value, advice))
+
+
+def require_count(name: str, value: object, *, at_least: int = 1, advice: str = "") -> None:
+    """Raise ValueError unless `value` is an integer of at least `at_least`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(_message(name, "an integer", value, advice))
+    if value < at_least:
+        raise ValueError(_message(name, f"at least {at_least}", value, advice))
+
+
+def require_choice(name: str, value: object, choices: Iterable[object], advice: str = "") -> None:
+    """Raise ValueError unless `value` is one of `choices`."""
+    choices = list(choices)
+    if value not in choices:
+        raise ValueError(_message(name, f"one of {', '.join(map(repr, choices))}", value, advice))
+
+
+def _message(name: str, wanted: str, value: object, advice: str) -> str:
+    return f"{name} must be {wanted}, got {value!r}{f': {advice}' if advice else ''}"
