@@ -1,16 +1,17 @@
 """Optimizers and learning rate schedules, each from one dataclass."""
 
-import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
+from torch.optim.adamw import adamw
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
+from revdeq_lightning.equilibrium.validation import require_count, require_in_range
 from revdeq_lightning.models.sharded_tensors import shared_out_like, whole
 
 
@@ -60,43 +61,41 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         self.betas = (self.betas[0], self.betas[1])
-        for name in ("lr", "embedding_lr", "muon_lr", "eps"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} must be positive, got {value}")
-        for name in ("weight_decay", "readout_decay", "warmup_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("lr", "muon_lr", "eps"):
+            require_in_range(name, getattr(self, name), "(0, inf)")
+        if self.embedding_lr is not None:
+            require_in_range("embedding_lr", self.embedding_lr, "(0, inf)")
+        for name in ("weight_decay", "readout_decay"):
+            require_in_range(name, getattr(self, name), "[0, inf)")
+        require_count("warmup_steps", self.warmup_steps, at_least=0)
         for name in ("plateau_patience", "plateau_window"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            require_count(name, getattr(self, name))
         for name in ("ema_decay", "final_lr_fraction"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+            require_in_range(name, getattr(self, name), "[0, 1)")
         if self.schedule == "plateau" and self.warmup_steps:
             raise ValueError(f"schedule='plateau' has no warm-up, got warmup_steps={self.warmup_steps}")
 
 
-class Muon(Optimizer):
-    """Moves each matrix by its orthogonalised (Nesterov) momentum; a kernel is the matrix `(out, in * height * width)`.
+class MuonAdamW(Optimizer):
+    """Muon for the parameter groups that have a `momentum`, AdamW for the others.
 
-    Like `torch.optim.Muon`, which takes no kernels and computes in bfloat16 everywhere: on a CPU without instructions
-    for it that is 30 times slower, and slower than the model. Here CPUs compute in float32. Of matrices sharded over
-    processes (FSDP2) each is gathered on every process, which all compute its direction: as many bytes once more as
-    the gradients have.
+    Muon moves each matrix by its orthogonalized (Nesterov) momentum; a kernel is the matrix
+    `(out, in * height * width)`, and a matrix with more rows than columns moves `sqrt(rows / columns)` times as far.
+    `torch.optim.Muon` takes no kernels and computes in bfloat16 everywhere: on a CPU without instructions for it that
+    is 30 times slower, and slower than the model. Here CPUs compute in float32. Matrices sharded over processes (FSDP2)
+    are gathered one by one on every process, which sends as many bytes again as the gradients have.
 
     Args:
-        parameters: Matrices and kernels.
-        lr: Learning rate; a matrix with more rows than columns moves `sqrt(rows / columns)` times as far.
-        momentum: Weight of the earlier gradients.
-        weight_decay: Decoupled, times the learning rate.
+        groups: Parameter groups, with `lr`, `momentum` and `weight_decay` for Muon, or with `lr`, `betas`, `eps` and
+            `weight_decay` for AdamW.
 
     Source: Jordan et al. 2024, kellerjordan.github.io/posts/muon.
     """
 
-    def __init__(self, parameters: Iterable[Any], lr: float, momentum: float = 0.95, weight_decay: float = 0.0) -> None:
-        super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        vectors = [tuple(p.shape) for group in self.param_groups for p in group["params"] if p.dim() < 2]
+    def __init__(self, groups: list[dict[str, Any]]) -> None:
+        # Both kinds of groups have the keys that earlier versions stored, one optimizer of PyTorch for each.
+        super().__init__([group if "momentum" in group else group | {"fused": True} for group in groups], {})
+        vectors = [tuple(p.shape) for group in groups if "momentum" in group for p in group["params"] if p.dim() < 2]
         if vectors:
             raise ValueError(f"Muon moves matrices and kernels, got a parameter of shape {vectors[0]}")
 
@@ -108,26 +107,43 @@ class Muon(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for p in (p for p in group["params"] if p.grad is not None):
-                state = self.state[p]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(p.grad)
-                buffer = state["momentum_buffer"].lerp_(p.grad, 1 - group["momentum"])
-                # A sharded matrix is gathered: its directions are not those of its parts.
-                update = whole(p.grad.lerp(buffer, group["momentum"])).flatten(1)
-                if not p.is_cpu:
-                    update = update.bfloat16()
-                rows, columns = update.shape
-                direction = shared_out_like(orthogonalise(update).to(p.dtype).view(p.shape), p)
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(direction, alpha=-group["lr"] * math.sqrt(max(1.0, rows / columns)))
+            step = self._step_muon if "momentum" in group else self._step_adamw
+            step(group, [p for p in group["params"] if p.grad is not None])
         return loss
 
+    def _step_muon(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        for p in parameters:
+            grad: Any = p.grad
+            state = self.state[p]
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(grad)
+            buffer = state["momentum_buffer"].lerp_(grad, 1 - group["momentum"])
+            # A sharded matrix is gathered: its directions are not those of its parts.
+            update = whole(grad.lerp(buffer, group["momentum"])).flatten(1)
+            if not p.is_cpu:
+                update = update.bfloat16()
+            rows, columns = update.shape
+            direction = shared_out_like(orthogonalize(update).to(p.dtype).view(p.shape), p)
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+            p.add_(direction, alpha=-group["lr"] * math.sqrt(max(1.0, rows / columns)))
 
-def orthogonalise(g: Tensor) -> Tensor:
-    """Push the singular values of a matrix towards 1 (Newton-Schulz): `x = a x + (b x x' + c (x x')^2) x`, five times.
+    def _step_adamw(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        for p in parameters:
+            if not self.state[p]:
+                self.state[p]["step"] = torch.zeros((), device=p.device, dtype=torch.float32)
+                self.state[p] |= {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+        means, squares, steps = ([self.state[p][k] for p in parameters] for k in ("exp_avg", "exp_avg_sq", "step"))
+        beta1, beta2 = group["betas"]
+        rates = {name: group[name] for name in ("lr", "weight_decay", "eps")}
+        options: Any = {"fused": True, "amsgrad": False, "maximize": False}
+        grads: Any = [p.grad for p in parameters]
+        adamw(parameters, grads, means, squares, [], steps, beta1=beta1, beta2=beta2, **rates, **options)
 
-    Source of the coefficients: as of `Muon`.
+
+def orthogonalize(g: Tensor) -> Tensor:
+    """Push the singular values of a matrix toward 1 (Newton-Schulz): `x = a x + (b x x' + c (x x')^2) x`, five times.
+
+    Source of the coefficients: as for `MuonAdamW`.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = g.mT if g.shape[0] > g.shape[1] else g
@@ -136,45 +152,6 @@ def orthogonalise(g: Tensor) -> Tensor:
         gram = x @ x.mT
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if g.shape[0] > g.shape[1] else x
-
-
-class JointOptimizer(Optimizer):
-    """Several optimizers, each with its own parameters, that step as one (Lightning automates only one)."""
-
-    def __init__(self, optimizers: Iterable[Optimizer]) -> None:
-        self.optimizers = list(optimizers)
-        # The groups are the optimizers' own dictionaries: a scheduler that sets `lr` here sets it there.
-        super().__init__([{"params": []}], {})
-        self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-
-    @property
-    def state(self) -> Any:
-        """The states of all parameters, as a copy: a parameter's own dictionary is shared, the whole is not."""
-        return {p: state for optimizer in self.optimizers for p, state in optimizer.state.items()}
-
-    @state.setter
-    def state(self, value: Any) -> None:
-        """Ignored: the base class makes an empty one."""
-
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Evaluate the closure once, then step each optimizer."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for optimizer in self.optimizers:
-            optimizer.step()
-        return loss
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` gave, each optimizer its groups."""
-        groups = iter(state_dict["param_groups"])
-        for optimizer in self.optimizers:
-            own = list(itertools.islice(groups, len(optimizer.param_groups)))
-            keys = [key for group in own for key in group["params"]]
-            states = {key: state_dict["state"][key] for key in keys if key in state_dict["state"]}
-            optimizer.load_state_dict({"state": states, "param_groups": own})
-        self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
 
 class WindowedPlateau(ReduceLROnPlateau):
@@ -227,27 +204,19 @@ def group_parameters(model: nn.Module) -> ParameterGroups:
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     """The optimizer over the trainable parameters of the model."""
     matrices, embeddings, readout, others = group_parameters(model)
-    groups: list[dict[str, Any]] = [
-        {"params": embeddings, "lr": config.embedding_lr or config.lr},
-        {"params": readout, "weight_decay": config.readout_decay},
-        {"params": others},
+    adam: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": 0.0}
+    groups = [
+        adam | {"params": embeddings, "lr": config.embedding_lr or config.lr},
+        adam | {"params": readout, "weight_decay": config.readout_decay},
+        adam | {"params": others},
     ]
     if config.optimizer == "adamw":
-        groups.append({"params": matrices, "weight_decay": config.weight_decay})
-    adamw = AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-        weight_decay=0.0,
-        fused=True,
-    )
-    if config.optimizer == "adamw":
-        return adamw
+        groups.append(adam | {"params": matrices, "weight_decay": config.weight_decay})
+        return AdamW([group for group in groups if group["params"]], fused=True)
     if not matrices:
         raise ValueError(f"optimizer='muon' needs linear layers to train, {type(model).__name__} has none: use 'adamw'")
-    muon = Muon(matrices, lr=config.muon_lr, momentum=config.muon_momentum, weight_decay=config.weight_decay)
-    return JointOptimizer([muon, adamw])
+    muon = {"lr": config.muon_lr, "momentum": config.muon_momentum, "weight_decay": config.weight_decay}
+    return MuonAdamW([muon | {"params": matrices}, *(group for group in groups if group["params"])])
 
 
 def build_scheduler(optimizer: Optimizer, config: OptimizerConfig, total_steps: float) -> LRScheduler | None:

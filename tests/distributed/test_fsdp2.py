@@ -17,7 +17,7 @@ from revdeq_lightning.distributed.sharding import fill_from_first_process, shard
 from revdeq_lightning.equilibrium import MomentumSolver, ReversibleAdjoint
 from revdeq_lightning.models import ExplicitTransformerLM, TransformerConfig, TransformerLM
 from revdeq_lightning.models.sharded_tensors import whole
-from revdeq_lightning.tasks.optimizers import Muon
+from revdeq_lightning.tasks.optimizers import MuonAdamW
 from revdeq_lightning.tasks.recipe import Recipe, deferred_weights
 
 NUM_RANKS = 2
@@ -110,7 +110,8 @@ def moved_by_muon():
     shard_equilibria(model, mesh())
     moved = []
     for m in (model, plain):
-        optimizer = Muon([w for w in m.equilibrium.parameters() if w.dim() == 2], lr=0.1, weight_decay=0.1)
+        matrices = [w for w in m.equilibrium.parameters() if w.dim() == 2]
+        optimizer = MuonAdamW([{"params": matrices, "lr": 0.1, "momentum": 0.95, "weight_decay": 0.1}])
         for seed in range(2):
             m.loss(*make_batch(2, seed=seed)).loss.backward()
             optimizer.step()
