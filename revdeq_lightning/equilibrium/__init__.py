@@ -18,19 +18,18 @@ from .adjoints import (
 )
 from .diagnostics import GradientError, gradient_error, jacobian_regularisation, spectral_radius
 from .layer import EquilibriumLayer, equilibria
+from .loop import DivergenceError, deferred_divergence, recorded_residuals
+from .parts import solve_in_parts
 from .solution import FixedPointSolution, SolverStats
-from .solve import solve_fixed_point, solve_in_parts
+from .solve import solve_fixed_point
 from .solvers import (
     AbstractSolver,
     AndersonSolver,
     BroydenSolver,
-    DivergenceError,
     MomentumSolver,
     PicardSolver,
     RelaxedSolver,
     ReversibleSolver,
-    deferred_divergence,
-    recorded_residuals,
 )
 from .weights import normalise_weights
 

@@ -20,12 +20,10 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from .adjoints.backprop import BackpropAdjoint
 from .adjoints.base import AbstractAdjoint
-from .function import EquilibriumFunction, Leaves, named_parameters
-from .graph import evaluate_recorded, vector_jacobian_products
-from .norms import broadcast_to_leaf
+from .function import EquilibriumFunction, evaluate_recorded, named_parameters, vector_jacobian_products
+from .norms import Leaves, broadcast_to_leaf, join
 from .solve import solve_fixed_point
 from .solvers.base import AbstractSolver
-from .solvers.vectors import join
 from .validation import require_count
 
 

@@ -1,10 +1,12 @@
-"""The residual: one definition for every solver, per sample."""
+"""Per-sample norms: the residual, one definition for every solver, and the state as one vector per sample."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+Leaves = list[Tensor]
 
 EPSILON = 1e-5
 """Keeps the relative residual finite where f vanishes (value of the paper's released code)."""
@@ -38,3 +40,51 @@ def residual(value: Sequence[Tensor], state: Sequence[Tensor], rtol: float = 0.0
 def broadcast_to_leaf(mask: Tensor, leaf: Tensor) -> Tensor:
     """View of a per-sample mask `(batch,)` that broadcasts over `leaf`, `(batch, ...)`."""
     return mask.view(-1, *(1,) * (leaf.ndim - 1))
+
+
+def select(active: Tensor, new: Leaves, old: Leaves) -> Leaves:
+    """The new values of the active samples, the old ones of the others."""
+    return [torch.where(broadcast_to_leaf(active, a), a, b) for a, b in zip(new, old, strict=True)]
+
+
+def join(leaves: Leaves) -> Tensor:
+    """All leaves as `(batch, elements)`, in float32 at least."""
+    dtype = torch.float32
+    for leaf in leaves:
+        dtype = torch.promote_types(dtype, leaf.dtype)
+    flat = [leaf.reshape(len(leaf), -1).to(dtype) for leaf in leaves]
+    return flat[0] if len(flat) == 1 else torch.cat(flat, 1)
+
+
+def split(vector: Tensor, like: Leaves) -> Leaves:
+    """Inverse of `join`: shapes and dtypes of `like`."""
+    parts = vector.split([leaf[0].numel() for leaf in like], 1)
+    return [part.reshape(leaf.shape).to(leaf.dtype) for part, leaf in zip(parts, like, strict=True)]
+
+
+NOISE = 10.0
+"""Rounding errors of f, in units of the last place of its norm, below which a residual says nothing."""
+
+
+@torch.no_grad()
+def rounding(value: Leaves) -> Tensor:
+    """Norm of what rounding may have made of `value = f(z, x)`, shape `(batch,)`."""
+    eps = max(torch.finfo(leaf.dtype).eps for leaf in value)
+    norm: Tensor = torch.linalg.vector_norm(join(value), dim=1)
+    return NOISE * eps * (norm + EPSILON)
+
+
+# Products and sums instead of matrix products, which TF32 and autocast would round to 3 digits.
+
+
+def inner(a: Tensor, b: Tensor) -> Tensor:
+    """Inner product of each sample, shape `(batch,)`."""
+    return (a * b).sum(1)
+
+
+def weighted_sum(vectors: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    """`sum_i weights[i] * vectors[i]`, each weight of shape `(batch,)`."""
+    total = vectors[0] * weights[0][:, None]
+    for vector, weight in zip(vectors[1:], weights[1:], strict=True):
+        total = torch.addcmul(total, vector, weight[:, None])
+    return total

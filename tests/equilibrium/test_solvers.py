@@ -171,7 +171,7 @@ def test_a_stopped_sample_does_not_depend_on_its_neighbours(solver):
 @pytest.mark.parametrize("interval", [1, 4])
 @pytest.mark.parametrize("solver", STOPPING, ids=str)
 def test_backward_undoes_just_the_steps_that_each_sample_made(solver, interval, monkeypatch):
-    monkeypatch.setattr("revdeq_lightning.equilibrium.solvers.base.host_check_interval", lambda device: interval)
+    monkeypatch.setattr("revdeq_lightning.equilibrium.loop.host_check_interval", lambda device: interval)
     f, z0, x = spread_problem()
     z0.requires_grad_()
     sources = (x, z0, *f.parameters())

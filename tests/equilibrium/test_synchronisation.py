@@ -17,8 +17,8 @@ from revdeq_lightning.equilibrium import (
     PhantomAdjoint,
     PicardSolver,
     ReversibleSolver,
+    loop,
 )
-from revdeq_lightning.equilibrium.solvers import base
 
 SYNCHRONISING = ("_local_scalar_dense", "is_nonzero", "item", "nonzero", "equal", "masked_select", "_unique2")
 METHODS = ("tolist", "numpy", "cpu")
@@ -119,7 +119,7 @@ def test_without_a_tolerance_bptt_and_others_look_once():
 
 @pytest.mark.parametrize("interval", [1, 4])
 def test_linear_solve_of_the_implicit_adjoint_looks_every_few_steps(monkeypatch, interval):
-    monkeypatch.setattr(base, "host_check_interval", lambda device: interval)
+    monkeypatch.setattr(loop, "host_check_interval", lambda device: interval)
     adjoint = ImplicitAdjoint(solver=AndersonSolver(max_steps=60, rtol=1e-5))
     forward, backward, solution = synchronisations(AndersonSolver(max_steps=20), adjoint, contracting_layer)
     assert forward == 1
@@ -132,7 +132,7 @@ def test_linear_solve_of_the_implicit_adjoint_looks_every_few_steps(monkeypatch,
 @pytest.mark.parametrize("rtol", [0.5, 0.05, 1e-9])
 def test_with_a_tolerance_the_host_looks_every_few_steps(monkeypatch, interval, max_steps, rtol):
     """And the idle evaluations between the last sample's stop and the host's look do not change the gradient."""
-    monkeypatch.setattr(base, "host_check_interval", lambda device: interval)
+    monkeypatch.setattr(loop, "host_check_interval", lambda device: interval)
     solver = ReversibleSolver(beta=0.5, max_steps=max_steps, rtol=rtol)
     forward, backward, solution = synchronisations(solver, make_layer=contracting_layer)
     num_steps = solution.stats.num_steps
@@ -152,7 +152,7 @@ def test_with_a_tolerance_the_host_looks_every_few_steps(monkeypatch, interval, 
     assert_equal_gradients(ours, reference)
     assert solution.stats.reconstruction_mismatch == 0
     assert torch.equal(solution.value, bptt_solution.value)
-    monkeypatch.setattr(base, "host_check_interval", lambda device: 1)
+    monkeypatch.setattr(loop, "host_check_interval", lambda device: 1)
     patient = run(REVERSIBLE)[1]
     assert torch.equal(solution.value, patient.value)
     assert torch.equal(solution.stats.num_steps, patient.stats.num_steps)

@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..function import EquilibriumFunction, Leaves
-from ..graph import evaluate_recorded, graph_leaves
+from ..function import EquilibriumFunction, evaluate_recorded, graph_leaves
+from ..loop import iterate_to_fixed_point
+from ..norms import Leaves
 from ..solution import SolverStats
-from ..solvers.base import AbstractSolver, iterate_to_fixed_point
+from ..solvers.base import AbstractSolver
 
 Cotangents = Callable[[Leaves], Leaves]
 

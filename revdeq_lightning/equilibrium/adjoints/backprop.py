@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from ..function import EquilibriumFunction, Leaves
+from ..function import EquilibriumFunction
+from ..loop import Evaluation, iterate_to_fixed_point
+from ..norms import Leaves
 from ..solution import SolverStats
-from ..solvers.base import AbstractSolver, Evaluation, iterate_to_fixed_point
+from ..solvers.base import AbstractSolver
 from ..validation import require_count
 from .attached import attach
 from .base import AbstractAdjoint

@@ -4,7 +4,8 @@ import abc
 from collections.abc import Sequence
 from typing import Any
 
-from ..function import EquilibriumFunction, Leaves
+from ..function import EquilibriumFunction
+from ..norms import Leaves
 from ..solution import SolverStats
 from ..solvers.base import AbstractSolver
 

@@ -15,13 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..function import EquilibriumFunction, Leaves
-from ..graph import vector_jacobian_products
-from ..norms import broadcast_to_leaf
+from ..function import EquilibriumFunction, vector_jacobian_products
+from ..loop import DivergenceError, divergence_errors, iterate_to_fixed_point
+from ..norms import Leaves, broadcast_to_leaf, join
 from ..solution import SolverStats
 from ..solvers.anderson import AndersonSolver
-from ..solvers.base import AbstractSolver, DivergenceError, divergence_errors, iterate_to_fixed_point
-from ..solvers.vectors import join
+from ..solvers.base import AbstractSolver
 from ..validation import require_choice
 from .attached import attach, record_at, solve_without_gradient
 from .base import AbstractAdjoint

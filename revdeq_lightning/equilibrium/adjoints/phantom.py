@@ -10,7 +10,8 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from ..function import EquilibriumFunction, Leaves
+from ..function import EquilibriumFunction
+from ..norms import Leaves
 from ..solution import SolverStats
 from ..solvers.base import AbstractSolver
 from ..validation import require_choice, require_count, require_in_range

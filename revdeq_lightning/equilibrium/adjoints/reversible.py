@@ -19,10 +19,19 @@ from torch import Tensor, nn
 
 from ..exact import kernels
 from ..exact.remainders import Remainders
-from ..function import EquilibriumFunction, Leaves, call_with_parameters, is_compiled, named_parameters
-from ..graph import evaluate_recorded, graph_leaves, vector_jacobian_products
+from ..function import (
+    EquilibriumFunction,
+    call_with_parameters,
+    evaluate_recorded,
+    graph_leaves,
+    is_compiled,
+    named_parameters,
+    vector_jacobian_products,
+)
+from ..loop import iterate_to_fixed_point
+from ..norms import Leaves, select
 from ..solution import SolverStats
-from ..solvers.base import AbstractSolver, iterate_to_fixed_point, select
+from ..solvers.base import AbstractSolver
 from ..solvers.reversible import AbstractTwoStepSolver, TwoStepState
 from ..validation import require_choice
 from .base import AbstractAdjoint

@@ -1,7 +1,7 @@
 """Solvers: one file each."""
 
 from .anderson import AndersonSolver
-from .base import AbstractSolver, DivergenceError, deferred_divergence, recorded_residuals
+from .base import AbstractSolver
 from .broyden import BroydenSolver
 from .picard import PicardSolver
 from .relaxed import RelaxedSolver
@@ -12,11 +12,8 @@ __all__ = [
     "AbstractTwoStepSolver",
     "AndersonSolver",
     "BroydenSolver",
-    "DivergenceError",
     "MomentumSolver",
     "PicardSolver",
     "RelaxedSolver",
     "ReversibleSolver",
-    "deferred_divergence",
-    "recorded_residuals",
 ]

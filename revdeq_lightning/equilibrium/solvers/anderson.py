@@ -11,10 +11,9 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from ..function import Leaves
+from ..norms import Leaves, inner, join, rounding, select, split, weighted_sum
 from ..validation import require_choice, require_count, require_in_range
-from .base import AbstractSolver, select
-from .vectors import inner, join, rounding, split, weighted_sum
+from .base import AbstractSolver
 
 RidgeScale = Literal["relative", "absolute"]
 

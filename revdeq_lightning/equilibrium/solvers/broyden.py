@@ -12,10 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..function import Leaves
+from ..norms import Leaves, inner, join, rounding, select, split, weighted_sum
 from ..validation import require_count, require_in_range
-from .base import AbstractSolver, select
-from .vectors import inner, join, rounding, split, weighted_sum
+from .base import AbstractSolver
 
 SUFFICIENT_DECREASE = 1e-4
 """Share of the hoped-for decrease of the residual's norm that a step must bring, with a line search."""

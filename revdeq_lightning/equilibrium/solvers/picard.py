@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..function import Leaves
-from .base import AbstractSolver, select
+from ..norms import Leaves, select
+from .base import AbstractSolver
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..function import Leaves
+from ..norms import Leaves, select
 from ..validation import require_in_range
-from .base import AbstractSolver, select
+from .base import AbstractSolver
 
 
 @dataclass(frozen=True, kw_only=True)

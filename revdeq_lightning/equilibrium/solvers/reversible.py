@@ -27,9 +27,9 @@ from ..exact.arithmetic import (
     advance_with_gradient,
 )
 from ..exact.remainders import Remainders
-from ..function import Leaves
+from ..norms import Leaves, select
 from ..validation import require_choice, require_in_range
-from .base import AbstractSolver, select
+from .base import AbstractSolver
 
 
 class TwoStepState(NamedTuple):

@@ -1,0 +1,174 @@
+"""The loop that evaluates f: every solver, every adjoint, forward and in the backward pass's linear system."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .norms import Leaves, residual
+from .solution import SolverStats
+from .solvers.base import AbstractSolver, State
+
+
+class Evaluation(Protocol):
+    """f on leaves, with a count of its calls."""
+
+    @property
+    def nfe(self) -> int:
+        """Calls so far."""
+
+    def __call__(self, z: Leaves, x: Sequence[Any]) -> Leaves:
+        """Evaluate f once."""
+
+
+class Iteration(NamedTuple):
+    """How a forward loop ended."""
+
+    state: State
+    value: Leaves
+    num_evaluations: int
+    """Evaluations whose result entered the state."""
+    stats: SolverStats
+
+
+def iterate_to_fixed_point(
+    solver: AbstractSolver, f: Evaluation, z0: Leaves, x: Sequence[Any], *, reversible: bool = False
+) -> Iteration:
+    """Run the solver from z0; `reversible` keeps what is needed to undo the steps.
+
+    Calls f `max_steps * evaluations_per_step` times, with a tolerance at most once more.
+
+    Raises:
+        DivergenceError: If an iterate is not finite or beyond the solver's limit.
+    """
+    state = solver.init(z0, reversible=reversible)
+    watch = _Watch(solver, f, x)
+    num_steps = torch.full((len(z0[0]),), solver.max_steps, device=z0[0].device)
+    if solver.has_tolerance:
+        iteration = _step_until_converged(solver, watch, state, num_steps.zero_())
+    else:
+        iteration = _step_to_the_end(solver, watch, state, num_steps)
+    watch.check()
+    iteration.stats.residual_curve = None if watch.curve is None else torch.stack(watch.curve)
+    return iteration
+
+
+def _step_to_the_end(solver: AbstractSolver, watch: "_Watch", state: State, num_steps: Tensor) -> Iteration:
+    num_evaluations = solver.max_steps * solver.evaluations_per_step
+    for _ in range(num_evaluations):
+        iterate = solver.iterate(state)
+        value = watch.evaluate(iterate)
+        state = solver.advance(state, value, None)
+    stats = SolverStats(num_steps, watch.f.nfe, residual(value, iterate).relative)
+    iterate = solver.iterate(state)
+    watch.look_at(iterate)
+    return Iteration(state, iterate, num_evaluations, stats)
+
+
+def _step_until_converged(solver: AbstractSolver, watch: "_Watch", state: State, num_steps: Tensor) -> Iteration:
+    """Test each sample at the start of every step, with the evaluation that the step needs anyway."""
+    active = torch.ones_like(num_steps, dtype=torch.bool)
+    interval = host_check_interval(num_steps.device)
+    for step in range(solver.max_steps + 1):
+        for part in range(solver.evaluations_per_step):
+            iterate = solver.iterate(state)
+            value = watch.evaluate(iterate, active)
+            if part == 0 and step > 0:
+                last = residual(value, iterate, solver.rtol, solver.atol)
+                active = active & ~last.converged
+                if step == solver.max_steps or (step % interval == 0 and not active.any()):
+                    stats = SolverStats(num_steps, watch.f.nfe, last.relative, last.converged)
+                    return Iteration(state, iterate, step * solver.evaluations_per_step, stats)
+            state = solver.advance(state, value, active)
+        num_steps += active
+    raise AssertionError("the last step always returns")
+
+
+def host_check_interval(device: torch.device) -> int:
+    """Steps between two checks by the host whether all samples have stopped: free on a CPU, a stall elsewhere."""
+    return 1 if device.type == "cpu" else 4
+
+
+class _Watch:
+    """Evaluates f and keeps a few numbers of each iterate on the device, so that the host waits for it only once."""
+
+    def __init__(self, solver: AbstractSolver, f: Evaluation, x: Sequence[Any]) -> None:
+        self.solver, self.f, self.x = solver, f, x
+        self.extremes: list[list[Tensor]] = []
+        self.curve: list[Tensor] | None = [] if _records_residuals.get() else None
+
+    def evaluate(self, iterate: Leaves, active: Tensor | None = None) -> Leaves:
+        self.look_at(iterate)
+        value = self.f(iterate, self.x)
+        if self.curve is not None:
+            relative = residual(value, iterate).relative
+            self.curve.append(relative if active is None else relative.masked_fill(~active, math.nan))
+        return value
+
+    @torch.no_grad()
+    def look_at(self, iterate: Leaves) -> None:
+        """Keep the smallest and the largest element: `vector_norm(inf)` is 20 times slower on CPUs."""
+        self.extremes.append([extreme for leaf in iterate for extreme in torch.aminmax(leaf)])
+
+    def check(self) -> None:
+        """Raise DivergenceError for the first iterate that is out of range."""
+        limit = self.solver.limit()
+        sizes = (
+            torch.stack([e for row in self.extremes for e in row]).view(len(self.extremes), -1).abs().amax(1).tolist()
+        )
+        for k, size in enumerate(sizes):
+            if size < limit and math.isfinite(size):
+                continue
+            what = (
+                f"reached {size:.4g}, beyond the range of {limit:.4g} of its arithmetic,"
+                if math.isfinite(size)
+                else f"is not finite ({size})"
+            )
+            step = (k - 1) // self.solver.evaluations_per_step + 1
+            where = "in z0" if k == 0 else f"after {k} evaluations of f (step {step})"
+            raise DivergenceError(
+                f"the state {what} {where}; largest magnitude before: {max(sizes[:k], default=0.0):.4g}. Look for NaN"
+                " in z0, x and the parameters; if f expands, normalize its output or lower beta or max_steps. Solver:"
+                f" {self.solver}"
+            )
+
+
+class DivergenceError(RuntimeError):
+    """The state became non-finite or left the range of its arithmetic."""
+
+
+_records_residuals: ContextVar[bool] = ContextVar("records_residuals", default=False)
+_deferred: ContextVar[list[DivergenceError] | None] = ContextVar("deferred", default=None)
+
+
+@contextmanager
+def recorded_residuals() -> Iterator[None]:
+    """Within, every solve fills in `stats.residual_curve`, without further evaluations of f."""
+    token = _records_residuals.set(True)
+    try:
+        yield
+    finally:
+        _records_residuals.reset(token)
+
+
+@contextmanager
+def deferred_divergence(errors: list[DivergenceError]) -> Iterator[None]:
+    """Within, a solve that diverges returns NaN and appends its error to the list; so does its backward pass, later.
+
+    For several processes that work together: if one raised, the others would wait for it forever. NaN reaches all of
+    them through the collective operations; whoever opened this context must then look at the list and raise.
+    """
+    token = _deferred.set(errors)
+    try:
+        yield
+    finally:
+        _deferred.reset(token)
+
+
+def divergence_errors() -> list[DivergenceError] | None:
+    """The list of `deferred_divergence`, None outside of it."""
+    return _deferred.get()

@@ -1,0 +1,63 @@
+"""A solve in parts that continue from each other's result, all of them differentiable."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from .adjoints.base import AbstractAdjoint
+from .adjoints.implicit import ImplicitAdjoint
+from .adjoints.phantom import PhantomAdjoint
+from .solution import FixedPointSolution
+from .solve import require_solver_and_adjoint, solve_fixed_point
+from .solvers.base import AbstractSolver
+from .validation import require_count
+
+
+def solve_in_parts(
+    f: Callable[[Any, Any], Any], z0: Any, x: Any, *, solver: AbstractSolver, adjoint: AbstractAdjoint, num_parts: int
+) -> FixedPointSolution:
+    """As `solve_fixed_point`, in parts that go on from each other's result: for losses on the way to the fixed point.
+
+    Fixed-point correction: `sum_k decay^(n - 1 - k) * loss(z_k)` over the states z_k at the ends of the n parts makes
+    the solver's early states useful too, so that the model can be evaluated with fewer steps.
+
+    Each part is a solve of its own: Picard's and relaxed iterates are those of one solve, solvers that look back at
+    earlier iterates forget them. The gradient of a later state runs through the earlier ones as far as the adjoint has
+    one in z0 (`ReversibleAdjoint` and `BackpropAdjoint` do). The earlier states are no fixed points: with
+    `ImplicitAdjoint` they have the Jacobian-free gradient, that of one evaluation of f, `PhantomAdjoint(num_steps=1,
+    beta=1)`.
+
+    Args:
+        f: As of `solve_fixed_point`.
+        z0: As there.
+        x: As there.
+        solver: Its `max_steps` are shared out among the parts, the later ones getting what does not divide.
+        adjoint: Gradient rule of every part.
+        num_parts: At least 1; more than `max_steps` is as `max_steps`.
+
+    Returns:
+        The last part's solution, with `earlier` the others.
+
+    Raises:
+        ValueError: As `solve_fixed_point`, and if `num_parts` is not a whole number of at least 1.
+
+    Source: Bai et al. 2022, arXiv:2204.08442 (correction); torchdeq, arXiv:2310.18605 (`DEQSliced`).
+    """
+    require_count("num_parts", num_parts)
+    require_solver_and_adjoint(solver, adjoint)
+    num_parts = min(num_parts, solver.max_steps)
+    on_the_way = PhantomAdjoint(num_steps=1, beta=1.0) if isinstance(adjoint, ImplicitAdjoint) else adjoint
+    earlier: list[FixedPointSolution] = []
+    for k in range(num_parts - 1):
+        steps = solver.max_steps * (k + 1) // num_parts - solver.max_steps * k // num_parts
+        part = dataclasses.replace(solver, max_steps=steps)
+        earlier.append(solve_fixed_point(f, z0, x, solver=part, adjoint=on_the_way))
+        z0 = earlier[-1].value
+        if isinstance(adjoint, ImplicitAdjoint | PhantomAdjoint):  # they would send zeros back through it
+            z0 = tree_map(Tensor.detach, z0)
+    steps = solver.max_steps - solver.max_steps * (num_parts - 1) // num_parts
+    last = solve_fixed_point(f, z0, x, solver=dataclasses.replace(solver, max_steps=steps), adjoint=adjoint)
+    return last._replace(earlier=tuple(earlier))
