@@ -262,7 +262,7 @@ def test_last_evaluation_counts_too(solver):
 def test_state_beyond_the_range_of_the_exact_state(solver, limit):
     x = torch.full((4, 3), 3e5 if "5.2" not in limit else 6e5, requires_grad=True)
     for adjoint in (REVERSIBLE, BPTT):
-        with refuses(DivergenceError, "reached", f"beyond the range of {limit}", "after ", "normalise", "lower beta"):
+        with refuses(DivergenceError, "reached", f"beyond the range of {limit}", "after ", "normalize", "lower beta"):
             solve(lambda z, x: x + z, x=x, solver=solver, adjoint=adjoint)
         with refuses(DivergenceError, "reached", limit, "in z0"):
             solve(lambda z, x: 0 * z, z0=x.detach().clone(), solver=solver, adjoint=adjoint)
