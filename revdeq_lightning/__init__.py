@@ -4,85 +4,45 @@ The core is importable from here: `from revdeq_lightning import EquilibriumLayer
 callbacks and loggers are importable from their folders.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from revdeq_lightning.lazy import lazy_exports
 
 __version__ = "0.1.0.dev0"
 
 if TYPE_CHECKING:
     from revdeq_lightning.equilibrium import (
-        AbstractAdjoint,
-        AbstractSolver,
-        AndersonSolver,
-        BackpropAdjoint,
-        BroydenSolver,
-        ConvergenceError,
-        ConvergenceWarning,
-        DivergenceError,
-        EquilibriumLayer,
-        FixedPointSolution,
-        GradientError,
-        ImplicitAdjoint,
-        MomentumSolver,
-        PhantomAdjoint,
-        PicardSolver,
-        ReconstructionError,
-        ReconstructionWarning,
-        RelaxedSolver,
-        ReversibleAdjoint,
-        ReversibleSolver,
-        SolverStats,
-        deferred_divergence,
-        equilibria,
-        gradient_error,
-        jacobian_regularisation,
-        normalise_weights,
-        recorded_residuals,
-        solve_fixed_point,
-        solve_in_parts,
-        spectral_radius,
+        AbstractAdjoint as AbstractAdjoint,
+        AbstractSolver as AbstractSolver,
+        AndersonSolver as AndersonSolver,
+        BackpropAdjoint as BackpropAdjoint,
+        BroydenSolver as BroydenSolver,
+        ConvergenceError as ConvergenceError,
+        ConvergenceWarning as ConvergenceWarning,
+        DivergenceError as DivergenceError,
+        EquilibriumLayer as EquilibriumLayer,
+        FixedPointSolution as FixedPointSolution,
+        GradientError as GradientError,
+        ImplicitAdjoint as ImplicitAdjoint,
+        MomentumSolver as MomentumSolver,
+        PhantomAdjoint as PhantomAdjoint,
+        PicardSolver as PicardSolver,
+        ReconstructionError as ReconstructionError,
+        ReconstructionWarning as ReconstructionWarning,
+        RelaxedSolver as RelaxedSolver,
+        ReversibleAdjoint as ReversibleAdjoint,
+        ReversibleSolver as ReversibleSolver,
+        SolverStats as SolverStats,
+        deferred_divergence as deferred_divergence,
+        equilibria as equilibria,
+        gradient_error as gradient_error,
+        jacobian_regularisation as jacobian_regularisation,
+        normalise_weights as normalise_weights,
+        recorded_residuals as recorded_residuals,
+        solve_fixed_point as solve_fixed_point,
+        solve_in_parts as solve_in_parts,
+        spectral_radius as spectral_radius,
     )
 
-__all__ = [
-    "AbstractAdjoint",
-    "AbstractSolver",
-    "AndersonSolver",
-    "BackpropAdjoint",
-    "BroydenSolver",
-    "ConvergenceError",
-    "ConvergenceWarning",
-    "DivergenceError",
-    "EquilibriumLayer",
-    "FixedPointSolution",
-    "GradientError",
-    "ImplicitAdjoint",
-    "MomentumSolver",
-    "PhantomAdjoint",
-    "PicardSolver",
-    "ReconstructionError",
-    "ReconstructionWarning",
-    "RelaxedSolver",
-    "ReversibleAdjoint",
-    "ReversibleSolver",
-    "SolverStats",
-    "deferred_divergence",
-    "equilibria",
-    "gradient_error",
-    "jacobian_regularisation",
-    "normalise_weights",
-    "recorded_residuals",
-    "solve_fixed_point",
-    "solve_in_parts",
-    "spectral_radius",
-]
-
-
-def __getattr__(name: str) -> Any:  # so that `revdeq --help` does not wait for PyTorch
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from revdeq_lightning import equilibrium
-
-    return getattr(equilibrium, name)
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+# Lazily, so that `revdeq --help` does not wait for PyTorch.
+__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)

@@ -3,8 +3,7 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from revdeq_lightning.checkpoints.files import fault_of_folder, other_checkpoint
-from revdeq_lightning.checkpoints.files import read_checkpoint as read_file
+from revdeq_lightning.checkpoints.files import fault_of_folder, other_checkpoint, read_checkpoint as read_file
 from revdeq_lightning.checkpoints.sharded import is_sharded_checkpoint, read_rest, read_whole
 from revdeq_lightning.data.text.tokenizers import AbstractTokenizer, tokenizer_from_state
 from revdeq_lightning.errors import CheckpointError

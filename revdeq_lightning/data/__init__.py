@@ -1,4 +1,25 @@
-"""Data: windows of text and augmented images, in a reproducible and resumable order; one DataModule family a file.
+"""Data modules for text and images, in a reproducible and resumable order."""
 
-Nothing is imported here: a tokenizer is to be had without Lightning.
-"""
+from typing import TYPE_CHECKING
+
+from revdeq_lightning.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from revdeq_lightning.data.images.augmentation import AugmentationConfig as AugmentationConfig
+    from revdeq_lightning.data.images.module import ImageDataModule as ImageDataModule
+    from revdeq_lightning.data.images.store import ImageBatch as ImageBatch
+    from revdeq_lightning.data.loading.base import AbstractDataModule as AbstractDataModule
+    from revdeq_lightning.data.loading.sampler import (
+        ResumableBatchSampler as ResumableBatchSampler,
+        ResumableLoader as ResumableLoader,
+    )
+    from revdeq_lightning.data.text.module import TextDataModule as TextDataModule
+    from revdeq_lightning.data.text.tokenizers import (
+        AbstractTokenizer as AbstractTokenizer,
+        BytePairTokenizer as BytePairTokenizer,
+        ByteTokenizer as ByteTokenizer,
+        CharacterTokenizer as CharacterTokenizer,
+    )
+    from revdeq_lightning.data.text.windows import TextBatch as TextBatch
+
+__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)

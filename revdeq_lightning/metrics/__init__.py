@@ -1,5 +1,10 @@
 """Metrics, each named with its unit."""
 
-from revdeq_lightning.metrics.language import LanguageMetrics, SplitCounts
+from typing import TYPE_CHECKING
 
-__all__ = ["LanguageMetrics", "SplitCounts"]
+from revdeq_lightning.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from revdeq_lightning.metrics.language import LanguageMetrics as LanguageMetrics, SplitCounts as SplitCounts
+
+__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)

@@ -1,33 +1,32 @@
 """Models: the equilibrium language model, its explicit baseline, the image classifiers, and what they share."""
 
-from revdeq_lightning.models.cache import KeyValueCache
-from revdeq_lightning.models.classifier import AbstractClassifier, ClassifierOutput, build_classifier
-from revdeq_lightning.models.config import ClassifierConfig, TransformerConfig
-from revdeq_lightning.models.cross_entropy import IGNORE_INDEX, chunked_cross_entropy
-from revdeq_lightning.models.explicit import ExplicitTransformerLM
-from revdeq_lightning.models.generation import generate
-from revdeq_lightning.models.resnet import ResNet
-from revdeq_lightning.models.transformer import (
-    AbstractLanguageModel,
-    LMLoss,
-    LMOutput,
-    TransformerLM,
-)
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "IGNORE_INDEX",
-    "AbstractClassifier",
-    "AbstractLanguageModel",
-    "ClassifierConfig",
-    "ClassifierOutput",
-    "ExplicitTransformerLM",
-    "KeyValueCache",
-    "LMLoss",
-    "LMOutput",
-    "ResNet",
-    "TransformerConfig",
-    "TransformerLM",
-    "build_classifier",
-    "chunked_cross_entropy",
-    "generate",
-]
+from revdeq_lightning.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from revdeq_lightning.models.cache import KeyValueCache as KeyValueCache
+    from revdeq_lightning.models.classifier import (
+        AbstractClassifier as AbstractClassifier,
+        ClassifierOutput as ClassifierOutput,
+        build_classifier as build_classifier,
+    )
+    from revdeq_lightning.models.config import (
+        ClassifierConfig as ClassifierConfig,
+        TransformerConfig as TransformerConfig,
+    )
+    from revdeq_lightning.models.cross_entropy import (
+        IGNORE_INDEX as IGNORE_INDEX,
+        chunked_cross_entropy as chunked_cross_entropy,
+    )
+    from revdeq_lightning.models.explicit import ExplicitTransformerLM as ExplicitTransformerLM
+    from revdeq_lightning.models.generation import generate as generate
+    from revdeq_lightning.models.resnet import ResNet as ResNet
+    from revdeq_lightning.models.transformer import (
+        AbstractLanguageModel as AbstractLanguageModel,
+        LMLoss as LMLoss,
+        LMOutput as LMOutput,
+        TransformerLM as TransformerLM,
+    )
+
+__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)

@@ -1,5 +1,11 @@
 """The HTML page of a run."""
 
-from revdeq_lightning.report.page import report, write_report
+from typing import TYPE_CHECKING
 
-__all__ = ["report", "write_report"]
+from revdeq_lightning.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from revdeq_lightning.report.at_end import RunReport as RunReport
+    from revdeq_lightning.report.page import report as report, write_report as write_report
+
+__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)

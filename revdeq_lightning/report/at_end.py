@@ -10,7 +10,7 @@ from revdeq_lightning.checkpoints.files import Found, newest_good
 from revdeq_lightning.checkpoints.names import BEST, CHECKPOINTS, LAST
 from revdeq_lightning.equilibrium import EquilibriumLayer
 from revdeq_lightning.loggers.csv_logger import ContinuedCSVLogger
-from revdeq_lightning.report import write_report
+from revdeq_lightning.report.page import write_report
 from revdeq_lightning.runs.folder import CONFIG, METRICS, REPORT, RunConfig, command
 from revdeq_lightning.runs.signals import Stopped
 

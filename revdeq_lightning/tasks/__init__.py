@@ -1,1 +1,19 @@
-"""Tasks: what is trained, on which loss, with which optimizer. Imported from their modules, for Lightning is slow."""
+"""Tasks: what is trained, on which loss, with which optimizer."""
+
+from typing import TYPE_CHECKING
+
+from revdeq_lightning.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from revdeq_lightning.tasks.averaged_weights import AveragedWeights as AveragedWeights
+    from revdeq_lightning.tasks.base import AbstractTask as AbstractTask, TrainingOutput as TrainingOutput
+    from revdeq_lightning.tasks.classification import ClassificationTask as ClassificationTask
+    from revdeq_lightning.tasks.language_modeling import LanguageModelingTask as LanguageModelingTask
+    from revdeq_lightning.tasks.optimizers import (
+        MuonAdamW as MuonAdamW,
+        OptimizerConfig as OptimizerConfig,
+        WindowedPlateau as WindowedPlateau,
+    )
+    from revdeq_lightning.tasks.recipe import Recipe as Recipe
+
+__getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import __main__ as bench
-from benchmarks import authors, depth, part, tasks, torchdeq_peer
+from benchmarks import __main__ as bench, authors, depth, part, tasks, torchdeq_peer
 from benchmarks.isolated import MEASURED_MEMORY, Isolated, time_alternating
 from benchmarks.problems import attention_problem
 from benchmarks.reference import reversible_loop

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from torchvision.transforms.v2 import InterpolationMode, RandAugment
-from torchvision.transforms.v2 import functional as TF
+from torchvision.transforms.v2 import InterpolationMode, RandAugment, functional as TF
 
 from revdeq_lightning.data.images.augmentation import (
     AugmentationConfig,

@@ -9,8 +9,7 @@ import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from image_files import CLASSES, assert_same_splits, builder, make_archive, make_folder, split
 from scipy import stats
 from sklearn.datasets import load_digits

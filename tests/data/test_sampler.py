@@ -5,8 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch.utils.data import Dataset
 
 from revdeq_lightning.data.loading.sampler import PADDING, ResumableBatchSampler, ResumableLoader, random_bits, shuffled

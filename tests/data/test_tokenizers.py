@@ -7,8 +7,7 @@ import huggingface_hub
 import huggingface_hub.constants
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from revdeq_lightning.data.text import tokenizers as ours

@@ -5,8 +5,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from revdeq_lightning.equilibrium.exact.arithmetic import MAX_DENOMINATOR, ExactArithmetic, Recurrence
