@@ -215,63 +215,105 @@ def _run_backwards(
     solve: _Solve, state: TwoStepState, inputs: Leaves, needs_grad: Sequence[bool], grads: Sequence[Tensor]
 ) -> list[Tensor | None]:
     """Undo every evaluation, newest first, and return the gradients of the inputs."""
-    f, solver, stats = solve.f, solve.solver, solve.stats
+    solver, stats = solve.solver, solve.stats
     assert stats is not None
-    a, c, b = float(solver.recurrence.a), solver.recurrence.c, solver.recurrence.b
-    z0, x, _ = solve.split(inputs)
-    differentiated = [i for i, needed in enumerate(needs_grad) if needed and i >= solve.num_leaves]
-    sums: dict[int, Tensor] = {}
+    b = solver.recurrence.b
+    backward = _BackwardPass(solve, inputs, needs_grad)
     # Both are carried times b, so that they are the products' weights as they stand, and as precisely as the state:
     # their rounding errors add up over the evaluations just as the state's do.
     g_current = [b * g.to(torch.promote_types(g.dtype, solver.state_arithmetic.dtype)) for g in grads]
     g_previous = [torch.zeros_like(g) for g in g_current]
-    num_evaluations, nfe_before = solve.num_evaluations, f.nfe
-    if solver.has_tolerance:  # the host asks only every few steps: after the last sample's stop there may be idle ones
-        num_evaluations = int(stats.num_steps.max()) * solver.evaluations_per_step
-    for k in reversed(range(solve.num_evaluations)):
-        active = stats.num_steps > k // solver.evaluations_per_step if solver.has_tolerance else None
-        iterate = solver.iterate_before(state, active)
-        if k >= num_evaluations:
-            state = solver.invert_step(state, iterate, active)
-            continue
-        z, value = evaluate_recorded(f, iterate, x)
-        sources = [*z, *(inputs[i] for i in differentiated)]
-        if f.nfe == nfe_before + 1:
-            _refuse_foreign_leaves(value, sources)
-        weights = [g.to(v.dtype, copy=True) for g, v in zip(g_current, value, strict=True)]
-        if active is not None:
-            weights = select(active, weights, [torch.zeros_like(w) for w in weights])
-        products = vector_jacobian_products(value, sources, weights)
-        state = solver.invert_step(state, [v.detach() for v in value], active)
-        for i, product in zip(differentiated, products[solve.num_leaves :], strict=True):
-            if product is not None and i in sums:
-                sums[i].add_(product)
-            elif product is not None:
-                sums[i] = product.to(_accumulation_dtype(product), copy=True)
-        for i, product in enumerate(products[: solve.num_leaves]):
-            if solver.compiled and active is None and product is not None:
-                kernels.run(kernels.carry_, g_previous[i], g_current[i], product, a, c, b)
-                g_current[i], g_previous[i] = g_previous[i], g_current[i]
-                continue
-            before = g_previous[i] if active is None else g_previous[i].clone()
-            if product is not None:
-                before.add_(product, alpha=b)
-            if c:
-                before.add_(g_current[i], alpha=c)
-            if active is None:
-                g_current[i], g_previous[i] = before, g_current[i].mul_(a)
-            else:
-                scaled = a * g_current[i]
-                # A sample that had stopped still entered the evaluation, and the others' results if f mixes samples.
-                held = g_current[i] if product is None else g_current[i].add(product, alpha=b)
-                g_current[i : i + 1] = select(active, [before], [held])
-                g_previous[i : i + 1] = select(active, [scaled], [g_previous[i]])
-    stats.backward_nfe = f.nfe - nfe_before
+    undo = _undo_the_steps_of_each_sample if solver.has_tolerance else _undo_all_steps
+    state, g_current, g_previous = undo(solve, backward, state, g_current, g_previous)
+    z0 = inputs[: solve.num_leaves]
+    stats.backward_nfe = backward.nfe
     stats.reconstruction_mismatch = solver.reconstruction_mismatch(state, z0)
     _report_mismatch(solve, stats.reconstruction_mismatch, sum(z.numel() for z in z0))
-    for i in range(solve.num_leaves):
-        sums[i] = g_current[i].add_(g_previous[i]).div_(b)
+    sums = backward.sums | {i: (g + h).div_(b) for i, (g, h) in enumerate(zip(g_current, g_previous, strict=True))}
     return [sums[i].to(inputs[i].dtype) if needed and i in sums else None for i, needed in enumerate(needs_grad)]
+
+
+def _undo_all_steps(
+    solve: _Solve, backward: "_BackwardPass", state: TwoStepState, g_current: Leaves, g_previous: Leaves
+) -> tuple[TwoStepState, Leaves, Leaves]:
+    for _ in range(solve.num_evaluations):
+        value, products = backward.evaluate(solve.solver.iterate_before(state, None), g_current)
+        state = solve.solver.invert_step(state, value, None)
+        for i, product in enumerate(products):
+            g_current[i], g_previous[i] = _carry_(g_previous[i], g_current[i], product, solve.solver)
+    return state, g_current, g_previous
+
+
+def _undo_the_steps_of_each_sample(
+    solve: _Solve, backward: "_BackwardPass", state: TwoStepState, g_current: Leaves, g_previous: Leaves
+) -> tuple[TwoStepState, Leaves, Leaves]:
+    """With a tolerance: each sample waits, its gradient held, until the evaluation at which it stopped is undone."""
+    solver, stats = solve.solver, solve.stats
+    assert stats is not None
+    num_evaluations = int(stats.num_steps.max()) * solver.evaluations_per_step
+    nobody = torch.zeros_like(stats.num_steps, dtype=torch.bool)
+    # The host looks only every few steps: after the last sample's stop there may be evaluations that moved nothing.
+    for _ in range(num_evaluations, solve.num_evaluations):
+        state = solver.invert_step(state, solver.iterate_before(state, nobody), nobody)
+    for k in reversed(range(num_evaluations)):
+        active = stats.num_steps > k // solver.evaluations_per_step
+        weights = select(active, g_current, [torch.zeros_like(g) for g in g_current])
+        value, products = backward.evaluate(solver.iterate_before(state, active), weights)
+        state = solver.invert_step(state, value, active)
+        for i, product in enumerate(products):
+            carried = _carry_(g_previous[i].clone(), g_current[i].clone(), product, solver)
+            # A sample that had stopped still entered the evaluation, and the others' results if f mixes samples.
+            held = g_current[i] if product is None else g_current[i].add(product, alpha=solver.recurrence.b)
+            g_current[i], g_previous[i] = select(active, list(carried), [held, g_previous[i]])
+    return state, g_current, g_previous
+
+
+def _carry_(
+    g_previous: Tensor, g_current: Tensor, product: Tensor | None, solver: AbstractTwoStepSolver
+) -> tuple[Tensor, Tensor]:
+    """From the gradients in u_k and u_{k+1}, in their memory, those in u_{k-1} and u_k: the new current one first."""
+    a, c, b = float(solver.recurrence.a), solver.recurrence.c, solver.recurrence.b
+    if solver.compiled and not solver.has_tolerance and product is not None:
+        kernels.run(kernels.carry_, g_previous, g_current, product, a, c, b)
+        return g_previous, g_current
+    if product is not None:
+        g_previous.add_(product, alpha=b)
+    if c:
+        g_previous.add_(g_current, alpha=c)
+    return g_previous, g_current.mul_(a)
+
+
+class _BackwardPass:
+    """Evaluates f with autograd recording and adds up the gradients of x and the parameters."""
+
+    def __init__(self, solve: _Solve, inputs: Leaves, needs_grad: Sequence[bool]) -> None:
+        self.f, self.x, self.num_leaves = solve.f, solve.split(inputs)[1], solve.num_leaves
+        self.nfe_before = solve.f.nfe
+        self.differentiated = {
+            i: leaf
+            for i, (leaf, needed) in enumerate(zip(inputs, needs_grad, strict=True))
+            if needed and i >= solve.num_leaves
+        }
+        self.sums: dict[int, Tensor] = {}
+
+    @property
+    def nfe(self) -> int:
+        return self.f.nfe - self.nfe_before
+
+    def evaluate(self, iterate: Leaves, g: Leaves) -> tuple[Leaves, list[Tensor | None]]:
+        """`v = f(iterate, x)` and `(dv/du)^T g`; the products for everything else go to `sums`."""
+        z, value = evaluate_recorded(self.f, iterate, self.x)
+        sources = [*z, *self.differentiated.values()]
+        if self.nfe == 1:
+            _refuse_foreign_leaves(value, sources)
+        weights = [w.to(v.dtype, copy=True) for w, v in zip(g, value, strict=True)]  # a product may be its weight
+        products = vector_jacobian_products(value, sources, weights)
+        for i, product in zip(self.differentiated, products[self.num_leaves :], strict=True):
+            if product is not None and i in self.sums:
+                self.sums[i].add_(product)
+            elif product is not None:
+                self.sums[i] = product.to(_accumulation_dtype(product), copy=True)
+        return [v.detach() for v in value], products[: self.num_leaves]
 
 
 def _as_leaves(inputs: Sequence[Tensor], needs_grad: Sequence[bool]) -> Leaves:
