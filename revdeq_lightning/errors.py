@@ -7,3 +7,7 @@ class CheckpointError(ValueError):
 
 class ParallelismError(ValueError):
     """Devices, model and strategy do not fit together; the message is one line that says what to do."""
+
+
+class BlockError(ValueError):
+    """A block of the user's own cannot be f; the message is one line."""

@@ -41,7 +41,7 @@ from revdeq_lightning.cli.readable_errors import device_errors, readable_errors
 from revdeq_lightning.cli.saved_config import SaveRunConfig
 from revdeq_lightning.distributed.strategies import is_fsdp2, register_strategies, require_meeting_place
 from revdeq_lightning.equilibrium import DivergenceError, equilibria
-from revdeq_lightning.errors import CheckpointError
+from revdeq_lightning.errors import BlockError, CheckpointError
 from revdeq_lightning.loggers.endurance import enduring
 from revdeq_lightning.loggers.progress import RunProgress
 from revdeq_lightning.loggers.wandb_checkpoints import WandbCheckpoints
@@ -237,7 +237,7 @@ class AbstractCommandLine(LightningCLI):
                 if self.trainer.is_global_zero:
                     fail(str(error), code=1)
                 sys.exit(1)
-            except (DivergenceError, CheckpointError) as error:
+            except (DivergenceError, CheckpointError, BlockError) as error:
                 fail(str(error), code=1)
             except SystemExit as stop:
                 end_after_interrupt(self.trainer, stop)

@@ -23,6 +23,7 @@ from torchvision.ops import StochasticDepth
 
 from revdeq_lightning.equilibrium import EquilibriumLayer, SolverStats
 from revdeq_lightning.models.config import ClassifierConfig
+from revdeq_lightning.models.own_block import own_block
 
 PAPER_GROUP_SIZE, PAPER_POOL_SIZE, PAPER_BATCH_NORM_MOMENTUM = 16, 4, 0.01
 
@@ -97,12 +98,14 @@ class ModernConvBlock(nn.Module):
         return out_BCHW
 
 
-def modern_block(config: ClassifierConfig, stage: int) -> nn.Module:
-    """The f of one resolution of our classifiers: the modern block, or the paper's in its place."""
+def make_block(config: ClassifierConfig, stage: int) -> nn.Module:
+    """The f of one resolution of our classifiers."""
     channels, width = config.channels[stage], config.widths[stage]
     if config.block == "paper":
         return PaperConvBlock(channels, width)
-    return ModernConvBlock(channels, width, config.dropout, config.group_size)
+    if config.block == "modern":
+        return ModernConvBlock(channels, width, config.dropout, config.group_size)
+    return own_block(config.block, channels, config.block_options)
 
 
 class PreActDownsample(nn.Module):
@@ -142,7 +145,7 @@ class AbstractClassifier(nn.Module):
         """Input of the head, shape `(B, head.in_features)`, and statistics."""
 
     def forward(self, images_BCHW: Tensor) -> ClassifierOutput:
-        """Logits of normalised images.
+        """Logits of normalized images.
 
         Raises:
             ValueError: If the images are not floating-point of shape `(B, num_channels, H, W)`.
@@ -153,7 +156,7 @@ class AbstractClassifier(nn.Module):
                 "num_channels of the model fit the data?"
             )
         if not images_BCHW.is_floating_point():
-            raise ValueError(f"images must be normalised floating-point tensors, got {images_BCHW.dtype}")
+            raise ValueError(f"images must be normalized floating-point tensors, got {images_BCHW.dtype}")
         features, stats = self.features(images_BCHW)
         return ClassifierOutput(self.head(features), stats)
 
@@ -228,7 +231,7 @@ class StagesClassifier(AbstractStagesClassifier):
         channels = config.channels
         self.stem = modern_stem(config)
         self.equilibria = nn.ModuleList(
-            EquilibriumLayer(modern_block(config, i), solver=layer_solver, adjoint=adjoint)
+            EquilibriumLayer(make_block(config, i), solver=layer_solver, adjoint=adjoint)
             for i, layer_solver in enumerate(stage_solvers(config, solver))
         )
         self.downsamples = nn.ModuleList(Downsample(a, b) for a, b in itertools.pairwise(channels))
@@ -258,7 +261,7 @@ class JointBlock(nn.Module):
         super().__init__()
         channels = config.channels
         n = len(channels)
-        self.blocks = nn.ModuleList(modern_block(config, i) for i in range(n))
+        self.blocks = nn.ModuleList(make_block(config, i) for i in range(n))
         self.resample = nn.ModuleDict(
             {
                 f"{j}to{i}": resampling(channels[j], channels[i], i - j, config.group_size)

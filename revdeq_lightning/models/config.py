@@ -1,22 +1,34 @@
 """Sizes and options of the models."""
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from torch import Tensor
 
+from revdeq_lightning.equilibrium.validation import require_choice, require_count, require_in_range
+
 BLOCKS = ("modern", "paper")
 ARCHITECTURES = ("stages", "joint", "paper_single", "paper_stages", "resnet")
-OPTIONS: dict[str, tuple[Any, tuple[str, ...]]] = {
-    "blocks": ([], ("resnet",)),
-    "block": ("modern", ("stages", "joint")),
-    "group_size": (16, ("stages", "joint")),
-    "dropout": (0.0, ("stages", "joint")),
-    "stochastic_depth": (0.0, ("stages",)),
-    "stem_stride": (1, ("stages", "joint", "resnet")),
+ARCHITECTURES_WITH = {
+    "blocks": ("resnet",),
+    "block": ("stages", "joint"),
+    "group_size": ("stages", "joint"),
+    "dropout": ("stages", "joint"),
+    "stochastic_depth": ("stages",),
+    "stem_stride": ("stages", "joint", "resnet"),
 }
-"""Options that not all classifiers have: their default, and the architectures to which others belong."""
-MODERN_BLOCK_ONLY = ("group_size", "dropout")
+"""Options that not all classifiers have."""
+BLOCKS_WITH = {
+    "num_heads": BLOCKS,
+    "num_layers": BLOCKS,
+    "d_mlp": BLOCKS,
+    "double_projection": ("paper",),
+    "rope_base": BLOCKS,
+    "num_taps": BLOCKS,
+    "group_size": ("modern",),
+    "dropout": ("modern",),
+}
+"""Options that not all blocks have."""
 
 
 @dataclass
@@ -27,8 +39,12 @@ class TransformerConfig:
         vocab_size: Number of tokens.
         context_length: Longest sequence.
         d_model: Width of the state.
-        num_heads: Attention heads; divides `d_model`.
-        block: `modern` or `paper`.
+        num_heads: Attention heads; divides `d_model`. Required by `modern` and `paper`.
+        block: `modern`, `paper`, or the import path of your own `nn.Module`, such as `my_package.MyBlock`: f is
+            `MyBlock(d_model, **block_options)` and maps `z` and `x` of shape `(batch, tokens, d_model)` to a new `z`,
+            each token from itself and earlier ones. Embedded tokens then hold a learned position, and generation
+            has no cache.
+        block_options: Keyword arguments of your own block.
         num_layers: Layers in one evaluation of f (the paper's f has one).
         d_mlp: Width of the MLP; 0 for `4 * d_model`.
         double_projection: Paper block only: project q, k, v twice, as the released code does.
@@ -40,7 +56,7 @@ class TransformerConfig:
     vocab_size: int
     context_length: int
     d_model: int
-    num_heads: int
+    num_heads: int = 0
     block: str = "modern"
     num_layers: int = 1
     d_mlp: int = 0
@@ -48,18 +64,17 @@ class TransformerConfig:
     rope_base: float = 10000.0
     num_taps: int = 4
     loss_chunk_size: int = 1024
+    block_options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        positive = ("vocab_size", "context_length", "d_model", "num_heads", "num_layers", "num_taps", "loss_chunk_size")
-        for name in positive:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.rope_base > 0:
-            raise ValueError(f"rope_base must be positive, got {self.rope_base}")
-        if self.d_mlp < 0:
-            raise ValueError(f"d_mlp must be positive, or 0 for 4 * d_model, got {self.d_mlp}")
-        if self.block not in BLOCKS:
-            raise ValueError(f"block must be one of {', '.join(BLOCKS)}, got {self.block!r}")
+        for name in ("vocab_size", "context_length", "d_model", "num_layers", "num_taps", "loss_chunk_size"):
+            require_count(name, getattr(self, name))
+        require_in_range("rope_base", self.rope_base, "(0, inf)")
+        require_count("d_mlp", self.d_mlp, at_least=0, advice="0 is for 4 * d_model")
+        _check_block(self)
+        if not self.has_cache:
+            return
+        require_count("num_heads", self.num_heads)
         if self.d_model % self.num_heads:
             raise ValueError(f"d_model must be a multiple of num_heads, got {self.d_model} and {self.num_heads}")
         if self.block == "modern" and self.head_size % 2:
@@ -67,8 +82,6 @@ class TransformerConfig:
                 "rotary positions need an even head size, "
                 f"got d_model / num_heads = {self.d_model} / {self.num_heads} = {self.head_size}"
             )
-        if self.block == "modern" and self.double_projection:
-            raise ValueError("double_projection=True belongs to block='paper', got block='modern'")
         if self.block == "paper" and self.num_layers != 1:
             raise ValueError(f"the paper's block has one layer, got num_layers={self.num_layers}")
 
@@ -81,6 +94,11 @@ class TransformerConfig:
     def mlp_width(self) -> int:
         """Width of the MLP."""
         return self.d_mlp or 4 * self.d_model
+
+    @property
+    def has_cache(self) -> bool:
+        """Whether f can keep the keys and values of earlier tokens."""
+        return self.block in BLOCKS
 
     def check_tokens(self, tokens: Tensor) -> None:
         """Raise a ValueError that names the first token outside the vocabulary; waits for the device."""
@@ -105,11 +123,14 @@ class ClassifierConfig:
         widths: Channels inside f over those of the state, for each stage; empty for 1 in each.
         steps: Solver steps of each stage; empty for the solver's `max_steps` in each.
         blocks: Of `resnet`, residual blocks of each stage; empty for 2 in each.
-        block: f of `stages` and `joint`: `modern`, or the `paper`'s in its place.
-        group_size: Modern block only: channels that GroupNorm normalises together; 0 for all.
+        block: f of `stages` and `joint`: `modern`, `paper`, or the import path of your own `nn.Module`, such as
+            `my_package.MyBlock`: f of a stage is `MyBlock(channels, **block_options)` and maps `z` and `x` of shape
+            `(batch, channels, height, width)` to a new `z`.
+        block_options: Keyword arguments of your own block.
+        group_size: Modern block only: channels that GroupNorm normalizes together; 0 for all.
         stem_stride: Pixels from one position of the first stage to the next: 1 or 2 for images of 32x32, 4 for 224x224.
         dropout: Fraction of the channels inside f that are dropped in training, one mask a solve.
-        stochastic_depth: Of `stages`, probability that a sample goes past an equilibrium in training.
+        stochastic_depth: Of `stages`, probability that a sample skips an equilibrium in training.
     """
 
     num_classes: int
@@ -124,44 +145,55 @@ class ClassifierConfig:
     stem_stride: int = 1
     dropout: float = 0.0
     stochastic_depth: float = 0.0
+    block_options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.architecture not in ARCHITECTURES:
-            raise ValueError(f"architecture must be one of {', '.join(ARCHITECTURES)}, got {self.architecture!r}")
+        require_choice("architecture", self.architecture, ARCHITECTURES)
         for name in ("num_classes", "num_channels"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            require_count(name, getattr(self, name))
         if not self.channels:
             raise ValueError("channels must name the channels of at least one stage, got []")
-        self.channels = list(self.channels)
-        self.widths = list(self.widths) or [1] * len(self.channels)
-        self.steps, self.blocks = list(self.steps), list(self.blocks)
         for name in ("channels", "widths", "steps", "blocks"):
-            values = getattr(self, name)
-            if any(value < 1 for value in values):
-                raise ValueError(f"{name} must be at least 1, got {values}")
+            values = list(getattr(self, name))
+            setattr(self, name, values)
+            for value in values:
+                require_count(name, value)
             if values and len(values) != len(self.channels):
                 raise ValueError(f"{name} must have one entry a stage, got {values} for channels {self.channels}")
-        if self.block not in BLOCKS:
-            raise ValueError(f"block must be one of {', '.join(BLOCKS)}, got {self.block!r}")
-        for name, (default, architectures) in OPTIONS.items():
-            value = getattr(self, name)
-            if value != default and self.architecture not in architectures:
-                belongs = " or ".join(map(repr, architectures))
-                raise ValueError(f"{name} belongs to architecture {belongs}, got {value} for {self.architecture!r}")
-            if value != default and name in MODERN_BLOCK_ONLY and self.block != "modern":
-                raise ValueError(f"{name} belongs to block='modern', got {value} for {self.block!r}")
-        if self.group_size < 0:
-            raise ValueError(f"group_size must be positive, or 0 for all channels, got {self.group_size}")
-        size = self.group_size
+        for name, architectures in ARCHITECTURES_WITH.items():
+            _require_owner(self, name, "architecture", architectures)
+        _check_block(self)
+        self.widths = self.widths or [1] * len(self.channels)
+        if self.block not in BLOCKS and max(self.widths) > 1:
+            raise ValueError(f"widths belongs to block 'modern' or 'paper', got {self.widths} for {self.block!r}")
+        require_count("group_size", self.group_size, at_least=0)
+        size = self.group_size if self.block in BLOCKS or self.architecture == "joint" else 0
         if size and any(c > size and c % size for c in self.channels):
             raise ValueError(f"channels above {size} must be multiples of it, the size of a group, got {self.channels}")
-        if self.stem_stride not in (1, 2, 4):
-            raise ValueError(f"stem_stride must be 1, 2 or 4, got {self.stem_stride}")
+        require_choice("stem_stride", self.stem_stride, (1, 2, 4))
         for name in ("dropout", "stochastic_depth"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+            require_in_range(name, getattr(self, name), "[0, 1)")
         if self.architecture == "paper_single" and len(self.channels) != 1:
             raise ValueError(f"architecture='paper_single' has one stage, got channels {self.channels}")
         if self.architecture == "joint" and self.steps:
             raise ValueError(f"architecture='joint' has one solve: set solver.max_steps, got steps={self.steps}")
+
+
+def _check_block(config: Any) -> None:
+    """Raise ValueError for an unknown block, or an option that this block does not have."""
+    if config.block not in BLOCKS and "." not in config.block:
+        raise ValueError(f"block must be one of {', '.join(BLOCKS)} or an import path, got {config.block!r}")
+    if config.block_options and config.block in BLOCKS:
+        raise ValueError(f"block_options belongs to a block of your own, got block={config.block!r}")
+    for name, blocks in BLOCKS_WITH.items():
+        if hasattr(config, name):
+            _require_owner(config, name, "block", blocks)
+
+
+def _require_owner(config: Any, name: str, kind: str, owners: tuple[str, ...]) -> None:
+    """Raise ValueError where an option is set that this architecture or block does not have."""
+    (option,) = (f for f in fields(config) if f.name == name)
+    default = option.default if option.default_factory is MISSING else option.default_factory()
+    value, owner = getattr(config, name), getattr(config, kind)
+    if value != default and owner not in owners:
+        raise ValueError(f"{name} belongs to {kind} {' or '.join(map(repr, owners))}, got {value} for {owner!r}")

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from revdeq_lightning.equilibrium.validation import require_count
+
 IGNORE_INDEX = -100
 
 
@@ -38,8 +40,7 @@ def chunked_cross_entropy(
     if hidden_ND.shape != (len(targets_N), weight_VD.shape[1]) or targets_N.dim() != 1:
         shapes = ", ".join(str(tuple(t.shape)) for t in (hidden_ND, weight_VD, targets_N))
         raise ValueError(f"hidden, weight and targets must have shapes (N, D), (V, D) and (N,), got {shapes}")
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    require_count("chunk_size", chunk_size)
     num_classes = weight_VD.shape[0]
     if targets_N.device.type == "cpu":
         wrong = targets_N[((targets_N < 0) | (targets_N >= num_classes)) & (targets_N != ignore_index)]

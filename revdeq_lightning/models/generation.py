@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from revdeq_lightning.equilibrium.validation import require_count, require_in_range
 from revdeq_lightning.models.cache import KeyValueCache
 from revdeq_lightning.models.sharded_tensors import is_sharded
 from revdeq_lightning.models.transformer import AbstractLanguageModel
@@ -59,7 +60,7 @@ def generate(
         )
     model.config.check_tokens(tokens_BT)
     if use_cache:
-        _check_fixed_steps(model)
+        _check_cache(model)
     if warm_start:
         _check_warm_start(model, use_cache)
 
@@ -99,17 +100,17 @@ def sample(
 
 
 def _check_sampling(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must not be negative, got {max_new_tokens}")
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature must be 0 (most likely token) or positive and finite, got {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1, got {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+    require_count("max_new_tokens", max_new_tokens, at_least=0)
+    require_in_range("temperature", temperature, "[0, inf)")
+    if top_k is not None:
+        require_count("top_k", top_k)
+    if top_p is not None:
+        require_in_range("top_p", top_p, "(0, 1]")
 
 
-def _check_fixed_steps(model: AbstractLanguageModel) -> None:
+def _check_cache(model: AbstractLanguageModel) -> None:
+    if not model.config.has_cache:
+        raise ValueError(f"block={model.config.block!r} keeps no keys and values of earlier tokens: use_cache=False")
     solver = getattr(getattr(model, "equilibrium", None), "solver", None)
     rtol, atol = getattr(solver, "rtol", 0), getattr(solver, "atol", 0)
     if rtol or atol:
@@ -174,8 +175,9 @@ def continue_text(model: Any, tokenizer: Any, prompt: str, *, seed: int = 0, **s
     tokens_BT = torch.tensor([ids[-context_length:]], device=device)
     solver = getattr(getattr(model, "equilibrium", None), "solver", None)
     generator = torch.Generator(device).manual_seed(seed)
+    use_cache = model.config.has_cache and (solver is None or not solver.has_tolerance)
     # With the cache f is evaluated outside of its layer, for which alone FSDP2 gathers parameters.
-    use_cache = (solver is None or not solver.has_tolerance) and not any(map(is_sharded, model.parameters()))
+    use_cache = use_cache and not any(map(is_sharded, model.parameters()))
     new = generate(model, tokens_BT, generator=generator, use_cache=use_cache, **sampling)[0, tokens_BT.shape[1] :]
     # A vocabulary padded to a round size has ids that mean no text; an untrained model may draw them.
     text: str = tokenizer.decode([i for i in new.tolist() if i < tokenizer.vocab_size])

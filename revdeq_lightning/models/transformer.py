@@ -2,7 +2,7 @@
 
     x = embedding(tokens),    z = f(z, x) by a solver from z_0 = 0,    logits = head(norm(z))
 
-f is one of two blocks: `paper`, the released architecture of arXiv:2509.12917 weight for weight, and `modern`, ours.
+f is `paper`, the released block of arXiv:2509.12917 weight for weight, `modern`, ours, or a block of the user's own.
 
 Shape suffixes: B batch, T tokens, D d_model, H heads, K size of a head (half of it in the tables of rotations), J taps,
 V vocabulary.
@@ -19,10 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from revdeq_lightning.equilibrium import BackpropAdjoint, EquilibriumLayer, SolverStats
+from revdeq_lightning.equilibrium.validation import require_in_range
 from revdeq_lightning.models.cache import KeyValueCache
 from revdeq_lightning.models.config import TransformerConfig
 from revdeq_lightning.models.cross_entropy import IGNORE_INDEX, chunked_cross_entropy
 from revdeq_lightning.models.linear import Linear
+from revdeq_lightning.models.own_block import own_block
 
 PAPER_NORM_EPS, MODERN_NORM_EPS = 1e-5, 1e-6
 
@@ -248,7 +250,7 @@ class AbstractLanguageModel(nn.Module):
         super().__init__()
         self.config = config
         is_paper = config.block == "paper"
-        self.embedding = PaperEmbedding(config) if is_paper else ModernEmbedding(config)
+        self.embedding = ModernEmbedding(config) if config.block == "modern" else PaperEmbedding(config)
         self.norm = nn.Identity() if is_paper else nn.RMSNorm(config.d_model, MODERN_NORM_EPS)
         self.head = Linear(config.d_model, config.vocab_size, bias=False)
         if not is_paper:
@@ -306,6 +308,15 @@ class AbstractLanguageModel(nn.Module):
         )
 
 
+def make_block(config: TransformerConfig) -> nn.Module:
+    """The f that `config.block` names."""
+    if config.block == "paper":
+        return PaperBlock(config)
+    if config.block == "modern":
+        return ModernBlock(config)
+    return own_block(config.block, config.d_model, config.block_options)
+
+
 class TransformerLM(AbstractLanguageModel):
     """The equilibrium language model: the hidden state is a fixed point of one block.
 
@@ -322,11 +333,9 @@ class TransformerLM(AbstractLanguageModel):
         self, config: TransformerConfig, solver: Any, adjoint: Any, num_losses: int = 1, loss_decay: float = 0.8
     ) -> None:
         super().__init__(config)
-        if not 0 < loss_decay <= 1:
-            raise ValueError(f"loss_decay must be in (0, 1], got {loss_decay}")
-        block = PaperBlock(config) if config.block == "paper" else ModernBlock(config)
+        require_in_range("loss_decay", loss_decay, "(0, 1]")
         self.loss_decay = loss_decay
-        self.equilibrium = EquilibriumLayer(block, solver=solver, adjoint=adjoint, num_parts=num_losses)
+        self.equilibrium = EquilibriumLayer(make_block(config), solver=solver, adjoint=adjoint, num_parts=num_losses)
 
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> LMLoss:
         """In training with correction, the weighted mean over the parts of the solve."""

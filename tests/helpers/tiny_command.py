@@ -8,10 +8,10 @@ from tiny_runs import text_file
 from revdeq_lightning.cli.main import main
 
 
-def tiny_config(folder: Path, **trainer) -> Path:
+def tiny_config(folder: Path, *, network=None, **trainer) -> Path:
     config = {
         "model": {
-            "network": {"d_model": 16, "num_heads": 2, "d_mlp": 24},
+            "network": network or {"d_model": 16, "num_heads": 2, "d_mlp": 24},
             "solver": {"max_steps": 3},
             "optimizer": {"optimizer": "muon", "lr": 0.01, "ema_decay": 0.9},
         },

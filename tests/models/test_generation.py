@@ -195,12 +195,12 @@ def test_another_number_of_evaluations_is_noticed():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"temperature": -0.5}, "temperature must be 0 .* got -0.5"),
+        ({"temperature": -0.5}, r"temperature must be in \[0, inf\), got -0.5"),
         ({"temperature": float("nan")}, "got nan"),
         ({"top_k": 0}, "top_k must be at least 1, got 0"),
         ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
         ({"top_p": 1.5}, r"top_p must be in \(0, 1\], got 1.5"),
-        ({"max_new_tokens": -1}, "max_new_tokens must not be negative, got -1"),
+        ({"max_new_tokens": -1}, "max_new_tokens must be at least 0, got -1"),
         ({"tokens_BT": torch.zeros(1, 0, dtype=torch.int64)}, r"1 <= T <= 12 \(the context\), got \(1, 0\)"),
         ({"tokens_BT": torch.zeros(1, 13, dtype=torch.int64)}, r"1 <= T <= 12 \(the context\), got \(1, 13\)"),
         ({"tokens_BT": torch.tensor([1, 2])}, r"shape \(B, T\) .* got \(2,\)"),

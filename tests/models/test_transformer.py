@@ -219,15 +219,15 @@ def test_tokens_that_do_not_fit_are_named():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"block": "modem"}, "block must be one of modern, paper, got 'modem'"),
+        ({"block": "modem"}, "block must be one of modern, paper or an import path, got 'modem'"),
         ({"num_heads": 3}, "d_model must be a multiple of num_heads, got 16 and 3"),
         ({"num_heads": 16}, "even head size, got d_model / num_heads = 16 / 16 = 1"),
-        ({"rope_base": 0.0}, "rope_base must be positive, got 0.0"),
+        ({"rope_base": 0.0}, r"rope_base must be in \(0, inf\), got 0.0"),
         ({"num_taps": 0}, "num_taps must be at least 1, got 0"),
         ({"num_layers": 0}, "num_layers must be at least 1, got 0"),
         ({"vocab_size": -3}, "vocab_size must be at least 1, got -3"),
-        ({"d_mlp": -1}, "d_mlp must be positive, or 0 for 4 . d_model, got -1"),
-        ({"double_projection": True}, "double_projection=True belongs to block='paper'"),
+        ({"d_mlp": -1}, r"d_mlp must be at least 0, got -1: 0 is for 4 \* d_model"),
+        ({"double_projection": True}, "double_projection belongs to block 'paper', got True for 'modern'"),
         ({"block": "paper", "num_layers": 2}, "the paper's block has one layer, got num_layers=2"),
     ],
 )

@@ -1,0 +1,148 @@
+"""A block of the user's own as f: `model.network.block: my_blocks.Mixer`."""
+
+import sys
+
+import pytest
+import torch
+from blocks import relative_error
+from small_language_models import make_batch
+from tiny_command import run, tiny_config
+from tiny_images import image_folder, tiny_image_config
+
+from revdeq_lightning.equilibrium import BackpropAdjoint, MomentumSolver, ReversibleAdjoint
+from revdeq_lightning.errors import BlockError
+from revdeq_lightning.models import ClassifierConfig, TransformerConfig, TransformerLM, build_classifier, generate
+
+SOURCE = """
+import torch
+
+SIZE = 3
+
+class Mixer(torch.nn.Module):
+    '''The mean of earlier tokens, and a linear map.'''
+
+    def __init__(self, width, scale=0.5):
+        super().__init__()
+        self.linear, self.scale = torch.nn.Linear(width, width), scale
+
+    def forward(self, z, x):
+        h = torch.tanh(self.linear(z + x))
+        return self.scale * h.cumsum(1) / torch.arange(1, 1 + z.shape[1])[:, None]
+
+class Convolution(torch.nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.convolution = torch.nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, z, x):
+        return torch.tanh(x + 0.1 * self.convolution(z))
+
+class Narrower(Mixer):
+    def forward(self, z, x):
+        return z[..., 1:]
+"""
+SIZES = {"vocab_size": 23, "context_length": 12, "d_model": 16}
+
+
+@pytest.fixture(autouse=True)
+def my_blocks(tmp_path, monkeypatch):
+    (tmp_path / "my_blocks.py").write_text(SOURCE)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_blocks", raising=False)
+
+
+def language_model(adjoint, **network):
+    torch.manual_seed(0)
+    model = TransformerLM(TransformerConfig(**SIZES | network), MomentumSolver(max_steps=5), adjoint)
+    torch.nn.init.normal_(model.head.weight)  # it starts at zero, without gradients for the rest
+    return model
+
+
+def classifier(adjoint):
+    torch.manual_seed(0)
+    config = ClassifierConfig(num_classes=3, channels=[4, 8], block="my_blocks.Convolution")
+    return build_classifier(config, MomentumSolver(max_steps=3), adjoint)
+
+
+def gradient(model, loss):
+    loss.backward()
+    gradients = [p.grad for p in model.parameters()]
+    assert all(g.norm() > 0 for g in gradients)
+    return torch.cat([g.flatten() for g in gradients])
+
+
+@pytest.mark.parametrize("kind", ["language", "image"])
+def test_reversible_gradient_matches_bptt(kind):
+    gradients = []
+    for adjoint in (ReversibleAdjoint(mismatch="raise"), BackpropAdjoint()):
+        if kind == "language":
+            model = language_model(adjoint, block="my_blocks.Mixer", block_options={"scale": 0.9})
+            assert model.equilibrium.f.scale == 0.9
+            loss = model.loss(*make_batch()).loss
+        else:
+            model = classifier(adjoint)
+            images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+            loss = torch.nn.functional.cross_entropy(model(images).logits_BV, torch.tensor([0, 1, 2, 0]))
+        gradients.append(gradient(model, loss))
+    assert relative_error(*gradients) <= 1e-5
+
+
+def test_text_is_generated_without_a_cache():
+    model, (tokens, _) = language_model(ReversibleAdjoint(), block="my_blocks.Mixer"), make_batch()
+    assert generate(model, tokens[:, :3], 12, use_cache=False).shape == (3, 15)
+    with pytest.raises(ValueError, match=r"block='my_blocks.Mixer' keeps no keys .*: use_cache=False"):
+        generate(model, tokens[:, :3], 12)
+
+
+NETWORK = {"d_model": 16, "block": "my_blocks.Mixer", "block_options": {"scale": 0.7}}
+
+
+def test_a_language_model_is_trained_from_yaml_and_its_checkpoint_loads(tmp_path, capsys):
+    config = tiny_config(tmp_path, network=NETWORK)
+    run("fit", "--config", config, "--run.version=v")
+    last = tmp_path / "runs/tiny/v/checkpoints/last.ckpt"
+    run("fit", "--ckpt_path", last, "--trainer.max_steps=7", "--run.test=false")
+    assert torch.load(last, weights_only=True)["global_step"] == 7
+    capsys.readouterr()
+    run("generate", "--ckpt_path", last, "--prompt", "a", "--max_new_tokens", 20)
+    assert len(capsys.readouterr().out) == 1 + 20 + 1
+
+
+def test_a_classifier_is_trained_from_yaml_and_its_checkpoint_loads(tmp_path, capsys):
+    config = tiny_image_config(tmp_path, network={"block": "my_blocks.Convolution"}, max_steps=4)
+    run("image", "fit", "--config", config, "--run.version=v")
+    best = tmp_path / "runs/tiny/v/checkpoints/best.ckpt"
+    images = image_folder(tmp_path) / "test"
+    run("image", "predict", "--ckpt_path", best, "--images", images, "--output", tmp_path / "out.csv")
+    assert "48 images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["block=no_such.Block"], "block='no_such.Block': no module named 'no_such'; install it, or start in"),
+        (["block=my_blocks.Mixr"], "block='my_blocks.Mixr': the module 'my_blocks' has no 'Mixr'"),
+        (["block=my_blocks.SIZE"], "SIZE must be a class derived from torch.nn.Module, got 3"),
+        (["block=my_blocks.Convolution"], "Convolution(width, **block_options) failed: "),
+        (
+            ["block=my_blocks.Narrower"],
+            "Narrower(z, x) must return a tensor of the shape of z, (4, 8, 16), got (4, 8, 15)",
+        ),
+        (["num_heads=2"], "num_heads belongs to block 'modern' or 'paper', got 2 for 'my_blocks.Mixer'"),
+        (["block=modern", "num_heads=2"], "block_options belongs to a block of your own, got block='modern'"),
+    ],
+)
+def test_a_block_that_does_not_fit_is_one_line(tmp_path, capsys, options, words):
+    config = tiny_config(tmp_path, network=NETWORK)
+    with pytest.raises(SystemExit):
+        run("fit", "--config", config, *(f"--model.network.{option}" for option in options))
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if "Tokenizing" not in line]
+    assert error.startswith("error: ")
+    assert words in error
+
+
+def test_errors_of_blocks_are_value_errors():
+    with pytest.raises(BlockError, match="no module named 'no_such'"):
+        language_model(ReversibleAdjoint(), block="no_such.Block")
+    with pytest.raises(ValueError, match="widths belongs to block 'modern' or 'paper'"):
+        ClassifierConfig(num_classes=3, channels=[4], widths=[2], block="my_blocks.Convolution")
