@@ -1,11 +1,8 @@
-"""Checkpoint files: whole or absent, sealed with a checksum, checked before they are trusted. No Lightning in here.
+"""Checkpoint files: whole or absent, and checked before they are trusted. No Lightning in here.
 
-The checksum is the comment of the zip archive that `torch.save` writes: `sha256:` and 64 digits, over the file as it
-would be without a comment. So it is in the file itself: it cannot be forgotten in a copy, and there is no moment
-between two writes at which one file speaks of another's content. `torch.load` and `unzip` read it as any other.
-
-A folder of shards holds `SHA256SUMS`, which `sha256sum --check` reads, and takes its name when all of it is there. It
-has to list every other file: nothing else in the folder could be told from what was put there later.
+A file is the zip archive that `torch.save` writes, with the zip's own checksum (CRC-32) of each entry, which `unzip -t`
+checks, too. A folder of shards holds `SHA256SUMS`, which `sha256sum --check` reads, and gets its name when all of it is
+there. It has to list every other file: nothing else shows what was added to the folder later.
 """
 
 import contextlib
@@ -13,10 +10,9 @@ import errno
 import hashlib
 import os
 import shutil
-import struct
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
@@ -31,26 +27,27 @@ SHARDED_PARTS = (".metadata", "meta.pt")
 SUMS = "SHA256SUMS"
 
 BETWEEN_STEPS = "between_steps"
-"""Key of a checkpoint that was written in the midst of accumulated gradients, which it does not hold."""
-
-_LABEL = b"sha256:"
-_COMMENT_BYTES = len(_LABEL) + 64
-_BEGIN_OF_ARCHIVE = b"PK\x03\x04"
-_END_OF_ARCHIVE, _END_BYTES = b"PK\x05\x06", 22
-"""What an archive ends with, before its comment; the last two bytes are the comment's length."""
-_CHUNK_BYTES = 1 << 24
+"""Key of a checkpoint written between two optimizer steps; it does not hold the gradients accumulated so far."""
 
 
 class Found(NamedTuple):
-    """The newest checkpoint of a folder that can be used, and why others cannot.
-
-    Attributes:
-        path: None if there is none.
-        faults: By path: what is wrong with a file that was looked at.
-    """
+    """The newest usable checkpoint of a folder, if any, and by path what is wrong with others."""
 
     path: Path | None
     faults: dict[Path, str]
+
+
+class Steps(NamedTuple):
+    """How far a run had got at a checkpoint; later ones compare greater.
+
+    Attributes:
+        is_exact: Whether a run resumed from it equals the undisturbed run. Not so for `BETWEEN_STEPS`, nor for
+            `best.ckpt`, which is written before its validation is logged and may be the end of the run.
+        number: Optimizer steps.
+    """
+
+    is_exact: bool
+    number: int
 
 
 def write_checkpoint(checkpoint: Any, path: str | Path) -> None:
@@ -63,8 +60,14 @@ def write_checkpoint(checkpoint: Any, path: str | Path) -> None:
     make_folder(target.parent)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
-        with temporary.open("wb+") as file:
-            _save_sealed(checkpoint, file)
+        with temporary.open("wb") as file:
+            writer = _Writer(file)
+            try:
+                torch.save(checkpoint, cast(Any, writer))
+            except Exception:
+                if writer.error is not None:
+                    raise writer.error from None
+                raise
             file.flush()
             os.fsync(file.fileno())
         put_in_place(temporary, target)
@@ -72,36 +75,48 @@ def write_checkpoint(checkpoint: Any, path: str | Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
-    """Check and read a checkpoint; no code in it is run.
+def read_checkpoint(path: str | Path, map_location: Any = "cpu", *, mmap: bool = False) -> dict[str, Any]:
+    """Check and read a checkpoint without running code in it.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        CheckpointError: If it is damaged, or something else.
+        CheckpointError: If it is damaged or not a checkpoint.
     """
-    if not Path(path).exists():
+    path = Path(path)
+    if not path.exists():
         raise FileNotFoundError(f"no checkpoint {path}")
-    if fault := fault_of_seal(Path(path)):
+    if fault := fault_of(path):
         raise CheckpointError(f"{path} {fault}")
+    file = path / "meta.pt" if path.is_dir() else path
     try:
-        checkpoint = _load(path, map_location=map_location)
-    except Exception as error:  # torch raises many kinds for what is not a checkpoint
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about files of other programs, which are refused anyway
+            mmap = mmap and zipfile.is_zipfile(file)
+            content = torch.load(file, map_location=map_location, mmap=mmap, weights_only=True)
+    except Exception as error:  # torch raises many kinds
         raise CheckpointError(f"{path} {reason_of(error)}") from None
-    if not isinstance(checkpoint, dict):
-        raise CheckpointError(f"{path} holds no checkpoint but a {type(checkpoint).__name__}")
-    return checkpoint
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is not a checkpoint (it holds a {type(content).__name__})")
+    return content
+
+
+def contents(path: Path) -> dict[str, Any]:
+    """What a checkpoint of a training run holds; tensors are mapped into memory, not read. Raises as above."""
+    content = read_checkpoint(path, mmap=True)
+    if not (isinstance(content.get("global_step"), int) and "loops" in content):
+        raise CheckpointError(f"{path} is not the checkpoint of a training run")
+    return content
 
 
 def newest_good(folder: Path, *, at_most: int | None = None) -> Found:
-    """The newest checkpoint of a run's folder: `last.ckpt`, and if that is not there or damaged the one of most steps.
+    """The newest checkpoint of a run's folder: `last.ckpt`, or if that is missing or damaged the one of most steps.
 
-    One from which a run does not go on exactly is taken only where there is no other. Leaves all files as they are;
-    other names than `*.ckpt` are not looked at, but for what a process had put aside for a newer one when it was
-    killed (`put_in_place`).
+    Inexact checkpoints (`Steps`) are taken only if there is no other. Apart from `*.ckpt`, only what a process killed
+    in `put_in_place` had set aside is considered. No file is changed.
 
     Args:
-        folder: Where the checkpoints lie.
-        at_most: Of no more optimizer steps than these.
+        folder: Folder of the checkpoints.
+        at_most: Greatest number of optimizer steps.
     """
     last = folder / LAST
     steps, faults = steps_of([last] if last.exists() else [], at_most)
@@ -114,26 +129,13 @@ def newest_good(folder: Path, *, at_most: int | None = None) -> Found:
 
 
 def other_checkpoint(path: str | Path) -> str:
-    """For the message on one that cannot be used: the newest beside it that can."""
+    """The end of an error about an unusable checkpoint: the newest usable one in its folder."""
     other = newest_good(Path(path).parent).path
     return f": go on from {other}" if other else ""
 
 
-class Steps(NamedTuple):
-    """How far a run had got in a checkpoint; the later, the more.
-
-    Attributes:
-        is_exact: Whether a run goes on from there as if nothing had been: not from `BETWEEN_STEPS`, and not from
-            `best.ckpt`, which is written before its validation is logged, and may be the end of the run.
-        number: Optimizer steps.
-    """
-
-    is_exact: bool
-    number: int
-
-
 def steps_of(paths: list[Path], at_most: int | None = None) -> tuple[dict[Path, Steps], dict[Path, str]]:
-    """Optimizer steps of the checkpoints that can be used, and what is wrong with the others."""
+    """Optimizer steps of the usable checkpoints, and what is wrong with the others."""
     steps: dict[Path, Steps] = {}
     faults: dict[Path, str] = {}
     for path in paths:
@@ -143,63 +145,31 @@ def steps_of(paths: list[Path], at_most: int | None = None) -> tuple[dict[Path, 
             faults[path] = str(error).removeprefix(f"{path} ")
             continue
         is_exact = not content.get(BETWEEN_STEPS, False) and path.name != BEST
-        found = Steps(is_exact, content["global_step"])
-        if at_most is None or found.number <= at_most:
-            steps[path] = found
+        if at_most is None or content["global_step"] <= at_most:
+            steps[path] = Steps(is_exact, content["global_step"])
     return steps, faults
 
 
-def contents(path: Path) -> dict[str, Any]:
-    """What a checkpoint of a training run holds, its weights as a memory map: of them nothing is read a second time.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        CheckpointError: If it is damaged, or something else.
-    """
-    if not path.exists():
-        raise FileNotFoundError(f"no checkpoint {path}")
-    if fault := fault_of_seal(path):
-        raise CheckpointError(f"{path} {fault}")
-    file = path / "meta.pt" if path.is_dir() else path
-    try:
-        # Wherever it was written: on a GPU that is not here, or that is not to be filled.
-        content = _load(file, mmap=zipfile.is_zipfile(file), map_location="cpu")
-    except Exception as error:  # torch raises many kinds for what is not a checkpoint
-        raise CheckpointError(f"{path} {reason_of(error)}") from None
-    if not (isinstance(content, dict) and isinstance(content.get("global_step"), int) and "loops" in content):
-        raise CheckpointError(f"{path} is something else than the checkpoint of a training run")
-    return content
-
-
-def fault_of_seal(path: Path) -> str | None:
-    """What is wrong with a file whose end or checksum tells it; None also for a file that has no checksum."""
+def fault_of(path: Path) -> str | None:
+    """What is wrong with a file or folder, as its checksums tell; None also for files that are no zip archive."""
     if path.is_dir():
         return fault_of_folder(path)
     try:
         with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - _END_BYTES - _COMMENT_BYTES))
-            tail = file.read()
-            end = tail.rfind(_END_OF_ARCHIVE)
-            comment = tail[end + _END_BYTES :]
-            if end < 0:
-                file.seek(0)
-                if file.read(4) == _BEGIN_OF_ARCHIVE:
-                    return "is damaged (it does not end where its archive does)"
-                return "is empty" if size == 0 else None  # of another kind: reading will tell
-            if tail[end + _END_BYTES - 2 : end + _END_BYTES] != struct.pack("<H", len(comment)):
-                return "is damaged (its end is missing)"
-            if not comment:
-                return None
-            file.seek(0)
-            computed = hashlib.sha256()
-            for chunk in _chunks(file, size - len(comment) - 2):
-                computed.update(chunk)
-            computed.update(b"\0\0")
+            begin = file.read(4)
+            if begin != b"PK\x03\x04":
+                return None if begin else "is empty"
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+            # PyTorch takes an entry with this bit for a folder, and returns memory that it never filled.
+            folders = any(entry.external_attr & 0x10 for entry in archive.infolist())
     except OSError as error:
         return f"cannot be read ({error.strerror})"
-    whole = comment == _LABEL + computed.hexdigest().encode()
-    return None if whole else "is damaged (its checksum does not match)"
+    except zipfile.BadZipFile:
+        return "is damaged (it does not end where its archive does)"
+    except Exception as error:  # the zip module raises many kinds
+        return f"is damaged ({type(error).__name__})"
+    return "is damaged (its checksum does not match)" if damaged or folders else None
 
 
 def fault_of_folder(path: Path, share: int = 0, num_shares: int = 1) -> str | None:
@@ -274,7 +244,7 @@ def put_in_place(new: Path, target: Path) -> None:
     aside = target.with_name(f".{target.name}.old")
     if target.is_dir() or (new.is_dir() and os.path.lexists(target)):
         if os.path.lexists(aside):  # a process that was killed left both, and the removal of one may have begun
-            remove(target if fault_of_seal(target) else aside)
+            remove(target if fault_of(target) else aside)
         if os.path.lexists(target):
             target.rename(aside)
     new.replace(target)
@@ -322,16 +292,15 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-class _HashingWriter:
-    """A file for `torch.save`, which hashes what it is given and keeps the error that PyTorch would replace."""
+class _Writer:
+    """A file for `torch.save`, which would replace the file's own error by one of another kind."""
 
     def __init__(self, file: BinaryIO) -> None:
-        self.file, self.hash = file, hashlib.sha256()
+        self.file = file
         self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
         try:
-            self.hash.update(data)
             return self.file.write(data)
         except OSError as error:
             self.error = self.error or error
@@ -342,36 +311,8 @@ class _HashingWriter:
             self.file.flush()
 
 
-def _save_sealed(checkpoint: Any, file: BinaryIO) -> None:
-    writer = _HashingWriter(file)
-    try:
-        torch.save(checkpoint, cast(Any, writer))
-    except Exception:
-        if writer.error is not None:
-            raise writer.error from None
-        raise
-    file.seek(-_END_BYTES, os.SEEK_END)
-    end = file.read()
-    if not (end.startswith(_END_OF_ARCHIVE) and end.endswith(b"\0\0")):
-        raise OSError(f"{getattr(file, 'name', file)}: torch.save wrote no zip archive to put a checksum in")
-    file.seek(-2, os.SEEK_END)
-    file.write(struct.pack("<H", _COMMENT_BYTES) + _LABEL + writer.hash.hexdigest().encode())
-
-
-def _load(path: str | Path, **options: Any) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # on foreign files, which are refused anyway
-        return torch.load(path, weights_only=True, **options)
-
-
-def _chunks(file: BinaryIO, num_bytes: int) -> Iterator[bytes]:
-    while num_bytes > 0 and (chunk := file.read(min(num_bytes, _CHUNK_BYTES))):
-        num_bytes -= len(chunk)
-        yield chunk
-
-
 def reason_of(error: BaseException) -> str:
-    """Why something is no checkpoint, by what PyTorch raised of it."""
+    """Why something is not a checkpoint, from the error that PyTorch raised."""
     if "unsupported global" in str(error).lower():
-        return "is refused: it holds Python objects, whose loading could run any code, not only plain data and tensors"
+        return "is refused: it holds Python objects beside plain data and tensors, and loading those could run any code"
     return f"is not a checkpoint, or a truncated one ({type(error).__name__})"

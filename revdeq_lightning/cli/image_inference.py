@@ -6,14 +6,14 @@ from typing import Any, Literal
 
 import torch
 
-from revdeq_lightning.cli.language_inference import read_checkpoint
+from revdeq_lightning.cli.language_inference import read_trained
 from revdeq_lightning.models import AbstractClassifier, ClassifierConfig
 from revdeq_lightning.models.build import SolverConfig, build_image_classifier
 
 
 def load_classifier(ckpt_path: str | Path, device: str = "cpu") -> tuple[AbstractClassifier, dict[str, Any]]:
-    """Model of a checkpoint and the preparation of its images; errors as of `read_checkpoint`."""
-    settings, weights, state = read_checkpoint(ckpt_path, "preprocessing", "an image classifier", "runs/image")
+    """Model of a checkpoint and the preparation of its images; errors as of `read_trained`."""
+    settings, weights, state = read_trained(ckpt_path, "preprocessing", "an image classifier", "runs/image")
     model = build_image_classifier(ClassifierConfig(**settings["network"]), SolverConfig(**settings["solver"]))
     model.load_state_dict(weights)
     return model.to(device).eval(), state

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from revdeq_lightning.checkpoints.files import fault_of_folder, other_checkpoint, read_checkpoint as read_file
+from revdeq_lightning.checkpoints.files import fault_of_folder, other_checkpoint, read_checkpoint
 from revdeq_lightning.checkpoints.sharded import is_sharded_checkpoint, read_rest, read_whole
 from revdeq_lightning.data.text.tokenizers import AbstractTokenizer, tokenizer_from_state
 from revdeq_lightning.errors import CheckpointError
@@ -20,7 +20,7 @@ class Trained(NamedTuple):
     state: Any
 
 
-def read_checkpoint(ckpt_path: str | Path, state: str, kind: str, folder: str) -> Trained:
+def read_trained(ckpt_path: str | Path, state: str, kind: str, folder: str) -> Trained:
     """Read the checkpoint of a model of this kind.
 
     Args:
@@ -51,12 +51,12 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         if fault := fault_of_folder(path):
             raise CheckpointError(f"{path} {fault}{other_checkpoint(path)}")
         return read_rest(path) | read_whole(path, "state_dict")
-    return read_file(path)
+    return read_checkpoint(path)
 
 
 def load_language_model(ckpt_path: str | Path, device: str = "cpu") -> tuple[Any, AbstractTokenizer]:
-    """Model and tokenizer of a checkpoint; errors as of `read_checkpoint`."""
-    settings, weights, tokenizer = read_checkpoint(ckpt_path, "tokenizer", "a language model", "runs/lm")
+    """Model and tokenizer of a checkpoint; errors as of `read_trained`."""
+    settings, weights, tokenizer = read_trained(ckpt_path, "tokenizer", "a language model", "runs/lm")
     model = build_language_model(TransformerConfig(**settings["network"]), SolverConfig(**settings["solver"]))
     model.load_state_dict(weights)
     return model.to(device).eval(), tokenizer_from_state(tokenizer)
