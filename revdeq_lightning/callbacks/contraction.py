@@ -105,7 +105,7 @@ class Contraction(Callback):
             warnings.warn(
                 f"f does not contract at step {trainer.global_step}: the spectral radius of df/dz where the solver ends"
                 f" is {radius:.3g}. The residual will not fall with more steps, and the state may grow. Normalise the"
-                " output of f, penalise its Jacobian (jacobian_regularisation), bound its weights (spectral_norm), or"
+                " output of f, penalise its Jacobian (jacobian_regularization), bound its weights (spectral_norm), or"
                 " lower the learning rate",
                 ContractionWarning,
                 stacklevel=2,

@@ -27,7 +27,7 @@ from .solvers.base import AbstractSolver
 from .validation import require_count
 
 
-def jacobian_regularisation(
+def jacobian_regularization(
     f: Callable[[Any, Any], Any], z: Any, x: Any, *, num_samples: int = 1, generator: torch.Generator | None = None
 ) -> Tensor:
     """Estimate `norm(df/dz)_F^2 / dim` at z, the mean over the batch, differentiably.
@@ -108,7 +108,7 @@ def spectral_radius(
     return radius if per_sample else radius[0]
 
 
-class GradientError(NamedTuple):
+class GradientComparison(NamedTuple):
     """How far one adjoint's gradient is from another's.
 
     Attributes:
@@ -133,7 +133,7 @@ def gradient_error(
     reference: AbstractAdjoint | None = None,
     reference_dtype: torch.dtype | None = None,
     cotangent: Any = None,
-) -> GradientError:
+) -> GradientComparison:
     """Compare the gradients that two adjoints give of one solve, in the parameters of f and the leaves of x.
 
     Both runs draw the same random numbers. Afterwards random state, buffers and `.grad` are as they were.
@@ -150,7 +150,7 @@ def gradient_error(
         cotangent: dL/dz, structure of z0; random by default, always the same.
 
     Returns:
-        See `GradientError`.
+        See `GradientComparison`.
 
     Raises:
         ValueError: If f is no module and `reference_dtype` is given, or nothing is there to differentiate.
@@ -164,7 +164,9 @@ def gradient_error(
         raise ValueError("nothing to differentiate: f has no parameter that needs a gradient, and x no floating point")
     by_tensor = {name: float((ours[name] - exact[name]).norm() / exact[name].norm()) for name in exact}
     a, b = torch.cat([ours[name] for name in exact]), torch.cat(list(exact.values()))
-    return GradientError(float((a - b).norm() / b.norm()), float(torch.dot(a, b) / (a.norm() * b.norm())), by_tensor)
+    return GradientComparison(
+        float((a - b).norm() / b.norm()), float(torch.dot(a, b) / (a.norm() * b.norm())), by_tensor
+    )
 
 
 def _gradient(

@@ -10,8 +10,8 @@ from torch.nn.utils import parametrizations, parametrize
 
 from .validation import require_choice
 
-NormalisationKind = Literal["weight", "spectral"]
-NORMALISED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+NormalizationKind = Literal["weight", "spectral"]
+NORMALIZED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class ComputedWeights:
@@ -59,7 +59,7 @@ class ComputedWeights:
                     computed.__dict__["forward"] = forward
 
 
-def normalise_weights(f: nn.Module, kind: NormalisationKind = "spectral", *, norm: float | None = None) -> nn.Module:
+def normalize_weights(f: nn.Module, kind: NormalizationKind = "spectral", *, norm: float | None = None) -> nn.Module:
     """Normalise the weight of every linear map and convolution in f, so that training keeps f from expanding.
 
     The weights are computed once a solve, and are differentiated with any adjoint. PyTorch's own functions, and any
@@ -81,10 +81,10 @@ def normalise_weights(f: nn.Module, kind: NormalisationKind = "spectral", *, nor
 
     Source: Salimans and Kingma 2016, arXiv:1602.07868; Miyato et al. 2018, arXiv:1802.05957.
     """
-    require_choice("kind", kind, get_args(NormalisationKind))
+    require_choice("kind", kind, get_args(NormalizationKind))
     if norm is not None and (kind != "spectral" or not 0 < norm < float("inf")):
         raise ValueError(f"norm must be positive and belongs to kind='spectral', got norm={norm!r}, kind={kind!r}")
-    layers = {name: module for name, module in f.named_modules() if isinstance(module, NORMALISED)}
+    layers = {name: module for name, module in f.named_modules() if isinstance(module, NORMALIZED)}
     if not layers:
         raise ValueError(f"nothing to normalise: {type(f).__name__} has no linear map and no convolution")
     for name, module in layers.items():

@@ -8,7 +8,7 @@ import torch
 from lightning import Callback, LightningModule
 from torch import Tensor, nn
 
-from revdeq_lightning.equilibrium import SolverStats, equilibria, jacobian_regularisation
+from revdeq_lightning.equilibrium import SolverStats, equilibria, jacobian_regularization
 from revdeq_lightning.equilibrium.function import is_compiled
 from revdeq_lightning.errors import ParallelismError
 from revdeq_lightning.tasks.averaged_weights import AveragedWeights
@@ -36,7 +36,7 @@ class AbstractTask(LightningModule):
 
     Args:
         optimizer: Optimizer, schedule, averaging of the weights.
-        jacobian_weight: Above 0: this times the mean of `jacobian_regularisation` over the equilibria, at their
+        jacobian_weight: Above 0: this times the mean of `jacobian_regularization` over the equilibria, at their
             solutions, is added to the loss that is trained on. It costs an evaluation of f with a double backward.
 
     Raises:
@@ -74,7 +74,7 @@ class AbstractTask(LightningModule):
 
         def add(layer: Any, args: Any, kwargs: Any, solution: Any) -> None:
             x = args[0] if args else kwargs["x"]
-            penalties.append(jacobian_regularisation(layer.f, solution.value, x))
+            penalties.append(jacobian_regularization(layer.f, solution.value, x))
 
         layers = equilibria(self.model) if self.jacobian_weight else []
         handles = [layer.register_forward_hook(add, with_kwargs=True) for layer in layers]

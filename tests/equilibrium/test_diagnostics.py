@@ -18,7 +18,7 @@ from revdeq_lightning.equilibrium import (
     ReversibleAdjoint,
     ReversibleSolver,
     gradient_error,
-    jacobian_regularisation,
+    jacobian_regularization,
     solve_fixed_point,
     spectral_radius,
 )
@@ -108,7 +108,7 @@ def test_jacobian_penalty_of_an_elementwise_map_is_exact():
     f = lambda z, x: torch.sin(x * z)  # noqa: E731
     z, x = (torch.randn(3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
     x.requires_grad_()
-    penalty, expected = jacobian_regularisation(f, z, x), (x * torch.cos(x * z)).square().mean()
+    penalty, expected = jacobian_regularization(f, z, x), (x * torch.cos(x * z)).square().mean()
     assert torch.allclose(penalty, expected, rtol=1e-14, atol=0)
     assert relative_error(*(torch.autograd.grad(value, x)[0] for value in (penalty, expected))) <= 1e-14
 
@@ -126,7 +126,7 @@ def test_jacobian_penalty_tends_to_the_frobenius_norm_and_so_does_its_gradient()
     (expected,) = torch.autograd.grad(frobenius, f.weight)
     errors = []
     for num_samples in (4, 400):
-        penalty = jacobian_regularisation(f, z, x, num_samples=num_samples, generator=torch.Generator().manual_seed(0))
+        penalty = jacobian_regularization(f, z, x, num_samples=num_samples, generator=torch.Generator().manual_seed(0))
         errors.append(relative_error(torch.autograd.grad(penalty, f.weight)[0], expected))
     assert abs(penalty - frobenius) <= 0.05 * frobenius  # 1 / sqrt(400)
     assert errors[1] <= 0.05 < errors[0]
@@ -137,7 +137,7 @@ def test_jacobian_penalty_of_attention_can_be_differentiated():
     torch.manual_seed(0)
     f, x = AttentionBlock(dim=16, num_heads=2), sequence()
     solution = solve_fixed_point(f, torch.zeros_like(x), x, solver=ReversibleSolver(), adjoint=ReversibleAdjoint())
-    loss = project(solution.value) + 0.1 * jacobian_regularisation(f, solution.value, x)
+    loss = project(solution.value) + 0.1 * jacobian_regularization(f, solution.value, x)
     loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in f.parameters())
 
@@ -148,7 +148,7 @@ def test_jacobian_penalty_lowers_the_spectral_radius_when_trained():
     optimiser = torch.optim.Adam(f.parameters(), lr=0.05)
     for _ in range(30):
         optimiser.zero_grad()
-        jacobian_regularisation(f, z, x, generator=torch.Generator().manual_seed(0)).backward()
+        jacobian_regularization(f, z, x, generator=torch.Generator().manual_seed(0)).backward()
         optimiser.step()
     assert spectral_radius(f, z, x).max() < 0.5 * before
 
@@ -156,8 +156,8 @@ def test_jacobian_penalty_lowers_the_spectral_radius_when_trained():
 def test_jacobian_penalty_without_gradients_or_without_a_jacobian():
     f, z, x = problem()
     with torch.no_grad():
-        assert not jacobian_regularisation(f, z, x).requires_grad
-    assert jacobian_regularisation(lambda z, x: x[1], z, x) == 0
+        assert not jacobian_regularization(f, z, x).requires_grad
+    assert jacobian_regularization(lambda z, x: x[1], z, x) == 0
 
 
 # Gradient error
@@ -268,7 +268,7 @@ def test_implicit_gradient_is_off_where_no_fixed_point_was_reached():
     ("make", "fragments"),
     [
         (lambda f, z, x: spectral_radius(f, z, x, num_iterations=1), ("num_iterations", "at least 2", "1")),
-        (lambda f, z, x: jacobian_regularisation(f, z, x, num_samples=0), ("num_samples", "at least 1", "0")),
+        (lambda f, z, x: jacobian_regularization(f, z, x, num_samples=0), ("num_samples", "at least 1", "0")),
         (
             lambda f, z, x: gradient_error(
                 lambda z, x: z, z, x, solver=PicardSolver(), adjoint=BackpropAdjoint(), reference_dtype=torch.float64

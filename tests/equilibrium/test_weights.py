@@ -20,7 +20,7 @@ from revdeq_lightning.equilibrium import (
     PicardSolver,
     ReversibleAdjoint,
     ReversibleSolver,
-    normalise_weights,
+    normalize_weights,
 )
 
 TIGHT = ImplicitAdjoint(solver=AndersonSolver(max_steps=50, rtol=1e-12))
@@ -122,10 +122,10 @@ def test_an_equilibrium_inside_f_leaves_the_outer_weights():
 def test_normalised_weights_have_the_norm_that_was_asked_for():
     block = attention_layer(MomentumSolver(), ReversibleAdjoint()).f
     lengths = block.up.weight.norm(dim=1)
-    assert normalise_weights(block, "weight") is block
+    assert normalize_weights(block, "weight") is block
     assert torch.equal(block.up.parametrizations.weight.original0.flatten(), lengths)
     torch.testing.assert_close(block.up.weight.norm(dim=1), lengths)
-    block = normalise_weights(nn.Sequential(nn.Linear(5, 7), nn.Conv2d(3, 4, 3)), norm=0.7)
+    block = normalize_weights(nn.Sequential(nn.Linear(5, 7), nn.Conv2d(3, 4, 3)), norm=0.7)
     for _ in range(200):  # one power iteration each
         kernel = block[1].weight
         matrix = block[0].weight
@@ -135,13 +135,13 @@ def test_normalised_weights_have_the_norm_that_was_asked_for():
 
 def test_a_normalised_block_trains_with_proof():
     layer, x = attention_layer(MomentumSolver(max_steps=6), ReversibleAdjoint(mismatch="raise")), sequence()
-    normalise_weights(layer.f, norm=0.5)
+    normalize_weights(layer.f, norm=0.5)
     layer.train()
     solution = layer(x)
     solution.value.square().mean().backward()
     assert solution.stats.reconstruction_mismatch == 0
     assert all(p.grad is not None and torch.count_nonzero(p.grad) for p in layer.parameters())
-    loaded = normalise_weights(attention_layer(MomentumSolver(), ReversibleAdjoint()).f, norm=0.5)
+    loaded = normalize_weights(attention_layer(MomentumSolver(), ReversibleAdjoint()).f, norm=0.5)
     loaded.load_state_dict(layer.f.state_dict())
 
 
@@ -158,10 +158,10 @@ def zero_weight():
         (Map, {"norm": 0.0}, "norm must be positive and belongs to kind='spectral', got norm=0.0"),
         (Map, {"kind": "weight", "norm": 0.5}, "belongs to kind='spectral', got norm=0.5, kind='weight'"),
         (nn.Tanh, {}, "nothing to normalise: Tanh has no linear map and no convolution"),
-        (lambda: normalise_weights(Map()), {}, "the weight of 'linear' is parametrized already"),
+        (lambda: normalize_weights(Map()), {}, "the weight of 'linear' is parametrized already"),
         (zero_weight, {"kind": "weight"}, "the weight of 'linear' has outputs that are 0"),
     ],
 )
 def test_what_cannot_be_normalised_is_an_error(make, arguments, match):
     with pytest.raises(ValueError, match=match):
-        normalise_weights(make(), **arguments)
+        normalize_weights(make(), **arguments)
