@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from revdeq_lightning.equilibrium import deferred_divergence, equilibria
 from revdeq_lightning.loggers.endurance import Survives
-from revdeq_lightning.loggers.media import log_curves, log_picture, log_table, step_of
+from revdeq_lightning.loggers.media import log_curves, log_table, step_of
 from revdeq_lightning.loggers.step_rows import append_rows, rewind_rows
 from revdeq_lightning.runs.random_state import untouched_random_state
 from revdeq_lightning.tasks.training_step import run_folder
@@ -22,7 +22,6 @@ from revdeq_lightning.tasks.training_step import run_folder
 Sums = Callable[[LightningModule, Any], dict[str, Tensor]]
 Rows = list[dict[str, Any]]
 TEST, VALIDATION = "depth_sweep.csv", "depth_sweep_validation.csv"
-PICTURE = "depth_sweep/test_picture"
 NUM_SHOWN = 8
 """Newest sweeps in one table and one chart; the file has all."""
 
@@ -35,8 +34,8 @@ class DepthSweep(Callback):
     * Every n-th validation within training: the first batches, so that its cost is bounded. Appends to
       `depth_sweep_validation.csv` (`step`, then as above).
 
-    Both go to W&B and TensorBoard as a table, `depth_sweep/val` or `depth_sweep/test`, and W&B draws each figure in it
-    as curves, `depth_sweep/val_loss` ... It logs no numbers.
+    Both go to W&B as a table, `depth_sweep/val` or `depth_sweep/test`, and each figure in it as curves,
+    `depth_sweep/val_loss` ... It logs no numbers.
 
     A model with several equilibria makes the same fraction of its steps in each, at least one. Weights, solvers and
     random numbers are afterwards as they were. A model without solver is left alone.
@@ -109,7 +108,6 @@ class DepthSweep(Callback):
             _print(rows, trained)
             with self._survives:
                 write(rows, trained, self._path)
-                log_picture(trainer, PICTURE, self._path / "depth_sweep.png", "test", boards_only=True)
             self._log(trainer, "test", [(step_of(trainer), rows)])
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -177,7 +175,7 @@ class DepthSweep(Callback):
     def _log(self, trainer: Trainer, split: str, sweeps: Iterable[tuple[int, Rows]]) -> None:
         """A table of the sweeps, and a chart of each figure with a curve for each sweep."""
         lines = [{"step": step} | row for step, rows in sweeps for row in rows]
-        log_table(trainer, f"depth_sweep/{split}", list(lines[0]), [list(line.values()) for line in lines])
+        log_table(trainer, f"depth_sweep/{split}", lines)
         for figure in list(lines[0])[3:]:
             curves = {
                 f"step {step + 1}": ([row["forward_nfe"] for row in rows], [row[figure] for row in rows])

@@ -29,7 +29,7 @@ class FunctionEvaluations(Callback):
     * `reconstruction_mismatch`: elements that the backward passes did not reconstruct; 0 certifies the gradient.
     * `fraction_converged`: samples that meet the tolerance, if there is one.
     * `sample_nfe_mean`, `sample_nfe_median`, `sample_nfe_max`: forward evaluations until a sample met the tolerance, of
-      all batches since the last logging step; `sample_nfe` is their histogram, on W&B and TensorBoard.
+      all batches since the last logging step; `sample_nfe` is their histogram, on W&B.
 
     The residual along the iteration is kept by `ResidualCurve`.
 

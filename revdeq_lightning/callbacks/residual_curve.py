@@ -11,7 +11,7 @@ from lightning import Callback, LightningModule, Trainer
 
 from revdeq_lightning.equilibrium import SolverStats, recorded_residuals
 from revdeq_lightning.loggers.endurance import Survives
-from revdeq_lightning.loggers.media import log_curves, log_picture, step_of
+from revdeq_lightning.loggers.media import log_curves, step_of
 from revdeq_lightning.loggers.step_rows import append_rows, read_rows, rewind_rows
 from revdeq_lightning.tasks.training_step import StepStatistics, made_step, run_folder
 
@@ -28,8 +28,7 @@ class ResidualCurve(Callback):
 
     Writes `residual_curve.csv` (`step`, `solve`: number of the solve within the step, `evaluation`,
     `relative_residual`: mean over the samples of the first process that made this evaluation, `num_samples`: how many)
-    and at the end `residual_curve.png`. Logs the newest curves as a chart, `equilibrium/residual_curve`, on W&B, and
-    the picture on TensorBoard.
+    and at the end `residual_curve.png`. On W&B the newest curves are a chart, `equilibrium/residual_curve`.
 
     Assumes what `FunctionEvaluations` does of the training step.
 
@@ -100,9 +99,7 @@ class ResidualCurve(Callback):
         if trainer.is_global_zero:
             with self._survives:
                 if rows := read_rows(self._path):
-                    picture = self._path.with_suffix(".png")
-                    draw_residual_curves(rows, picture)
-                    log_picture(trainer, f"{KEY}_picture", picture, "residual along the iteration", boards_only=True)
+                    draw_residual_curves(rows, self._path.with_suffix(".png"))
 
 
 def curve_rows(stats: Sequence[SolverStats], step: int) -> list[dict[str, float]]:

@@ -69,7 +69,7 @@ class TextSamples(AbstractSamples):
     """Lets a language model continue the same prompts at validations, so that one can read how it learns.
 
     Appends to `samples.jsonl` (objects with `step`, `prompt`, `text`: the continuation) and writes `samples.txt`, to be
-    read by people. Logs no numbers; on W&B a table of the newest samples, `samples/text`, on TensorBoard a text.
+    read by people. Logs no numbers; on W&B a table of the newest samples, `samples/text`.
 
     The same random numbers are drawn each time, from a generator of their own: training is bit for bit the same with
     and without this callback. It costs one evaluation of the model a token.
@@ -116,7 +116,7 @@ class TextSamples(AbstractSamples):
             with self._survives:
                 append_rows(path, rows)
                 write_readably(read_rows(path), path.with_suffix(".txt"))
-            log_table(trainer, "samples/text", list(rows[0]), [list(row.values()) for row in rows])
+            log_table(trainer, "samples/text", rows)
 
     def rewind(self, step: int) -> None:
         """Drop rows."""
@@ -128,7 +128,7 @@ class TextSamples(AbstractSamples):
 class ImageSamples(AbstractSamples):
     """Draws the first images of the validation split with their classes, predictions and probabilities.
 
-    Writes `samples/STEP.png`. Logs no numbers; on W&B and TensorBoard the picture, `samples/images`. It costs the
+    Writes `samples/STEP.png`. Logs no numbers; on W&B the picture, `samples/images`. It costs the
     drawing, a second or so; training is bit for bit the same with and without this callback.
 
     Assumes what `ClassificationReport` does.

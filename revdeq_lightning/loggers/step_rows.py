@@ -1,24 +1,39 @@
 """Files of rows that carry their optimizer step; a resumed run drops what came after its checkpoint."""
 
 import csv
+import io
+import itertools
 import json
+import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from revdeq_lightning.loggers.endurance import RecordWarning
+
 
 def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Append to a CSV file, or to one of JSON objects, a line each (`.jsonl`)."""
+    """Append to a CSV file, whose columns may grow, or to one of JSON objects, a line each (`.jsonl`).
+
+    An append that fails, on a full disk for instance, leaves the file as it was.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.is_file()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        if path.suffix == ".jsonl":
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-            return
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerows(rows)
+    columns: list[str] = []
+    if path.suffix == ".csv" and path.is_file():
+        with path.open(newline="", encoding="utf-8") as file:
+            columns = next(csv.reader(file), [])
+    if path.suffix == ".csv" and not set().union(*rows) <= set(columns):
+        _replace(path, [*read_rows(path), *rows])
+        return
+    size = path.stat().st_size if path.is_file() else 0
+    try:
+        with path.open("a", newline="", encoding="utf-8") as file:
+            file.write(_text(path, columns, rows))
+    except OSError:
+        if path.is_file():
+            os.truncate(path, size)  # no half of a row
+        raise
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -26,14 +41,46 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     with path.open(newline="", encoding="utf-8") as file:
-        return [json.loads(line) for line in file] if path.suffix == ".jsonl" else list(csv.DictReader(file))
+        lines = [line for line in file if line.endswith("\n")]  # a kill may have cut the last one
+    return [json.loads(line) for line in lines] if path.suffix == ".jsonl" else list(csv.DictReader(lines))
 
 
 def rewind_rows(path: Path, step: int) -> None:
-    """Drop the rows of this step and later ones."""
-    rows = read_rows(path)
-    kept = [row for row in rows if int(row["step"]) < step]
-    if len(kept) < len(rows):
+    """Drop the rows of this step and later ones. A damaged file is moved aside, with a warning."""
+    if not path.is_file():
+        return
+    try:
+        rows = read_rows(path)
+        if any(None in row or None in row.values() for row in rows):
+            raise ValueError("a row has too few or too many fields")
+        kept = [row for row in rows if int(row["step"]) < step]
+    except (ValueError, KeyError, TypeError, csv.Error) as error:
+        names = (path.with_name(f"{path.stem}.damaged-{n}{path.suffix}") for n in itertools.count(1))
+        aside = next(name for name in names if not name.exists())
+        path.replace(aside)
+        text = f"{path} is damaged ({error!r}): moved to {aside.name}, and a new file is begun"
+        warnings.warn(text, RecordWarning, stacklevel=2)
+        return
+    if kept:
+        _replace(path, kept)
+    else:
         path.unlink()
-        if kept:
-            append_rows(path, kept)
+
+
+def _replace(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    beside = path.with_name(f".{path.name}.part")
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    header = [{key: key for key in columns}] if path.suffix == ".csv" else []
+    try:
+        beside.write_text(_text(path, columns, [*header, *rows]), encoding="utf-8", newline="")
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _text(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:
+    if path.suffix == ".jsonl":
+        return "".join(json.dumps(row) + "\n" for row in rows)
+    file = io.StringIO()
+    csv.DictWriter(file, columns, lineterminator="\n").writerows(rows)
+    return file.getvalue()

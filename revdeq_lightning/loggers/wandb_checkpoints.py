@@ -27,11 +27,9 @@ class WandbCheckpoints(Callback):
         self.folder = Path(folder)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """After the last checkpoint, which is written at the end of training."""
-        self._send(trainer)
+        self._send(trainer)  # here, as the last checkpoint is written in `on_train_end`
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """What there is."""
         self._send(trainer)
 
     def _send(self, trainer: Trainer) -> None:

@@ -13,7 +13,7 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from revdeq_lightning.loggers.endurance import RecordWarning, survival
+from revdeq_lightning.loggers.endurance import RecordWarning, Survives
 from revdeq_lightning.runs.folder import RunConfig
 
 X_AXIS = "trainer/global_step"
@@ -23,7 +23,7 @@ BEST = {"val/loss": "min", "val/bits_per_byte": "min", "val/accuracy": "max"}
 """What a run's summary keeps of these, where others keep the newest value."""
 FINISH_SECONDS = 600.0
 """How long the end waits for a slow network; what was not sent lies in the run's folder."""
-_begun: list[WandbLogger] = []
+_begun: list["RunWandbLogger"] = []
 """Those of this process whose run is not finished."""
 
 
@@ -40,6 +40,8 @@ class RunWandbLogger(WandbLogger):
         super().__init__(save_dir=folder, **settings)
         self._wandb_init.pop("anonymous", None)  # W&B warns of it, though it is not set
         self._folder, self._mode = folder, mode
+        self.survives = Survives(type(self).__name__)
+        """Also of the end, when nobody holds the `Enduring` around this logger."""
 
     @property
     @rank_zero_experiment
@@ -131,7 +133,7 @@ def finish_wandb(exit_code: int) -> None:
     while _begun:
         logger = _begun.pop()
         is_finished = False
-        with survival(logger):
+        with logger.survives:
             logger.experiment.finish(exit_code=exit_code)
             is_finished = True
         if not is_finished:

@@ -120,21 +120,15 @@ def test_metrics_are_grouped_and_summaries_keep_the_best(records):
     assert defined["val/accuracy"]["summary"] == {"max": True}
 
 
-def test_tensorboard_has_numbers_texts_and_pictures(language, image):
+def test_tensorboard_has_the_numbers(language, image):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    for folder, texts, pictures in (
-        (language, {"samples/text", "depth_sweep/val", "depth_sweep/test"}, set()),
-        (image, {"depth_sweep/val", "depth_sweep/test"}, {"samples/images"}),
-    ):
+    for folder in (language, image):
         board = EventAccumulator(str(folder / "tensorboard")).Reload()
         expected = metrics(folder)
         for key in ("train/loss", "val/loss", "equilibrium/relative_residual", "gradient_error/bptt/relative_l2"):
             found = [(event.step, event.value) for event in board.Scalars(key)]
             np.testing.assert_allclose(found, expected[key], rtol=1e-6, err_msg=key)  # float32
-        assert {tag.removesuffix("/text_summary") for tag in board.Tags()["tensors"]} >= texts
-        both = {"depth_sweep/test_picture", "equilibrium/residual_curve_picture"}
-        assert set(board.Tags()["images"]) == pictures | both
 
 
 @pytest.fixture(scope="module")
