@@ -62,11 +62,12 @@ def solve_fixed_point(
 
 
 def require_solver_and_adjoint(solver: Any, adjoint: Any) -> None:
-    """Raise ValueError, naming the value, where something else stands in the place of a solver or an adjoint."""
+    """Raise ValueError unless both are what their names say and fit together."""
     if not isinstance(solver, AbstractSolver):
         raise ValueError(f"solver must be a solver such as ReversibleSolver(), got {solver!r}")
     if not isinstance(adjoint, AbstractAdjoint):
         raise ValueError(f"adjoint must be an adjoint such as ReversibleAdjoint(), got {adjoint!r}")
+    adjoint.check(solver)
 
 
 def _diverged(

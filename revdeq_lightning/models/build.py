@@ -1,20 +1,14 @@
-"""The settings of a task as plain data, and what they stand for; no Lightning in here."""
+"""The settings of a task as plain data, and the models they describe; no Lightning in here."""
 
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, make_dataclass
+from typing import Any, Literal, NamedTuple, get_type_hints
 
-from revdeq_lightning.equilibrium import (
-    AndersonSolver,
-    BackpropAdjoint,
-    BroydenSolver,
-    ImplicitAdjoint,
-    MomentumSolver,
-    PhantomAdjoint,
-    PicardSolver,
-    RelaxedSolver,
-    ReversibleAdjoint,
-    ReversibleSolver,
-)
+import docstring_parser
+
+from revdeq_lightning.equilibrium import AbstractAdjoint, AbstractSolver, ImplicitAdjoint
+from revdeq_lightning.equilibrium.adjoints import ADJOINTS
+from revdeq_lightning.equilibrium.solvers import SOLVERS
 from revdeq_lightning.models import (
     AbstractClassifier,
     ClassifierConfig,
@@ -25,169 +19,127 @@ from revdeq_lightning.models import (
     build_classifier,
 )
 
-SOLVERS: dict[str, Any] = {
-    "momentum": MomentumSolver,
-    "reversible": ReversibleSolver,
-    "relaxed": RelaxedSolver,
-    "picard": PicardSolver,
-    "anderson": AndersonSolver,
-    "broyden": BroydenSolver,
+_DEFAULTS = {"max_steps": 8, "rtol": 0.0, "atol": 0.0, "compiled": False, "checkpoint": False, "mismatch": "warn"}
+"""All other options are null by default, which stands for the default of the solver or adjoint."""
+
+
+class _Option(NamedTuple):
+    type: Any
+    default: Any
+    help: str
+    arguments: dict[str, str]
+    """What the solvers or adjoints that have it call it, by their names."""
+
+
+def _options(classes: Mapping[str, type], option_name: Callable[[str, str], str]) -> dict[str, _Option]:
+    """Arguments of registered classes as options; type and help are those of the first class that has it."""
+    options: dict[str, _Option] = {}
+    for owner, cls in classes.items():
+        types = get_type_hints(cls)
+        texts = {p.arg_name: p.description or "" for p in docstring_parser.parse(cls.__doc__ or "").params}
+        for argument in (f.name for f in fields(cls)):
+            name = option_name(owner, argument)
+            kind = types[argument] if name in _DEFAULTS else types[argument] | None
+            new = _Option(kind, _DEFAULTS.get(name), " ".join(texts.get(argument, "").split()), {})
+            options.setdefault(name, new).arguments[owner] = argument
+    return options
+
+
+def _adjoint_option(adjoint: str, argument: str) -> str:
+    """`phantom_steps` for phantom's `num_steps`; the options that came first have no prefix."""
+    old = argument in ("checkpoint", "mismatch", "unconverged")
+    return argument if old else f"{adjoint}_{argument.removeprefix('num_')}"
+
+
+_SOLVER_OPTIONS = _options(SOLVERS, lambda solver, argument: argument)
+_ADJOINT_OPTIONS = _options(ADJOINTS, _adjoint_option)
+_ADJOINT_OPTIONS.pop("implicit_solver")
+_ADJOINT_OPTIONS |= {
+    f"backward_{name}": _Option(kind | None, None, f"{name} of the backward linear solve", {"implicit": "solver"})
+    for name, kind in (("solver", Literal[tuple(SOLVERS)]), ("max_steps", int), ("rtol", float))
 }
-DEFAULT_ADJOINT = {"momentum": "reversible", "reversible": "reversible", "anderson": "implicit", "broyden": "implicit"}
-"""Of the solvers that are not here: backprop."""
+_OPTIONS = {
+    "solver": _Option(
+        Literal[(*SOLVERS, "none")],
+        "momentum",
+        "none: an explicit stack of layers, the baseline",
+        {},
+    ),
+    **_SOLVER_OPTIONS,
+    "adjoint": _Option(Literal[tuple(ADJOINTS)] | None, None, "null: the one that suits the solver", {}),
+    **_ADJOINT_OPTIONS,
+    "num_losses": _Option(
+        int, 1, "language models: parts of the solve, each with a loss (fixed-point correction); 1 for none", {}
+    ),
+    "loss_decay": _Option(float | None, None, "weight of each part's loss over that of the next; null for 0.8", {}),
+}
+_Settings: Any = make_dataclass("_Settings", [(n, o.type, field(default=o.default)) for n, o in _OPTIONS.items()])
 
 
 @dataclass
-class SolverConfig:
-    """How the equilibrium is found and differentiated.
-
-    Attributes:
-        solver: momentum (1 evaluation of f a step), reversible (the paper's, 2 evaluations a step), relaxed, picard,
-            anderson, broyden, or none: an explicit stack of `network.num_layers` layers without equilibrium, the
-            baseline.
-        max_steps: Most steps of the solver.
-        beta: Relaxation parameter; null for the solver's own default.
-        momentum: Weight of the last move, momentum solver only; null for its default.
-        rtol: Relative tolerance; with rtol and atol 0 every sample makes max_steps steps.
-        atol: Absolute tolerance.
-        arithmetic: How a reversible solver holds the state: exact, float64 or float32; null for exact.
-        compiled: Compile the exact state's updates (a C++ compiler on a CPU, Triton on a GPU): as exact, in a third of
-            the time, which counts where f is small.
-        memory: Anderson and broyden: how many iterates or updates are kept; null for the solver's own default.
-        ridge: Anderson only: relative regularisation of its least squares; null for its default.
-        max_halvings: Broyden only: most halvings of a step in its line search; null for its default, 0 for none.
-        adjoint: reversible (exact, memory does not grow with the steps), backprop (exact, stored), implicit (of the
-            fixed point, by a linear solve) or phantom (a few steps in its place); null: reversible for momentum and
-            reversible, implicit for anderson and broyden, else backprop.
-        checkpoint: Backprop only: store the iterates, evaluate f once more in the backward pass.
-        backprop_evaluations: Backprop only: differentiate this many of the last evaluations (truncated back-propagation
-            through time); null for all.
-        mismatch: Reversible adjoint only: what to do where a gradient is found not to be exact.
-        unconverged: Implicit only: what to do where a solve does not reach its tolerance; null for a warning.
-        backward_solver: Implicit only: solver of its linear system; null for anderson.
-        backward_max_steps: Implicit only: most steps of it; null for 50.
-        backward_rtol: Implicit only: relative tolerance of it; null for 1e-5.
-        phantom_kind: Phantom only: unrolled or neumann; null for unrolled.
-        phantom_steps: Phantom only: differentiated steps; null for 10.
-        phantom_beta: Phantom only: relaxation parameter of them; null for 0.5.
-        num_losses: Language models, fixed-point correction: the solve is made in so many parts, and trained on the
-            weighted mean of the losses at their ends; 1 for none.
-        loss_decay: Of fixed-point correction: weight of each part's loss over that of the next one; null for 0.8.
-    """
-
-    solver: Literal["momentum", "reversible", "relaxed", "picard", "anderson", "broyden", "none"] = "momentum"
-    max_steps: int = 8
-    beta: float | None = None
-    momentum: float | None = None
-    rtol: float = 0.0
-    atol: float = 0.0
-    arithmetic: Literal["exact", "float64", "float32"] | None = None
-    compiled: bool = False
-    memory: int | None = None
-    ridge: float | None = None
-    max_halvings: int | None = None
-    adjoint: Literal["reversible", "backprop", "implicit", "phantom"] | None = None
-    checkpoint: bool = False
-    backprop_evaluations: int | None = None
-    mismatch: Literal["warn", "raise", "ignore"] = "warn"
-    unconverged: Literal["warn", "raise", "ignore"] | None = None
-    backward_solver: Literal["momentum", "reversible", "relaxed", "picard", "anderson", "broyden"] | None = None
-    backward_max_steps: int | None = None
-    backward_rtol: float | None = None
-    phantom_kind: Literal["unrolled", "neumann"] | None = None
-    phantom_steps: int | None = None
-    phantom_beta: float | None = None
-    num_losses: int = 1
-    loss_decay: float | None = None
+class SolverConfig(_Settings):  # type: ignore[misc]
+    """How the equilibrium is found and differentiated."""
 
     @property
     def correction(self) -> dict[str, Any]:
-        """Arguments of fixed-point correction.
-
-        Raises:
-            ValueError: If there is a decay but nothing to decay.
-        """
+        """Arguments of fixed-point correction."""
         if self.loss_decay is not None and self.num_losses == 1:
             raise ValueError(f"loss_decay={self.loss_decay} needs num_losses above 1, got 1: leave it out")
         return {"num_losses": self.num_losses, "loss_decay": 0.8 if self.loss_decay is None else self.loss_decay}
 
-    def build_solver(self) -> Any:
-        """The solver.
+    def build_solver(self) -> AbstractSolver:
+        """The solver; ValueError if a setting is out of range or one that it does not have."""
+        given = self._given(_SOLVER_OPTIONS)
+        for name, value in given.items():
+            if self.solver not in _SOLVER_OPTIONS[name].arguments:
+                raise ValueError(f"solver={self.solver!r} has no {name}, got {name}={value!r}: leave it out")
+        shared = {f.name: getattr(self, f.name) for f in fields(AbstractSolver)}
+        return SOLVERS[self.solver](**shared | given)
 
-        Raises:
-            ValueError: If a setting is out of range, or is one that this solver does not have.
-        """
-        names = ("beta", "momentum", "arithmetic", "memory", "ridge", "max_halvings")
-        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        if self.compiled:
-            given["compiled"] = True
-        for name in given.keys() - {field.name for field in fields(SOLVERS[self.solver])}:
-            raise ValueError(f"solver={self.solver!r} has no {name}, got {name}={given[name]!r}: leave it out")
-        return SOLVERS[self.solver](max_steps=self.max_steps, rtol=self.rtol, atol=self.atol, **given)
-
-    def build_adjoint(self) -> Any:
-        """The gradient rule.
-
-        Raises:
-            ValueError: If a setting is out of range or belongs to another adjoint, or the adjoint cannot carry the
-                solver.
-        """
-        adjoint = self.adjoint or DEFAULT_ADJOINT.get(self.solver, "backprop")
-        if adjoint == "reversible" and DEFAULT_ADJOINT.get(self.solver) != "reversible":
+    def build_adjoint(self) -> AbstractAdjoint:
+        """The adjoint; ValueError if a setting is out of range or of another adjoint, or it does not fit the solver."""
+        adjoint = self.adjoint or SOLVERS[self.solver].default_adjoint
+        given = self._given(_ADJOINT_OPTIONS)
+        for name, value in given.items():
+            if adjoint not in (owners := _ADJOINT_OPTIONS[name].arguments):
+                owner = " or ".join(map(repr, owners))
+                raise ValueError(f"{name}={value!r} belongs to adjoint={owner}, got adjoint={adjoint!r}: leave it out")
+        arguments = {_ADJOINT_OPTIONS[name].arguments[adjoint]: value for name, value in given.items()}
+        if "mismatch" in given and self.arithmetic in ("float32", "float64"):
             raise ValueError(
-                f"adjoint='reversible' cannot run solver={self.solver!r} backwards: choose adjoint='backprop',"
-                " 'implicit' or 'phantom', or solver='reversible' or 'momentum'"
+                f"mismatch={self.mismatch!r} needs arithmetic='exact', got {self.arithmetic!r}, whose gradients are"
+                " never certified: leave one of them out"
             )
-        if self.checkpoint and adjoint != "backprop":
-            raise ValueError(f"checkpoint=True belongs to adjoint='backprop', got adjoint={adjoint!r}: leave it out")
-        self._require_adjoint("backprop", adjoint, "backprop_evaluations")
-        for name in ("unconverged", "backward_solver", "backward_max_steps", "backward_rtol"):
-            self._require_adjoint("implicit", adjoint, name)
-        for name in ("phantom_kind", "phantom_steps", "phantom_beta"):
-            self._require_adjoint("phantom", adjoint, name)
-        if self.mismatch != "warn":
-            self._require_adjoint("reversible", adjoint, "mismatch")
-            if self.arithmetic in ("float32", "float64"):
-                raise ValueError(
-                    f"mismatch={self.mismatch!r} needs arithmetic='exact', got {self.arithmetic!r}, whose gradients are"
-                    " never certified: leave one of them out"
-                )
         if adjoint == "implicit":
-            backward = SOLVERS[self.backward_solver or "anderson"]
-            return ImplicitAdjoint(
-                solver=backward(
-                    max_steps=50 if self.backward_max_steps is None else self.backward_max_steps,
-                    rtol=1e-5 if self.backward_rtol is None else self.backward_rtol,
-                ),
-                unconverged=self.unconverged or "warn",
+            default = ImplicitAdjoint().solver
+            arguments["solver"] = SOLVERS[self.backward_solver or "anderson"](
+                max_steps=default.max_steps if self.backward_max_steps is None else self.backward_max_steps,
+                rtol=default.rtol if self.backward_rtol is None else self.backward_rtol,
             )
-        if adjoint == "phantom":
-            options: dict[str, Any] = {
-                "kind": self.phantom_kind,
-                "num_steps": self.phantom_steps,
-                "beta": self.phantom_beta,
-            }
-            return PhantomAdjoint(**{name: value for name, value in options.items() if value is not None})
-        if adjoint == "backprop":
-            return BackpropAdjoint(checkpoint=self.checkpoint, num_evaluations=self.backprop_evaluations)
-        return ReversibleAdjoint(mismatch=self.mismatch)
+        rule = ADJOINTS[adjoint](**arguments)
+        solver = self.build_solver()
+        try:
+            rule.check(solver)
+        except ValueError as error:
+            raise ValueError(f"solver={self.solver!r} with adjoint={adjoint!r}: {error}") from error
+        return rule
 
     def require_no_settings(self) -> None:
-        """For `solver="none"`; the steps may stay, which every file with a solver sets.
+        """For `solver="none"`: ValueError if another setting is given. `max_steps` may stay: base files set it."""
+        for name, value in self._given(_OPTIONS).items():
+            if name not in ("solver", "max_steps"):
+                raise ValueError(f"solver='none' has no {name}, got {name}={value!r}: leave it out")
 
-        Raises:
-            ValueError: If a setting is given that only a solver has.
-        """
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name not in ("solver", "max_steps") and value != field.default:
-                raise ValueError(f"solver='none' has no {field.name}, got {field.name}={value!r}: leave it out")
+    def _given(self, names: Iterable[str]) -> dict[str, Any]:
+        return {name: value for name in names if (value := getattr(self, name)) != _OPTIONS[name].default}
 
-    def _require_adjoint(self, owner: str, adjoint: str, name: str) -> None:
-        """Raise if a setting is given that belongs to another adjoint."""
-        value = getattr(self, name)
-        if value is not None and adjoint != owner:
-            raise ValueError(f"{name}={value!r} belongs to adjoint={owner!r}, got adjoint={adjoint!r}: leave it out")
+
+def _help(name: str, option: _Option) -> str:
+    owners = f"{', '.join(option.arguments)}: " if option.arguments else ""
+    return f"    {name}: {owners}{option.help}"
+
+
+SolverConfig.__doc__ = "\n".join([f"{SolverConfig.__doc__}\n\nArgs:", *(_help(*item) for item in _OPTIONS.items())])
 
 
 def build_language_model(network: TransformerConfig, solver: SolverConfig) -> ExplicitTransformerLM | TransformerLM:
@@ -200,11 +152,7 @@ def build_language_model(network: TransformerConfig, solver: SolverConfig) -> Ex
 
 
 def build_image_classifier(network: ClassifierConfig, solver: SolverConfig) -> AbstractClassifier:
-    """The model that the settings describe.
-
-    Raises:
-        ValueError: If the architecture and the solver do not fit.
-    """
+    """The model that the settings describe; ValueError if the architecture and the solver do not fit."""
     if (network.architecture == "resnet") != (solver.solver == "none"):
         raise ValueError(
             "architecture='resnet' has no equilibrium and takes solver='none', every other one needs a solver, got "

@@ -1,6 +1,9 @@
 """Every solver and every adjoint can be named in a configuration; what does not belong together is an error."""
 
+import importlib.util
 import re
+import sys
+from dataclasses import dataclass
 
 import pytest
 
@@ -10,8 +13,12 @@ from revdeq_lightning.equilibrium import (
     BroydenSolver,
     ImplicitAdjoint,
     PhantomAdjoint,
+    PicardSolver,
     RelaxedSolver,
 )
+from revdeq_lightning.equilibrium.adjoints import ADJOINTS
+from revdeq_lightning.equilibrium.solvers import SOLVERS
+from revdeq_lightning.models import build
 from revdeq_lightning.models.build import SolverConfig
 
 
@@ -41,8 +48,11 @@ def test_names_stand_for_solvers_and_adjoints():
         ({"solver": "broyden", "ridge": 1e-4}, ("solver='broyden' has no ridge", "ridge=0.0001")),
         ({"solver": "anderson", "max_halvings": 0}, ("solver='anderson' has no max_halvings", "max_halvings=0")),
         ({"solver": "anderson", "arithmetic": "exact"}, ("has no arithmetic", "'exact'")),
-        ({"solver": "anderson", "adjoint": "reversible"}, ("'reversible'", "'anderson'", "'implicit'", "'momentum'")),
-        ({"solver": "picard", "adjoint": "reversible"}, ("'reversible'", "'picard'", "'backprop'")),
+        (
+            {"solver": "anderson", "adjoint": "reversible"},
+            ("'anderson'", "MomentumSolver", "ImplicitAdjoint"),
+        ),
+        ({"solver": "picard", "adjoint": "reversible"}, ("'picard'", "'reversible'", "BackpropAdjoint")),
         ({"backward_rtol": 1e-3}, ("backward_rtol=0.001", "adjoint='implicit'", "adjoint='reversible'")),
         ({"adjoint": "phantom", "unconverged": "raise"}, ("unconverged='raise'", "'implicit'", "'phantom'")),
         ({"adjoint": "implicit", "phantom_steps": 2}, ("phantom_steps=2", "'phantom'", "'implicit'")),
@@ -58,3 +68,59 @@ def test_names_stand_for_solvers_and_adjoints():
 def test_settings_that_do_not_belong_are_errors(settings, fragments):
     with pytest.raises(ValueError, match="(?s)" + ".*".join(map(re.escape, fragments))):
         (SolverConfig(**settings).build_solver(), SolverConfig(**settings).build_adjoint())
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("adjoint", [None, *ADJOINTS])
+def test_every_registered_solver_and_adjoint_can_be_built(solver, adjoint):
+    settings = SolverConfig(solver=solver, adjoint=adjoint, max_steps=3)
+    assert settings.build_solver() == SOLVERS[solver](max_steps=3)
+    if adjoint == "reversible" and SOLVERS[solver].default_adjoint != "reversible":
+        with pytest.raises(ValueError, match=f"cannot run {SOLVERS[solver].__name__} backwards"):
+            settings.build_adjoint()
+    else:
+        assert settings.build_adjoint() == ADJOINTS[adjoint or SOLVERS[solver].default_adjoint]()
+
+
+@dataclass(frozen=True, kw_only=True)
+class FarSolver(PicardSolver):
+    """A solver of somebody else.
+
+    Args:
+        reach: How far.
+    """
+
+    reach: float = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class NearAdjoint(BackpropAdjoint):
+    num_looks: int = 1
+
+
+def test_a_new_solver_or_adjoint_is_one_line_in_the_registry(monkeypatch):
+    monkeypatch.setitem(SOLVERS, "far", FarSolver)
+    monkeypatch.setitem(ADJOINTS, "near", NearAdjoint)
+    spec = importlib.util.spec_from_file_location("build_again", build.__file__)
+    again = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "build_again", again)
+    spec.loader.exec_module(again)
+    settings = again.SolverConfig(solver="far", reach=0.3, adjoint="near", near_looks=2)
+    assert settings.build_solver() == FarSolver(reach=0.3)
+    assert settings.build_adjoint() == NearAdjoint(num_looks=2)
+    assert "reach: far: How far." in again.SolverConfig.__doc__
+    with pytest.raises(ValueError, match=r"solver='picard' has no reach, got reach=0\.3"):
+        again.SolverConfig(solver="picard", reach=0.3).build_solver()
+    with pytest.raises(ValueError, match="near_looks=2 belongs to adjoint='near', got adjoint='backprop'"):
+        again.SolverConfig(solver="far", near_looks=2).build_adjoint()
+
+
+def test_settings_of_earlier_checkpoints_are_valid():
+    old = {"solver": "anderson", "max_steps": 8, "beta": None, "momentum": None, "rtol": 0.0, "atol": 0.0}
+    old |= {"arithmetic": None, "compiled": False, "memory": 4, "ridge": None, "max_halvings": None, "adjoint": None}
+    old |= {"checkpoint": False, "backprop_evaluations": None, "mismatch": "warn", "unconverged": None}
+    old |= {"backward_solver": None, "backward_max_steps": None, "backward_rtol": None, "phantom_kind": None}
+    old |= {"phantom_steps": None, "phantom_beta": None, "num_losses": 1, "loss_decay": None}
+    settings = SolverConfig(**old)
+    assert settings.build_solver() == AndersonSolver(memory=4)
+    assert settings.build_adjoint() == ImplicitAdjoint()

@@ -1,4 +1,4 @@
-"""Adjoints, the rules for the gradient: one file each."""
+"""Adjoints, the rules for the gradient, one file each, and `ADJOINTS`, their registry."""
 
 from .backprop import BackpropAdjoint
 from .base import AbstractAdjoint
@@ -6,7 +6,16 @@ from .implicit import ConvergenceError, ConvergenceWarning, ImplicitAdjoint
 from .phantom import PhantomAdjoint
 from .reversible import ReconstructionError, ReconstructionWarning, ReversibleAdjoint
 
+ADJOINTS: dict[str, type[AbstractAdjoint]] = {
+    "reversible": ReversibleAdjoint,
+    "backprop": BackpropAdjoint,
+    "implicit": ImplicitAdjoint,
+    "phantom": PhantomAdjoint,
+}
+"""By name in a configuration, as `solvers.SOLVERS`."""
+
 __all__ = [
+    "ADJOINTS",
     "AbstractAdjoint",
     "BackpropAdjoint",
     "ConvergenceError",

@@ -42,7 +42,9 @@ class BackpropAdjoint(AbstractAdjoint):
     def solve(
         self, f: EquilibriumFunction, z0: Leaves, x: Sequence[Any], solver: AbstractSolver
     ) -> tuple[Leaves, SolverStats]:
-        num_constant = self._num_constant(solver)
+        num_constant = 0
+        if self.num_evaluations is not None:
+            num_constant = max(0, solver.max_steps * solver.evaluations_per_step - self.num_evaluations)
         if not torch.is_grad_enabled():
             iteration = iterate_to_fixed_point(solver, f, z0, x)
             return iteration.value, iteration.stats
@@ -55,16 +57,12 @@ class BackpropAdjoint(AbstractAdjoint):
             return attach([v.detach() for v in iteration.value], iteration.value, z0, lambda g: g), iteration.stats
         return iteration.value, iteration.stats
 
-    def _num_constant(self, solver: AbstractSolver) -> int:
-        """Evaluations before those that are differentiated."""
-        if self.num_evaluations is None:
-            return 0
-        if solver.has_tolerance:
+    def check(self, solver: AbstractSolver) -> None:
+        if self.num_evaluations is not None and solver.has_tolerance:
             raise ValueError(
                 f"num_evaluations={self.num_evaluations} needs a solver without a tolerance, got {solver}: which"
                 " evaluation is the last would not be known. Set rtol=0 and atol=0, or use PhantomAdjoint"
             )
-        return max(0, solver.max_steps * solver.evaluations_per_step - self.num_evaluations)
 
 
 class _Truncated:

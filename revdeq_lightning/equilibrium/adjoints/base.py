@@ -17,8 +17,7 @@ class AbstractAdjoint(abc.ABC):
     def solve(
         self, f: EquilibriumFunction, z0: Leaves, x: Sequence[Any], solver: AbstractSolver
     ) -> tuple[Leaves, SolverStats]:
-        """Run `solver` on f from `z0`, differentiable in z0, x and the parameters of f.
+        """Run `solver` on f from `z0`, differentiable in z0, x and the parameters of f."""
 
-        Raises:
-            ValueError: If this adjoint cannot carry the solver or f.
-        """
+    def check(self, solver: AbstractSolver) -> None:  # noqa: B027
+        """Raise ValueError if this adjoint does not support the solver."""

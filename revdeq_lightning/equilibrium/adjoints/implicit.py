@@ -10,7 +10,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from ..validation import require_choice
 from .attached import attach, record_at, solve_without_gradient
 from .base import AbstractAdjoint
 
-UNCONVERGED_POLICIES = ("warn", "raise", "ignore")
+Policy = Literal["warn", "raise", "ignore"]
 
 
 class ConvergenceWarning(UserWarning):
@@ -66,7 +66,7 @@ class ImplicitAdjoint(AbstractAdjoint):
     """
 
     solver: AbstractSolver = field(default_factory=lambda: AndersonSolver(max_steps=50, rtol=1e-5))
-    unconverged: str = "warn"
+    unconverged: Policy = "warn"
 
     def __post_init__(self) -> None:
         if not isinstance(self.solver, AbstractSolver):
@@ -76,7 +76,7 @@ class ImplicitAdjoint(AbstractAdjoint):
                 f"ImplicitAdjoint's solver needs a tolerance, got {self.solver!r}: set rtol=1e-5, say; for a fixed"
                 " number of steps use PhantomAdjoint(kind='neumann')"
             )
-        require_choice("unconverged", self.unconverged, UNCONVERGED_POLICIES)
+        require_choice("unconverged", self.unconverged, get_args(Policy))
 
     def solve(
         self, f: EquilibriumFunction, z0: Leaves, x: Sequence[Any], solver: AbstractSolver

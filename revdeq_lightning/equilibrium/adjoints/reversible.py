@@ -12,7 +12,7 @@ z_0.
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,7 @@ from ..solvers.reversible import AbstractTwoStepSolver, TwoStepState
 from ..validation import require_choice
 from .base import AbstractAdjoint
 
-MISMATCH_POLICIES = ("warn", "raise", "ignore")
+Policy = Literal["warn", "raise", "ignore"]
 
 
 class ReconstructionWarning(UserWarning):
@@ -66,20 +66,23 @@ class ReversibleAdjoint(AbstractAdjoint):
             f.
     """
 
-    mismatch: str = "warn"
+    mismatch: Policy = "warn"
     forward_with_grad: bool | None = None
 
     def __post_init__(self) -> None:
-        require_choice("mismatch", self.mismatch, MISMATCH_POLICIES)
+        require_choice("mismatch", self.mismatch, get_args(Policy))
 
-    def solve(
-        self, f: EquilibriumFunction, z0: Leaves, x: Sequence[Any], solver: AbstractSolver
-    ) -> tuple[Leaves, SolverStats]:
+    def check(self, solver: AbstractSolver) -> None:
         if not isinstance(solver, AbstractTwoStepSolver):
             raise ValueError(
                 f"ReversibleAdjoint cannot run {type(solver).__name__} backwards: use ReversibleSolver or"
                 " MomentumSolver, or BackpropAdjoint, ImplicitAdjoint or PhantomAdjoint"
             )
+
+    def solve(
+        self, f: EquilibriumFunction, z0: Leaves, x: Sequence[Any], solver: AbstractSolver
+    ) -> tuple[Leaves, SolverStats]:
+        assert isinstance(solver, AbstractTwoStepSolver)
         parameters = named_parameters(f.f)
         refuse_unsuitable(f.f)
         x_is_tensor = [isinstance(leaf, Tensor) for leaf in x]

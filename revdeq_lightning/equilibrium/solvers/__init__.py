@@ -1,4 +1,4 @@
-"""Solvers: one file each."""
+"""Solvers, one file each, and `SOLVERS`, their registry: a new solver is a file and a line in it."""
 
 from .anderson import AndersonSolver
 from .base import AbstractSolver
@@ -7,7 +7,18 @@ from .picard import PicardSolver
 from .relaxed import RelaxedSolver
 from .reversible import AbstractTwoStepSolver, MomentumSolver, ReversibleSolver
 
+SOLVERS: dict[str, type[AbstractSolver]] = {
+    "momentum": MomentumSolver,
+    "reversible": ReversibleSolver,
+    "relaxed": RelaxedSolver,
+    "picard": PicardSolver,
+    "anderson": AndersonSolver,
+    "broyden": BroydenSolver,
+}
+"""By name in a configuration. Their options, types, errors and help are derived from these classes."""
+
 __all__ = [
+    "SOLVERS",
     "AbstractSolver",
     "AbstractTwoStepSolver",
     "AndersonSolver",

@@ -60,6 +60,8 @@ class AndersonSolver(AbstractSolver):
     ridge: float = 1e-6
     ridge_scale: RidgeScale = "relative"
 
+    default_adjoint = "implicit"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         require_count("memory", self.memory)

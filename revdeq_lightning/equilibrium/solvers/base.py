@@ -31,6 +31,8 @@ class AbstractSolver(abc.ABC):
     atol: float = 0.0
 
     evaluations_per_step = 1
+    default_adjoint = "backprop"
+    """Name in `ADJOINTS` of the adjoint that a configuration uses if it names none."""
 
     def __post_init__(self) -> None:
         require_count("max_steps", self.max_steps)

@@ -67,6 +67,8 @@ class BroydenSolver(AbstractSolver):
     beta: float = 1.0
     max_halvings: int = 6
 
+    default_adjoint = "implicit"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         require_count("memory", self.memory)

@@ -13,7 +13,7 @@ u_0 = z_0, u_1 = y_1, u_2 = z_1, ...
 import abc
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ from ..exact.remainders import Remainders
 from ..norms import Leaves, select
 from ..validation import require_choice, require_in_range
 from .base import AbstractSolver
+
+Arithmetic = Literal["exact", "float64", "float32"]
 
 
 class TwoStepState(NamedTuple):
@@ -53,8 +55,10 @@ class AbstractTwoStepSolver(AbstractSolver):
     """
 
     beta: float
-    arithmetic: str = "exact"
+    arithmetic: Arithmetic = "exact"
     compiled: bool = False
+
+    default_adjoint = "reversible"
 
     def __post_init__(self) -> None:
         super().__post_init__()
