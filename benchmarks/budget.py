@@ -6,7 +6,7 @@ to know where the run will end: the same run can be read at any cost.
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 from lightning import Callback, LightningModule, Trainer, seed_everything
+from omegaconf import OmegaConf
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
@@ -195,9 +196,10 @@ def _depth(module: LightningModule, evaluations: int) -> Iterator[bool]:
             layer.solver = solver
 
 
-def settings_of(config: str, changes: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
-    """A configuration file with some settings changed, by their names with dots."""
-    settings: dict[str, Any] = yaml.safe_load((ROOT / config).read_text())
+def settings_of(configs: Sequence[str], changes: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
+    """Configuration files, each laid over those before, with some settings changed, by their names with dots."""
+    merged = OmegaConf.merge(*(OmegaConf.create(yaml.safe_load((ROOT / path).read_text())) for path in configs))
+    settings: Any = OmegaConf.to_container(merged)
     for key, value in changes.items():
         place = settings
         *path, last = key.split(".")

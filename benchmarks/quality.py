@@ -38,9 +38,9 @@ SEARCH_SEED = 100
 
 
 class Variant(NamedTuple):
-    """A model of the comparison: a configuration file, and what is changed in it."""
+    """A model of the comparison: configuration files, each laid over those before, and what is changed in them."""
 
-    config: str
+    configs: tuple[str, ...]
     changes: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -111,21 +111,28 @@ def accuracy(task: Any, batch: Any) -> tuple[float, float]:
     return float(100 * sums["accuracy"]), float(sums["count"])
 
 
-LM = "configs/lm/tinyshakespeare"
+LM = "configs/lm/tinyshakespeare.yaml"
+
+
+def text(name: str, changes: Mapping[str, Any] = MappingProxyType({})) -> Variant:
+    """A file laid over that of the language model."""
+    return Variant((LM, LM.replace(".yaml", f"{name}.yaml")), changes)
+
+
 TEXT = Part(
     name="text",
     title="Tiny Shakespeare",
     variants={
-        "explicit, 4 layers": Variant(f"{LM}_explicit.yaml"),
-        "explicit, 1 layer": Variant(f"{LM}_explicit.yaml", {"model.network.num_layers": 1}),
-        "looped": Variant(f"{LM}_looped.yaml"),
-        "looped, truncated": Variant(f"{LM}_looped_truncated.yaml"),
-        "DEQ": Variant(f"{LM}_deq.yaml"),
-        "DEQ, Jacobian": Variant(f"{LM}_deq_jacobian.yaml"),
-        "RevDEQ, paper's solver": Variant(f"{LM}_revdeq.yaml"),
-        "RevDEQ, momentum": Variant(f"{LM}.yaml"),
+        "explicit, 4 layers": text("_explicit"),
+        "explicit, 1 layer": text("_explicit", {"model.network.num_layers": 1}),
+        "looped": text("_looped"),
+        "looped, truncated": text("_looped_truncated"),
+        "DEQ": text("_deq"),
+        "DEQ, Jacobian": text("_deq_jacobian"),
+        "RevDEQ, paper's solver": text("_revdeq"),
+        "RevDEQ, momentum": Variant((LM,)),
     },
-    optimizer=f"{LM}.yaml",
+    optimizer=LM,
     make=make_text,
     figure=nats,
     unit="validation loss, nats per character",
@@ -139,20 +146,20 @@ STAGES = "configs/cifar10/cpu.yaml"
 
 def stages(**solver: Any) -> Variant:
     """The same stages with another solver or adjoint."""
-    return Variant(STAGES, SMALL | {"model.solver": solver})
+    return Variant((STAGES,), SMALL | {"model.solver": solver})
 
 
-DEQ = settings_of("configs/cifar10/mdeq.yaml")["model"]["solver"]
+DEQ = settings_of(["configs/cifar10/mdeq.yaml"])["model"]["solver"]
 IMAGES = Part(
     name="images",
     title="CIFAR-10",
     variants={
-        "ResNet": Variant("configs/cifar10/resnet_matched.yaml", {"model.network.channels": [32, 48, 64]}),
+        "ResNet": Variant(("configs/cifar10/resnet_matched.yaml",), {"model.network.channels": [32, 48, 64]}),
         "looped": stages(solver="picard", max_steps=4, adjoint="backprop"),
         "looped, truncated": stages(solver="picard", max_steps=8, adjoint="backprop", backprop_evaluations=2),
         "DEQ": stages(**DEQ),
-        "DEQ, Jacobian": Variant(STAGES, SMALL | {"model.solver": DEQ, "model.jacobian_weight": 0.1}),
-        "MDEQ": Variant("configs/cifar10/mdeq.yaml", SMALL),
+        "DEQ, Jacobian": Variant((STAGES,), SMALL | {"model.solver": DEQ, "model.jacobian_weight": 0.1}),
+        "MDEQ": Variant(("configs/cifar10/mdeq.yaml",), SMALL),
         "RevDEQ, paper's solver": stages(solver="reversible", beta=0.8, max_steps=2),
         "RevDEQ, momentum": stages(solver="momentum", max_steps=4),
     },
@@ -196,8 +203,8 @@ class Files:
 def train(part: Part, name: str, rate: float, seed: int, budget: Budget, options: argparse.Namespace) -> Outcome:
     """One run."""
     variant = part.variants[name]
-    settings = settings_of(variant.config, variant.changes)
-    settings["model"]["optimizer"] = scaled(settings_of(part.optimizer)["model"]["optimizer"], rate)
+    settings = settings_of(variant.configs, variant.changes)
+    settings["model"]["optimizer"] = scaled(settings_of([part.optimizer])["model"]["optimizer"], rate)
     path = getattr(options, part.name)
 
     def evaluate(task: LightningModule, data: Any, whole: bool) -> float:

@@ -100,7 +100,7 @@ def test_images_are_compared_by_accuracy(tmp_path, monkeypatch):
 def test_every_variant_is_built_from_its_configuration(tmp_path):
     for part in (quality.TEXT, quality.IMAGES):
         for variant in part.variants.values():
-            settings = budget.settings_of(variant.config, variant.changes)
+            settings = budget.settings_of(variant.configs, variant.changes)
             for key, value in variant.changes.items():
                 place = settings
                 for name in key.split("."):

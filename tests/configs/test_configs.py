@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from tiny_command import run
 from tiny_runs import text_file
 
+from benchmarks.budget import settings_of
 from revdeq_lightning.models import TransformerConfig
 from revdeq_lightning.models.build import SolverConfig, build_language_model
 from revdeq_lightning.tasks.optimizers import OptimizerConfig, build_optimizer
@@ -46,13 +46,19 @@ SMALL = {
 }
 
 
+def files(path):
+    """The files that describe a run: those beside `tinyshakespeare.yaml` are laid over it."""
+    base = path.with_name("tinyshakespeare.yaml")
+    return [base, path] if path.stem.startswith("tinyshakespeare_") else [path]
+
+
 def test_there_are_the_configurations_that_the_readme_names():
     assert [path.stem for path in CONFIGS] == sorted(FULL)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_full_size_has_the_parameters_that_it_claims(path):
-    settings = yaml.safe_load(path.read_text())
+    settings = settings_of(map(str, files(path)))
     vocab_size, expected = FULL[path.stem]
     sizes = {"vocab_size": vocab_size, "context_length": settings["data"]["context_length"]}
     network = TransformerConfig(**sizes, **settings["model"]["network"])
@@ -67,7 +73,8 @@ def test_full_size_has_the_parameters_that_it_claims(path):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_a_few_steps_at_reduced_size(path, tmp_path, capsys):
     options = SMALL | {"data.path": text_file(tmp_path), "data.cache_dir": tmp_path / "cache", "run.folder": tmp_path}
-    run("fit", "--config", path, *(f"--{key}={value}" for key, value in options.items()))
+    configs = [f"--config={file}" for file in files(path)]
+    run("fit", *configs, *(f"--{key}={value}" for key, value in options.items()))
     (folder,) = (tmp_path / path.stem).iterdir()
     assert torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 3
     assert "step 2: val/loss" in capsys.readouterr().out
@@ -75,6 +82,6 @@ def test_a_few_steps_at_reduced_size(path, tmp_path, capsys):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_the_header_says_command_hardware_and_result(path):
-    header = path.read_text().split("seed_everything")[0]
-    for word in ("command", f"--config {path}", "hardware", "result"):
+    header = path.read_text().split("\nseed_everything")[0].split("\nmodel:")[0]
+    for word in ("command", *(f"--config {file}" for file in files(path)), "hardware", "result"):
         assert word in header
