@@ -5,12 +5,12 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, Literal, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.utilities.throughput import get_available_flops
-from lightning.pytorch.profilers import Profiler
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -22,6 +22,7 @@ from revdeq_lightning.equilibrium import (
     ReversibleAdjoint,
     equilibria,
 )
+from revdeq_lightning.equilibrium.validation import require_in_range
 from revdeq_lightning.runs.probe import Loss, Probe, batch_size, first_samples, reason_against
 from revdeq_lightning.tasks.training_step import StepStatistics, is_logging_step, made_step
 
@@ -30,32 +31,31 @@ LOGGED_PHASES: tuple[Phase, ...] = ("data", "forward", "backward", "optimizer", 
 
 
 class Cost(Callback):
-    """Logs throughput, where the time of a step goes, memory, evaluations a second and model FLOP utilization.
+    """Logs throughput, where the time of a step goes, memory, evaluations per second and model FLOP utilization.
 
-    Averages since the last logging step; evaluation does not count. On a GPU times are those of its stream, taken by
-    events: nothing waits for the device but at logging steps.
+    Averages since the last logging step; evaluation does not count. On a GPU, times are those of its stream, taken by
+    events: nothing waits for the device except at logging steps.
 
-    Keys, all beginning with `system/`, of the first process if nothing else is said:
+    Keys, all beginning with `system/`, of the first process unless stated otherwise:
 
     * `tokens_per_second` or `images_per_second`, of all processes together: the unit is the module's, else `samples`.
-    * `seconds_per_step`, of an optimizer step, and its parts: `data_seconds` (waiting for the loader, transfer),
-      `forward_seconds`, `backward_seconds` (with the exchange of gradients), `optimizer_seconds` (with clipping),
-      `other_seconds` (callbacks, loggers, checkpoints).
+    * `seconds_per_step`, of an optimizer step, and its parts: `data_seconds` (loggers, waiting for the loader,
+      transfer), `forward_seconds`, `backward_seconds` (with the exchange of gradients), `optimizer_seconds` (with
+      clipping), `other_seconds` (callbacks, checkpoints).
     * `peak_memory_bytes`: of the tensors on the GPU, else resident memory of the process; since the start.
     * `evaluations_per_second`: of f, forward and backward passes.
     * `model_flop_utilization`: floating-point operations that the iteration and its derivative need, without those of
-      evaluating f again to save memory, as a fraction of the device's peak in the precision of training. Where the peak
-      is known, the module is not sharded, and the adjoint differentiates the iteration (reversible, backprop).
+      evaluating f again to save memory, as a fraction of the device's peak in the precision of training. Only where the
+      peak is known, the module is not sharded, and the adjoint differentiates the iteration (reversible, backprop).
 
     The operations are counted once, before the first batch, with one and two solver steps on two samples, and scaled to
     the evaluations and samples of each batch; the count leaves no trace in the run.
 
     Assumes automatic optimization, and that the training step returns what it processed as `outputs["step"].num_items`
-    and `.unit` (else the batch size counts), and the statistics as `outputs["step"].stats` (else the equilibrium layers
-    are listened to).
+    and `.unit` (else the batch size counts). Statistics of the solves: see `StepStatistics`.
 
     Args:
-        peak_flops: Floating-point operations a second of one device, for utilization; None: Lightning's table of GPUs.
+        peak_flops: Floating-point operations per second of one device, for utilization; None: Lightning's GPU table.
         loss: `(module, batch) -> loss` to count the operations of; None: that of the training step.
 
     Raises:
@@ -66,14 +66,15 @@ class Cost(Callback):
     """
 
     def __init__(self, peak_flops: float | None = None, loss: Loss | None = None) -> None:
-        if peak_flops is not None and not peak_flops > 0:
-            raise ValueError(f"peak_flops must be positive, got {peak_flops}")
+        if peak_flops is not None:
+            require_in_range("peak_flops", peak_flops, "(0, inf)")
         self.peak_flops, self.loss = peak_flops, loss
         self.flops: FlopCount | None = None
         self._peak: float | None = None
         self._can_count = False
         self._statistics = StepStatistics()
         self._clock: _Clock | None = None
+        self._undo = ExitStack()
         self._reset()
 
     def _reset(self) -> None:
@@ -81,40 +82,41 @@ class Cost(Callback):
         self._num_flops: float | None = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock, and look up the device's peak."""
         if cast(Any, trainer).log_every_n_steps == 0:
             return  # moments would pile up that nobody asks for
         self._statistics.attach(pl_module)
         self._reset()
         self._clock = _Clock(pl_module.device)
-        trainer.profiler = _LoopWatch(trainer.profiler, self._clock)  # type: ignore[attr-defined]
+        for optimizer in trainer.optimizers:
+            handle = optimizer.register_step_post_hook(lambda *_: self._mark("other"))
+            self._undo.callback(handle.remove)
+        last = _Last(self._clock)
+        callbacks: list[Callback] = cast(Any, trainer).callbacks
+        callbacks.append(last)
+        self._undo.callback(callbacks.remove, last)
         self._peak = self.peak_flops or known_peak(trainer, pl_module)
         differentiates = all(isinstance(m.adjoint, BackpropAdjoint | ReversibleAdjoint) for m in equilibria(pl_module))
         self._can_count = differentiates and self._peak is not None and not reason_against(pl_module, self.loss)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Count the operations, once; the forward pass begins."""
         if self._can_count and self.flops is None:
             self._mark("paused")
             self._can_count = False
             try:
                 self.flops = count_flops(trainer, pl_module, batch, self.loss)
-            except Exception as error:  # whatever the module's step cannot do with two samples: training goes on
+            except Exception as error:  # whatever the module's step cannot do with two samples: training continues
                 warnings.warn(f"no model FLOP utilization: the operations cannot be counted: {error!r}", stacklevel=2)
         self._mark("forward")
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """The backward pass begins."""
         self._mark("backward")
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The optimizer's part begins, unless gradients are only added up."""
         self._mark("optimizer" if made_step(trainer) else "other")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count; log at a logging step."""
         self._mark("other")
         stats = self._statistics.take(outputs)
         step = outputs.get("step") if isinstance(outputs, Mapping) else None
@@ -130,23 +132,21 @@ class Cost(Callback):
             pl_module.log_dict(logged, on_step=True, on_epoch=False)
             self._reset()
 
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._mark("other")
+
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop the clock."""
         self._mark("paused")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go on."""
         self._mark("other")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave trainer and layers as they were."""
         self._statistics.detach()
         self._clock = None
-        if isinstance(profiler := cast(Any, trainer).profiler, _LoopWatch):
-            trainer.profiler = profiler.inner  # type: ignore[attr-defined]
+        self._undo.close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave trainer and layers as they were."""
         self.on_train_end(trainer, pl_module)
 
     def _mark(self, phase: Phase) -> None:
@@ -238,46 +238,20 @@ class _Clock:
         return seconds
 
 
-class _LoopWatch(Profiler):
-    """The trainer's profiler; it also tells the clock what has no hook: a fetch begins, an optimizer step ends."""
+class _Last(Callback):
+    """Tells the clock, after all other callbacks, that the next batch is fetched: no hook says so."""
 
-    def __init__(self, inner: Profiler, clock: _Clock) -> None:
-        super().__init__()
-        self.inner, self.clock = inner, clock
+    def __init__(self, clock: _Clock) -> None:
+        self.clock = clock
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["inner"], name)
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.clock.mark("data")
 
-    def __del__(self) -> None:
-        """Nothing: the base class would close the inner profiler's files."""
+    def on_train_batch_end(self, *_: Any, **__: Any) -> None:
+        self.clock.mark("data")
 
-    def start(self, action_name: str) -> None:
-        """Forward."""
-        if action_name.endswith("train_dataloader_next"):
-            self.clock.mark("data")
-        self.inner.start(action_name)
-
-    def stop(self, action_name: str) -> None:
-        """Forward."""
-        if action_name.startswith("[LightningModule]") and action_name.endswith(".optimizer_step"):
-            self.clock.mark("other")
-        self.inner.stop(action_name)
-
-    def summary(self) -> str:
-        """Forward."""
-        return self.inner.summary()
-
-    def describe(self) -> None:
-        """Forward."""
-        self.inner.describe()
-
-    def setup(self, stage: Any, local_rank: int | None = None, log_dir: str | None = None) -> None:
-        """Forward."""
-        self.inner.setup(stage, local_rank, log_dir)
-
-    def teardown(self, stage: str | None) -> None:
-        """Forward."""
-        self.inner.teardown(stage)
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.clock.mark("data")
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -8,14 +8,14 @@ import numpy as np
 from lightning import Callback, LightningModule, Trainer
 
 from revdeq_lightning.equilibrium import equilibria
+from revdeq_lightning.equilibrium.validation import require_count
 
 
 class DepthJitter(Callback):
-    """Draws the solver's steps and its beta for each batch from lists: a model so trained is good at other depths too.
+    """Draws the solver's steps and its beta for each batch from lists, so that the model is good at other depths too.
 
-    What is drawn is a function of (seed, batch of the run), so that all ranks draw the same and a resumed run goes on
-    with the same draws. Evaluation uses the solver as it was given. Logs no keys (`equilibrium/forward_nfe` shows the
-    evaluations).
+    What is drawn is a function of (seed, batch of the run): all ranks draw the same, and a resumed run continues with
+    the same draws. Evaluation uses the solver as given. Logs no keys (`equilibrium/forward_nfe` shows the evaluations).
 
     Assumes that every equilibrium of the module is an `EquilibriumLayer` and that all are to make the same steps.
 
@@ -35,24 +35,21 @@ class DepthJitter(Callback):
     def __init__(self, steps: Sequence[int] = (), betas: Sequence[float] = (), seed: int = 0) -> None:
         if not steps and not betas:
             raise ValueError(f"DepthJitter needs steps or betas to draw from, got {list(steps)} and {list(betas)}")
-        if seed < 0:
-            raise ValueError(f"seed must not be negative, got {seed}")
+        require_count("seed", seed, at_least=0)
         self.steps, self.betas, self.seed = list(steps), list(betas), seed
         self.own: list[Any] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let the solvers refuse what they cannot do, before training."""
         layers = equilibria(pl_module)
         if not layers:
             raise ValueError(f"DepthJitter needs an EquilibriumLayer, {type(pl_module).__name__} has none")
-        for layer in layers:
-            for changes in ({"max_steps": n} for n in self.steps):
-                dataclasses.replace(layer.solver, **changes)
+        for layer in layers:  # solvers refuse what they cannot do, before training
+            for num_steps in self.steps:
+                dataclasses.replace(layer.solver, max_steps=num_steps)
             for beta in self.betas:
                 self._with_beta(layer.solver, beta)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Draw."""
         progress: Any = trainer.fit_loop.epoch_loop.batch_progress
         number = progress.total.processed
         # Raw bits: the one stream that NumPy promises never to change.
@@ -68,11 +65,9 @@ class DepthJitter(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Give the solvers back."""
         self._restore(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give the solvers back."""
         self._restore(pl_module)
 
     def _restore(self, pl_module: LightningModule) -> None:

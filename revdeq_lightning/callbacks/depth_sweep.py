@@ -1,6 +1,5 @@
 """How good a trained model is with fewer and with more evaluations of f than it was trained with."""
 
-import csv
 import dataclasses
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -9,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule, Trainer
 from torch import Tensor, nn
 
+from revdeq_lightning.callbacks.validations import AbstractAtValidations
 from revdeq_lightning.equilibrium import deferred_divergence, equilibria
-from revdeq_lightning.loggers.endurance import Survives
+from revdeq_lightning.equilibrium.validation import require_count
 from revdeq_lightning.loggers.media import log_curves, log_table, step_of
-from revdeq_lightning.loggers.step_rows import append_rows, rewind_rows
+from revdeq_lightning.loggers.step_rows import append_rows, rewind_rows, write_rows
 from revdeq_lightning.runs.random_state import untouched_random_state
-from revdeq_lightning.tasks.training_step import run_folder
 
 Sums = Callable[[LightningModule, Any], dict[str, Tensor]]
 Rows = list[dict[str, Any]]
@@ -26,7 +25,7 @@ NUM_SHOWN = 8
 """Newest sweeps in one table and one chart; the file has all."""
 
 
-class DepthSweep(Callback):
+class DepthSweep(AbstractAtValidations):
     """Evaluates with 1, 2, 4, ... solver steps too, up to four times as many as the model makes.
 
     * A test, and a validation outside training (`trainer.validate`): every batch. Writes `depth_sweep.csv` (`steps`,
@@ -65,86 +64,62 @@ class DepthSweep(Callback):
         at_test: bool = True,
         sums: Sums | None = None,
     ) -> None:
-        for name, value, least in (("every_n_validations", every_n_validations, 0), ("num_batches", num_batches, 1)):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
-        self.folder, self.every_n_validations, self.num_batches = folder, every_n_validations, num_batches
-        self.at_test, self.sums = at_test, sums
-        self.num_validations = 0
+        super().__init__(folder, every_n_validations, at_least=0)
+        require_count("num_batches", num_batches)
+        self.num_batches, self.at_test, self.sums = num_batches, at_test, sums
         self._totals: dict[int, dict[str, Tensor]] = {}
         self._sweeps: deque[tuple[int, Rows]] = deque(maxlen=NUM_SHOWN)
-        self._path = Path()
-        self._survives = Survives("DepthSweep")
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse a module that has no sums; find the folder."""
+        super().setup(trainer, pl_module, stage)
         if self.sums is None and equilibria(pl_module) and not hasattr(pl_module, "evaluation_sums"):
             raise ValueError(
                 f"DepthSweep needs what to evaluate: {type(pl_module).__name__} has no evaluation_sums(batch); give"
                 " sums=function(module, batch)"
             )
-        self._path = run_folder(trainer, self.folder)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Drop what an interrupted run wrote after its checkpoint."""
-        if trainer.is_global_zero:
-            with self._survives:
-                rewind_rows(self._path / VALIDATION, trainer.global_step)
+    def rewind(self, step: int) -> None:
+        rewind_rows(self.where / VALIDATION, step)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin with empty sums."""
-        self._totals = {steps: {} for steps in depths(most_steps(pl_module))} if self.at_test else {}
+        self._begin(pl_module, self.at_test)
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Evaluate the batch at each depth."""
         self._evaluate(trainer, pl_module, batch)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write table and figure."""
         if rows := self._rows(trainer, pl_module):
             trained = most_steps(pl_module)
             _print(rows, trained)
             with self._survives:
-                write(rows, trained, self._path)
+                write_rows(self.where / TEST, rows)
+                draw(rows, trained, (self.where / TEST).with_suffix(".png"))
             self._log(trainer, "test", [(step_of(trainer), rows)])
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin, if it is its turn."""
-        self._totals = {}
-        if trainer.state.fn == "validate":
-            self.on_test_start(trainer, pl_module)
-        elif self.every_n_validations and not trainer.sanity_checking:
-            self.num_validations += 1
-            if self.num_validations % self.every_n_validations == 0:
-                self._totals = {steps: {} for steps in depths(most_steps(pl_module))}
+        super().on_validation_start(trainer, pl_module)
+        self._begin(pl_module, self.at_test if trainer.state.fn == "validate" else self._is_due)
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Evaluate the batch at each depth; within training the first ones."""
         if trainer.state.fn == "validate" or (batch_idx < self.num_batches and dataloader_idx == 0):
             self._evaluate(trainer, pl_module, batch)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write."""
         if trainer.state.fn == "validate":
             self.on_test_end(trainer, pl_module)
         elif rows := self._rows(trainer, pl_module):
             step = step_of(trainer)
             self._sweeps.append((step, rows))
             with self._survives:
-                append_rows(self._path / VALIDATION, [{"step": step} | row for row in rows])
+                append_rows(self.where / VALIDATION, [{"step": step} | row for row in rows])
             self._log(trainer, "val", self._sweeps)
 
-    def state_dict(self) -> dict[str, int]:
-        """Validations so far, for the checkpoint."""
-        return {"num_validations": self.num_validations}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on counting."""
-        self.num_validations = state_dict["num_validations"]
+    def _begin(self, pl_module: LightningModule, is_asked: bool) -> None:
+        self._totals = {steps: {} for steps in depths(most_steps(pl_module))} if is_asked else {}
 
     @torch.no_grad()
     def _evaluate(self, trainer: Trainer, pl_module: Any, batch: Any) -> None:
@@ -215,16 +190,6 @@ def solver_steps(module: nn.Module, steps: int) -> Iterator[None]:
     finally:
         for layer, solver in zip(layers, solvers, strict=True):
             layer.solver = solver
-
-
-def write(rows: Rows, trained: int, folder: Path) -> None:
-    """Table and figure."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / TEST).open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    draw(rows, trained, folder / "depth_sweep.png")
 
 
 def draw(rows: Rows, trained: int, path: Path) -> None:

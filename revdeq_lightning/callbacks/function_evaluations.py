@@ -17,7 +17,7 @@ from revdeq_lightning.tasks.training_step import StepStatistics, is_logging_step
 class FunctionEvaluations(Callback):
     """Counts the evaluations of f in forward and backward passes, and logs how near to the fixed point the solves end.
 
-    All comes from the solves' own statistics: f is not evaluated once more, and nothing waits for the device but at
+    All comes from the solves' own statistics: f is not evaluated again, and nothing waits for the device except at
     logging steps.
 
     Keys, of the newest batch of the first process, all beginning with `equilibrium/`:
@@ -36,8 +36,8 @@ class FunctionEvaluations(Callback):
     A model with several equilibria logs all but the sums for each of them too: `1/forward_nfe`, `2/forward_nfe` ...;
     and `sample_nfe...` for each only. What an adjoint or a solver does not have is not logged.
 
-    Assumes that the training step returns the statistics as `outputs["step"].stats`, or else that every equilibrium is
-    an `EquilibriumLayer`; and for `sample_nfe...` that each layer is called once a step, in the order of the modules.
+    Statistics of the solves: see `StepStatistics`. `sample_nfe...` assumes that each layer is called once a step, in
+    the order of the modules.
 
     Example:
         `Trainer(callbacks=[FunctionEvaluations()])`
@@ -49,29 +49,27 @@ class FunctionEvaluations(Callback):
         self._counts: dict[str, tuple[Tensor, AbstractSolver]] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listen to the layers."""
         self._statistics.attach(pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count; log at a logging step, after the backward pass has filled in its part."""
         stats = self._statistics.take(outputs)
         if not stats:
             return
         self.total_forward_nfe += sum(s.forward_nfe for s in stats)
         self.total_backward_nfe += sum(s.backward_nfe or 0 for s in stats)
-        for i, (solver, s) in enumerate(zip(solvers_of(pl_module, len(stats)), stats, strict=False)):
+        for i, (solver, s) in enumerate(zip(solvers_of(pl_module, len(stats)), stats, strict=False), 1):
             if s.converged is not None:
-                self._count_samples("" if len(stats) == 1 else f"{i + 1}/", solver, s)
+                self._count_samples("" if len(stats) == 1 else f"{i}/", solver, s)
         if not is_logging_step(trainer):
             return
         values = _figures(stats) | {"total_forward_nfe": self.total_forward_nfe}
         if values["backward_nfe"] is not None:
             values["total_backward_nfe"] = self.total_backward_nfe
         if len(stats) > 1:
-            for i, s in enumerate(stats):
-                values |= {f"{i + 1}/{key}": value for key, value in _figures([s]).items()}
+            for i, s in enumerate(stats, 1):
+                values |= {f"{i}/{key}": value for key, value in _figures([s]).items()}
         for name, (counts, solver) in self._counts.items():
             values |= _log_histogram(trainer, f"{name}sample_nfe", counts, solver.evaluations_per_step)
         self._counts = {}
@@ -79,24 +77,20 @@ class FunctionEvaluations(Callback):
         pl_module.log_dict(known, on_step=True, on_epoch=False)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let the layers go."""
         self._statistics.detach()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Let the layers go."""
         self._statistics.detach()
 
     def state_dict(self) -> dict[str, int]:
-        """The sums over the run, for the checkpoint."""
         return {"total_forward_nfe": self.total_forward_nfe, "total_backward_nfe": self.total_backward_nfe}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on with the sums of a checkpoint."""
         self.total_forward_nfe = state_dict["total_forward_nfe"]
         self.total_backward_nfe = state_dict["total_backward_nfe"]
 
     def _count_samples(self, name: str, solver: AbstractSolver, stats: SolverStats) -> None:
-        """Add to the samples that made 0, 1, 2 ... steps; on the device, in whole numbers."""
+        """Add to the samples that made 0, 1, 2 ... steps; on the device, in integers."""
         counts, _ = self._counts.get(name, (stats.num_steps.new_zeros(solver.max_steps + 1), solver))
         if len(counts) <= solver.max_steps:  # another depth than before
             counts = torch.nn.functional.pad(counts, (0, solver.max_steps + 1 - len(counts)))
@@ -106,21 +100,16 @@ class FunctionEvaluations(Callback):
 
 def _figures(stats: Sequence[SolverStats]) -> dict[str, Any]:
     """Figures of some solves together; None for what they do not have."""
-    values = {
-        name: _total([getattr(s, name) for s in stats])
-        for name in ("forward_nfe", "backward_nfe", "reconstruction_mismatch")
-    }
+    values: dict[str, Any] = {}
+    for name in ("forward_nfe", "backward_nfe", "reconstruction_mismatch"):
+        counts = [getattr(s, name) for s in stats]
+        values[name] = None if None in counts else sum(counts)
     for name in ("relative_residual", "backward_relative_residual"):
         residuals = [getattr(s, name) for s in stats]
         values[name] = None if None in residuals else torch.stack([r.mean() for r in residuals]).mean()
     converged = [s.converged for s in stats if s.converged is not None]
     values["fraction_converged"] = torch.cat(converged).float().mean() if converged else None
     return values
-
-
-def _total(values: list[Any]) -> Any:
-    """Sum of numbers or 0-dim tensors; None if one is not known."""
-    return None if any(value is None for value in values) else sum(values)
 
 
 def _log_histogram(trainer: Trainer, key: str, counts_on_device: Tensor, per_step: int) -> dict[str, float]:

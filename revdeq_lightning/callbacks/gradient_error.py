@@ -7,9 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule, Trainer
 from torch import Tensor
 
+from revdeq_lightning.callbacks.probing import AbstractProbing
 from revdeq_lightning.equilibrium import (
     AbstractAdjoint,
     AbstractSolver,
@@ -18,25 +19,24 @@ from revdeq_lightning.equilibrium import (
     DivergenceError,
     EquilibriumLayer,
     ImplicitAdjoint,
-    equilibria,
 )
-from revdeq_lightning.runs.probe import Gradients, Loss, Probe, first_samples, reason_against
-from revdeq_lightning.tasks.training_step import log_now, made_step
+from revdeq_lightning.equilibrium.validation import require_count
+from revdeq_lightning.runs.probe import Gradients, Loss, Probe, first_samples
 
 REFERENCES = ("bptt", "converged")
 
 
-class GradientError(Callback):
-    """Compares the gradient of the active adjoint with two references, on the first samples of a batch now and then.
+class GradientError(AbstractProbing):
+    """Compares the gradient of the active adjoint with two references, on the first samples of a batch.
 
     * `bptt`: the same iteration, differentiated by back-propagation. What the adjoint does wrong.
-    * `converged`: the gradient at the fixed point, by the implicit function theorem, after the same solver has gone on
-      to a tolerance. What is lost by stopping early: not an error of the adjoint.
+    * `converged`: the gradient at the fixed point, by the implicit function theorem, after the same solver has
+      continued to a tolerance. What is lost by stopping early: not an error of the adjoint.
 
-    The run is bit for bit the same with and without this callback: see `Probe`. It needs the memory of the iterates of
-    some samples and of the parameters' gradients twice, with `float64` of the parameters once more. On a CPU, at the
-    sizes of configs/lm/default.yaml and configs/cifar10/cpu.yaml, a comparison took 0.2 to 0.8 of a training step, with
-    `float64` 0.8 to 2.9, most where f hardly contracts: at the default interval below 0.2 % and 0.6 % of the time.
+    It needs the memory of the iterates of some samples and of the parameters' gradients twice, with `float64` of the
+    parameters once more. On a CPU, at the sizes of configs/lm/default.yaml and configs/cifar10/cpu.yaml, a comparison
+    took 0.2 to 0.8 of a training step, with `float64` 0.8 to 2.9, most where f hardly contracts: at the default
+    interval below 0.2 % and 0.6 % of the time. What it assumes and raises: see `AbstractProbing`.
 
     Keys, logged for every such step alone, over the samples of all processes; REFERENCE is `bptt` or `converged`:
 
@@ -47,10 +47,6 @@ class GradientError(Callback):
       and backward: it says how far the reference is to be trusted.
 
     A group whose reference is 0 is left out, and `converged` where its solves diverge (with one warning).
-
-    Assumes automatic optimization and a `training_step` that returns the loss and can be called with fewer samples: a
-    batch is cut along the first dimension of its tensors. What the step changes besides buffers and metrics of
-    torchmetrics is not restored; give a `loss` then.
 
     Args:
         every_n_steps: Optimizer steps from one comparison to the next.
@@ -63,10 +59,6 @@ class GradientError(Callback):
         group: Name of a parameter's group from the parameter's name; None: the equilibrium layer that it belongs to,
             or else the first module below the model.
         loss: `(module, batch) -> loss`; None: that of the training step.
-
-    Raises:
-        ValueError: If a setting is out of its range; when training starts, if the module cannot be asked in this way:
-            manual optimization without `loss`, sharded parameters, no equilibrium.
 
     Example:
         `Trainer(callbacks=[GradientError(every_n_steps=200, float64=True)])`
@@ -84,34 +76,15 @@ class GradientError(Callback):
         group: Callable[[str], str] | None = None,
         loss: Loss | None = None,
     ) -> None:
-        for name, value in (("every_n_steps", every_n_steps), ("num_samples", num_samples), ("max_steps", max_steps)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        super().__init__(every_n_steps, num_samples, loss)
+        require_count("max_steps", max_steps)
         if not references or not set(references) <= set(REFERENCES):
             raise ValueError(f"references must be some of {REFERENCES}, got {references}")
-        self.every_n_steps, self.num_samples, self.references = every_n_steps, num_samples, references
-        self.float64 = float64
-        self.max_steps = max_steps
+        self.references, self.float64, self.max_steps, self.group = references, float64, max_steps, group
         self.rtol = (1e-9 if float64 else 1e-5) if rtol is None else rtol
-        self.group, self.loss = group, loss
         self._warned = False
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse what cannot be compared."""
-        if reason := reason_against(pl_module, self.loss):
-            raise ValueError(f"GradientError cannot compare gradients: {reason}")
-        if not equilibria(pl_module):
-            raise ValueError(f"GradientError needs an EquilibriumLayer, and {type(pl_module).__name__} has none")
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Compare, at every n-th optimizer step."""
-        if trainer.global_step % self.every_n_steps == 0 and made_step(trainer):
-            log_now(trainer, self.compare(trainer, pl_module, batch))
-
-    def compare(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> dict[str, float]:
-        """The figures of a batch, under their keys; all processes must call it."""
+    def measure(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> dict[str, float]:
         samples = first_samples(batch, self.num_samples)
         probe = Probe(trainer, pl_module, samples, self.loss, dropout=not self.float64)
         active = probe.gradients()
@@ -123,12 +96,11 @@ class GradientError(Callback):
             total = torch.stack(list(sums.values())).sum(0)
             names = {"": total} | ({f"{name}/": values for name, values in sums.items()} if len(sums) > 1 else {})
             for name, values in names.items():
-                if error := _errors(values):
-                    figures |= {f"gradient_error/{reference}/{name}{key}": value for key, value in error.items()}
-            if reference == "converged" and math.isfinite(
-                worst := float(trainer.strategy.reduce(residual, reduce_op="max"))
-            ):
-                figures[f"gradient_error/{reference}/relative_residual"] = worst
+                figures |= {f"gradient_error/{reference}/{name}{key}": v for key, v in _errors(values).items()}
+            if reference == "converged":
+                worst = float(trainer.strategy.reduce(residual, reduce_op="max"))
+                if math.isfinite(worst):
+                    figures[f"gradient_error/{reference}/relative_residual"] = worst
         return figures
 
     def _sums_and_residual(

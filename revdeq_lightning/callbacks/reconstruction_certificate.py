@@ -9,8 +9,9 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from revdeq_lightning.equilibrium import ReconstructionError, ReconstructionWarning, equilibria
+from revdeq_lightning.equilibrium.validation import require_choice
 from revdeq_lightning.runs.signals import Stopped
-from revdeq_lightning.tasks.training_step import StepStatistics, is_logging_step, log_now
+from revdeq_lightning.tasks.training_step import StepStatistics, is_logging_step, log_now, run_folder
 
 POLICIES = ("warn", "raise", "stop")
 INEXACT = "inexact.ckpt"
@@ -26,10 +27,10 @@ class ReconstructionCertificate(Callback):
     Keys, at each logging step and at the end, sums over the run and all processes: `equilibrium/num_gradients`,
     `equilibrium/num_certified_gradients`, `equilibrium/total_reconstruction_mismatch` (elements).
 
-    Assumes that the training step returns the statistics as `outputs["step"].stats`, or else that every equilibrium is
-    an `EquilibriumLayer`. Batches of which nothing is reconstructed (`BackpropAdjoint`) are not counted. A state held
-    in "float64" or "float32" does not come back by construction: this is counted, but the policy is for exact
-    arithmetic only, as that of `ReversibleAdjoint(mismatch=...)`, which looks in every backward pass.
+    Statistics of the solves: see `StepStatistics`. Batches of which nothing is reconstructed (`BackpropAdjoint`) are
+    not counted. A state held in "float64" or "float32" does not come back by construction: this is counted, but the
+    policy is for exact arithmetic only, as that of `ReversibleAdjoint(mismatch=...)`, which looks in every backward
+    pass.
 
     Args:
         policy: What to do at the first logging step after a gradient that is not exact: "warn" (once), "raise", or
@@ -45,8 +46,7 @@ class ReconstructionCertificate(Callback):
     """
 
     def __init__(self, policy: str = "warn", folder: str | Path | None = None) -> None:
-        if policy not in POLICIES:
-            raise ValueError(f"policy must be one of {', '.join(map(repr, POLICIES))}, got {policy!r}")
+        require_choice("policy", policy, POLICIES)
         self.policy, self.folder = policy, folder
         self.num_gradients = self.num_certified = self.mismatch = 0
         """Of the run and all processes, as of the newest logging step, checkpoint or end."""
@@ -56,14 +56,12 @@ class ReconstructionCertificate(Callback):
         self._is_told = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listen to the layers."""
         self._statistics.attach(pl_module)
         self._new = torch.zeros(3, dtype=torch.int64, device=pl_module.device)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count; look at a logging step."""
         stats = self._statistics.take(outputs)
         mismatches = [s.reconstruction_mismatch for s in stats if s.reconstruction_mismatch is not None]
         if mismatches:
@@ -79,14 +77,12 @@ class ReconstructionCertificate(Callback):
                 self._act(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count and log what came after the last logging step."""
         self._statistics.detach()
         self._gather(trainer)
         if self.num_gradients > self._num_logged:
             log_now(trainer, self._figures)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the certificate; warn if there is a first gradient since the last logging step that is not exact."""
         if self.num_gradients and trainer.is_global_zero:
             print(self.summary)
         if self._must_tell(pl_module):
@@ -97,20 +93,18 @@ class ReconstructionCertificate(Callback):
                 warnings.warn(self._message, ReconstructionWarning, stacklevel=2)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Print the certificate of what was counted; other processes and the device may be gone: none is asked."""
         self._statistics.detach()
+        # Other processes and the device may be gone: neither is asked.
         if trainer.world_size == 1 and isinstance(exception, KeyboardInterrupt | Stopped):
             self._gather(trainer)
         if self.num_gradients and trainer.is_global_zero:
             print(self.summary)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Keep the counts; Lightning calls this on all processes."""
-        self._gather(trainer)
+        self._gather(trainer)  # Lightning calls this on all processes
         checkpoint["reconstruction_certificate"] = [self.num_gradients, self.num_certified, self.mismatch]
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Go on with the counts."""
         if trainer.state.fn == "fit":
             counts = checkpoint.get("reconstruction_certificate", [0, 0, 0])
             self.num_gradients, self.num_certified, self.mismatch = counts
@@ -124,9 +118,11 @@ class ReconstructionCertificate(Callback):
 
     @property
     def _figures(self) -> dict[str, float]:
-        values = {"num_gradients": self.num_gradients, "num_certified_gradients": self.num_certified}
-        values["total_reconstruction_mismatch"] = self.mismatch
-        return {f"equilibrium/{key}": float(value) for key, value in values.items()}
+        return {
+            "equilibrium/num_gradients": float(self.num_gradients),
+            "equilibrium/num_certified_gradients": float(self.num_certified),
+            "equilibrium/total_reconstruction_mismatch": float(self.mismatch),
+        }
 
     @property
     def _message(self) -> str:
@@ -159,8 +155,8 @@ class ReconstructionCertificate(Callback):
             raise ReconstructionError(self._message)
         message = self._message
         if self.policy == "stop":
-            folder = self.folder or Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
-            path = Path(trainer.strategy.broadcast(str(folder))) / INEXACT
+            folder = Path(self.folder) if self.folder else run_folder(trainer, None) / "checkpoints"
+            path = folder / INEXACT
             trainer.save_checkpoint(path)
             trainer.should_stop = True
             message += f". Training ends after this step; checkpoint: {path}"

@@ -10,6 +10,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 
 from revdeq_lightning.equilibrium import SolverStats, recorded_residuals
+from revdeq_lightning.equilibrium.validation import require_count
 from revdeq_lightning.loggers.endurance import Survives
 from revdeq_lightning.loggers.media import log_curves, step_of
 from revdeq_lightning.loggers.step_rows import append_rows, read_rows, rewind_rows
@@ -44,8 +45,7 @@ class ResidualCurve(Callback):
     """
 
     def __init__(self, every_n_steps: int = 100, folder: str | Path | None = None) -> None:
-        if every_n_steps < 1:
-            raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
+        require_count("every_n_steps", every_n_steps)
         self.every_n_steps, self.folder = every_n_steps, folder
         self._path = Path()
         self._statistics = StepStatistics()
@@ -54,7 +54,6 @@ class ResidualCurve(Callback):
         self._survives = Survives("ResidualCurve")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listen to the layers; drop what an interrupted run wrote after its checkpoint."""
         self._path = run_folder(trainer, self.folder) / "residual_curve.csv"
         if trainer.is_global_zero:
             self._statistics.attach(pl_module)
@@ -62,18 +61,15 @@ class ResidualCurve(Callback):
                 rewind_rows(self._path, trainer.global_step)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Have the solves of this step keep their residuals, if it is its turn."""
         if trainer.is_global_zero and (trainer.global_step + 1) % self.every_n_steps == 0:
             self._recording.enter_context(recorded_residuals())
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
-        """The solves are made."""
         self._recording.close()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Write the curves of the step."""
         self._recording.close()
         stats = self._statistics.take(outputs)
         if not (trainer.is_global_zero and made_step(trainer)):
@@ -85,15 +81,10 @@ class ResidualCurve(Callback):
             with self._survives:
                 append_rows(self._path, rows)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw; let the layers go."""
-        self._end(trainer)
-
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Draw; let the layers go."""
-        self._end(trainer)
+        self.on_train_end(trainer, pl_module)
 
-    def _end(self, trainer: Trainer) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._recording.close()
         self._statistics.detach()
         if trainer.is_global_zero:

@@ -5,64 +5,28 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule, Trainer
 from torch import Tensor
 
 from revdeq_lightning.callbacks.classification_report import draw_sheet
-from revdeq_lightning.loggers.endurance import Survives
+from revdeq_lightning.callbacks.validations import AbstractAtValidations
+from revdeq_lightning.equilibrium.validation import require_count
 from revdeq_lightning.loggers.media import log_picture, log_table, step_of
 from revdeq_lightning.loggers.step_rows import append_rows, read_rows, rewind_rows
 from revdeq_lightning.runs.random_state import untouched_random_state
-from revdeq_lightning.tasks.training_step import run_folder
 
 
-class AbstractSamples(Callback):
-    """Every n-th validation within training, in eval mode, with the weights that are validated."""
-
-    def __init__(self, folder: str | Path | None, every_n_validations: int) -> None:
-        if every_n_validations < 1:
-            raise ValueError(f"every_n_validations must be at least 1, got {every_n_validations}")
-        self.folder, self.every_n_validations = folder, every_n_validations
-        self.num_validations = 0
-        self.where = Path()
-        self._is_due = False
-        self._survives = Survives(type(self).__name__)
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the folder; drop what an interrupted run wrote after its checkpoint."""
-        self.where = run_folder(trainer, self.folder)
-        if trainer.is_global_zero:
-            with self._survives:
-                self.rewind(trainer.global_step)
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Count the validations of the training."""
-        self._is_due = False
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self.num_validations += 1
-            self._is_due = self.num_validations % self.every_n_validations == 0
+class AbstractSamples(AbstractAtValidations):
+    """Samples in eval mode, with the weights that are validated."""
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make the samples; on all processes, as the weights may be spread over them."""
-        if self._is_due:
+        if self._is_due:  # on all processes, as the weights may be spread over them
             with untouched_random_state():
                 self.make(trainer, pl_module)
-
-    def state_dict(self) -> dict[str, int]:
-        """Validations so far, for the checkpoint."""
-        return {"num_validations": self.num_validations}
-
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on counting."""
-        self.num_validations = state_dict["num_validations"]
 
     @abstractmethod
     def make(self, trainer: Trainer, pl_module: Any) -> None:
         """Make the samples, write and log them."""
-
-    @abstractmethod
-    def rewind(self, step: int) -> None:
-        """Drop the samples of this step and later ones."""
 
 
 class TextSamples(AbstractSamples):
@@ -107,7 +71,6 @@ class TextSamples(AbstractSamples):
         self.sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature}
 
     def make(self, trainer: Trainer, pl_module: Any) -> None:
-        """Continue the prompts."""
         step = step_of(trainer)
         texts = [pl_module.sample_text(prompt, **self.sampling) for prompt in self.prompts]
         rows = [{"step": step, "prompt": p, "text": t} for p, t in zip(self.prompts, texts, strict=True)]
@@ -119,7 +82,6 @@ class TextSamples(AbstractSamples):
             log_table(trainer, "samples/text", rows)
 
     def rewind(self, step: int) -> None:
-        """Drop rows."""
         path = self.where / "samples.jsonl"
         rewind_rows(path, step)
         write_readably(read_rows(path), path.with_suffix(".txt"))
@@ -147,15 +109,13 @@ class ImageSamples(AbstractSamples):
 
     def __init__(self, *, num_images: int = 16, folder: str | Path | None = None, every_n_validations: int = 1) -> None:
         super().__init__(folder, every_n_validations)
-        if num_images < 1:
-            raise ValueError(f"num_images must be at least 1, got {num_images}")
+        require_count("num_images", num_images)
         self.num_images = num_images
         self._entries: list[Any] = []
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
-        """Keep the first images."""
         if not (self._is_due and batch_idx == 0 and trainer.is_global_zero):
             return
         logits_BV: Tensor = outputs
@@ -167,7 +127,6 @@ class ImageSamples(AbstractSamples):
         ]
 
     def make(self, trainer: Trainer, pl_module: Any) -> None:
-        """Draw the sheet."""
         if not (trainer.is_global_zero and self._entries):
             return
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
@@ -181,7 +140,6 @@ class ImageSamples(AbstractSamples):
         self._entries = []
 
     def rewind(self, step: int) -> None:
-        """Drop sheets."""
         for path in (self.where / "samples").glob("[0-9]*.png"):
             if int(path.stem) >= step:
                 path.unlink()

@@ -24,7 +24,7 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         with path.open(newline="", encoding="utf-8") as file:
             columns = next(csv.reader(file), [])
     if path.suffix == ".csv" and not set().union(*rows) <= set(columns):
-        _replace(path, [*read_rows(path), *rows])
+        write_rows(path, [*read_rows(path), *rows])
         return
     size = path.stat().st_size if path.is_file() else 0
     try:
@@ -62,12 +62,14 @@ def rewind_rows(path: Path, step: int) -> None:
         warnings.warn(text, RecordWarning, stacklevel=2)
         return
     if kept:
-        _replace(path, kept)
+        write_rows(path, kept)
     else:
         path.unlink()
 
 
-def _replace(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a file of these rows, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.part")
     columns = list(dict.fromkeys(key for row in rows for key in row))
     header = [{key: key for key in columns}] if path.suffix == ".csv" else []
