@@ -9,16 +9,18 @@ and the products for x and the parameters are added up. At the end dL/dz_0 = g_c
 z_0.
 """
 
+import sys
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ..exact import kernels
-from ..exact.remainders import Remainders
 from ..function import (
     EquilibriumFunction,
     call_with_parameters,
@@ -49,21 +51,20 @@ class ReconstructionError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class ReversibleAdjoint(AbstractAdjoint):
-    """Gradient by reconstruction: exact with arithmetic "exact", and no memory in the number of steps.
+    """Gradient by reconstruction: exact with arithmetic "exact", with no memory in the number of steps.
 
-    Carries `ReversibleSolver` and `MomentumSolver`. f must be the same function in both passes; after each backward
-    pass the reconstructed initial state is compared with the true one, bit for bit. A difference is counted in
-    `stats.reconstruction_mismatch`, and with arithmetic "exact" it means that f was not the same: dropout outside
-    torch's generators, data changed in place, a kernel chosen differently. (With "float64" and "float32" states it is
-    there by construction, and only counted.)
+    Supports `ReversibleSolver` and `MomentumSolver`. f must be the same function in both passes: after each backward
+    pass the reconstructed initial state is compared with the true one, bit for bit, and the elements that differ are
+    counted in `stats.reconstruction_mismatch`. With arithmetic "exact" a difference means that f was not the same
+    function (dropout outside torch's generators, data changed in place, another kernel); with "float64" and "float32"
+    there always is one.
 
     Every tensor that f uses and that needs a gradient must be a parameter of the module f, or in x, or the state.
 
     Args:
         mismatch: With arithmetic "exact", what to do when elements differ: "warn", "raise" or "ignore".
-        forward_with_grad: Whether the forward pass evaluates f with autograd recording too (and drops the record), so
-            that a compiled f runs one and the same program in both passes. None: only where torch.compile is found in
-            f.
+        forward_with_grad: Whether the forward pass records f for autograd too (and drops the record), so that a
+            compiled f runs the same program in both passes. None: only where torch.compile is found in f.
     """
 
     mismatch: Policy = "warn"
@@ -83,98 +84,82 @@ class ReversibleAdjoint(AbstractAdjoint):
         self, f: EquilibriumFunction, z0: Leaves, x: Sequence[Any], solver: AbstractSolver
     ) -> tuple[Leaves, SolverStats]:
         assert isinstance(solver, AbstractTwoStepSolver)
-        parameters = named_parameters(f.f)
         refuse_unsuitable(f.f)
-        x_is_tensor = [isinstance(leaf, Tensor) for leaf in x]
-        inputs = (*z0, *(leaf for leaf in x if isinstance(leaf, Tensor)), *parameters.values(), *f.weights.values)
+        parameters = named_parameters(f.f)
+        x_tensors, x_rest = _separated(x)
+        inputs = (*z0, *x_tensors, *parameters.values(), *f.weights.values)
         if not (torch.is_grad_enabled() and any(t.requires_grad for t in inputs)):
             iteration = iterate_to_fixed_point(solver, f, z0, x)
             _refuse_foreign_leaves(iteration.value, [])
             return iteration.value, iteration.stats
         with_grad = is_compiled(f.f) if self.forward_with_grad is None else self.forward_with_grad
-        constants = [None if isinstance(leaf, Tensor) else leaf for leaf in x]
-        solve = _Solve(f, solver, self.mismatch, with_grad, len(z0), constants, x_is_tensor, list(parameters))
+        solve = _Solve(f, solver, self.mismatch, with_grad, len(z0), x_rest, list(parameters))
         value = _ReversibleFunction.apply(solve, *inputs)
-        assert solve.stats is not None
         return list(value), solve.stats
 
 
 @dataclass
 class _Solve:
-    """What one solve hands from its forward to its backward pass, besides tensors."""
+    """What a solve hands from its forward to its backward pass, besides the tensors that autograd saves."""
 
     f: EquilibriumFunction
     solver: AbstractTwoStepSolver
-    mismatch: str
+    mismatch: Policy
     forward_with_grad: bool
     num_leaves: int
-    x: list[Any]
-    """Leaves of x; tensors are None, they pass through autograd."""
-    x_is_tensor: list[bool]
+    x_rest: list[Any]
     names: list[str]
-    stats: SolverStats | None = None
+    stats: SolverStats = field(init=False)
     num_evaluations: int = 0
-    remainder_counts: list[tuple[int, int, int] | None] | None = None
-    """Of each leaf: radix, digits and spilled words; None in arithmetics without remainders."""
-    dtypes: list[torch.dtype] | None = None
+    state_rest: list[Any] = field(default_factory=list)
+    state_spec: TreeSpec | None = None
     is_consumed: bool = False
 
-    def split(self, inputs: Sequence[Tensor]) -> tuple[Leaves, list[Any], dict[str, Tensor]]:
-        """z0, x and the parameters out of the autograd Function's flat inputs."""
-        end = self.num_leaves + sum(self.x_is_tensor)
-        tensors = iter(inputs[self.num_leaves : end])
-        x = [next(tensors) if is_tensor else leaf for is_tensor, leaf in zip(self.x_is_tensor, self.x, strict=True)]
-        return list(inputs[: self.num_leaves]), x, dict(zip(self.names, inputs[end:], strict=False))
+    def split(self, inputs: Sequence[Tensor]) -> tuple[Leaves, list[Any], dict[str, Tensor], Leaves]:
+        """z0, x, the parameters and the computed weights from the autograd Function's flat inputs."""
+        rest = iter(inputs)
+        z0 = [next(rest) for _ in range(self.num_leaves)]
+        x = _joined(rest, self.x_rest)
+        return z0, x, {name: next(rest) for name in self.names}, list(rest)
 
     def with_parameters(self, inputs: Sequence[Tensor], run: Callable[[], Any]) -> Any:
-        """`run()` with these inputs as the parameters of f, and those behind them as its computed weights."""
-        weights = inputs[len(inputs) - len(self.f.weights.values) :]
+        """`run()` with these inputs in place of the parameters and the computed weights of f."""
+        _, _, parameters, weights = self.split(inputs)
         with self.f.weights.exchanged(weights):
-            return call_with_parameters(self.f.f, self.split(inputs)[2], run)
+            return call_with_parameters(self.f.f, parameters, run)
 
-    def flatten(self, state: TwoStepState) -> Leaves:
-        """The tensors of a state, for autograd to save; their arrangement is kept here."""
-        self.dtypes = state.dtypes
-        self.remainder_counts = [(r.radix, r.count, len(r.spilled)) if r else None for r in state.remainders]
-        words = [tensor for r in state.remainders if r for tensor in (*r.words, *r.spilled)]
-        return [*state.previous, *state.current, *words]
 
-    def unflatten(self, tensors: Sequence[Tensor]) -> TwoStepState:
-        """Inverse of `flatten`."""
-        assert self.dtypes is not None
-        assert self.remainder_counts is not None
-        rest = iter(tensors)
-        previous, current = ([next(rest) for _ in range(self.num_leaves)] for _ in range(2))
-        remainders: list[Remainders | None] = []
-        for counts in self.remainder_counts:
-            if counts is None:
-                remainders.append(None)
-                continue
-            radix, count, num_spilled = counts
-            words, spilled = [next(rest), next(rest)], [next(rest) for _ in range(num_spilled)]
-            remainders.append(Remainders(words, spilled, radix, count))
-        return TwoStepState(previous, current, remainders, self.dtypes)
+_TENSOR = object()
+"""Takes the place of a tensor among leaves that are none."""
+
+
+def _separated(leaves: Sequence[Any]) -> tuple[Leaves, list[Any]]:
+    """Tensors, which pass through autograd, and the other leaves."""
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    return tensors, [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+
+
+def _joined(tensors: Iterator[Tensor], rest: Sequence[Any]) -> list[Any]:
+    return [next(tensors) if leaf is _TENSOR else leaf for leaf in rest]
 
 
 class _ReversibleFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, solve: _Solve, *inputs: Tensor) -> tuple[Tensor, ...]:
-        z0, x, _ = solve.split(inputs)
+        z0, x, _, _ = solve.split(inputs)
+        run = partial(iterate_to_fixed_point, solve.solver, reversible=True)
         if solve.forward_with_grad:
             leaves = _as_leaves(inputs, ctx.needs_input_grad[1:])
-            iteration = solve.with_parameters(
-                leaves,
-                lambda: iterate_to_fixed_point(
-                    solve.solver, _Recorded(solve.f), z0, solve.split(leaves)[1], reversible=True
-                ),
-            )
+            iteration = solve.with_parameters(leaves, lambda: run(_Recorded(solve.f), z0, solve.split(leaves)[1]))
         else:
-            iteration = iterate_to_fixed_point(solve.solver, solve.f, z0, x, reversible=True)
+            iteration = run(solve.f, z0, x)
         solve.stats, solve.num_evaluations = iteration.stats, iteration.num_evaluations
         ctx.solve = solve
+        state, solve.state_spec = tree_flatten(iteration.state)
+        state_tensors, solve.state_rest = _separated(state)
         # Everything large goes through autograd's own saving: so saved-tensor hooks (checkpoint, offloading) see it,
         # and an input that is changed in place before the backward pass is noticed.
-        ctx.save_for_backward(*inputs, *solve.flatten(iteration.state))
+        ctx.save_for_backward(*inputs, *state_tensors)
         return tuple(iteration.value)
 
     @staticmethod
@@ -194,7 +179,8 @@ class _ReversibleFunction(torch.autograd.Function):
         solve.is_consumed = True
         needs_grad = ctx.needs_input_grad[1:]
         inputs = _as_leaves(saved[: len(needs_grad)], needs_grad)
-        state = solve.unflatten(saved[len(needs_grad) :])
+        assert solve.state_spec is not None
+        state = tree_unflatten(_joined(iter(saved[len(needs_grad) :]), solve.state_rest), solve.state_spec)
         with solve.f.randomness.untouched():
             gradients = solve.with_parameters(inputs, lambda: _run_backwards(solve, state, inputs, needs_grad, grads))
         return None, *gradients
@@ -219,7 +205,6 @@ def _run_backwards(
 ) -> list[Tensor | None]:
     """Undo every evaluation, newest first, and return the gradients of the inputs."""
     solver, stats = solve.solver, solve.stats
-    assert stats is not None
     b = solver.recurrence.b
     backward = _BackwardPass(solve, inputs, needs_grad)
     # Both are carried times b, so that they are the products' weights as they stand, and as precisely as the state:
@@ -252,7 +237,6 @@ def _undo_the_steps_of_each_sample(
 ) -> tuple[TwoStepState, Leaves, Leaves]:
     """With a tolerance: each sample waits, its gradient held, until the evaluation at which it stopped is undone."""
     solver, stats = solve.solver, solve.stats
-    assert stats is not None
     num_evaluations = int(stats.num_steps.max()) * solver.evaluations_per_step
     nobody = torch.zeros_like(stats.num_steps, dtype=torch.bool)
     # The host looks only every few steps: after the last sample's stop there may be evaluations that moved nothing.
@@ -357,10 +341,9 @@ def _refuse_foreign_leaves(value: Leaves, sources: Leaves) -> None:
 
 
 def refuse_unsuitable(f: Callable[[Any, Any], Any]) -> None:
-    """Raise for modules that are not the same function in both passes, and those whose gradient would be lost."""
-    if not isinstance(f, nn.Module):
-        return
-    for name, module in f.named_modules():
+    """Raise ValueError for modules that are not the same function in both passes, or whose gradient would be lost."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # imported where anything is sharded
+    for name, module in f.named_modules() if isinstance(f, nn.Module) else ():
         # The common base of BatchNorm and InstanceNorm; batch statistics are also not the samples' own.
         if isinstance(module, nn.modules.batchnorm._NormBase) and module.training:
             batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
@@ -370,13 +353,9 @@ def refuse_unsuitable(f: Callable[[Any, Any], Any]) -> None:
                     " update its statistics. Use GroupNorm or LayerNorm inside the equilibrium, or put this module"
                     " into eval mode"
                 )
-    if torch.distributed.is_available():
-        from torch.distributed.fsdp import FSDPModule
-
-        for name, module in f.named_modules():
-            if isinstance(module, FSDPModule):
-                raise ValueError(
-                    f"a part of f is a sharding unit of FSDP2 (module {name!r}, {type(module).__name__}): it would be"
-                    " gathered for every evaluation, and its gradient lost. Shard the module that owns f and the"
-                    " solver (fully_shard(equilibrium_layer)), or a parent of it"
-                )
+        if fsdp is not None and isinstance(module, fsdp.FSDPModule):
+            raise ValueError(
+                f"a part of f is a sharding unit of FSDP2 (module {name!r}, {type(module).__name__}): it would be"
+                " gathered for every evaluation, and its gradient lost. Shard the module that owns f and the"
+                " solver (fully_shard(equilibrium_layer)), or a parent of it"
+            )

@@ -5,6 +5,7 @@ from math import log2
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import register_pytree_node
 
 from ..norms import broadcast_to_leaf
 
@@ -119,3 +120,10 @@ def _most_digits(radix: int, limit: int) -> int:
     while radix ** (digits + 1) <= limit:
         digits += 1
     return digits
+
+
+register_pytree_node(
+    Remainders,
+    lambda r: ([*r.words, *r.spilled], (r.radix, r.count)),
+    lambda tensors, context: Remainders((r := list(tensors))[:2], r[2:], *context),
+)
