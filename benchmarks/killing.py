@@ -176,11 +176,13 @@ def weights(folder: Path) -> dict[str, Any]:
     """Weights in training at the end."""
     import torch
 
-    from revdeq_lightning.checkpoints.sharded import WEIGHTS, is_sharded_checkpoint, read_whole
+    from revdeq_lightning.checkpoints.names import is_sharded_checkpoint
+    from revdeq_lightning.checkpoints.sharded import TRAINED, WEIGHTS, read_whole
 
     path = folder / "checkpoints" / "last.ckpt"
     if is_sharded_checkpoint(path):
-        return dict(read_whole(path, WEIGHTS)[WEIGHTS])  # those in training and their average
+        states = read_whole(path, WEIGHTS, TRAINED)
+        return {f"{name}.{key}": weight for name, state in states.items() for key, weight in state.items()}
     content = torch.load(path, weights_only=True)
     return dict(content.get("trained_weights") or content["state_dict"])
 

@@ -18,13 +18,8 @@ from typing import Any, BinaryIO, NamedTuple, cast
 
 import torch
 
-from revdeq_lightning.checkpoints.names import BEST, LAST
+from revdeq_lightning.checkpoints.names import BEST, LAST, REST, SUMS
 from revdeq_lightning.errors import CheckpointError
-
-SHARDED_PARTS = (".metadata", "meta.pt")
-"""Without both a folder is no finished checkpoint of shards: the last that is written, by the first process."""
-
-SUMS = "SHA256SUMS"
 
 BETWEEN_STEPS = "between_steps"
 """Key of a checkpoint written between two optimizer steps; it does not hold the gradients accumulated so far."""
@@ -87,7 +82,7 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu", *, mmap: bool =
         raise FileNotFoundError(f"no checkpoint {path}")
     if fault := fault_of(path):
         raise CheckpointError(f"{path} {fault}")
-    file = path / "meta.pt" if path.is_dir() else path
+    file = path / REST if path.is_dir() else path
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about files of other programs, which are refused anyway
@@ -131,7 +126,7 @@ def newest_good(folder: Path, *, at_most: int | None = None) -> Found:
 def other_checkpoint(path: str | Path) -> str:
     """The end of an error about an unusable checkpoint: the newest usable one in its folder."""
     other = newest_good(Path(path).parent).path
-    return f": go on from {other}" if other else ""
+    return f": go on from {other}" if other not in (None, Path(path)) else ""
 
 
 def steps_of(paths: list[Path], at_most: int | None = None) -> tuple[dict[Path, Steps], dict[Path, str]]:
@@ -180,26 +175,29 @@ def fault_of_folder(path: Path, share: int = 0, num_shares: int = 1) -> str | No
         share: Every `num_shares`-th file is read, from this one on: so several processes read a folder together.
         num_shares: Number of these processes.
     """
-    missing = [name for name in (*SHARDED_PARTS, SUMS) if not (path / name).is_file()]
-    if missing:
+    if (path / ".metadata").exists():
+        return (
+            "is a sharded checkpoint of version 0.1.0.dev0, which is not read any more: resume it with that version and"
+            " --trainer.strategy.sharded_checkpoints=false, and go on from the file that it writes"
+        )
+    if missing := [name for name in (REST, SUMS) if not (path / name).is_file()]:
         return f"is incomplete (a folder of shards without {missing[0]})"
     try:
         lines = (path / SUMS).read_text().splitlines()
-        unlisted = {file.name for file in path.iterdir()} - {SUMS}
     except (OSError, UnicodeDecodeError):
         return f"cannot be read (its {SUMS})"
     sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-    if unlisted := unlisted - sums.keys():
+    present = {file.name for file in path.iterdir()} - {SUMS}
+    if unlisted := present - sums.keys():
         return f"is refused: its {SUMS} does not list {min(unlisted)}, which did not come with the checkpoint"
+    if absent := sums.keys() - present:
+        return f"is incomplete (a folder of shards without {min(absent)})"
     for name in sorted(sums)[share::num_shares]:
-        if not (path / name).is_file():
-            return f"is incomplete (a folder of shards without {name})"
         try:
-            computed = checksums([path / name])[name]
+            if checksums([path / name])[name] != sums[name]:
+                return f"is damaged (the checksum of {name} does not match)"
         except OSError as error:
             return f"cannot be read ({name}: {error.strerror})"
-        if computed != sums[name]:
-            return f"is damaged (the checksum of {name} does not match)"
     return None
 
 
@@ -210,14 +208,6 @@ def checksums(files: Iterable[Path]) -> dict[str, str]:
         with path.open("rb") as file:
             sums[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
     return sums
-
-
-def synced_checksums(files: Iterable[Path]) -> dict[str, str]:
-    """The same of files just written, once they are on the disk."""
-    paths = list(files)
-    for path in paths:
-        sync(path)
-    return checksums(paths)
 
 
 def write_checksums(folder: Path, sums: dict[str, str]) -> None:
@@ -239,7 +229,7 @@ def put_in_place(new: Path, target: Path) -> None:
         IsADirectoryError: If the target is a folder of something else.
         OSError: If names cannot be changed there.
     """
-    if target.is_dir() and not any((target / name).exists() for name in SHARDED_PARTS):
+    if target.is_dir() and not (target / REST).exists():
         raise IsADirectoryError(errno.EISDIR, "it is a folder, and no checkpoint", str(target))
     aside = target.with_name(f".{target.name}.old")
     if target.is_dir() or (new.is_dir() and os.path.lexists(target)):

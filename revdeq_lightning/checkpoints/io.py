@@ -7,6 +7,7 @@ from typing import Any, Literal
 from lightning.pytorch.plugins import TorchCheckpointIO
 
 from revdeq_lightning.checkpoints.files import other_checkpoint, read_checkpoint, write_checkpoint
+from revdeq_lightning.checkpoints.names import is_sharded_checkpoint
 from revdeq_lightning.errors import CheckpointError
 
 
@@ -53,6 +54,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """
         if weights_only is False:
             raise ValueError("weights_only=False would run code that is in the checkpoint: leave it out")
+        if is_sharded_checkpoint(path):
+            raise CheckpointError(f"{path} is a sharded checkpoint (a folder), which EquilibriumFSDP2 reads")
         try:
             return read_checkpoint(path, map_location)
         except CheckpointError as error:

@@ -17,7 +17,7 @@ from revdeq_lightning.callbacks.config import DiagnosticsConfig
 from revdeq_lightning.callbacks.depth_sweep import DepthSweep
 from revdeq_lightning.checkpoints.best import BestCheckpoint
 from revdeq_lightning.checkpoints.io import AtomicCheckpointIO
-from revdeq_lightning.checkpoints.sharded import is_sharded_checkpoint
+from revdeq_lightning.checkpoints.names import is_sharded_checkpoint
 from revdeq_lightning.cli.kept_checkpoints import best_or_last, last_checkpoint
 from revdeq_lightning.cli.loggers import run_loggers
 from revdeq_lightning.cli.main import ReadableErrors, fail, given_files

@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from revdeq_lightning.checkpoints.files import fault_of_folder, other_checkpoint, read_checkpoint
-from revdeq_lightning.checkpoints.sharded import is_sharded_checkpoint, read_rest, read_whole
+from revdeq_lightning.checkpoints.files import other_checkpoint, read_checkpoint
+from revdeq_lightning.checkpoints.names import is_sharded_checkpoint
+from revdeq_lightning.checkpoints.sharded import read_whole
 from revdeq_lightning.data.text.tokenizers import AbstractTokenizer, tokenizer_from_state
 from revdeq_lightning.errors import CheckpointError
 from revdeq_lightning.models import TransformerConfig
@@ -47,11 +48,11 @@ def read_trained(ckpt_path: str | Path, state: str, kind: str, folder: str) -> T
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """A checkpoint's content, of a file or of a sharded one's folder (without optimizers); no code in it is run."""
-    if is_sharded_checkpoint(path):
-        if fault := fault_of_folder(path):
-            raise CheckpointError(f"{path} {fault}{other_checkpoint(path)}")
-        return read_rest(path) | read_whole(path, "state_dict")
-    return read_checkpoint(path)
+    try:
+        content = read_checkpoint(path)
+        return content | read_whole(path, "state_dict") if is_sharded_checkpoint(path) else content
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}{other_checkpoint(path)}") from None
 
 
 def load_language_model(ckpt_path: str | Path, device: str = "cpu") -> tuple[Any, AbstractTokenizer]:

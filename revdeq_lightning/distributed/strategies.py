@@ -26,7 +26,6 @@ from lightning.pytorch.strategies import (
 )
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -38,25 +37,27 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from revdeq_lightning.checkpoints.files import (
-    SHARDED_PARTS,
+    checksums,
     fault_of_folder,
     make_folder,
     other_checkpoint,
     put_in_place,
+    read_checkpoint,
     remove,
-    synced_checksums,
+    write_checkpoint,
     write_checksums,
 )
 from revdeq_lightning.checkpoints.io import AtomicCheckpointIO
+from revdeq_lightning.checkpoints.names import REST, is_sharded_checkpoint
 from revdeq_lightning.checkpoints.sharded import (
     TRAINED,
+    VALUES,
     WEIGHTS,
-    disk_error,
-    is_sharded_checkpoint,
+    held_tensors,
     load_into,
-    read_metadata,
-    read_rest,
+    other_values,
     refuse_others,
+    write_part,
 )
 from revdeq_lightning.distributed.sharding import fill_from_first_process, shard_equilibria
 from revdeq_lightning.errors import CheckpointError, ParallelismError
@@ -200,58 +201,49 @@ class EquilibriumFSDP2(ModelParallelStrategy):
             return Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
         target = Path(self.broadcast(str(filepath)))
         part = target.with_name(f".{target.name}.part")
-        sums: dict[str, str] = {}
+        state = {key: checkpoint.pop(key) for key in (WEIGHTS, TRAINED) if key in checkpoint}
+        state |= {f"optimizer_{i}": own for i, own in enumerate(checkpoint.pop("optimizer_states", []))}
 
         def begin() -> None:
             remove(part)
             make_folder(part)
 
         def finish() -> None:
-            write_checksums(part, sums | synced_checksums(part / name for name in SHARDED_PARTS))
+            write_checkpoint(checkpoint | {VALUES: other_values(state)}, part / REST)
+            own = checksums([part / REST])
+            write_checksums(part, {name: digest for sums in (own, *every) for name, digest in sums.items()})
             put_in_place(part, target)
 
-        if (fault := self._by_first_process(begin)) is None:
-            fault = self._write_shares(checkpoint, part, storage_options, sums)
-        if fault is None:
-            fault = self._by_first_process(finish)
-        if fault is not None and self.is_global_zero:
-            shutil.rmtree(part, ignore_errors=True)  # where the disk is full
-        if self.is_global_zero and isinstance(self.checkpoint_io, AtomicCheckpointIO):
-            self.checkpoint_io.note(target, fault)
-        elif fault is not None and not isinstance(self.checkpoint_io, AtomicCheckpointIO):
+        fault: OSError | None = None
+        try:
+            self._together(begin, first_alone=True)
+            every = self._together(lambda: write_part(state, part, self.global_rank))
+            self._together(finish, first_alone=True)
+        except OSError as error:
+            fault = error
+            if self.is_global_zero:
+                shutil.rmtree(part, ignore_errors=True)  # the disk may be full
+        if isinstance(self.checkpoint_io, AtomicCheckpointIO):
+            if self.is_global_zero:
+                self.checkpoint_io.note(target, fault)
+        elif fault is not None:
             raise fault
         return None
 
-    def _by_first_process(self, act: Callable[[], None]) -> OSError | None:
-        """Let the first process do something; the error of the disk, on all of them."""
-        fault: OSError | None = None
-        if self.is_global_zero:
+    def _together(self, act: Callable[[], Any], *, first_alone: bool = False) -> list[Any]:
+        """Let all processes, or the first one, do something; what each got. An `OSError` of one is raised on all."""
+        result = fault = None
+        if self.is_global_zero or not first_alone:
             try:
-                act()
+                result = act()
             except OSError as error:
                 fault = error
-        return self.broadcast(fault)
-
-    def _write_shares(
-        self, checkpoint: dict[str, Any], part: Path, storage_options: Any, sums: dict[str, str]
-    ) -> OSError | None:
-        """Each process writes its files; gives all of them every checksum, and the first error of the disk."""
-        trained = checkpoint.pop(TRAINED, {})  # sharded as well: they go where the weights go
-        checkpoint[WEIGHTS] |= {f"{TRAINED}.{name}": weight for name, weight in trained.items()}
-        fault: OSError | None = None
-        own: dict[str, str] = {}
-        try:
-            super().save_checkpoint(checkpoint, part, storage_options)
-            # Each process those of its own files, as the file system that it wrote to need not show it the others' yet.
-            own = synced_checksums(part.glob(f"__{self.global_rank}_*"))
-        except (OSError, RuntimeError, CheckpointException) as error:
-            if (fault := disk_error(error)) is None:
-                raise
         every: list[Any] = [None] * self.world_size
-        dist.all_gather_object(every, (own, fault))
-        for others, _ in every:
-            sums |= others
-        return next((fault for _, fault in every if fault), None)
+        dist.all_gather_object(every, (result, fault))
+        for _, fault in every:
+            if fault is not None:
+                raise fault
+        return [result for result, _ in every]
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """State of an optimizer, keyed by names in a folder; in a file by numbers, as any other strategy reads it."""
@@ -272,21 +264,20 @@ class EquilibriumFSDP2(ModelParallelStrategy):
         dist.all_gather_object(faults, fault_of_folder(path, self.global_rank, self.world_size))
         if fault := next(filter(None, faults), None):
             raise CheckpointError(f"{path} {fault}{other_checkpoint(path)}")
+        rest = read_checkpoint(path / REST)
+        values = rest.pop(VALUES, {})
         weights: Any = get_model_state_dict(self._module)
         refuse_others(weights, path)
-        load_into({WEIGHTS: weights}, path)
+        states: list[Any] = [get_optimizer_state_dict(self._module, optimizer) for optimizer in self.optimizers]
+        held = held_tensors(path)
+        trained = {name: torch.empty_like(w) for name, w in weights.items() if f"{TRAINED}.{name}" in held}
+        load_into(
+            {WEIGHTS: weights, TRAINED: trained} | {f"optimizer_{i}": own for i, own in enumerate(states)}, path, values
+        )
         self._module.load_state_dict(weights)
-        for i, optimizer in enumerate(self.optimizers):
-            state: Any = {f"optimizer_{i}": get_optimizer_state_dict(self._module, optimizer)}
-            load_into(state, path)
-            set_optimizer_state_dict(self._module, optimizer, state[f"optimizer_{i}"])
-        rest = read_rest(path)
-        held = read_metadata(path).state_dict_metadata
-        trained = {name: torch.empty_like(w) for name, w in weights.items() if f"{WEIGHTS}.{TRAINED}.{name}" in held}
-        if trained:
-            load_into({WEIGHTS: {TRAINED: trained}}, path)
-            rest |= {WEIGHTS: weights, TRAINED: trained}
-        return rest
+        for optimizer, own in zip(self.optimizers, states, strict=True):
+            set_optimizer_state_dict(self._module, optimizer, own)
+        return rest | ({WEIGHTS: weights, TRAINED: trained} if trained else {})
 
     def _load_file(self, path: Path, weights_only: bool | None) -> dict[str, Any]:
         checkpoint: dict[str, Any] = Strategy.load_checkpoint(self, path, weights_only)

@@ -1,41 +1,21 @@
-"""Folders of shards that were made to run code, to change PyTorch, or to read what lies elsewhere."""
+"""Folders of shards that were made to run code, or to read memory or files that are not theirs."""
 
-import importlib
-import io
+import json
 import pickle
-import pickletools
+import struct
 
 import pytest
 import torch
-from shard_folders import STATE, Malice, change_metadata, seal, write_shards
-from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
+from safetensors.torch import save_file
+from shard_folders import STATE, Malice, change_places, seal, write_shards
 
-from revdeq_lightning.checkpoints.files import fault_of_folder, newest_good
-from revdeq_lightning.checkpoints.sharded import load_into, read_metadata, read_rest, read_whole
+from revdeq_lightning.checkpoints.files import fault_of_folder, newest_good, read_checkpoint
+from revdeq_lightning.checkpoints.sharded import VALUES, load_into, read_whole
 from revdeq_lightning.cli.main import main
 from revdeq_lightning.errors import CheckpointError
 
-
-def text(string):
-    return b"\x8c" + bytes([len(string)]) + string.encode()
-
-
-def named(module, name):
-    """Opcodes that put it on the pickle's stack; of this kind the name may hold dots."""
-    return text(module) + text(name) + b"\x93"
-
-
-def globals_of(content):
-    """What a pickle names, told by Python's own unpickler."""
-    found = set()
-
-    class Listing(pickle.Unpickler):
-        def find_class(self, module, name):
-            found.add((module, name))
-            return super().find_class(module, name)
-
-    Listing(io.BytesIO(content)).load()
-    return found
+PART = "process-0.safetensors"
+VALUES_OF_STATE = {"optimizer_0.param_groups": [{"lr": 0.25}]}
 
 
 @pytest.fixture
@@ -53,165 +33,143 @@ def trace(tmp_path):
     return path
 
 
-def test_the_metadata_is_what_plain_pickle_reads(folder):
-    ours, theirs = read_metadata(folder), pickle.loads((folder / ".metadata").read_bytes())
-    assert ours.state_dict_metadata == theirs.state_dict_metadata
-    assert ours.storage_data == theirs.storage_data
-    assert {type(value) for value in ours.storage_data} == {type(value) for value in theirs.storage_data}
-    state = {
+def zeros():
+    return {
         "state_dict": {"w": torch.zeros(2, 3), "n": torch.tensor(0)},
         "optimizer_0": {"param_groups": [{"lr": 0.0}], "state": {"w": {"exp_avg": torch.zeros(2, 3).bfloat16()}}},
     }
-    load_into(state, folder, no_dist=True)
+
+
+def test_what_was_written_is_read_and_nothing_is_unpickled(folder, monkeypatch):
+    """But `meta.pt`, by PyTorch's own reader of plain data (`weights_only=True`)."""
+    values = read_checkpoint(folder)[VALUES]
+
+    def refuse(*args, **options):
+        raise AssertionError("unpickled")
+
+    for owner, name in ((pickle, "load"), (pickle, "loads"), (pickle, "Unpickler"), (torch, "load")):
+        monkeypatch.setattr(owner, name, refuse)
+    load_into(state := zeros(), folder, values, no_dist=True)
     assert torch.equal(state["state_dict"].pop("w"), STATE["state_dict"]["w"])
     assert state["state_dict"] == {"n": torch.tensor(7)}
     assert state["optimizer_0"]["param_groups"] == [{"lr": 0.25}]
     assert torch.equal(state["optimizer_0"]["state"]["w"]["exp_avg"], torch.ones(2, 3).bfloat16())
 
 
-def test_metadata_of_one_process_is_not_looked_at(folder, trace):
-    """PyTorch falls back to it where reading the other fails: here as `storage_meta` takes no attribute."""
-    metadata = pickle.loads((folder / ".metadata").read_bytes())
-    change_metadata(folder, lambda metadata: setattr(metadata, "storage_meta", 1))
-    (folder / "__0.metadata").write_bytes(pickle.dumps(Malice(trace, metadata)))
+def pickled(trace):
+    return pickle.dumps(Malice(trace))
+
+
+def archived(trace):
+    torch.save(Malice(trace), trace)
+    content = trace.read_bytes()
+    trace.unlink()
+    return content
+
+
+def header_of_a_pickle(trace):
+    content = pickled(trace)
+    return struct.pack("<Q", len(content)) + content
+
+
+@pytest.mark.parametrize("content", [pickled, archived, header_of_a_pickle])
+def test_code_in_the_place_of_tensors_is_refused(folder, trace, content):
+    (folder / PART).write_bytes(content(trace))
     seal(folder)
-    assert fault_of_folder(folder) is None
-    assert torch.equal(read_whole(folder, "state_dict")["state_dict"]["w"], STATE["state_dict"]["w"])
-    assert not trace.exists()
-
-
-@pytest.mark.parametrize("kind", ["itself", "within"])
-def test_code_in_the_metadata_is_refused(folder, trace, kind):
-    if kind == "itself":
-        (folder / ".metadata").write_bytes(pickle.dumps(Malice(trace)))
-        seal(folder)
-    else:
-        change_metadata(folder, lambda metadata: setattr(metadata, "planner_data", Malice(trace)))
-    trace.unlink(missing_ok=True)
-    for read in (read_metadata, lambda path: read_whole(path, "state_dict")):
-        with pytest.raises(
-            CheckpointError, match=r"last\.ckpt/\.metadata .*it refers to shard_folders\.touch"
-        ) as caught:
-            read(folder)
-        assert len(str(caught.value).splitlines()) == 1
-    assert not trace.exists()
-
-
-@pytest.mark.parametrize(
-    ("module", "name"),
-    [
-        ("torch.distributed.checkpoint.filesystem", "torch.utils._pytree.TreeSpec"),
-        ("torch.distributed.checkpoint.filesystem", "os.system"),
-        ("torch.distributed.checkpoint.metadata", "Metadata.__init__"),
-        ("torch.distributed.checkpoint.metadata", "os"),
-        ("torch.distributed.checkpoint.planner", "WriteItem"),
-        ("torch.distributed.elastic.agent.server.api", "WorkerSpec"),
-        ("torch", "load"),
-        ("torch", "float32.to_real"),
-        ("torch.serialization", "load"),
-        ("builtins", "getattr"),
-        ("builtins", "set"),
-        ("collections", "defaultdict"),
-        ("pathlib", "Path"),
-    ],
-)
-def test_any_other_name_is_refused(folder, module, name):
-    (folder / ".metadata").write_bytes(b"\x80\x04" + named(module, name) + b".")
-    with pytest.raises(CheckpointError, match=rf"it refers to {module}\.{name}, which no checkpoint needs"):
-        read_metadata(folder)
-
-
-def test_the_metadata_changes_nothing_of_pytorch(folder):
-    """Of each class that metadata names, and each object made from it, the pickle sets an attribute."""
-    attribute = text("__post_init__") + b"K\x01s"
-    names = globals_of((folder / ".metadata").read_bytes())
-    assert len(names) > 10
-    things = {name: getattr(importlib.import_module(name[0]), name[1]) for name in names}
-    before = {name: dict(vars(thing)) for name, thing in things.items() if hasattr(thing, "__dict__")}
-    for name in names:
-        for made in (named(*name), named(*name) + b")\x81", named(*name) + b")R", named(*name) + b"K\x00\x85R"):
-            for state in (b"}" + attribute, b"N}" + attribute + b"\x86"):
-                content = b"\x80\x04" + made + state + b"b."
-                (folder / ".metadata").write_bytes(content)
-                pickletools.dis(content, out=io.StringIO())  # it is well formed
-                with pytest.raises(CheckpointError):
-                    read_metadata(folder)
-    after = {name: dict(vars(thing)) for name, thing in things.items() if hasattr(thing, "__dict__")}
-    assert after == before
-    assert not any("__post_init__" in vars(member) for member in _MEM_FORMAT_ENCODING)
-
-
-@pytest.mark.parametrize("place", ["../secret", "/etc/hostname", "a/b"])
-def test_a_place_outside_of_the_folder_is_refused(folder, place):
-    def change(metadata):
-        for info in metadata.storage_data.values():
-            info.relative_path = place
-
-    change_metadata(folder, change)
-    with pytest.raises(CheckpointError, match="which is no plain file of the folder"):
-        read_whole(folder, "state_dict")
-
-
-def test_code_in_the_place_of_a_tensor_is_refused(folder, trace):
-    put_in_values(folder, trace)
     for read in (
         lambda: read_whole(folder, "state_dict"),
-        lambda: load_into({"optimizer_0": {"param_groups": [{"lr": 0.0}]}}, folder, no_dist=True),
+        lambda: load_into(zeros(), folder, VALUES_OF_STATE, no_dist=True),
     ):
-        with pytest.raises(CheckpointError, match=r"last\.ckpt is refused: it holds Python objects") as caught:
+        with pytest.raises(CheckpointError, match=r"last\.ckpt is not a sharded checkpoint \(") as caught:
             read()
         assert len(str(caught.value).splitlines()) == 1
     assert not trace.exists()
 
 
-def put_in_values(folder, trace):
-    (file,) = folder.glob("*.distcp")
-    torch.save(Malice(trace), trace)
-    bad = trace.read_bytes()
-    trace.unlink()
-    end = file.stat().st_size
-    file.write_bytes(file.read_bytes() + bad)
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda places: places["state_dict.w"].update(saved_offsets=[-1, 0]),
+        lambda places: places["state_dict.w"].update(saved_offsets=[1 << 40, 0]),
+        lambda places: places["state_dict.w"].update(saved_offsets=[0]),
+        lambda places: places["state_dict.w"].update(saved_offsets="/etc/hostname"),
+        lambda places: places.pop("state_dict.w") and None,
+        lambda places: "[]",
+        lambda places: "{not json",
+    ],
+    ids=["before", "far behind", "of another shape", "of another kind", "missing", "list", "no JSON"],
+)
+def test_places_that_cannot_be_are_refused(folder, change):
+    change_places(folder, change)
+    for read in (
+        lambda: read_whole(folder, "state_dict"),
+        lambda: load_into(zeros(), folder, VALUES_OF_STATE, no_dist=True),
+    ):
+        with pytest.raises(CheckpointError, match=r"last\.ckpt is not a sharded checkpoint \(") as caught:
+            read()
+        assert len(str(caught.value).splitlines()) == 1
 
-    def change(metadata):
-        for info in metadata.storage_data.values():
-            info.offset, info.length = end, len(bad)
 
-    change_metadata(folder, change)
+def test_a_part_that_is_missing_is_told(folder):
+    """Without its values memory would be read that was never filled."""
+    places = {"state_dict.w": {"saved_offsets": [3, 0]}}
+    save_file(
+        {"state_dict.w": torch.ones(1, 3)}, folder / "process-1.safetensors", {"DCP_SHARDING_INFO": json.dumps(places)}
+    )
+    seal(folder)
+    with pytest.raises(CheckpointError, match=r"parts of state_dict\.w are missing"):
+        read_whole(folder, "state_dict")
 
 
-def test_code_in_what_lightning_stores_is_refused(folder, trace):
+def test_code_in_all_other_values_is_refused(folder, trace):
     torch.save({"global_step": 1, "callbacks": Malice(trace)}, folder / "meta.pt")
     seal(folder)
-    with pytest.raises(CheckpointError, match=r"last\.ckpt/meta\.pt is refused: it holds Python objects"):
-        read_rest(folder)
+    with pytest.raises(CheckpointError, match=r"last\.ckpt is refused: it holds Python objects"):
+        read_checkpoint(folder)
     assert "is refused" in newest_good(folder.parent).faults[folder]
     assert not trace.exists()
 
 
+def older(folder, trace):
+    (folder / ".metadata").write_bytes(pickled(trace))
+
+
+def part(folder, trace):
+    (folder / PART).write_bytes(archived(trace))
+
+
+def rest(folder, trace):
+    torch.save({"global_step": 1, "callbacks": Malice(trace)}, folder / "meta.pt")
+
+
 @pytest.mark.parametrize("command", ["export", "generate"])
-@pytest.mark.parametrize("place", ["metadata", "values", "rest"])
-def test_commands_refuse_code_in_one_line(folder, trace, capsys, command, place):
-    if place == "metadata":
-        change_metadata(folder, lambda metadata: setattr(metadata, "planner_data", Malice(trace)))
-    elif place == "values":
-        put_in_values(folder, trace)
-    else:
-        torch.save({"global_step": 1, "callbacks": Malice(trace)}, folder / "meta.pt")
-        seal(folder)
-    trace.unlink(missing_ok=True)
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        (
+            older,
+            "is a sharded checkpoint of version 0.1.0.dev0, which is not read any more: resume it with that",
+        ),
+        (part, "is not a sharded checkpoint (SafetensorError: "),
+        (rest, "is refused: it holds Python objects"),
+    ],
+)
+def test_commands_refuse_code_in_one_line(folder, trace, capsys, command, place, words):
+    place(folder, trace)
+    seal(folder)
     with pytest.raises(SystemExit):
         main([command, "--ckpt_path", str(folder)])
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {folder}")
-    assert "refers to shard_folders.touch" in line or "is refused: it holds Python objects" in line
+    assert words in line
     assert not trace.exists()
 
 
 def test_every_file_of_a_folder_has_to_be_listed(tmp_path):
     folder = write_shards(tmp_path / "last.ckpt")
     assert fault_of_folder(folder) is None
-    (folder / "__1_0.distcp").write_bytes(b"x")
-    fault = "is refused: its SHA256SUMS does not list __1_0.distcp, which did not come with the checkpoint"
+    (folder / "process-1.safetensors").write_bytes(b"x")
+    fault = "is refused: its SHA256SUMS does not list process-1.safetensors, which did not come with the checkpoint"
     assert [fault_of_folder(folder, share, 2) for share in range(2)] == [fault, fault]
     assert newest_good(tmp_path) == (None, {folder: fault})
     seal(folder)
@@ -220,3 +178,11 @@ def test_every_file_of_a_folder_has_to_be_listed(tmp_path):
     assert fault_of_folder(folder) == "cannot be read (its SHA256SUMS)"
     (folder / "SHA256SUMS").unlink()
     assert fault_of_folder(folder) == "is incomplete (a folder of shards without SHA256SUMS)"
+
+
+@pytest.mark.parametrize("listed", ["../secret", "/etc/hostname", "a/b"])
+def test_a_place_outside_of_the_folder_is_not_read(folder, listed):
+    (folder.parent / "secret").write_text("x")
+    sums = folder / "SHA256SUMS"
+    sums.write_text(sums.read_text() + f"{'0' * 64}  {listed}\n")
+    assert fault_of_folder(folder) == f"is incomplete (a folder of shards without {listed})"

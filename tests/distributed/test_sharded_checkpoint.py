@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from scripts import run_python
 
 from revdeq_lightning.checkpoints.files import Found, fault_of_folder, newest_good
-from revdeq_lightning.checkpoints.sharded import METADATA, load_into, read_whole
+from revdeq_lightning.checkpoints.sharded import load_into, read_whole
 from revdeq_lightning.cli.language_inference import load_language_model
 from revdeq_lightning.cli.main import main
 from revdeq_lightning.errors import CheckpointError
@@ -65,7 +65,7 @@ def test_a_run_goes_on_with_another_strategy_as_if_never_stopped(slow, name):
 
 def test_a_folder_is_whole_and_leaves_nothing_beside_it(fast):
     checkpoint = fast / "folder_2.ckpt"
-    files = [METADATA, "SHA256SUMS", "__0_0.distcp", "__1_0.distcp", "meta.pt"]
+    files = ["SHA256SUMS", "meta.pt", "process-0.safetensors", "process-1.safetensors"]
     assert sorted(p.name for p in checkpoint.iterdir()) == files
     assert not [p.name for p in fast.iterdir() if p.name.startswith(".")]
 
@@ -110,9 +110,10 @@ def test_all_of_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path):
     calls = [(call, path) for _, call, path in calls]
     named = calls.index(("rename", "last.ckpt"))
     sealed = calls.index(("sync", ".last.ckpt.part/SHA256SUMS"))
-    assert sealed < calls.index(("sync", ".last.ckpt.part")) < named < calls.index(("sync", "."), named)
-    for name in (METADATA, "meta.pt", "__0_0.distcp", "__1_0.distcp"):
-        assert calls.index(("sync", f".last.ckpt.part/{name}")) < sealed
+    assert sealed < calls.index(("sync", ".last.ckpt.part"), sealed) < named < calls.index(("sync", "."), named)
+    assert calls.index(("rename", ".last.ckpt.part/meta.pt")) < sealed  # of itself: tests/checkpoints/test_replacing.py
+    for rank in range(2):
+        assert calls.index(("sync", f".last.ckpt.part/process-{rank}.safetensors")) < sealed
 
 
 @pytest.mark.slow
@@ -135,7 +136,8 @@ def refused(tmp_path_factory):
 MISFIT = "the checkpoint does not fit the model"
 REFUSALS = {
     "code": r"bad\.ckpt/meta\.pt is refused: it holds Python objects",
-    "metadata": r"bad\.ckpt/\.metadata is not the metadata of a checkpoint .*: it refers to shard_folders\.touch",
+    "part": r"bad\.ckpt is not a sharded checkpoint \(SafetensorError: ",
+    "older": r"bad\.ckpt is a sharded checkpoint of version 0\.1\.0\.dev0, .*sharded_checkpoints=false",
     "unsealed": r"bad\.ckpt is incomplete \(a folder of shards without SHA256SUMS\): go on from .*last\.ckpt",
     "wider": rf"{MISFIT}: it needs state_dict\.\S+ of shape \(.*32.*\), \S+bad\.ckpt holds",
     "larger": rf"{MISFIT}: it needs state_dict\.\S+layers\.2\.\S+ of shape .*, \S+bad\.ckpt has none",
@@ -192,14 +194,14 @@ def checkpoint(fast, tmp_path):
 )
 def test_another_model_is_told_in_one_line(checkpoint, state, words):
     with pytest.raises(CheckpointError, match=words) as caught:
-        load_into(state, checkpoint, no_dist=True)
+        load_into(state, checkpoint, {}, no_dist=True)
     assert "\n" not in str(caught.value)
 
 
 def test_a_truncated_file_is_told_in_one_line(checkpoint):
-    file = checkpoint / "__1_0.distcp"
+    file = checkpoint / "process-1.safetensors"
     os.truncate(file, file.stat().st_size // 2)
-    with pytest.raises(CheckpointError, match=r"copy\.ckpt .* truncated one \(.*\), as process 0 found") as caught:
+    with pytest.raises(CheckpointError, match=r"copy\.ckpt is not a sharded checkpoint \(SafetensorError: ") as caught:
         read_whole(checkpoint, "state_dict", "optimizer_0")
     assert "\n" not in str(caught.value)
 
@@ -210,11 +212,11 @@ def test_its_checksums_are_those_of_sha256sum(checkpoint):
     )
     assert result.returncode == 0, result.stderr
     assert sorted(result.stdout.splitlines()) == [
-        f"{name}: OK" for name in (METADATA, "__0_0.distcp", "__1_0.distcp", "meta.pt")
+        f"{name}: OK" for name in ("meta.pt", "process-0.safetensors", "process-1.safetensors")
     ]
 
 
-@pytest.mark.parametrize("name", [METADATA, "__0_0.distcp", "__1_0.distcp", "meta.pt"])
+@pytest.mark.parametrize("name", ["meta.pt", "process-0.safetensors", "process-1.safetensors"])
 def test_one_changed_bit_is_found_and_another_checkpoint_named(fast, checkpoint, name):
     good = shutil.copytree(fast / "folder_2.ckpt", checkpoint.parent / "step-5.ckpt")
     last = checkpoint.rename(checkpoint.parent / "last.ckpt")
@@ -230,16 +232,16 @@ def test_one_changed_bit_is_found_and_another_checkpoint_named(fast, checkpoint,
 @pytest.mark.parametrize("rank", [0, 1])
 def test_all_processes_refuse_what_one_of_them_found(fast, rank):
     text = (fast / f"damaged-fsdp2_2-{rank}.txt").read_text()
-    assert text == f"{fast}/alone/damaged.ckpt is damaged (the checksum of __1_0.distcp does not match)"
+    assert text == f"{fast}/alone/damaged.ckpt is damaged (the checksum of process-1.safetensors does not match)"
 
 
 def test_a_missing_file_is_named(checkpoint):
-    (checkpoint / "__1_0.distcp").unlink()
-    assert fault_of_folder(checkpoint) == "is incomplete (a folder of shards without __1_0.distcp)"
+    (checkpoint / "process-1.safetensors").unlink()
+    assert fault_of_folder(checkpoint) == "is incomplete (a folder of shards without process-1.safetensors)"
 
 
 def test_a_folder_that_is_no_checkpoint_is_told(tmp_path, capsys):
     (tmp_path / "empty.ckpt").mkdir()
     with pytest.raises(SystemExit):
         main(["export", "--ckpt_path", str(tmp_path / "empty.ckpt")])
-    assert "empty.ckpt is incomplete (a folder of shards without .metadata)" in capsys.readouterr().err
+    assert "empty.ckpt is incomplete (a folder of shards without meta.pt)" in capsys.readouterr().err

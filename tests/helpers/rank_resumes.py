@@ -76,7 +76,7 @@ def main(folder, names):
         start, (strategy, ranks) = name.split("-")[0], name.split("-")[1].split("_")
         if start == "damaged":
             path = Path(shutil.copytree(folder / "folder_2.ckpt", folder / "alone/damaged.ckpt"))
-            damage(path, "__1_0.distcp")
+            damage(path, "process-1.safetensors")
             run_group(int(ranks), functools.partial(refuse, folder, name, strategy, int(ranks), path))
             continue
         checkpoint = folder / f"{start}.ckpt"

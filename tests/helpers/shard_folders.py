@@ -1,14 +1,16 @@
-"""Folders of shards, written by PyTorch in this process, and what may happen to them."""
+"""Folders of shards, written by this process, and what may happen to them."""
 
-import pickle
-import warnings
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.state_dict_saver import save
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from revdeq_lightning.checkpoints.files import SUMS, checksums, write_checksums
+from revdeq_lightning.checkpoints.files import checksums, write_checksums
+from revdeq_lightning.checkpoints.names import SUMS
+from revdeq_lightning.checkpoints.sharded import VALUES, other_values, write_part
 
 STATE = {
     "state_dict": {"w": torch.arange(6.0).reshape(2, 3), "n": torch.tensor(7)},
@@ -18,10 +20,9 @@ STATE = {
 
 def write_shards(folder: Path, step: int = 1) -> Path:
     """A checkpoint of this step, sealed."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that no other process takes part
-        save(STATE, checkpoint_id=folder, no_dist=True)
-    torch.save({"global_step": step, "loops": {}}, folder / "meta.pt")
+    folder.mkdir(exist_ok=True)
+    write_part(STATE, folder, 0)
+    torch.save({"global_step": step, "loops": {}, VALUES: other_values(STATE)}, folder / "meta.pt")
     seal(folder)
     return folder
 
@@ -31,24 +32,25 @@ def seal(folder: Path) -> None:
     write_checksums(folder, checksums(path for path in folder.iterdir() if path.name != SUMS))
 
 
-def change_metadata(folder: Path, change: Any) -> None:
-    """Let `change` do something to the metadata as PyTorch reads it."""
-    metadata = pickle.loads((folder / ".metadata").read_bytes())
-    change(metadata)
-    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+def change_places(folder: Path, change: Any) -> None:
+    """Let `change` do something to what the file of the first process says of its tensors' places; sealed."""
+    path = folder / "process-0.safetensors"
+    with safe_open(path, "pt") as file:
+        places = json.loads(file.metadata()["DCP_SHARDING_INFO"])
+    changed = change(places)
+    save_file(load_file(path), path, {"DCP_SHARDING_INFO": changed if isinstance(changed, str) else json.dumps(places)})
     seal(folder)
 
 
 class Malice:
-    """Unpickling it creates a file, and goes on with another object."""
+    """Unpickling it creates a file."""
 
-    def __init__(self, path: Path, then: Any = None) -> None:
-        self.path, self.then = path, then
+    def __init__(self, path: Path) -> None:
+        self.path = path
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return touch, (str(self.path), self.then)
+        return touch, (str(self.path),)
 
 
-def touch(path: str, then: Any) -> Any:
+def touch(path: str) -> None:
     Path(path).touch()
-    return then

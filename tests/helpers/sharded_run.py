@@ -13,6 +13,7 @@ import errno
 import io
 import json
 import os
+import pickle
 import shutil
 import signal
 import sys
@@ -23,10 +24,10 @@ from pathlib import Path
 
 import torch
 from process_groups import run_group
-from shard_folders import Malice, change_metadata, seal
+from shard_folders import Malice, seal
 from tiny_command import run, tiny_config
 
-from revdeq_lightning.checkpoints.files import SUMS
+from revdeq_lightning.checkpoints.names import SUMS
 
 OPTIONS = (
     *("--config", "configs/trainer/fsdp2.yaml", "--trainer.accelerator=cpu", "--trainer.devices=1"),
@@ -43,7 +44,7 @@ def fill_disk() -> None:
         name = os.readlink(f"/proc/self/fd/{descriptor}")
         if ".last.ckpt.part/" in name:
             written.append(Path(name).name)
-            if written.count("__0_0.distcp") == 2 and "full" not in written:
+            if written.count("process-0.safetensors") == 2 and "full" not in written:
                 written.append("full")
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         sync(descriptor)
@@ -122,7 +123,8 @@ def switch(folder: Path, *options: object) -> None:
 
 WITHIN = {
     "code": lambda bad, trace: (torch.save({"global_step": 1, "loops": Malice(trace)}, bad / "meta.pt"), seal(bad)),
-    "metadata": lambda bad, trace: change_metadata(bad, lambda m: setattr(m, "planner_data", Malice(trace))),
+    "part": lambda bad, trace: (torch.save(Malice(trace), bad / "process-0.safetensors"), seal(bad)),
+    "older": lambda bad, trace: (bad / ".metadata").write_bytes(pickle.dumps(Malice(trace))),
     "unsealed": lambda bad, trace: (bad / SUMS).unlink(),
 }
 OTHER_MODELS = {
