@@ -11,7 +11,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from revdeq_lightning.data.images.module import ImageDataModule
 from revdeq_lightning.data.images.store import ImageBatch
-from revdeq_lightning.data.text.windows import IGNORE_INDEX
+from revdeq_lightning.data.loading.sampler import IGNORE_INDEX
 from revdeq_lightning.equilibrium import EquilibriumLayer
 from revdeq_lightning.models import ClassifierConfig
 from revdeq_lightning.models.build import SolverConfig, build_image_classifier, plain

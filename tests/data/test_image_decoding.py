@@ -8,7 +8,7 @@ from PIL import Image
 from torchvision.transforms import v2 as transforms
 
 from revdeq_lightning.data.images.module import ImageDataModule, preprocess_files
-from revdeq_lightning.data.text.windows import IGNORE_INDEX
+from revdeq_lightning.data.loading.sampler import IGNORE_INDEX
 
 
 @pytest.fixture(scope="module")

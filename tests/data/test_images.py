@@ -17,7 +17,7 @@ from recorded_fit import SaveAt
 
 from revdeq_lightning.data.images import preparation as image_preparation
 from revdeq_lightning.data.images.module import AugmentationConfig, ImageDataModule
-from revdeq_lightning.data.text.windows import IGNORE_INDEX
+from revdeq_lightning.data.loading.sampler import IGNORE_INDEX
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec:FutureWarning")
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -312,7 +312,7 @@ def test_resuming_in_another_order_warns_and_with_other_classes_fails(module, tm
     state = module().state_dict() | {"position": {"epoch": 0, "batch": 1}}
     other = module(seed=7, batch_size=2, max_train_images=20)
     other.load_state_dict(json.loads(json.dumps(state)))
-    changes = r"seed 0 -> 7, num_images 30 -> 20, image_checksum .*, global_batch_size 4 -> 2\).* images may come twice"
+    changes = r"seed 0 -> 7, num_images 30 -> 20, image_checksum .*, global_batch_size 4 -> 2\).* images may occur"
     with pytest.warns(UserWarning, match=changes):
         other.train_dataloader()
     animals = make_folder(tmp_path / "animals", {"train": 4}, classes=("ant", "bee", "cow"))
@@ -345,7 +345,7 @@ def test_resuming_with_other_images_of_the_same_number_warns(
     if not (root / target).exists():
         (root / source).unlink()
     (root / target).write_bytes(content)
-    with pytest.warns(UserWarning, match=rf"trained on, or its order, changed .*{changes} \w{{8}} -> \w{{8}}[,)]"):
+    with pytest.warns(UserWarning, match=rf"training data or its order changed .*{changes} \w{{8}} -> \w{{8}}[,)]"):
         resume(state)
     state["order"] = {key: value for key, value in state["order"].items() if not key.endswith("_checksum")}
     resume(state)  # of before there were checksums
@@ -402,7 +402,7 @@ def test_a_command_line_builds_it_from_yaml(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"source": "web"}, 'source must be one of digits, cifar10, .*, got "web"'),
+        ({"source": "web"}, "source must be one of 'digits', 'cifar10', .*, got 'web'"),
         ({"source": "digits", "path": "x"}, "source \"digits\" takes no path, got 'x'"),
         ({"source": "huggingface"}, 'source "huggingface" needs a path, got None'),
         (
@@ -414,12 +414,12 @@ def test_a_command_line_builds_it_from_yaml(tmp_path, monkeypatch):
         ({"num_workers": -1}, "num_workers must be at least 0, got -1"),
         ({"seed": -1}, "seed must be at least 0, got -1"),
         ({"max_train_images": 0}, "max_train_images must be at least 1, got 0"),
-        ({"validation_fraction": 1.0}, "validation_fraction must lie in .* got 1.0"),
-        ({"crop_fraction": 1.5}, "crop_fraction must lie in .* got 1.5"),
-        ({"channels": 4}, r"channels must be 1 \(grey\) or 3 \(RGB\), got 4"),
+        ({"validation_fraction": 1.0}, "validation_fraction must be in .* got 1.0"),
+        ({"crop_fraction": 1.5}, "crop_fraction must be in .* got 1.5"),
+        ({"channels": 4}, "channels must be one of None, 1, 3, got 4: 1 is gray, 3 RGB"),
         ({"mean": [0.5]}, r"mean and std belong together, got mean \[0.5\] and std None"),
-        ({"mean": [0.5], "std": [0.0]}, r"std must be positive, got \[0.0\]"),
-        ({"undecodable": "ignore"}, 'undecodable must be one of raise, skip, got "ignore"'),
+        ({"mean": [0.5], "std": [0.0]}, r"std must be in \(0, inf\), got 0.0"),
+        ({"undecodable": "ignore"}, "undecodable must be one of 'raise', 'skip', got 'ignore'"),
         (
             {"augmentation": AugmentationConfig(crop_padding=16)},
             "crop_padding must be smaller than .* 16 pixels, got 16",

@@ -133,8 +133,8 @@ def test_workers_persist_over_epochs_until_closed():
     ("arguments", "message"),
     [
         ({"num_items": 5, "batch_size": 3, "world_size": 2}, "batch_size 3 on 2 rank.* needs 6 items, the data has 5"),
-        ({"num_items": 5, "batch_size": 0}, "at least 1, got 0 and 5"),
-        ({"num_items": 5, "batch_size": 1, "rank": 2, "world_size": 2}, "rank 2 of 2"),
+        ({"num_items": 5, "batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"num_items": 5, "batch_size": 1, "rank": 2, "world_size": 2}, r"rank must be in \[0, 2\), got 2"),
     ],
 )
 def test_sizes_that_cannot_work_are_refused(arguments, message):

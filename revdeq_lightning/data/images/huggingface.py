@@ -9,7 +9,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from numpy.typing import NDArray
 
 from revdeq_lightning.data.images.tables import AbstractImageReader, Content, ImageCollection, ImageSource, ImageTable
-from revdeq_lightning.data.text.sources import SPLITS, huggingface_key, load_huggingface
+from revdeq_lightning.data.loading.base import SPLITS
+from revdeq_lightning.data.loading.files import huggingface_key, load_huggingface
 
 
 class HuggingFaceReader(AbstractImageReader):
@@ -41,9 +42,7 @@ def open_huggingface(path: str, name: str | None, image_column: str | None, labe
 
 
 def _open(path: str, name: str | None, image_column: str | None, label_column: str | None) -> ImageCollection:
-    loaded = load_huggingface(Path(path), path, name)
-    if "train" not in loaded:
-        raise ValueError(f'{path} has the splits {sorted(loaded)}, "train" is not among them.')
+    loaded = load_huggingface(path, name)
     features = loaded["train"].features
     image_column = _column(path, features, "image_column", image_column, "Image")
     label_column = _column(path, features, "label_column", label_column, "ClassLabel")

@@ -1,6 +1,7 @@
 """Images for classifiers: decoded once or by workers, augmented on the device, in a reproducible, resumable order."""
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -30,9 +31,9 @@ from revdeq_lightning.data.images.preparation import ImageData, prepare_decoding
 from revdeq_lightning.data.images.sources import IMAGE_SOURCES, open_image_source, split_images
 from revdeq_lightning.data.images.store import DecodedImages, ImageBatch, PreparedImages
 from revdeq_lightning.data.images.tables import ImageCollection
-from revdeq_lightning.data.loading.base import AbstractDataModule, check_at_least, check_choice
+from revdeq_lightning.data.loading.base import AbstractDataModule
 from revdeq_lightning.data.loading.sampler import ResumableLoader, shuffled
-from revdeq_lightning.data.text.sources import SPLITS
+from revdeq_lightning.equilibrium.validation import require_choice, require_count, require_in_range
 from revdeq_lightning.errors import CheckpointError
 
 __all__ = ["AugmentationConfig", "ImageBatch", "ImageDataModule", "find_images", "preprocess_files"]
@@ -123,20 +124,21 @@ class ImageDataModule(AbstractDataModule):
         self.augmentation = replace(augmentation)  # a copy
         self.save_hyperparameters(ignore="augmentation")
         self.save_hyperparameters({"augmentation": asdict(self.augmentation)})
-        check_choice("source", source, IMAGE_SOURCES)
-        check_choice("undecodable", undecodable, UNDECODABLE)
-        check_at_least(_LEAST, self.hparams)
-        _check_path(source, path, dataset_name or image_column or label_column)
-        if not 0 <= validation_fraction < 1:
-            raise ValueError(f"validation_fraction must lie in 0 ... 1 (1 excluded), got {validation_fraction}.")
-        if crop_fraction is not None and not 0 < crop_fraction <= 1:
-            raise ValueError(f"crop_fraction must lie in 0 ... 1 (0 excluded), got {crop_fraction}.")
-        if channels not in (None, 1, 3):
-            raise ValueError(f"channels must be 1 (grey) or 3 (RGB), got {channels}.")
+        require_choice("source", source, IMAGE_SOURCES)
+        require_choice("undecodable", undecodable, UNDECODABLE)
+        require_choice("channels", channels, (None, 1, 3), "1 is gray, 3 RGB")
+        for name in ("image_size", "batch_size", "max_train_images", "max_eval_images"):
+            if self.hparams[name] is not None:
+                require_count(name, self.hparams[name])
+        for name in ("num_workers", "seed", "split_seed"):
+            require_count(name, self.hparams[name], at_least=0)
+        require_in_range("validation_fraction", validation_fraction, "[0, 1)")
+        require_in_range("crop_fraction", 1 if crop_fraction is None else crop_fraction, "(0, 1]")
         if (mean is None) != (std is None):
             raise ValueError(f"mean and std belong together, got mean {mean} and std {std}.")
-        if std is not None and min(std) <= 0:
-            raise ValueError(f"std must be positive, got {std}.")
+        for value in std or ():
+            require_in_range("std", value, "(0, inf)")
+        _check_path(source, path, dataset_name or image_column or label_column)
         if self.augmentation.crop_padding >= image_size:
             raise ValueError(
                 f"crop_padding must be smaller than the image of {image_size} pixels, got "
@@ -164,11 +166,6 @@ class ImageDataModule(AbstractDataModule):
         """Side of the square that the model sees."""
         size: int = self.hparams["image_size"]
         return size
-
-    @property
-    def splits(self) -> tuple[str, ...]:
-        """The splits that have images, of "train", "validation" and "test"."""
-        return tuple(split for split in SPLITS if split in self._prepared().datasets)
 
     def num_images(self, split: str) -> int:
         """Images of a split."""
@@ -289,16 +286,12 @@ class ImageDataModule(AbstractDataModule):
             return data._replace(mean=list(known[0]), std=list(known[1]))
         return data
 
+    def _by_split(self) -> Mapping[str, PreparedImages | DecodedImages]:
+        return self._prepared().datasets
+
     def _dataset(self, split: str) -> PreparedImages | DecodedImages:
-        check_choice("split", split, SPLITS)
-        dataset = self._prepared().datasets.get(split)
-        if dataset is None:
-            advice = "set validation_fraction above 0, or " if split == "validation" else ""
-            raise ValueError(
-                f"{self._described()} has no {split} split: {advice}add one to the data, or do without "
-                "(trainer.limit_val_batches=0 trains without validation)."
-            )
-        return dataset
+        advice = "set validation_fraction above 0" if split == "validation" else "add one to the data"
+        return self._of_split(self._by_split(), split, advice)
 
     def _evaluation_loader(self, split: str) -> ResumableLoader:
         dataset = self._dataset(split)
@@ -315,15 +308,6 @@ class ImageDataModule(AbstractDataModule):
 
 _SOURCE = ("dataset_name", "image_column", "label_column", "download")
 _SPLITTING = ("validation_fraction", "split_seed", "max_train_images", "max_eval_images")
-_LEAST = {
-    "image_size": 1,
-    "batch_size": 1,
-    "num_workers": 0,
-    "seed": 0,
-    "split_seed": 0,
-    "max_train_images": 1,
-    "max_eval_images": 1,
-}
 
 
 def _check_path(source: str, path: str | None, dataset_options: str | None) -> None:

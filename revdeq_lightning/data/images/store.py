@@ -20,8 +20,7 @@ from revdeq_lightning.data.images.decoding import (
 from revdeq_lightning.data.images.keyed_random import uniform
 from revdeq_lightning.data.images.tables import ImageTable
 from revdeq_lightning.data.loading.array_cache import StoredArray
-from revdeq_lightning.data.loading.sampler import PADDING
-from revdeq_lightning.data.text.windows import IGNORE_INDEX
+from revdeq_lightning.data.loading.sampler import IGNORE_INDEX, PADDING
 
 
 class ImageBatch(NamedTuple):

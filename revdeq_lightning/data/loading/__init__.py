@@ -1,1 +1,1 @@
-"""What all data modules share: batches in a resumable order, and arrays cached on disk."""
+"""What text and images share: batches in a resumable order, sources of files, and arrays cached on disk."""

@@ -38,25 +38,25 @@ class StoredArray:
 
 
 class ArrayCache(NamedTuple):
-    """Arrays by name, and what was stored with them (plain containers)."""
+    """Arrays by name, and plain containers that were stored with them."""
 
     arrays: dict[str, StoredArray]
     metadata: dict[str, Any]
 
     def checksum(self, name: str) -> str:
-        """CRC-32 of an array's content, which was compared when it was opened."""
+        """CRC-32 of an array's content, verified when the file was opened."""
         return f"{self.metadata['checksums'][name]:08x}"
 
 
 def load_or_build(path: Path, build: Callable[[], tuple[dict[str, NDArray[Any]], dict[str, Any]]]) -> ArrayCache:
     """Read the arrays from `path`, or build and store them there.
 
-    Of several processes one builds while the others wait. The file appears whole or not at all (written beside, synced,
-    renamed); a damaged one is reported and built anew.
+    One process builds while the others wait. The file appears whole or not at all (written beside, synced, renamed); a
+    damaged one is reported and built again.
 
     Args:
         path: The file. Its name must identify the content.
-        build: Gives the arrays (uint8, uint16, uint32 or int64) and metadata that JSON can hold.
+        build: Returns the arrays (uint8, uint16, uint32 or int64) and metadata that JSON can hold.
     """
     if (cache := _read(path)) is not None:
         return cache
@@ -103,6 +103,6 @@ def _read(path: Path, quiet: bool = False) -> ArrayCache | None:
         intact = False
     if not intact:
         if not quiet:
-            warnings.warn(f"the stored data {path} is damaged: it is built anew.", stacklevel=3)
+            warnings.warn(f"the stored data {path} is damaged: it is built again.", stacklevel=3)
         return None
     return ArrayCache(arrays, metadata)

@@ -1,10 +1,10 @@
-"""What every DataModule shares: loaders in a reproducible order, and a position to resume from."""
+"""The base of all data modules: loaders in a reproducible order, and a position to resume from."""
 
 import hashlib
 import json
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from lightning import LightningDataModule
@@ -13,14 +13,17 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from revdeq_lightning.data.loading.sampler import ResumableBatchSampler, ResumableLoader
+from revdeq_lightning.equilibrium.validation import require_choice
 from revdeq_lightning.errors import CheckpointError
+
+SPLITS = ("train", "validation", "test")
+Split = TypeVar("Split")
 
 
 class AbstractDataModule(LightningDataModule):
     """Loaders split over the ranks; a checkpoint holds the position of the first batch not yet trained.
 
-    Needs the hyper-parameters `batch_size` and `num_workers`. Implementations say on what the order of training depends
-    (`_order_settings`), what is prepared (`_prepared`) and how a split is read once (`_evaluation_loader`).
+    Needs the hyperparameters `batch_size` and `num_workers`.
     """
 
     _items: str
@@ -33,25 +36,50 @@ class AbstractDataModule(LightningDataModule):
         self._resumed: dict[str, Any] = {}
         self._shared_batch_size: int | None = None
 
+    @abstractmethod
+    def _prepared(self) -> Any:
+        """The data: prepared by the first call, found by later ones."""
+
+    @abstractmethod
+    def _by_split(self) -> Mapping[str, Any]:
+        """The prepared data of the splits that exist."""
+
+    @abstractmethod
+    def _evaluation_loader(self, split: str) -> ResumableLoader:
+        """All of a split once, in order."""
+
+    @abstractmethod
+    def _order_settings(self) -> dict[str, Any]:
+        """What the training order depends on besides the global batch size, and checksums of the training data.
+
+        Plain containers; only checksums that need no further pass over the data.
+        """
+
     def prepare_data(self) -> None:
-        """Download and prepare, or find that it has been done."""
         self._prepared()
 
     def setup(self, stage: str) -> None:
-        """Open what was prepared."""
         self._prepared()
 
     def val_dataloader(self) -> ResumableLoader:
-        """The whole validation split once, in order."""
         return self._evaluation_loader("validation")
 
     def test_dataloader(self) -> ResumableLoader:
-        """The whole test split once, in order."""
         return self._evaluation_loader("test")
 
     def predict_dataloader(self) -> ResumableLoader:
-        """The whole test split once, in order."""
         return self._evaluation_loader("test")
+
+    def teardown(self, stage: str) -> None:
+        self._close_loaders()
+
+    def on_exception(self, exception: BaseException) -> None:  # Lightning does not call `teardown` then
+        self._close_loaders()
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits that exist, of "train", "validation" and "test". Prepares the data if necessary."""
+        return tuple(split for split in SPLITS if split in self._by_split())
 
     def state_dict(self) -> dict[str, Any]:
         """Position of the first batch not yet trained, and what the order depends on; plain containers."""
@@ -61,43 +89,29 @@ class AbstractDataModule(LightningDataModule):
         return {"position": position, "order": order, "world_size": world_size}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue at this position; on another number of processes with the same batches, shared out anew.
+        """Continue at this position. Another number of processes shares the same global batches.
 
         Raises:
-            CheckpointError: If the batches cannot be shared among so many.
+            CheckpointError: If the number of processes does not divide the global batch.
         """
         self._resumed = dict(state_dict) if state_dict["position"] else {}
         if self._resumed:
-            self._share_out_anew(state_dict)
-        if self._resumed and self._train_loader:
-            self._train_loader.load_state_dict(self._resumed["position"])
-
-    def teardown(self, stage: str) -> None:
-        """End the workers."""
-        self._close_loaders()
-
-    def on_exception(self, exception: BaseException) -> None:
-        """End the workers: after an exception Lightning does not call `teardown`."""
-        self._close_loaders()
+            self._keep_global_batch(state_dict)
+            if self._train_loader:
+                self._train_loader.load_state_dict(self._resumed["position"])
 
     def __str__(self) -> str:
         # Lightning's own would run through every batch of a loader that is not a DataLoader.
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.hparams.items())})"
 
-    @abstractmethod
-    def _prepared(self) -> Any:
-        """The data: prepared at the first call, found at later ones."""
-
-    @abstractmethod
-    def _evaluation_loader(self, split: str) -> ResumableLoader:
-        """All of a split once, in order."""
-
-    @abstractmethod
-    def _order_settings(self) -> dict[str, Any]:
-        """What the order of training depends on besides the global batch size, and checksums of what is trained on.
-
-        Plain containers; the checksums are those that cost no other pass over the data.
-        """
+    def _of_split(self, by_split: Mapping[str, Split], split: str, advice: str) -> Split:
+        require_choice("split", split, SPLITS)
+        if split not in by_split:
+            raise ValueError(
+                f"the data (source {self.hparams['source']!r}, path {self.hparams['path']!r}) has no {split} split: "
+                f"{advice}, or do without (trainer.limit_val_batches=0 trains without validation)."
+            )
+        return by_split[split]
 
     def _training_loader(
         self, dataset: Dataset[Any], num_items: int, order: Callable[[int], NDArray[np.int64]]
@@ -142,12 +156,12 @@ class AbstractDataModule(LightningDataModule):
         size: int = self._shared_batch_size or self.hparams["batch_size"]
         return size
 
-    def _share_out_anew(self, state: dict[str, Any]) -> None:
-        """Keep the global batch if nothing but the number of processes changed."""
+    def _keep_global_batch(self, state: dict[str, Any]) -> None:
+        """Change the batch of each process if nothing but the number of processes changed."""
         world_size, then = self._rank_and_world_size()[1], state.get("world_size")
         global_batch_size, own = state["order"]["global_batch_size"], self.hparams["batch_size"]
         if then in (None, world_size) or own * then != global_batch_size:
-            return  # as before, or with another batch_size, which `_warn_if_other_order` tells
+            return  # as before, or with another batch_size, of which `_warn_if_other_order` warns
         share, rest = divmod(global_batch_size, world_size)
         if rest:
             raise CheckpointError(
@@ -158,7 +172,7 @@ class AbstractDataModule(LightningDataModule):
         if self._train_loader and share != self._batch_size:
             raise CheckpointError(
                 f"the checkpoint was trained on {then} processes, these are {world_size}: with this strategy the batch "
-                f"must be shared out by hand, data.batch_size={share}"
+                f"must be shared by hand, data.batch_size={share}"
             )
         self._shared_batch_size = share
         rank_zero_warn(
@@ -168,7 +182,6 @@ class AbstractDataModule(LightningDataModule):
         )
 
     def _rank_and_world_size(self) -> tuple[int, int]:
-        """Among the processes that share the data: under tensor parallelism fewer than there are ranks."""
         shares = self.trainer.distributed_sampler_kwargs if self.trainer else None
         return (shares["rank"], shares["num_replicas"]) if shares else (0, 1)
 
@@ -178,23 +191,10 @@ class AbstractDataModule(LightningDataModule):
         changed = [f"{name} {then[name]} -> {now[name]}" for name in now if name in then and now[name] != then[name]]
         if changed:
             rank_zero_warn(
-                f"what is trained on, or its order, changed since the checkpoint ({', '.join(changed)}): within this "
-                f"epoch {self._items} may come twice or not at all; to continue exactly, use the checkpoint's data and "
-                "values."
+                f"the training data or its order changed since the checkpoint ({', '.join(changed)}): within this "
+                f"epoch {self._items} may occur twice or not at all; to continue exactly, use the checkpoint's data "
+                "and values."
             )
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raise a ValueError that names the choices."""
-    if value not in choices:
-        raise ValueError(f'{name} must be one of {", ".join(choices)}, got "{value}".')
-
-
-def check_at_least(least: dict[str, int], values: Mapping[str, Any]) -> None:
-    """Raise a ValueError for the first value that is given and too small."""
-    for name, bound in least.items():
-        if values[name] is not None and values[name] < bound:
-            raise ValueError(f"{name} must be at least {bound}, got {values[name]}.")
 
 
 def digest(content: Any) -> str:

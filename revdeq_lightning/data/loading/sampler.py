@@ -9,9 +9,13 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from revdeq_lightning.data.loading.workers import leave_signals_to_main_process
+from revdeq_lightning.equilibrium.validation import require_count, require_in_range
 
 PADDING = -1
-"""Index that stands for no item: the dataset answers it with an item that is ignored in losses and metrics."""
+"""Index that stands for no item: the dataset answers it with an item that losses and metrics ignore."""
+
+IGNORE_INDEX = -100
+"""Target of a position or an item that has none: no loss and no metric counts it."""
 
 
 def random_bits(count: int, seed: int, epoch: int) -> NDArray[np.uint64]:
@@ -35,16 +39,13 @@ class ResumableBatchSampler(Sampler[list[int]]):
     consecutive shares of it. So the ranks never share an item, and one process with batch G sees the same batches.
 
     Args:
-        num_items: Number of items in an epoch, the length of `order(epoch)`.
+        num_items: Items of an epoch, the length of `order(epoch)`.
         batch_size: Items per rank.
-        order: Indices of one epoch in the order of use, a pure function of the epoch. None: `0 ... num_items - 1`.
+        order: Indices of one epoch, a pure function of the epoch. None: `0 ... num_items - 1`.
         rank: This process.
-        world_size: Number of processes that share the items.
+        world_size: Processes that share the items.
         drop_last: True (training): only whole global batches. False (evaluation): every item exactly once; the last
             batch may be smaller, and is filled with `PADDING` until it divides among the ranks. Never wraps around.
-
-    Raises:
-        ValueError: If a size is not positive, the rank does not exist, or no whole batch fits into the items.
     """
 
     def __init__(
@@ -57,10 +58,9 @@ class ResumableBatchSampler(Sampler[list[int]]):
         world_size: int = 1,
         drop_last: bool = True,
     ) -> None:
-        if batch_size < 1 or num_items < 1:
-            raise ValueError(f"batch_size and number of items must be at least 1, got {batch_size} and {num_items}.")
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank must lie in 0 ... world_size - 1, got rank {rank} of {world_size}.")
+        require_count("batch_size", batch_size)
+        require_count("the number of items", num_items)
+        require_in_range("rank", rank, f"[0, {world_size})")
         if drop_last and num_items < batch_size * world_size:
             raise ValueError(
                 f"batch_size {batch_size} on {world_size} rank(s) needs {batch_size * world_size} items, the data has "
@@ -70,24 +70,20 @@ class ResumableBatchSampler(Sampler[list[int]]):
         self.rank, self.world_size, self.drop_last = rank, world_size, drop_last
         self.epoch, self.start_batch = 0, 0
 
-    @property
-    def global_batch_size(self) -> int:
-        """Items that all ranks together use per batch."""
-        return self.batch_size * self.world_size
-
     def set_position(self, epoch: int, batch: int) -> None:
         """Let the next iteration begin with batch `batch` of epoch `epoch`."""
         self.epoch, self.start_batch = epoch, batch
 
     def __len__(self) -> int:
         """Batches of a whole epoch, wherever the next iteration begins (what Lightning expects of a resumed loader)."""
-        size = self.global_batch_size
+        size = self.batch_size * self.world_size
         return self.num_items // size if self.drop_last else -(-self.num_items // size)
 
     def __iter__(self) -> Iterator[list[int]]:
         order = np.arange(self.num_items) if self.order is None else self.order(self.epoch)
+        size = self.batch_size * self.world_size
         for batch in range(self.start_batch, len(self)):
-            indices = order[batch * self.global_batch_size : (batch + 1) * self.global_batch_size]
+            indices = order[batch * size : (batch + 1) * size]
             indices = np.pad(indices, (0, -len(indices) % self.world_size), constant_values=PADDING)
             share = len(indices) // self.world_size
             yield indices[self.rank * share : (self.rank + 1) * share].tolist()
@@ -96,9 +92,9 @@ class ResumableBatchSampler(Sampler[list[int]]):
 def training_position(trainer: Any) -> tuple[int, int]:
     """(epoch, batch) of the first batch that `trainer.fit` has not trained yet.
 
-    Derived from Lightning's count of all trained batches: batches that workers fetched ahead do not count, nor one
-    whose step failed. Lightning's epoch counter is of no use, it skips an epoch when a run with `max_steps` resumes
-    from a checkpoint saved in `on_train_epoch_end`.
+    Derived from Lightning's count of all trained batches, which leaves out batches that workers fetched ahead and one
+    whose step failed. Lightning's epoch counter skips an epoch when a run with `max_steps` resumes from a checkpoint
+    saved in `on_train_epoch_end`.
     """
     num_trained = trainer.fit_loop.epoch_loop.batch_progress.total.processed
     epoch, batch = divmod(num_trained, max(1, trainer.num_training_batches))
@@ -108,8 +104,7 @@ def training_position(trainer: Any) -> tuple[int, int]:
 class ResumableLoader:
     """A DataLoader whose next iteration begins at a saved position.
 
-    Not a `DataLoader` itself, so that Lightning takes it as it is: neither its sampler is replaced under DDP, nor its
-    order touched by `set_epoch`. Batches are made by `dataset[list_of_indices]`.
+    Not a `DataLoader` itself, so that Lightning neither replaces its sampler under DDP nor calls `set_epoch`.
 
     During `trainer.fit` the position follows from Lightning's own counters (`training_position`), so that it can never
     disagree with them. Outside, each whole iteration advances the epoch by one.
@@ -117,7 +112,7 @@ class ResumableLoader:
     No iteration draws from the global random state, so that restoring that state in mid-epoch is exact.
 
     Args:
-        dataset: Maps a list of indices (which may hold `PADDING`) to a batch. Must pickle if workers are spawned.
+        dataset: `dataset[list of indices]` is a batch; the indices may hold `PADDING`.
         batch_sampler: Which indices, in which order.
         num_workers: Processes that make batches ahead of time; they live until `close`, or as long as the loader.
         pin_memory: Put batches into page-locked memory (for CUDA).

@@ -1,4 +1,4 @@
-"""Processes that load data leave signals to the process that trains."""
+"""Data-loading processes leave signals to the process that trains."""
 
 import os
 import signal
@@ -6,13 +6,13 @@ import threading
 
 
 def leave_signals_to_main_process(worker: int) -> None:
-    """For workers that load data: a scheduler, and Ctrl-C, signal every process, and the last step needs the data.
+    """Ignore the signals that a scheduler or Ctrl-C sends to every process: the last step still needs the data.
 
-    They end when the process that trains ends them: by SIGTERM, too, if that comes from their parent.
+    A worker ends when the training process ends it, also by a SIGTERM of its own.
     """
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # who sent a signal, macOS does not tell: there SIGTERM ends a worker at once
+    if hasattr(signal, "sigwaitinfo"):  # macOS does not tell who sent a signal: there SIGTERM ends a worker at once
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
 

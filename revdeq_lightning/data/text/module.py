@@ -9,9 +9,9 @@ from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
 
 from revdeq_lightning.data.loading.array_cache import ArrayCache, StoredArray, load_or_build
-from revdeq_lightning.data.loading.base import AbstractDataModule, check_at_least, check_choice, digest
+from revdeq_lightning.data.loading.base import AbstractDataModule, digest
 from revdeq_lightning.data.loading.sampler import ResumableLoader
-from revdeq_lightning.data.text.sources import SOURCES, SPLITS, TextSource, open_source
+from revdeq_lightning.data.text.sources import SOURCES, TextSource, open_source
 from revdeq_lightning.data.text.tokenizers import (
     AbstractTokenizer,
     build_tokenizer,
@@ -20,6 +20,7 @@ from revdeq_lightning.data.text.tokenizers import (
     tokenizer_key,
 )
 from revdeq_lightning.data.text.windows import WINDOW_ORDERS, TokenWindows, count_windows, window_starts
+from revdeq_lightning.equilibrium.validation import require_choice, require_count, require_in_range
 from revdeq_lightning.errors import CheckpointError
 
 _CACHE_FORMAT = 1
@@ -31,8 +32,7 @@ class SplitStatistics(NamedTuple):
     Attributes:
         num_tokens: Predicted tokens.
         num_bytes: UTF-8 bytes of the predicted text.
-        num_words: Words of the predicted text as WikiText counts them: parts between white space, and one end-of-line
-            token per newline.
+        num_words: As WikiText counts them: parts between white space, and one end-of-line token per newline.
     """
 
     num_tokens: int
@@ -43,36 +43,35 @@ class SplitStatistics(NamedTuple):
 class TextDataModule(AbstractDataModule):
     """Next-token prediction on text: (tokens, targets) of shape `(batch, context_length)`, targets shifted by one.
 
-    The order of training is a function of seed and epoch alone, split over the ranks without overlap, and a run
-    resumed from any checkpoint continues with the batch after the last trained one. Evaluation predicts every
-    token of a split but the first exactly once; with several ranks some windows hold nothing but `IGNORE_INDEX`, and so
-    may a whole batch.
+    The training order is a function of seed and epoch alone, split over the ranks without overlap; a run resumed from
+    any checkpoint continues with the batch after the last trained one. Evaluation predicts every token of a split but
+    the first exactly once; with several ranks some windows, or a whole batch, hold nothing but `IGNORE_INDEX`.
 
     Args:
         source: "python" (source code of this Python's standard library, about 12 MB), "files" or "huggingface".
         path: For "files" a text file, a folder, or a list of them, in UTF-8, concatenated. For "huggingface" the
-            data set (`Salesforce/wikitext`), or a local folder with its parquet files or its `save_to_disk` copy.
+            dataset (`Salesforce/wikitext`), or a local folder with its parquet files or its `save_to_disk` copy.
         dataset_name: For "huggingface" the configuration (`wikitext-103-v1`).
         validation_path: For "files" the validation text. With it or `test_path` the fractions are not used.
         test_path: For "files" the test text.
-        tokenizer: "bytes", "characters", "bpe" (byte-level, learnt here), "gpt2", or the path of a tokenizer.json.
-        bpe_vocab_size: Tokens that "bpe" learns (fewer if the text has no more), the 256 bytes included.
+        tokenizer: "bytes", "characters", "bpe" (byte-level, learned here), "gpt2", or the path of a tokenizer.json.
+        bpe_vocab_size: Tokens that "bpe" learns (fewer if the text has no more), including the 256 bytes.
         pad_vocab_size_to_multiple: Rounds `vocab_size` up (64: GPT-2's 50257 becomes 50304). Padding ids mean no text.
         context_length: Tokens that a window predicts.
         batch_size: Windows per rank and step.
         window_order: "shuffled" (each token about once an epoch) or "random" (independent positions, as in nanoGPT).
-        validation_fraction: Of a text that comes in one piece, the part before the test part (0.1 with
-            `test_fraction` 0: the last tenth). Of "python", the approximate fraction of the files. 0: no such split.
+        validation_fraction: Of a text in one piece, the part before the test part (0.1 with `test_fraction` 0: the
+            last tenth). Of "python", the approximate fraction of the files. 0: no such split.
         test_fraction: Likewise, the last part.
-        max_train_bytes: Cuts the training text after so many bytes. None: all of it.
+        max_train_bytes: Cuts the training text after this many bytes. None: all of it.
         max_eval_bytes: Likewise for validation and test, each.
         num_workers: Processes per rank that load batches. 0 is fast enough for text.
-        seed: Of the order of training, not negative.
+        seed: Of the training order, not negative.
         cache_dir: Folder of the tokenized texts.
 
     Raises:
-        ValueError: If an argument is out of range, or the text does not fit it.
-        FileNotFoundError, ConnectionError: If the text or the tokenizer is not to be had.
+        ValueError: If an argument is out of range or does not fit the text.
+        FileNotFoundError, ConnectionError: If the text or the tokenizer cannot be found.
     """
 
     _items = "windows"
@@ -100,13 +99,20 @@ class TextDataModule(AbstractDataModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        check_choice("source", source, SOURCES)
-        check_choice("window_order", window_order, WINDOW_ORDERS)
+        require_choice("source", source, SOURCES)
+        require_choice("window_order", window_order, WINDOW_ORDERS)
         check_tokenizer_name(tokenizer)
-        check_at_least(_LEAST, self.hparams)
-        if min(validation_fraction, test_fraction) < 0 or validation_fraction + test_fraction >= 1:
+        for name in ("context_length", "batch_size", "pad_vocab_size_to_multiple", "max_train_bytes", "max_eval_bytes"):
+            if self.hparams[name] is not None:
+                require_count(name, self.hparams[name])
+        require_count("num_workers", num_workers, at_least=0)
+        require_count("seed", seed, at_least=0)
+        require_count("bpe_vocab_size", bpe_vocab_size, at_least=257)
+        require_in_range("validation_fraction", validation_fraction, "[0, 1)")
+        require_in_range("test_fraction", test_fraction, "[0, 1)")
+        if validation_fraction + test_fraction >= 1:
             raise ValueError(
-                "validation_fraction and test_fraction must not be negative and must leave something to train on, "
+                "validation_fraction and test_fraction must leave something to train on, "
                 f"got {validation_fraction} and {test_fraction}."
             )
         if (path is None) != (source == "python"):
@@ -119,26 +125,20 @@ class TextDataModule(AbstractDataModule):
 
     @property
     def tokenizer(self) -> AbstractTokenizer:
-        """The tokenizer. Prepares the data if need be."""
+        """The tokenizer. Prepares the data if necessary."""
         if self._tokenizer is None:
             self._tokenizer = tokenizer_from_state(self.tokenizer_state())
         return self._tokenizer
 
     def tokenizer_state(self) -> dict[str, str]:
-        """The tokenizer as plain containers, for `tokenizers.tokenizer_from_state`."""
-        state: dict[str, str] = self._prepared().metadata["tokenizer"]
-        return state
+        """The tokenizer as plain containers, for `tokenizer_from_state`."""
+        return dict(self._prepared().metadata["tokenizer"])
 
     @property
     def vocab_size(self) -> int:
-        """Tokens of the vocabulary, rounded up to `pad_vocab_size_to_multiple`. Prepares the data if need be."""
+        """Size of the vocabulary, rounded up to `pad_vocab_size_to_multiple`. Prepares the data if necessary."""
         multiple: int = self.hparams["pad_vocab_size_to_multiple"]
         return -(-self.tokenizer.vocab_size // multiple) * multiple
-
-    @property
-    def splits(self) -> tuple[str, ...]:
-        """The splits that have text, of "train", "validation" and "test"."""
-        return tuple(split for split in SPLITS if split in self._prepared().arrays)
 
     def split_statistics(self, split: str) -> SplitStatistics:
         """Tokens, bytes and words that the evaluation of the split predicts."""
@@ -146,13 +146,12 @@ class TextDataModule(AbstractDataModule):
         return SplitStatistics(**self._prepared().metadata["statistics"][split])
 
     def setup(self, stage: str) -> None:
-        """Open the tokens; fail before training, not at its first evaluation, where the text is too short."""
+        # A text that is too short fails here, not at the first evaluation.
         self._tokens("train", at_least=self.hparams["context_length"] + 1)
         for split in self.splits:
             self._tokens(split, at_least=2)
 
     def train_dataloader(self) -> ResumableLoader:
-        """Batches in the order of `window_order`; only whole ones."""
         context_length = self.hparams["context_length"]
         tokens = self._tokens("train", at_least=context_length + 1)
         sizes = {"num_tokens": len(tokens), "context_length": context_length}
@@ -160,18 +159,12 @@ class TextDataModule(AbstractDataModule):
         return self._training_loader(TokenWindows(tokens, context_length), count_windows(**sizes), order)
 
     def state_dict(self) -> dict[str, Any]:
-        """Position of the first batch not yet trained, and what the order depends on; plain containers."""
         return super().state_dict() | {"tokenizer": digest(self.tokenizer_state())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue at this position.
-
-        Raises:
-            CheckpointError: If the state belongs to a run with another vocabulary.
-        """
         if state_dict["tokenizer"] != digest(self.tokenizer_state()):
             raise CheckpointError(
-                "the checkpoint was trained with another vocabulary than this data has "
+                "the checkpoint was trained with another vocabulary than this data's "
                 f'(tokenizer="{self.hparams["tokenizer"]}", {self.tokenizer.vocab_size} tokens): use the data settings '
                 "of that run, or store its tokenizer_state() as JSON and give the file's path as tokenizer."
             )
@@ -180,27 +173,24 @@ class TextDataModule(AbstractDataModule):
     def _prepared(self) -> ArrayCache:
         if self._cache is None:
             hparams = self.hparams
-            check_tokenizer_name(hparams["tokenizer"])
             source = open_source(**{name: hparams[name] for name in _SOURCE_ARGUMENTS})
             settings = {name: hparams[name] for name in _CONTENT_ARGUMENTS}
             key = digest([_CACHE_FORMAT, source.key, tokenizer_key(hparams["tokenizer"]), settings])
-            path = (
-                Path(hparams["cache_dir"]) / f"{hparams['source']}-{Path(hparams['tokenizer']).stem}-{key}.safetensors"
-            )
+            file = f"{hparams['source']}-{Path(hparams['tokenizer']).stem}-{key}.safetensors"
+            path = Path(hparams["cache_dir"], file)
             self._cache = load_or_build(path, partial(self._tokenize, source, path))
         return self._cache
+
+    def _by_split(self) -> dict[str, StoredArray]:
+        return self._prepared().arrays
 
     def _tokenize(self, source: TextSource, path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
         rank_zero_info(f"Tokenizing the text into {path} (once) ...")
         limits = {"train": self.hparams["max_train_bytes"]}
-        texts = {
-            s: _first_bytes(text, limits.get(s, self.hparams["max_eval_bytes"])) for s, text in source.read().items()
-        }
-        tokenizer = build_tokenizer(
-            self.hparams["tokenizer"],
-            bpe_vocab_size=self.hparams["bpe_vocab_size"],
-            training_text=lambda: texts["train"],
-        )
+        limit = self.hparams["max_eval_bytes"]
+        texts = {split: _first_bytes(text, limits.get(split, limit)) for split, text in source.read().items()}
+        name, size = self.hparams["tokenizer"], self.hparams["bpe_vocab_size"]
+        tokenizer = build_tokenizer(name, bpe_vocab_size=size, training_text=lambda: texts["train"])
         dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
         arrays, statistics = {}, {}
         for split, text in texts.items():
@@ -213,13 +203,7 @@ class TextDataModule(AbstractDataModule):
         return arrays, {"tokenizer": tokenizer.state(), "statistics": statistics}
 
     def _tokens(self, split: str, at_least: int) -> StoredArray:
-        check_choice("split", split, SPLITS)
-        tokens = self._prepared().arrays.get(split)
-        if tokens is None:
-            raise ValueError(
-                f"this text has no {split} split: set {split}_fraction above 0 (or {split}_path), "
-                f"or do without (trainer.limit_val_batches=0 trains without validation)."
-            )
+        tokens = self._of_split(self._by_split(), split, f"set {split}_fraction above 0 (or {split}_path)")
         if len(tokens) < at_least:
             raise ValueError(
                 f"the {split} text has {len(tokens)} tokens, a window needs {at_least}: use more text, a larger "
@@ -241,19 +225,9 @@ class TextDataModule(AbstractDataModule):
         return settings | {"num_tokens": len(prepared.arrays["train"]), "token_checksum": prepared.checksum("train")}
 
 
-_PATHS = ("path", "dataset_name", "validation_path", "test_path")
-_SOURCE_ARGUMENTS = ("source", *_PATHS, "validation_fraction", "test_fraction")
-_CONTENT_ARGUMENTS = ("bpe_vocab_size", "validation_fraction", "test_fraction", "max_train_bytes", "max_eval_bytes")
-_LEAST = {
-    "context_length": 1,
-    "batch_size": 1,
-    "num_workers": 0,
-    "seed": 0,
-    "bpe_vocab_size": 257,
-    "pad_vocab_size_to_multiple": 1,
-    "max_train_bytes": 1,
-    "max_eval_bytes": 1,
-}
+_FRACTIONS = ("validation_fraction", "test_fraction")
+_SOURCE_ARGUMENTS = ("source", "path", "dataset_name", "validation_path", "test_path", *_FRACTIONS)
+_CONTENT_ARGUMENTS = ("bpe_vocab_size", *_FRACTIONS, "max_train_bytes", "max_eval_bytes")
 
 
 def _first_bytes(text: str, limit: int | None) -> str:

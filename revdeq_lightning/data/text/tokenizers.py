@@ -1,26 +1,25 @@
-"""Tokenizers: text to token ids and back, each described by plain containers.
+"""Tokenizers, each described by plain containers; `decode(encode(text)) == text` for every text that one accepts."""
 
-`decode(encode(text)) == text` for every text that a tokenizer accepts.
-"""
-
-import hashlib
 import json
 import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import override
+
+from revdeq_lightning.data.loading.files import content_key, hub_is_reachable
 
 TOKENIZERS = ("bytes", "characters", "bpe", "gpt2")
 _GPT2_REPOSITORY = "openai-community/gpt2"
 
 
 class AbstractTokenizer(ABC):
-    """What the data and the generation need of a tokenizer."""
+    """Text to token ids and back."""
 
     vocab_size: int
 
@@ -50,7 +49,7 @@ class AbstractTokenizer(ABC):
         beyond = array[(array < 0) | (array >= self.vocab_size)]
         if beyond.size:
             raise ValueError(
-                f"token id {beyond[0]} is beyond the {self.vocab_size} tokens of the vocabulary (from 0): "
+                f"token id {beyond[0]} is not one of the {self.vocab_size} tokens of the vocabulary (from 0): "
                 "use the tokenizer that made the ids, and do not sample ids that only pad the vocabulary."
             )
         return array
@@ -75,11 +74,7 @@ class ByteTokenizer(AbstractTokenizer):
 
 
 class CharacterTokenizer(AbstractTokenizer):
-    """One token per Unicode character, for the characters of the training text only.
-
-    Raises:
-        ValueError: In `encode`, if the text holds a character that the training text does not have.
-    """
+    """One token per Unicode character; characters that the training text does not have are an error in `encode`."""
 
     def __init__(self, characters: str) -> None:
         self.characters = "".join(sorted(set(characters)))
@@ -115,7 +110,7 @@ class BytePairTokenizer(AbstractTokenizer):
         definition: JSON of the `tokenizers` library.
 
     Raises:
-        ValueError: If the definition is not a byte-level BPE that gives every text back unchanged.
+        ValueError: If the definition is not a byte-level BPE that reproduces every text.
     """
 
     def __init__(self, definition: str) -> None:
@@ -140,18 +135,16 @@ class BytePairTokenizer(AbstractTokenizer):
             reproduced = None
         if reproduced != _ALL_KINDS:
             raise ValueError(
-                "this tokenizer does not give a text back unchanged, so it has no bits per byte: use a byte-level BPE "
+                "this tokenizer does not reproduce a text exactly, so it has no bits per byte: use a byte-level BPE "
                 'without normalizer (GPT-2\'s, or tokenizer="bpe").'
             )
 
     @classmethod
     def train(cls, text: str, vocab_size: int) -> "BytePairTokenizer":
         """Learn merges from `text` until the vocabulary has `vocab_size` tokens (fewer if the text has no more)."""
-        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+        from tokenizers import models, pre_tokenizers, trainers
 
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer = _byte_level(models.BPE())
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
         tokenizer.train_from_iterator(_pieces(text), trainer)
@@ -176,11 +169,7 @@ class BytePairTokenizer(AbstractTokenizer):
 
 
 def tokenizer_from_state(state: dict[str, str]) -> AbstractTokenizer:
-    """The tokenizer that `state()` described.
-
-    Raises:
-        ValueError: If the state is of no known kind.
-    """
+    """The tokenizer that `state()` described."""
     match state:
         case {"kind": "bytes"}:
             return ByteTokenizer()
@@ -195,13 +184,13 @@ def build_tokenizer(name: str, *, bpe_vocab_size: int, training_text: Callable[[
     """Build the tokenizer that a configuration names.
 
     Args:
-        name: "bytes", "characters" or "bpe" (both learnt from the training text), "gpt2" (from the hub or its
+        name: "bytes", "characters" or "bpe" (both learned from the training text), "gpt2" (from the hub or its
             cache), or the path of a `tokenizer.json`, or of a folder with it or with `vocab.json` and `merges.txt`.
-        bpe_vocab_size: Tokens that "bpe" learns, the 256 bytes included.
-        training_text: Gives the text of the training split.
+        bpe_vocab_size: Tokens that "bpe" learns, including the 256 bytes.
+        training_text: Returns the text of the training split.
 
     Raises:
-        ConnectionError: If GPT-2's files are neither stored nor to be had from the hub.
+        ConnectionError: If GPT-2's files are neither stored nor can be downloaded.
         ValueError, FileNotFoundError: If there is no such tokenizer.
     """
     check_tokenizer_name(name)
@@ -213,7 +202,7 @@ def build_tokenizer(name: str, *, bpe_vocab_size: int, training_text: Callable[[
         case "bpe":
             return BytePairTokenizer.train(training_text(), bpe_vocab_size)
         case "gpt2":
-            return BytePairTokenizer(Path(_download_gpt2()).read_text(encoding="utf-8"))
+            return _tokenizer_from_path(Path(_download_gpt2()))
     return _tokenizer_from_path(Path(name))
 
 
@@ -224,26 +213,12 @@ def check_tokenizer_name(name: str) -> None:
 
 
 def tokenizer_key(name: str) -> str:
-    """What makes tokenizers of the same name differ: the content of the files, if `name` is a path."""
+    """Distinguishes tokenizers of the same name: the content of the files, if `name` is a path."""
     if name in TOKENIZERS:
         return name
     path = Path(name)
-    files = [path] if path.is_file() else [f for n in _FILES if (f := path / n).is_file()]
-    return hashlib.sha256(b"\0".join(f.read_bytes() for f in files)).hexdigest()
-
-
-def hub_is_reachable() -> bool:
-    """One quick request: the hub's own client needs 23 s of retries to find that there is no network."""
-    import huggingface_hub
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE:
-        return False
-    try:
-        huggingface_hub.get_session().head(constants.ENDPOINT, timeout=5)
-    except Exception:  # whatever the HTTP library raises, there was no answer
-        return False
-    return True
+    files = [path] if path.is_file() else [path / file for file in ("tokenizer.json", "vocab.json", "merges.txt")]
+    return content_key(path.parent, (str(file.relative_to(path.parent)) for file in files if file.is_file()))
 
 
 def _download_gpt2() -> str:
@@ -261,11 +236,8 @@ def _download_gpt2() -> str:
     )
 
 
-_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
-
-
 def _tokenizer_from_path(path: Path) -> AbstractTokenizer:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import models
 
     definition = path / "tokenizer.json" if path.is_dir() else path
     if definition.is_file():
@@ -280,17 +252,23 @@ def _tokenizer_from_path(path: Path) -> AbstractTokenizer:
     vocab, merges = path / "vocab.json", path / "merges.txt"
     if not (vocab.is_file() and merges.is_file()):
         raise FileNotFoundError(f"{path} holds neither tokenizer.json nor vocab.json and merges.txt.")
-    tokenizer = Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
+    return BytePairTokenizer(_byte_level(models.BPE.from_file(str(vocab), str(merges))).to_str())
+
+
+def _byte_level(model: Any) -> Any:
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+
+    tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return BytePairTokenizer(tokenizer.to_str())
+    return tokenizer
 
 
 def _code_points(text: str) -> NDArray[np.uint32]:
     return np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
 
 
-# Between a letter or digit and a line end every byte-level pre-tokenizer cuts, so cutting there changes no token.
+# Every byte-level pre-tokenizer cuts between a letter or digit and a line end, so cutting there changes no token.
 _CUT = re.compile(r"(?<=[^\W_])(?=\n)")
 
 
@@ -304,7 +282,7 @@ def _pieces(text: str, min_characters: int = 1 << 18) -> Iterator[str]:
 
 
 def _byte_characters() -> dict[str, int]:
-    """GPT-2's table: printable bytes stand for themselves, the others for the characters from U+0100 on."""
+    """GPT-2's table: printable bytes are their own characters, the others those from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
@@ -312,8 +290,8 @@ def _byte_characters() -> dict[str, int]:
 
 _BYTE_OF = _byte_characters()
 _ALL_KINDS = " Some  words, 12 \n\n\tÄe\u0301\u00a0\u6f22\U0001f642 \r\n"
-# The library's threads do not survive a fork: a forked child must tokenize alone or it hangs. The library sees to
-# that itself, but with a warning in each DataLoader worker, although those never tokenize.
+# The library's threads do not survive a fork: a forked child must tokenize without them or it hangs. The library
+# ensures that itself, but with a warning in each DataLoader worker, although those never tokenize.
 if "TOKENIZERS_PARALLELISM" not in os.environ and hasattr(os, "register_at_fork"):
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     os.register_at_fork(after_in_child=lambda: os.environ.update(TOKENIZERS_PARALLELISM="false"))

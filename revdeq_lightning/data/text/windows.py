@@ -9,10 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from revdeq_lightning.data.loading.array_cache import StoredArray
-from revdeq_lightning.data.loading.sampler import PADDING, random_bits, shuffled
-
-IGNORE_INDEX = -100
-"""Target of a position that has none: no loss and no metric counts it."""
+from revdeq_lightning.data.loading.sampler import IGNORE_INDEX, PADDING, random_bits, shuffled
 
 WINDOW_ORDERS = ("shuffled", "random")
 
@@ -25,7 +22,7 @@ class TextBatch(NamedTuple):
 
 
 class TokenWindows(Dataset[TextBatch]):
-    """Maps a list of first positions to a batch of windows; what lies outside the text is not predicted."""
+    """Maps a list of first positions to a batch of windows; positions outside the text are not predicted."""
 
     def __init__(self, tokens: StoredArray, context_length: int) -> None:
         self.tokens, self.context_length = tokens, context_length
@@ -52,7 +49,7 @@ def window_starts(epoch: int, *, num_tokens: int, context_length: int, seed: int
     """First positions of the training windows of one epoch, a pure function of its arguments.
 
     Args:
-        epoch: Number of the epoch.
+        epoch: From 0.
         num_tokens: Length of the text, at least `context_length + 1`.
         context_length: Predicted tokens per window.
         seed: Not negative.
