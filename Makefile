@@ -22,7 +22,7 @@ NAME ?=
 SMALL ?=
 FIT = $(TASK) fit --config $(or $(CONFIG),configs/lm/wikitext103.yaml) --config $(TRAINER) $(ARGS)
 
-.PHONY: help setup train-lm train-cifar train-imagenet generate notebooks test test-slow lint format typecheck bench bench-quick bench-core bench-lm bench-image bench-image-block bench-cifar bench-quality bench-callbacks bench-faults bench-scaling submit train-nodes bench-pairs clean
+.PHONY: help setup train-lm train-cifar train-imagenet generate notebooks docs test test-slow lint format typecheck bench bench-quick bench-core bench-lm bench-image bench-image-block bench-cifar bench-quality bench-callbacks bench-faults bench-scaling submit train-nodes bench-pairs clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,6 +57,10 @@ generate: $(READY)  ## Continue a text: CKPT=runs/lm/NAME/DATE/checkpoints/best.
 
 notebooks: $(READY)  ## Execute the notebooks anew; SMALL=1: compute less, leave the files alone
 	@$(RUN) notebooks/execute.py $(if $(SMALL),--small) $(ARGS)
+
+# Not --quiet, which keeps --strict from counting the warnings.
+docs: $(READY)  ## Build the documentation into site/; a broken link or a missing reference is an error
+	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
 # One process a core, one thread each: many small tensors gain nothing from threads.
 test: $(READY)  ## Run the tests: ARGS="-k golden"
@@ -116,4 +120,4 @@ bench-pairs: $(READY)  ## Every solver with every adjoint: gradient, evaluations
 	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.pairs $(ARGS)
 
 clean:  ## Remove the virtual environment and caches (never runs/)
-	@rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+	@rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build site *.egg-info

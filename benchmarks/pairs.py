@@ -39,7 +39,7 @@ from revdeq_lightning.equilibrium import (
 )
 from tests.helpers.blocks import AttentionBlock
 
-PAGE = Path(__file__).parent / "solvers_and_adjoints.md"
+PAGE = Path(__file__).parents[1] / "docs" / "solvers-and-adjoints.md"
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 EVALUATIONS = 16
 MEASURED = ("residual", "largest", "error_bptt", "error_fixed_point", "forward", "backward", "products", "mib")

@@ -134,7 +134,7 @@ def test_tensorboard_has_the_numbers(language, image):
 @pytest.fixture(scope="module")
 def dashboard():
     """The script of the dashboard, and its template."""
-    path = Path("configs/wandb/dashboard.py")
+    path = Path("examples/wandb/dashboard.py")
     specification = importlib.util.spec_from_file_location("dashboard", path)
     script = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(script)
@@ -173,7 +173,7 @@ def test_w_and_bs_library_serialises_the_dashboard(dashboard, records):
 
 
 def test_the_picture_of_the_dashboard_is_drawn_from_run_folders(language, image, tmp_path):
-    command = [sys.executable, "configs/wandb/dashboard.py", "--picture", tmp_path / "out.png", language, image]
+    command = [sys.executable, "examples/wandb/dashboard.py", "--picture", tmp_path / "out.png", language, image]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     with Image.open(tmp_path / "out.png") as drawn:

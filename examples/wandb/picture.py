@@ -1,4 +1,4 @@
-"""The dashboard's panels, drawn from the folders of runs by Matplotlib: what to expect, not what W&B looks like."""
+"""Draw the panels of the dashboard with Matplotlib from run folders. W&B itself looks different."""
 
 import csv
 import json
@@ -15,7 +15,7 @@ STYLES = ("-", "--", ":", "-.", (0, (1, 1)))
 
 
 def draw(template: dict[str, Any], runs: list[Path], path: Path) -> None:
-    """Every section as rows of three panels; a panel that no run has data for stays empty, as it does there."""
+    """Draw each section as rows of three panels; a panel without data stays empty, as in W&B."""
     sections = template["sections"]
     rows = [math.ceil(len(section["panels"]) / COLUMNS) for section in sections]
     canvas = Figure(figsize=(5 * COLUMNS, 2.5 * sum(rows) + 0.45 * len(rows)), layout="constrained")
@@ -41,7 +41,7 @@ def draw(template: dict[str, Any], runs: list[Path], path: Path) -> None:
 
 
 def show(axis: Any, settings: dict[str, Any], run: Path, color: str) -> bool:
-    """Draw what this run has; whether it has any."""
+    """Draw what this run has, and return whether it has anything."""
     if "lines" in settings:
         return lines(axis, settings, run, color)
     if "chart" in settings:
@@ -52,7 +52,7 @@ def show(axis: Any, settings: dict[str, Any], run: Path, color: str) -> bool:
 
 
 def lines(axis: Any, settings: dict[str, Any], run: Path, color: str) -> bool:
-    """Columns of `metrics.csv` over the steps."""
+    """Draw columns of `metrics.csv` over the steps."""
     shown = False
     for key, style in zip(settings["lines"], STYLES, strict=False):
         points = [(int(row["step"]), float(row[key])) for row in read(run / "metrics.csv") if row.get(key)]
@@ -75,7 +75,7 @@ def lines(axis: Any, settings: dict[str, Any], run: Path, color: str) -> bool:
 
 
 def chart(axis: Any, key: str, run: Path, color: str) -> bool:
-    """The newest curves, the older the paler."""
+    """Draw the newest curves, older ones paler."""
     if key == "equilibrium/residual_curve":
         rows, x, y = read(run / "residual_curve.csv"), "evaluation", "relative_residual"
         rows = [row for row in rows if row["solve"] == "1"]
@@ -95,7 +95,7 @@ def chart(axis: Any, key: str, run: Path, color: str) -> bool:
 
 
 def table(axis: Any, key: str, run: Path) -> bool:
-    """The newest sample, or the rows of the newest sweep; of one run."""
+    """Write the newest samples, or the rows of the newest sweep, of one run."""
     if axis.texts:
         return True
     if key == "samples/text":
@@ -115,7 +115,7 @@ def table(axis: Any, key: str, run: Path) -> bool:
 
 
 def picture(axis: Any, run: Path) -> bool:
-    """The newest sheet of images."""
+    """Show the newest sheet of images."""
     sheets = sorted((run / "samples").glob("*.png"))
     if sheets:
         axis.imshow(imread(sheets[-1]))
@@ -124,7 +124,7 @@ def picture(axis: Any, run: Path) -> bool:
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    """Rows of a CSV file, none where it is not there."""
+    """Read the rows of a CSV file; none if it does not exist."""
     if not path.is_file():
         return []
     with path.open(newline="") as file:

@@ -1,8 +1,8 @@
-"""The dashboard of `dashboard.yaml`: into W&B, as JSON, or as a picture.
+"""Put the dashboard of `configs/wandb/dashboard.yaml` into a W&B project, or draw it.
 
-    python configs/wandb/dashboard.py --entity NAME --project revdeq     save it as a view of the project (needs a key)
-    python configs/wandb/dashboard.py --json                             print what would be saved
-    python configs/wandb/dashboard.py --picture FILE RUN [RUN ...]       draw its panels from run folders, without W&B
+    python examples/wandb/dashboard.py --entity NAME --project revdeq     save it as a view of the project (needs a key)
+    python examples/wandb/dashboard.py --json                             print what would be saved
+    python examples/wandb/dashboard.py --picture FILE RUN [RUN ...]       draw its panels from run folders, without W&B
 
 The first two need W&B's library: pip install '.[dashboard]'.
 """
@@ -15,13 +15,13 @@ from typing import Any
 
 import yaml
 
-TEMPLATE = Path(__file__).with_name("dashboard.yaml")
+TEMPLATE = Path(__file__).resolve().parents[2] / "configs" / "wandb" / "dashboard.yaml"
 X_AXIS = "trainer/global_step"
 COLUMNS = 3
 
 
 def workspace(template: dict[str, Any], entity: str, project: str) -> Any:
-    """The template as W&B's library knows it."""
+    """Convert the template to W&B's own objects."""
     import wandb_workspaces.workspaces as ws
 
     sections = [
@@ -38,7 +38,7 @@ def workspace(template: dict[str, Any], entity: str, project: str) -> Any:
 
 
 def panel(settings: dict[str, Any]) -> Any:
-    """One panel.
+    """Convert one panel.
 
     Raises:
         ValueError: If it is of no known kind.
@@ -64,7 +64,7 @@ def panel(settings: dict[str, Any]) -> Any:
 
 
 def keys(template: dict[str, Any]) -> dict[str, list[str]]:
-    """What the panels show, by their kind."""
+    """Logged keys that the panels show, by the kind of panel."""
     found: dict[str, list[str]] = {"lines": [], "chart": [], "table": [], "pictures": []}
     for section in template["sections"]:
         for settings in section["panels"]:
@@ -75,7 +75,7 @@ def keys(template: dict[str, Any]) -> dict[str, list[str]]:
 
 
 def main() -> None:
-    """Save, print or draw."""
+    """Save, print or draw the dashboard."""
     description, epilog = (__doc__ or "").split("\n", 1)
     parser = argparse.ArgumentParser(
         description=description, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -98,7 +98,7 @@ def main() -> None:
     except ImportError:
         sys.exit("error: W&B's library is needed: pip install '.[dashboard]'")
     if not (arguments.json or arguments.entity):
-        parser.error("whose project? --entity NAME (or --json to print the view)")
+        parser.error("the owner of the project is missing: --entity NAME (or --json to print the view)")
     made = workspace(template, arguments.entity or "entity", arguments.project)
     if arguments.json:
         return print(json.dumps(made._spec, indent=1))
