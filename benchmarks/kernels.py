@@ -70,15 +70,15 @@ def kernels(case: Case, device: str) -> dict[tuple[str, str], Kernel]:
     recurrence = ReversibleSolver(beta=case.beta).recurrence
     a, _, b = recurrence
     value, z = (torch.randn(case.shape, device=device) for _ in range(2))
-    eager, compiled = ExactArithmetic(), ExactArithmetic(compiled=True)
+    eager, compiled = ExactArithmetic(recurrence), ExactArithmetic(recurrence, compiled=True)
     state, current = eager.encode(z), eager.encode(value)
-    remainders = eager.remainders(state, recurrence)
+    remainders = eager.remainders(state)
     digits = torch.zeros_like(state)
     g_current, g_previous = (torch.randn_like(state) for _ in range(2))
 
     def update_and_inverse(arithmetic: ExactArithmetic) -> None:
-        following = arithmetic.advance_(state, current, value, recurrence, remainders)
-        arithmetic.invert_(following, current, value, recurrence, remainders)
+        following = arithmetic.advance_(state, current, value, remainders)
+        arithmetic.invert_(following, current, value, remainders)
 
     def store_and_take() -> None:
         remainders.push_(digits)

@@ -11,7 +11,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from revdeq_lightning.equilibrium.exact.arithmetic import MAX_DENOMINATOR, ExactArithmetic, Recurrence
 from revdeq_lightning.equilibrium.exact.remainders import Remainders, digits_per_group, digits_per_word
 
-EXACT = ExactArithmetic()
 SEEDS = st.integers(0, 2**31 - 1)
 radices = st.one_of(st.integers(2, 16), st.integers(2, MAX_DENOMINATOR))
 
@@ -90,11 +89,11 @@ def _integers(tensor):
 @given(a=fractions(), c=st.floats(-2, 2), b=st.floats(-2, 2), share=st.floats(0, 1), seed=SEEDS)
 @settings(max_examples=100, deadline=None)
 def test_update_equals_integer_arithmetic(a, c, b, share, seed):
-    recurrence = Recurrence(a, c, b)
-    limit = int(EXACT.limit(recurrence) * 2**32 * share)
+    exact = ExactArithmetic(Recurrence(a, c, b))
+    limit = int(exact.limit() * 2**32 * share)
     previous, current = _random_states(limit, seed)
     value = torch.randn(len(previous), generator=torch.Generator().manual_seed(seed))
-    following = EXACT.advance_(previous.clone(), current, value, recurrence)
+    following = exact.advance_(previous.clone(), current, value)
     for u_before, u, f, u_next in zip(
         *map(_integers, (previous, current)), value.tolist(), _integers(following), strict=True
     ):
@@ -132,9 +131,9 @@ def test_inverse_where_a_rounded_reciprocal_misleads(denominator, division):
 
 
 def _assert_round_trip(a, share, steps, seed, *, reciprocal):
-    recurrence = Recurrence(a, 0.0, 1.0)
+    exact = ExactArithmetic(Recurrence(a, 0.0, 1.0))
     # The state stays below a share of the limit: |a| u + (1 - |a|) u <= u.
-    limit = int(EXACT.limit(recurrence) * 2**32 * share)
+    limit = int(exact.limit() * 2**32 * share)
     previous, current = _random_states(limit, seed)
     start = previous.clone(), current.clone()
     generator = torch.Generator().manual_seed(seed)
@@ -146,12 +145,12 @@ def _assert_round_trip(a, share, steps, seed, *, reciprocal):
         for _ in range(steps):
             values.append((2 * torch.rand(len(current), generator=generator, dtype=torch.float64) - 1) * amplitude)
             before = _integers(previous)
-            following = EXACT.advance_(previous, current, values[-1], recurrence, stack)
+            following = exact.advance_(previous, current, values[-1], stack)
             for u_before, f, u_next in zip(before, values[-1].tolist(), _integers(following), strict=True):
                 assert u_next == a.numerator * u_before // a.denominator + round(f * 2.0**32)
             previous, current = current, following
         for value in reversed(values):
-            before = EXACT.invert_(current, previous, value, recurrence, stack)
+            before = exact.invert_(current, previous, value, stack)
             previous, current = before, previous
     assert torch.equal(previous, start[0])
     assert torch.equal(current, start[1])

@@ -1,10 +1,9 @@
 """How a state of the two-step recurrence is held and updated.
 
-    u_{k+1} = a * u_{k-1} + c * u_k + b * f(u_k, x),      a + b + c = 1
+    u_{k+1} = a * u_{k-1} + c * u_k + b * v,      v = f(u_k, x),      a + b + c = 1
 
-In floating point every inverse step divides a rounding error by `a`, so that the reconstruction goes wrong at depth.
-Here the default is `ExactArithmetic`: whole numbers and remainders, with which the inverse returns the same bits at any
-depth.
+In floating point every inverse step divides a rounding error by `a`, so the reconstruction goes wrong at depth. The
+default is `ExactArithmetic`: whole numbers and remainders, whose inverse returns the same bits at any depth.
 """
 
 import abc
@@ -32,9 +31,10 @@ class Recurrence(NamedTuple):
 class AbstractArithmetic(abc.ABC):
     """Representation of one tensor of the state, with the update and its inverse.
 
-    Methods that end in an underscore overwrite their first argument; `encode` and `decode` always return new memory.
+    Methods that end in an underscore overwrite their first argument; `encode` and `decode` return new memory.
     """
 
+    recurrence: Recurrence
     dtype: torch.dtype
     scale: float
     """Size of 1.0 in the representation."""
@@ -51,39 +51,26 @@ class AbstractArithmetic(abc.ABC):
 
     @abc.abstractmethod
     def advance_(
-        self,
-        previous: Tensor,
-        current: Tensor,
-        value: Tensor,
-        recurrence: Recurrence,
-        remainders: Remainders | None = None,
-        active: Tensor | None = None,
+        self, u_before: Tensor, u: Tensor, v: Tensor, remainders: Remainders | None = None, active: Tensor | None = None
     ) -> Tensor:
-        """Next state from the two newest ones and `value = f(current)`, in the memory of `previous`."""
+        """u_{k+1} from u_{k-1}, u_k and v, in the memory of `u_before`."""
 
     @abc.abstractmethod
     def invert_(
-        self,
-        following: Tensor,
-        current: Tensor,
-        value: Tensor,
-        recurrence: Recurrence,
-        remainders: Remainders | None = None,
-        active: Tensor | None = None,
+        self, u_next: Tensor, u: Tensor, v: Tensor, remainders: Remainders | None = None, active: Tensor | None = None
     ) -> Tensor:
-        """Undo `advance_`: the state before `current`, in the memory of `following`."""
+        """u_{k-1} from u_{k+1}, u_k and v, in the memory of `u_next`."""
 
     @abc.abstractmethod
-    def check(self, recurrence: Recurrence, origin: str) -> None:
-        """Raise ValueError if the recurrence cannot be represented; `origin` names the setting it comes from."""
-
-    @abc.abstractmethod
-    def limit(self, recurrence: Recurrence) -> float:
+    def limit(self) -> float:
         """Magnitude that a state must stay below."""
 
-    @abc.abstractmethod
-    def remainders(self, state: Tensor, recurrence: Recurrence) -> Remainders | None:
+    def check(self, origin: str) -> None:  # noqa: B027
+        """Raise ValueError if the recurrence cannot be represented; `origin` names the setting it comes from."""
+
+    def remainders(self, state: Tensor) -> Remainders | None:
         """Empty storage for what the updates of `state` destroy; None if nothing is kept."""
+        return None
 
 
 class ExactArithmetic(AbstractArithmetic):
@@ -91,154 +78,116 @@ class ExactArithmetic(AbstractArithmetic):
 
     With `a = p / q`:
 
-        t = p * U_{k-1},  s = floor(t / q),  r = t - q * s,  U_{k+1} = s + round(2^32 * (c * u_k + b * f(u_k)))
+        t = p * U_{k-1},  s = floor(t / q),  r = t - q * s,  U_{k+1} = s + g,  g = round(2^32 * (c * u_k + b * v))
 
-    The remainder `r` in [0, q) is kept, log2(q) bits an element and evaluation; no scheme can keep less,
-    as it is just what the contraction destroys. The inverse `U_{k-1} = (q * (U_{k+1} - g) + r) / p` is an exact
-    division.
+    The remainder `r` in [0, q) is kept, log2(q) bits per element and evaluation. No scheme can keep less: it is just
+    what the contraction destroys. The inverse `U_{k-1} = (q * (U_{k+1} - g) + r) / p` is an exact division.
 
     All is exact while `max(|p|, q) * |U| < 2^52`: one bit less than float64 holds, so that the rounded quotient never
-    reaches the next whole number. float64 rather than int64, because integer division does not vectorise on CPUs.
+    reaches the next whole number. float64 rather than int64, because integer division does not vectorize on CPUs.
 
     Args:
+        recurrence: Its coefficients.
         compiled: Whether the updates are compiled; with a tolerance, where samples stop one by one, they never are.
     """
 
     dtype = torch.float64
     scale = 2.0**32
 
-    def __init__(self, *, compiled: bool = False) -> None:
+    def __init__(self, recurrence: Recurrence, *, compiled: bool = False) -> None:
+        self.recurrence = recurrence
+        self.p, self.q = recurrence.a.numerator, recurrence.a.denominator
         self.compiled = compiled
 
     def encode(self, u: Tensor) -> Tensor:
         if torch.is_grad_enabled() and u.requires_grad:
-            return _round(u.to(torch.float64) * self.scale)
+            return _Round.apply(u.to(torch.float64) * self.scale)  # type: ignore[no-any-return]
         return u.to(torch.float64, copy=True).mul_(self.scale).round_()
 
     def advance_(
-        self,
-        previous: Tensor,
-        current: Tensor,
-        value: Tensor,
-        recurrence: Recurrence,
-        remainders: Remainders | None = None,
-        active: Tensor | None = None,
+        self, u_before: Tensor, u: Tensor, v: Tensor, remainders: Remainders | None = None, active: Tensor | None = None
     ) -> Tensor:
         if self.compiled and remainders is not None and active is None:
-            word = remainders.begin_push()
-            kernels.run(kernels.advance_, previous, current, value, word, *self._coefficients(recurrence))
-            return previous
-        p, q = recurrence.a.numerator, recurrence.a.denominator
-        if p != 1:
-            previous.mul_(p)
-        scratch = torch.empty_like(previous) if remainders is None else remainders.scratch
-        quotient = torch.div(previous, divisor(q, previous), out=scratch).floor_()
+            kernels.run(kernels.advance_, u_before, u, v, remainders.begin_push(), *self._coefficients())
+            return u_before
+        if self.p != 1:
+            u_before.mul_(self.p)
+        scratch = torch.empty_like(u_before) if remainders is None else remainders.scratch
+        quotient = torch.div(u_before, divisor(self.q, u_before), out=scratch).floor_()
         if remainders is not None:
-            remainders.push_(previous.sub_(quotient, alpha=q), active)
-        return self._increment(current, value, recurrence, out=previous).add_(quotient)
+            remainders.push_(u_before.sub_(quotient, alpha=self.q), active)
+        return self._increment(u, v, out=u_before).add_(quotient)
 
     def invert_(
-        self,
-        following: Tensor,
-        current: Tensor,
-        value: Tensor,
-        recurrence: Recurrence,
-        remainders: Remainders | None = None,
-        active: Tensor | None = None,
+        self, u_next: Tensor, u: Tensor, v: Tensor, remainders: Remainders | None = None, active: Tensor | None = None
     ) -> Tensor:
         assert remainders is not None, "the exact state is invertible only with its remainders"
         if self.compiled and active is None:
             word = remainders.words[remainders.begin_pop()]
-            kernels.run(kernels.invert_, following, current, value, word, *self._coefficients(recurrence))
+            kernels.run(kernels.invert_, u_next, u, v, word, *self._coefficients())
             remainders.end_pop()
-            return following
-        p, q = recurrence.a.numerator, recurrence.a.denominator
-        following.sub_(self._increment(current, value, recurrence, out=remainders.scratch))
-        torch.add(remainders.pop_(active), following, alpha=q, out=following)
-        return following if p == 1 else following.div_(divisor(p, following))
+            return u_next
+        u_next.sub_(self._increment(u, v, out=remainders.scratch))
+        torch.add(remainders.pop_(active), u_next, alpha=self.q, out=u_next)
+        return u_next if self.p == 1 else u_next.div_(divisor(self.p, u_next))
 
-    def _increment(self, current: Tensor, value: Tensor, recurrence: Recurrence, out: Tensor) -> Tensor:
-        """`round(2^32 * (c * u_k + b * f(u_k)))`: depends on u_k alone, so that both directions get the same bits."""
-        increment = out.copy_(value).mul_(recurrence.b * self.scale)
-        if recurrence.c != 0:
-            increment.add_(current, alpha=recurrence.c)
+    def _increment(self, u: Tensor, v: Tensor, out: Tensor) -> Tensor:
+        """`round(2^32 * (c * u_k + b * v))`: depends on u_k alone, so that both directions get the same bits."""
+        increment = out.copy_(v).mul_(self.recurrence.b * self.scale)
+        if self.recurrence.c != 0:
+            increment.add_(u, alpha=self.recurrence.c)
         return increment.round_()
 
-    def _coefficients(self, recurrence: Recurrence) -> tuple[int, int, float, float]:
-        return recurrence.a.numerator, recurrence.a.denominator, recurrence.c, recurrence.b * self.scale
+    def _coefficients(self) -> tuple[int, int, float, float]:
+        return self.p, self.q, self.recurrence.c, self.recurrence.b * self.scale
 
-    def check(self, recurrence: Recurrence, origin: str) -> None:
-        if recurrence.a.denominator > MAX_DENOMINATOR:
+    def limit(self) -> float:
+        return 2.0**52 / self.scale / max(abs(self.p), self.q)
+
+    def check(self, origin: str) -> None:
+        if self.q > MAX_DENOMINATOR:
             raise ValueError(
-                f"{origin} gives a = {float(recurrence.a)!r}, which is no fraction with a denominator up to"
+                f"{origin} gives a = {self.p / self.q!r}, which is no fraction with a denominator up to"
                 f" {MAX_DENOMINATOR}, as the exact state needs: round it to fewer digits (0.8, 0.125, ...) or choose"
                 f" arithmetic='float64'"
             )
 
-    def limit(self, recurrence: Recurrence) -> float:
-        return 2.0**52 / self.scale / max(abs(recurrence.a.numerator), recurrence.a.denominator)
-
-    def remainders(self, state: Tensor, recurrence: Recurrence) -> Remainders:
-        return Remainders.empty(state, recurrence.a.denominator)
+    def remainders(self, state: Tensor) -> Remainders:
+        return Remainders.empty(state, self.q)
 
 
 class FloatArithmetic(AbstractArithmetic):
     """States are floating-point numbers, float64 as published or float32: reversible only up to rounding.
 
-    The reconstruction error grows by 1 / |a| and more in every step: see `benchmarks/` before you trust a gradient made
-    with it.
+    The reconstruction error grows by 1 / |a| or more per evaluation: see `benchmarks/` before you trust a gradient.
     """
 
     scale = 1.0
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+    def __init__(self, recurrence: Recurrence, dtype: torch.dtype) -> None:
+        self.recurrence, self.dtype = recurrence, dtype
 
     def encode(self, u: Tensor) -> Tensor:
         return u.to(self.dtype, copy=True)
 
     def advance_(
-        self,
-        previous: Tensor,
-        current: Tensor,
-        value: Tensor,
-        recurrence: Recurrence,
-        remainders: Remainders | None = None,
-        active: Tensor | None = None,
+        self, u_before: Tensor, u: Tensor, v: Tensor, remainders: Remainders | None = None, active: Tensor | None = None
     ) -> Tensor:
-        previous.mul_(float(recurrence.a)).add_(value.to(self.dtype), alpha=recurrence.b)
-        return previous.add_(current, alpha=recurrence.c) if recurrence.c else previous
+        a, c, b = self.recurrence
+        u_before.mul_(float(a)).add_(v.to(self.dtype), alpha=b)
+        return u_before.add_(u, alpha=c) if c else u_before
 
     def invert_(
-        self,
-        following: Tensor,
-        current: Tensor,
-        value: Tensor,
-        recurrence: Recurrence,
-        remainders: Remainders | None = None,
-        active: Tensor | None = None,
+        self, u_next: Tensor, u: Tensor, v: Tensor, remainders: Remainders | None = None, active: Tensor | None = None
     ) -> Tensor:
-        following.sub_(value.to(self.dtype), alpha=recurrence.b)
-        if recurrence.c:
-            following.sub_(current, alpha=recurrence.c)
-        return following.div_(float(recurrence.a))
+        a, c, b = self.recurrence
+        u_next.sub_(v.to(self.dtype), alpha=b)
+        if c:
+            u_next.sub_(u, alpha=c)
+        return u_next.div_(float(a))
 
-    def check(self, recurrence: Recurrence, origin: str) -> None:
-        """Every recurrence can be represented."""
-
-    def limit(self, recurrence: Recurrence) -> float:
+    def limit(self) -> float:
         return float("inf")
-
-    def remainders(self, state: Tensor, recurrence: Recurrence) -> None:
-        return None
-
-
-ARITHMETICS: dict[str, AbstractArithmetic] = {
-    "exact": ExactArithmetic(),
-    "float64": FloatArithmetic(torch.float64),
-    "float32": FloatArithmetic(torch.float32),
-}
-COMPILED_EXACT = ExactArithmetic(compiled=True)
 
 
 class _Round(torch.autograd.Function):
@@ -254,32 +203,17 @@ class _Round(torch.autograd.Function):
 
 
 class _Advance(torch.autograd.Function):
-    """`advance_` for back-propagation through time: the same bits forward, the linear recurrence backward."""
+    @staticmethod
+    def forward(ctx: Any, arithmetic: AbstractArithmetic, u_before: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        ctx.recurrence, ctx.scale, ctx.dtype = arithmetic.recurrence, arithmetic.scale, v.dtype
+        return arithmetic.advance_(u_before.clone(), u, v)
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        arithmetic: AbstractArithmetic,
-        recurrence: Recurrence,
-        previous: Tensor,
-        current: Tensor,
-        value: Tensor,
-    ) -> Tensor:
-        ctx.recurrence, ctx.scale, ctx.value_dtype = recurrence, arithmetic.scale, value.dtype
-        return arithmetic.advance_(previous.clone(), current, value, recurrence)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor, Tensor]:
         a, c, b = ctx.recurrence
-        return None, None, float(a) * grad, c * grad, (b * ctx.scale * grad).to(ctx.value_dtype)
+        return None, float(a) * grad, c * grad, (b * ctx.scale * grad).to(ctx.dtype)
 
 
-def advance_with_gradient(
-    arithmetic: AbstractArithmetic, previous: Tensor, current: Tensor, value: Tensor, recurrence: Recurrence
-) -> Tensor:
-    """Next state as `advance_` makes it, differentiable by autograd; nothing is overwritten."""
-    return _Advance.apply(arithmetic, recurrence, previous, current, value)  # type: ignore[no-any-return]
-
-
-def _round(x: Tensor) -> Tensor:
-    return _Round.apply(x)  # type: ignore[no-any-return]
+def advance_with_gradient(arithmetic: AbstractArithmetic, u_before: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    """The bits of `advance_` with the linear recurrence's gradient, for BPTT; overwrites nothing."""
+    return _Advance.apply(arithmetic, u_before, u, v)  # type: ignore[no-any-return]

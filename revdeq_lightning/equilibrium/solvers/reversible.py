@@ -13,16 +13,17 @@ u_0 = z_0, u_1 = y_1, u_2 = z_1, ...
 import abc
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal, NamedTuple
+from functools import cached_property
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from ..exact.arithmetic import (
-    ARITHMETICS,
-    COMPILED_EXACT,
     MAX_DENOMINATOR,
     AbstractArithmetic,
+    ExactArithmetic,
+    FloatArithmetic,
     Recurrence,
     advance_with_gradient,
 )
@@ -45,13 +46,13 @@ class TwoStepState(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class AbstractTwoStepSolver(AbstractSolver):
-    """A member of the family: names its coefficients, the rest is shared.
+    """A member of the family: it names its coefficients, the rest is shared.
 
     Attributes:
         arithmetic: How the state is held: "exact" (reversible bit for bit at any depth), "float64" (as published) or
             "float32".
-        compiled: Whether the exact state's updates are compiled by torch.compile: as exact, in a third of the
-            time, which counts where f is small; with a tolerance they are not.
+        compiled: Whether torch.compile compiles the updates of the exact state: the same bits in a third of the time,
+            which counts where f is small. Without effect with a tolerance.
     """
 
     beta: float
@@ -63,7 +64,7 @@ class AbstractTwoStepSolver(AbstractSolver):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_in_range("beta", self.beta, "(0, 2)")
-        require_choice("arithmetic", self.arithmetic, ARITHMETICS)
+        require_choice("arithmetic", self.arithmetic, get_args(Arithmetic))
         if self.compiled and self.arithmetic != "exact":
             raise ValueError(f"compiled=True belongs to arithmetic='exact', got {self.arithmetic!r}: leave it out")
 
@@ -72,42 +73,40 @@ class AbstractTwoStepSolver(AbstractSolver):
     def recurrence(self) -> Recurrence:
         """The coefficients a, c, b."""
 
-    @property
+    @cached_property
     def state_arithmetic(self) -> AbstractArithmetic:
         """The arithmetic that `arithmetic` names."""
-        return COMPILED_EXACT if self.compiled else ARITHMETICS[self.arithmetic]
+        if self.arithmetic == "exact":
+            return ExactArithmetic(self.recurrence, compiled=self.compiled)
+        return FloatArithmetic(self.recurrence, torch.float64 if self.arithmetic == "float64" else torch.float32)
 
     def limit(self) -> float:
-        return self.state_arithmetic.limit(self.recurrence)
+        return self.state_arithmetic.limit()
 
     def init(self, z0: Leaves, *, reversible: bool) -> TwoStepState:
-        arithmetic = self.state_arithmetic
-        current = [arithmetic.encode(z) for z in z0]
-        previous = [u.clone() for u in current]
-        remainders = [arithmetic.remainders(u, self.recurrence) if reversible else None for u in current]
-        return TwoStepState(previous, current, remainders, [z.dtype for z in z0])
+        current = [self.state_arithmetic.encode(z) for z in z0]
+        remainders = [self.state_arithmetic.remainders(u) if reversible else None for u in current]
+        return TwoStepState([u.clone() for u in current], current, remainders, [z.dtype for z in z0])
 
     def iterate(self, state: TwoStepState) -> Leaves:
         return self._decode(state.current, state)
 
     def iterate_before(self, state: TwoStepState, active: Tensor | None) -> Leaves:
         """The iterate at which f was evaluated to make this state."""
-        if active is None:
-            return self._decode(state.previous, state)
-        return self._decode(select(active, state.previous, state.current), state)
+        return self._decode(state.previous if active is None else select(active, state.previous, state.current), state)
 
     def advance(self, state: TwoStepState, value: Leaves, active: Tensor | None) -> TwoStepState:
-        arithmetic, recurrence = self.state_arithmetic, self.recurrence
+        arithmetic = self.state_arithmetic
         differentiated = torch.is_grad_enabled() and any(
             u.requires_grad for u in (*state.current, *state.previous, *value)
         )
         following = []
         for u_before, u, v, remainders in zip(state.previous, state.current, value, state.remainders, strict=True):
             if differentiated:
-                following.append(advance_with_gradient(arithmetic, u_before, u, v, recurrence))
+                following.append(advance_with_gradient(arithmetic, u_before, u, v))
             else:
                 memory = u_before if active is None else u_before.clone()
-                following.append(arithmetic.advance_(memory, u, v, recurrence, remainders, active))
+                following.append(arithmetic.advance_(memory, u, v, remainders, active))
         if active is None:
             return state._replace(previous=state.current, current=following)
         return state._replace(
@@ -116,11 +115,10 @@ class AbstractTwoStepSolver(AbstractSolver):
 
     def invert_step(self, state: TwoStepState, value: Leaves, active: Tensor | None) -> TwoStepState:
         """Undo `advance` with the same evaluation, `value = f(iterate_before(state))`."""
-        arithmetic, recurrence = self.state_arithmetic, self.recurrence
         before = []
         for u, u_next, v, remainders in zip(state.previous, state.current, value, state.remainders, strict=True):
             memory = u_next if active is None else u_next.clone()
-            before.append(arithmetic.invert_(memory, u, v, recurrence, remainders, active))
+            before.append(self.state_arithmetic.invert_(memory, u, v, remainders, active))
         if active is None:
             return state._replace(previous=before, current=state.previous)
         return state._replace(
@@ -166,7 +164,7 @@ class ReversibleSolver(AbstractTwoStepSolver):
         super().__post_init__()
         if self.beta == 1:
             raise ValueError(f"beta must not be 1, got {self.beta!r}: the inverse divides by 1 - beta; use 0.8")
-        self.state_arithmetic.check(self.recurrence, f"beta={self.beta!r}")
+        self.state_arithmetic.check(f"beta={self.beta!r}")
 
     @property
     def recurrence(self) -> Recurrence:
@@ -206,7 +204,7 @@ class MomentumSolver(AbstractTwoStepSolver):
         require_in_range("momentum", self.momentum, "(-1, 1)")
         if self.momentum == 0:
             raise ValueError(f"momentum must be nonzero, got {self.momentum!r}: the inverse divides by it; use 0.125")
-        self.state_arithmetic.check(self.recurrence, f"momentum={self.momentum!r}")
+        self.state_arithmetic.check(f"momentum={self.momentum!r}")
 
     @property
     def recurrence(self) -> Recurrence:
