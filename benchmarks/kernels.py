@@ -21,7 +21,8 @@ from benchmarks import part
 from benchmarks.measure import paired_ratio, peak_tensor_bytes, time_interleaved
 from benchmarks.reference import bare_evaluations
 from benchmarks.requirements import Requirement, at_most
-from revdeq_lightning.equilibrium import ReversibleAdjoint, ReversibleSolver, kernels as core, solve_fixed_point
+from revdeq_lightning.equilibrium import ReversibleAdjoint, ReversibleSolver, solve_fixed_point
+from revdeq_lightning.equilibrium.exact import kernels as core
 from revdeq_lightning.equilibrium.exact.arithmetic import ExactArithmetic
 from revdeq_lightning.equilibrium.norms import residual
 from revdeq_lightning.models import TransformerConfig

@@ -1,11 +1,8 @@
-"""What a map and a gradient are worth: contraction, a penalty for the lack of it, and the error of a gradient.
+"""Diagnostics of a map and of a gradient.
 
-    spectral radius      rho(df/dz): plain iteration converges near the fixed point where it is below 1
-    Jacobian penalty     norm(df/dz)_F^2 / dim, by Hutchinson's estimate, to be added to the loss
-    gradient error       norm(grad - reference) / norm(reference)
-
-To bound df/dz by construction, put PyTorch's own parametrisations on the layers of f, which works with every solver
-and adjoint here: `torch.nn.utils.parametrizations.spectral_norm(layer)` or `weight_norm(layer)`.
+Jacobian penalty     norm(df/dz)_F^2 / dim, by Hutchinson's estimate, to be added to the loss
+spectral radius      rho(df/dz): plain iteration converges near the fixed point where it is below 1
+gradient error       norm(grad - reference) / norm(reference)
 """
 
 import contextlib
@@ -32,22 +29,16 @@ def jacobian_regularization(
 ) -> Tensor:
     """Estimate `norm(df/dz)_F^2 / dim` at z, the mean over the batch, differentiably.
 
-    Hutchinson: the mean of `norm(J^T v)^2` over random signs v is the squared Frobenius norm of J. Added to the loss
+    Hutchinson: the mean of `norm(J^T v)^2` over random signs v is the squared Frobenius norm of J. Added to the loss,
     it keeps f contracting, so that solvers and the implicit gradient converge. It costs one evaluation of f with a
-    double backward; attention is computed by PyTorch's "math" kernel, as the fast ones have none.
+    double backward; attention uses PyTorch's "math" kernel, because the fast ones have no double backward.
 
     Args:
         f: Map `(z, x) -> z`.
         z: Where, usually `solution.value`; a constant here: the gradient goes to x and the parameters of f.
         x: Injected input, any pytree.
-        num_samples: Random vectors, each with a product of its own.
+        num_samples: Random vectors, with one product each.
         generator: Source of the signs, on the device of z; by default PyTorch's own.
-
-    Returns:
-        The penalty, 0-dim.
-
-    Raises:
-        ValueError: If `num_samples` is not a whole number of at least 1.
 
     Source: Bai et al. 2021, arXiv:2106.14342, section 4.
     """
@@ -73,24 +64,18 @@ def spectral_radius(
 ) -> Tensor:
     """Estimate the spectral radius of df/dz at z by the power method: below 1, f contracts near z.
 
-    The growth of `v <- J^T v` is averaged over the later half of the iterations: of two complex eigenvalues each step
-    alone would show another number. An estimate from below, good to a few percent where the largest eigenvalues are
-    apart. It costs one evaluation of f and `num_iterations` vector-Jacobian products. Random state and buffers are
-    left as they were.
+    The growth of `v <- J^T v` is averaged over the later half of the iterations, because it oscillates where the
+    largest eigenvalues are complex. The estimate is from below, good to a few percent where the largest eigenvalues
+    are apart. It costs one evaluation of f and `num_iterations` vector-Jacobian products, and leaves random state and
+    buffers unchanged.
 
     Args:
         f: Map `(z, x) -> z`.
         z: Where, usually `solution.value`.
         x: Injected input, any pytree.
         num_iterations: Power iterations, at least 2.
-        per_sample: One radius for each sample, as long as f does not mix samples; else one of the whole batch.
+        per_sample: One radius per sample, shape `(batch,)`, valid if f does not mix samples; else one, 0-dim.
         seed: Of the start vector.
-
-    Returns:
-        Shape `(batch,)`, or 0-dim for the batch.
-
-    Raises:
-        ValueError: If `num_iterations` is not a whole number of at least 2.
     """
     require_count("num_iterations", num_iterations, at_least=2)
     with _untouched(f, z), torch.inference_mode(False), torch.enable_grad():
@@ -109,13 +94,10 @@ def spectral_radius(
 
 
 class GradientComparison(NamedTuple):
-    """How far one adjoint's gradient is from another's.
+    """How far one adjoint's gradient is from another's: `relative_l2` and `cosine` of all tensors together.
 
-    Attributes:
-        relative_l2: `norm(gradient - reference) / norm(reference)` of all tensors together.
-        cosine: Cosine between the two; 1 is the same direction.
-        by_tensor: The relative L2 error of every parameter of f by its name, and of every leaf of x as "x[0]", ...;
-            not finite where the reference is 0.
+    `by_tensor` has the relative L2 error of every parameter of f by its name, and of every leaf of x as "x[0]", ...; it
+    is not finite where the reference is 0.
     """
 
     relative_l2: float
@@ -134,26 +116,23 @@ def gradient_error(
     reference_dtype: torch.dtype | None = None,
     cotangent: Any = None,
 ) -> GradientComparison:
-    """Compare the gradients that two adjoints give of one solve, in the parameters of f and the leaves of x.
+    """Compare the gradients of two adjoints for one solve, in the parameters of f and the leaves of x.
 
-    Both runs draw the same random numbers. Afterwards random state, buffers and `.grad` are as they were.
+    Both runs draw the same random numbers. Random state, buffers and `.grad` are left unchanged.
 
     Args:
         f: Map `(z, x) -> z`.
         z0: Initial state.
         x: Injected input; its floating-point leaves are differentiated.
         solver: Of both runs.
-        adjoint: The one in question.
-        reference: The one it is measured by; `BackpropAdjoint()` by default, the exact gradient of the iteration.
-        reference_dtype: float64, say: the reference then is a run of its own of a copy of f in that precision, and the
-            error contains what the lower precision changes in the iterates. None: the precision of f.
+        adjoint: The one to judge.
+        reference: The one to compare with; `BackpropAdjoint()` by default, the exact gradient of the iteration.
+        reference_dtype: For example float64: the reference then is a run of a copy of f in that precision, so the error
+            includes what the lower precision changes in the iterates. None: the precision of f.
         cotangent: dL/dz, structure of z0; random by default, always the same.
 
-    Returns:
-        See `GradientComparison`.
-
     Raises:
-        ValueError: If f is no module and `reference_dtype` is given, or nothing is there to differentiate.
+        ValueError: If `reference_dtype` is given and f is no module, or there is nothing to differentiate.
     """
     if reference_dtype is not None and not isinstance(f, nn.Module):
         raise ValueError(f"reference_dtype={reference_dtype} needs an f that is an nn.Module, got {type(f).__name__}")
@@ -237,10 +216,8 @@ def _norm(leaves: Leaves, per_sample: bool) -> Tensor:
 @contextlib.contextmanager
 def _untouched(f: Callable[[Any, Any], Any], z: Any) -> Iterator[None]:
     """Random state and buffers are afterwards what they were."""
-    modules = list(f.modules()) if isinstance(f, nn.Module) else []
-    buffers = [
-        (module, name, b, b.clone()) for module in modules for name, b in module._buffers.items() if b is not None
-    ]
+    modules = f.modules() if isinstance(f, nn.Module) else ()
+    buffers = [(m, name, b, b.clone()) for m in modules for name, b in m._buffers.items() if b is not None]
     devices = {leaf.device for leaf in tree_flatten(z)[0] if leaf.device.type == "cuda"}
     with torch.random.fork_rng(devices=list(devices)):
         try:

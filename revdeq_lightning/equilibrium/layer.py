@@ -23,10 +23,6 @@ class EquilibriumLayer(nn.Module):
         solver: Iteration and stopping rule.
         adjoint: Gradient rule; `ReversibleAdjoint()` by default.
         num_parts: Parts of the solve, each with a result in `solution.earlier` to take a loss on: see `solve_in_parts`.
-
-    Raises:
-        ValueError: If solver or adjoint is something else, or `num_parts` is not a whole number from 1 to the solver's
-            `max_steps`.
     """
 
     def __init__(
@@ -44,16 +40,11 @@ class EquilibriumLayer(nn.Module):
         self.num_parts = num_parts
 
     def forward(self, x: Any, z0: Any = None) -> FixedPointSolution:
-        """Solve for the fixed point.
+        """Solve for the fixed point of `f(., x)`.
 
-        Args:
-            x: Injected input, a pytree of tensors.
-            z0: Initial state; zeros in the shape and dtype of x by default, which must then be a tensor. For a warm
-                start, where inputs hardly change from call to call (frames of a video, the same batch again), give the
-                detached value of the last solution: with a tolerance the solve is shorter.
-
-        Returns:
-            See `solve_fixed_point`.
+        z0 is zeros in the shape and dtype of x by default; x must then be a tensor. For a warm start, where inputs
+        hardly change from call to call (frames of a video), pass the detached value of the last solution: with a
+        tolerance the solve takes fewer steps.
         """
         if z0 is None:
             if not isinstance(x, Tensor):
@@ -62,11 +53,10 @@ class EquilibriumLayer(nn.Module):
         return self.solve(self.f, z0, x, adjoint=self.adjoint)
 
     def solve(self, f: Callable[[Any, Any], Any], z0: Any, x: Any, *, adjoint: AbstractAdjoint) -> FixedPointSolution:
-        """The same solve with another map or adjoint in the place of its own."""
+        """The same solve with another map or adjoint in place of its own."""
         return solve_in_parts(f, z0, x, solver=self.solver, adjoint=adjoint, num_parts=self.num_parts)
 
     def extra_repr(self) -> str:
-        """Solver and adjoint, for `print(layer)`."""
         parts = f", num_parts={self.num_parts}" if self.num_parts > 1 else ""
         return f"solver={self.solver}, adjoint={self.adjoint}{parts}"
 

@@ -1,4 +1,4 @@
-"""Weights that f computes from its parameters (torch.nn.utils.parametrizations): once a solve, and how to make some."""
+"""Weights that f computes from its parameters (torch.nn.utils.parametrizations), once per solve."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -15,13 +15,11 @@ NORMALIZED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class ComputedWeights:
-    """The parametrized weights of f, computed when this is made and the same in every evaluation from then on.
+    """The parametrized weights of f, computed once and the same in every evaluation.
 
-    Computed anew in each, they would cost as often, and spectral normalisation in training mode, which improves its
-    estimate with every access, would make f another function each time.
-
-    Attributes:
-        values: The weights, with the autograd graph to the parameters they come from.
+    Otherwise each evaluation would pay for them, and spectral normalization in training mode, which improves its
+    estimate with every access, would make f a different function each time. `values` has the autograd graph to the
+    parameters.
     """
 
     def __init__(self, f: Callable[[Any, Any], Any] | None) -> None:
@@ -60,24 +58,23 @@ class ComputedWeights:
 
 
 def normalize_weights(f: nn.Module, kind: NormalizationKind = "spectral", *, norm: float | None = None) -> nn.Module:
-    """Normalise the weight of every linear map and convolution in f, so that training keeps f from expanding.
+    """Normalize the weight of every linear map and convolution in f, in place, so that training keeps f from expanding.
 
-    The weights are computed once a solve, and are differentiated with any adjoint. PyTorch's own functions, and any
-    other parametrization, do as well on single layers: `torch.nn.utils.parametrizations.spectral_norm(f.linear)`.
+    The weights are computed once per solve and are differentiated with any adjoint. So is every other parametrization:
+    on single layers use PyTorch's own functions, `torch.nn.utils.parametrizations.spectral_norm(f.linear)`.
 
     Args:
-        f: The map, changed in place.
-        kind: "weight": each output's weights are a direction times a learnt length, the present one at first.
+        f: The map.
+        kind: "weight": each output's weights are a direction times a learned length, initially the present one.
             "spectral": each weight matrix (of a kernel, `(out, in * height * width)`) has a fixed largest singular
-            value, by one power iteration a solve in training mode.
+            value, by one power iteration per solve in training mode.
         norm: Spectral only: that value; None for 1. It bounds each layer, not f: a residual connection adds its 1.
 
     Returns:
         f.
 
     Raises:
-        ValueError: If a setting is out of its range, f has nothing to normalise, or a weight is 0, which has no
-            direction, or has a parametrization already.
+        ValueError: If there is nothing to normalize, or a weight is 0 or has a parametrization already.
 
     Source: Salimans and Kingma 2016, arXiv:1602.07868; Miyato et al. 2018, arXiv:1802.05957.
     """
@@ -86,13 +83,13 @@ def normalize_weights(f: nn.Module, kind: NormalizationKind = "spectral", *, nor
         raise ValueError(f"norm must be positive and belongs to kind='spectral', got norm={norm!r}, kind={kind!r}")
     layers = {name: module for name, module in f.named_modules() if isinstance(module, NORMALIZED)}
     if not layers:
-        raise ValueError(f"nothing to normalise: {type(f).__name__} has no linear map and no convolution")
+        raise ValueError(f"nothing to normalize: {type(f).__name__} has no linear map and no convolution")
     for name, module in layers.items():
         if parametrize.is_parametrized(module, "weight"):
-            raise ValueError(f"the weight of {name!r} is parametrized already: normalise once, or the layers by hand")
+            raise ValueError(f"the weight of {name!r} is parametrized already: normalize once, or the layers by hand")
         if not (module.weight.detach().flatten(1).norm(dim=1) > 0).all():
             raise ValueError(
-                f"the weight of {name!r} has outputs that are 0, without a direction to normalise: initialise it first"
+                f"the weight of {name!r} has outputs that are 0, without a direction to normalize: initialize it first"
             )
     for module in layers.values():
         if kind == "weight":

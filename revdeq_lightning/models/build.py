@@ -36,7 +36,8 @@ def _options(classes: Mapping[str, type], option_name: Callable[[str, str], str]
     options: dict[str, _Option] = {}
     for owner, cls in classes.items():
         types = get_type_hints(cls)
-        texts = {p.arg_name: p.description or "" for p in docstring_parser.parse(cls.__doc__ or "").params}
+        documents = (docstring_parser.parse(base.__doc__ or "") for base in reversed(cls.__mro__))
+        texts = {p.arg_name: p.description or "" for document in documents for p in document.params}
         for argument in (f.name for f in fields(cls)):
             name = option_name(owner, argument)
             kind = types[argument] if name in _DEFAULTS else types[argument] | None

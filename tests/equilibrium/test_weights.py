@@ -119,7 +119,7 @@ def test_an_equilibrium_inside_f_leaves_the_outer_weights():
     assert relative_error(*results) <= 1e-9
 
 
-def test_normalised_weights_have_the_norm_that_was_asked_for():
+def test_normalized_weights_have_the_norm_that_was_asked_for():
     block = attention_layer(MomentumSolver(), ReversibleAdjoint()).f
     lengths = block.up.weight.norm(dim=1)
     assert normalize_weights(block, "weight") is block
@@ -133,7 +133,7 @@ def test_normalised_weights_have_the_norm_that_was_asked_for():
     assert torch.linalg.matrix_norm(kernel.flatten(1), 2).item() == pytest.approx(0.7, rel=1e-4)
 
 
-def test_a_normalised_block_trains_with_proof():
+def test_a_normalized_block_trains_with_proof():
     layer, x = attention_layer(MomentumSolver(max_steps=6), ReversibleAdjoint(mismatch="raise")), sequence()
     normalize_weights(layer.f, norm=0.5)
     layer.train()
@@ -157,11 +157,11 @@ def zero_weight():
         (Map, {"kind": "batch"}, "kind must be one of 'weight', 'spectral', got 'batch'"),
         (Map, {"norm": 0.0}, "norm must be positive and belongs to kind='spectral', got norm=0.0"),
         (Map, {"kind": "weight", "norm": 0.5}, "belongs to kind='spectral', got norm=0.5, kind='weight'"),
-        (nn.Tanh, {}, "nothing to normalise: Tanh has no linear map and no convolution"),
+        (nn.Tanh, {}, "nothing to normalize: Tanh has no linear map and no convolution"),
         (lambda: normalize_weights(Map()), {}, "the weight of 'linear' is parametrized already"),
         (zero_weight, {"kind": "weight"}, "the weight of 'linear' has outputs that are 0"),
     ],
 )
-def test_what_cannot_be_normalised_is_an_error(make, arguments, match):
+def test_what_cannot_be_normalized_is_an_error(make, arguments, match):
     with pytest.raises(ValueError, match=match):
         normalize_weights(make(), **arguments)

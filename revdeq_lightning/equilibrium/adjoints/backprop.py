@@ -24,12 +24,9 @@ class BackpropAdjoint(AbstractAdjoint):
     Args:
         checkpoint: Store only the iterates and evaluate f once more in the backward pass: less memory (still linear in
             the evaluations), a third more time.
-        num_evaluations: Truncated BPTT: differentiate only this many of the last evaluations, taking the state before
-            them for a constant. Memory and backward pass are those of so many; the gradient of z0 is 0. Needs a solver
-            without a tolerance. None: all, the exact gradient.
-
-    Raises:
-        ValueError: If `num_evaluations` is not a whole number of at least 1, or the solver then has a tolerance.
+        num_evaluations: Truncated BPTT: differentiate only this many of the last evaluations, with the state before
+            them as a constant and 0 as the gradient of z0. Needs a solver without a tolerance. None: all, the exact
+            gradient.
     """
 
     checkpoint: bool = False

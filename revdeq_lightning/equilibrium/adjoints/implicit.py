@@ -38,29 +38,23 @@ class ConvergenceError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class ImplicitAdjoint(AbstractAdjoint):
-    """The gradient of the fixed point, whatever way led to it; memory of one evaluation of f.
+    """The gradient of the fixed point, for every solver; memory of one evaluation of f.
 
-    Carries every solver. It costs one evaluation of f more in the forward pass, none in the backward pass, and there a
-    vector-Jacobian product for every step of the linear solver.
+    It costs one more evaluation of f in the forward pass, and in the backward pass one vector-Jacobian product for each
+    step of the linear solver.
 
-    Its premise is that a fixed point was reached. Where it was not, the gradient is off by about the residual over
-    one minus the contraction of f, and where f has no fixed point it is no gradient of anything (0.9 off, relative, on
-    an untrained pre-norm transformer block): there use `ReversibleAdjoint` or `BackpropAdjoint`, which differentiate
-    the iterates that were made.
+    It assumes that a fixed point was reached. Otherwise the gradient is off by about the residual over one minus the
+    contraction of f, and where f has no fixed point it is meaningless (relative error 0.9 on an untrained pre-norm
+    transformer block): there use `ReversibleAdjoint` or `BackpropAdjoint`, which differentiate the iterates.
 
-    Sample by sample the cotangent is scaled to norm 1 for the linear solve, so that its tolerances do not depend on the
-    scale of the loss.
-
-    Autograd records f in the forward pass, so f may use any tensor. The gradient of z0 is 0. Inside a checkpointed
-    region every product would make that region again: leave the equilibrium out of it.
+    The cotangent of each sample is scaled to norm 1 for the linear solve, so that its tolerances do not depend on the
+    scale of the loss. f may use any tensor. The gradient of z0 is 0. Keep the equilibrium out of checkpointed regions:
+    every product would recompute the region.
 
     Args:
-        solver: Solver of `w = J^T w + g`, with a tolerance; its `arithmetic` and `beta` act on w.
-        unconverged: Where w, or z for a forward solver with a tolerance, has not converged in some sample: "warn"
-            (`ConvergenceWarning`), "raise" (`ConvergenceError`) or "ignore". The stats tell in each case.
-
-    Raises:
-        ValueError: If a setting is out of its range.
+        solver: Solver of `w = J^T w + g`, with a tolerance.
+        unconverged: What to do where w, or z for a forward solver with a tolerance, has not converged in some sample:
+            "warn" (`ConvergenceWarning`), "raise" (`ConvergenceError`) or "ignore".
 
     Source: Bai et al. 2019, arXiv:1909.01377, theorem 1.
     """
@@ -133,7 +127,7 @@ class ImplicitAdjoint(AbstractAdjoint):
         ]
         message = (
             f"the implicit gradient is approximate: {'; '.join(problems)}. Raise max_steps or the tolerance, make f"
-            " contract (Jacobian regularisation, normalisation of the weights), or use ReversibleAdjoint or"
+            " contract (Jacobian regularization, normalized weights), or use ReversibleAdjoint or"
             " BackpropAdjoint"
         )
         if self.unconverged == "raise":

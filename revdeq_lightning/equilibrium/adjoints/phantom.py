@@ -24,11 +24,11 @@ PhantomKind = Literal["unrolled", "neumann"]
 
 @dataclass(frozen=True, kw_only=True)
 class PhantomAdjoint(AbstractAdjoint):
-    """An approximate gradient at a fixed price; with more steps it tends to the implicit gradient where f contracts.
+    """An approximate gradient at a fixed cost, for every solver; with more steps it tends to the implicit gradient.
 
-    Carries every solver. The value returned is the solver's: the steps serve the gradient alone. With one step and beta
-    1 it is the Jacobian-free gradient (JFB), which leaves J out. Both kinds agree at an exact fixed point; nothing says
-    how far the gradient is off (`gradient_error` does), so this is not the adjoint to learn from whether f has one.
+    The value returned is the solver's: the steps serve the gradient alone. With one step and beta 1 it is the
+    Jacobian-free gradient (JFB). Both kinds agree at an exact fixed point. Nothing reports how far the gradient is off,
+    nor whether f has a fixed point: measure it with `gradient_error`.
 
     Cost: "unrolled" `num_steps` evaluations of f more in the forward pass, and their memory; "neumann" one evaluation
     and its memory, and `num_steps - 1` vector-Jacobian products in the backward pass. Autograd records f in the forward
@@ -38,9 +38,6 @@ class PhantomAdjoint(AbstractAdjoint):
         num_steps: Relaxed steps, at least 1.
         beta: Relaxation parameter, the weight of the new evaluation, in (0, 2).
         kind: "unrolled" or "neumann".
-
-    Raises:
-        ValueError: If a setting is out of its range.
 
     Source: Geng et al. 2021, arXiv:2111.05177; one step: Fung et al. 2022, arXiv:2103.12803.
     """

@@ -1,12 +1,9 @@
-"""The exact state's arithmetic in one pass over memory each, compiled by torch.compile: as exact, in less time.
+"""The exact state's updates for torch.compile: one pass over memory instead of ten, and as exact.
 
-Each function does what the eager operations of `ExactArithmetic` and `Remainders` do in ten passes. Products and sums
-of whole numbers below 2^52 are exact, so that a compiler may join them as it likes.
-
-The states are those of the eager operations, bit for bit, where `c * u_k` is exact (c is 0 in the paper's solver, and
-the momentum where beta is 1): elsewhere an eager sum is rounded once, a compiled one perhaps twice.
-
-Coefficients come as tensors: for plain numbers each solver would have its own program.
+Products and sums of whole numbers below 2^52 are exact, so a compiler may fuse them as it likes. The states have the
+bits of the eager operations where `c * u_k` is exact (c is 0 in the paper's solver, and the momentum where beta is 1);
+elsewhere a fused sum may be rounded differently. Coefficients are tensors: for plain numbers torch.compile would make a
+program for each solver.
 """
 
 import functools

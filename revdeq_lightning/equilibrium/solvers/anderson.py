@@ -34,23 +34,17 @@ class AndersonState(NamedTuple):
 class AndersonSolver(AbstractSolver):
     """Mixes the newest `memory + 1` iterates so that the mix of their residuals is smallest, 1 evaluation of f a step.
 
-    Each sample has weights of its own; of a state of several tensors all are mixed with the same weights. On affine
-    maps it is GMRES while the memory lasts. Its memory is `2 * (memory + 1)` states.
+    Each sample has its own weights, shared by all tensors of the state. On affine maps it is GMRES while the memory
+    lasts. It stores `2 * (memory + 1)` states.
 
     Args:
-        memory: How many iterates are mixed with the newest one, at least 1.
+        memory: Earlier iterates that are mixed with the newest one, at least 1.
         beta: Relaxation parameter, the weight of the new evaluations, in (0, 2).
-        ridge: What keeps the least-squares problem regular, positive: see `ridge_scale`.
+        ridge: Regularization of the least squares, positive: see `ridge_scale`.
         ridge_scale: "relative": `ridge * sum_i alpha_i^2 * norm(g_i)^2` is added to the squares, so that the steps
             depend on no unit and stay accelerated down to rounding. "absolute": `ridge * sum_i alpha_i^2`, as in the
             paper's released code (there 1e-6), where the mix becomes a plain mean once the residual's norm is
             below `sqrt(ridge)`.
-        max_steps: Most steps.
-        rtol: Relative tolerance.
-        atol: Absolute tolerance.
-
-    Raises:
-        ValueError: If a setting is out of its range.
 
     Source: Anderson 1965; Walker and Ni 2011, doi:10.1137/10078356X.
     """
@@ -98,7 +92,7 @@ class AndersonSolver(AbstractSolver):
         # The window is taken to begin full of copies of z0 (so does the released code): they share its weight.
         copies = max(1, self.memory + 2 - squares.shape[1])
         ridge = torch.cat([ridge[:, :1] / copies, ridge[:, 1:]], 1)
-        # With a diagonal of ones the factorisation is safe whatever the residuals' sizes are.
+        # With a diagonal of ones the factorization is safe whatever the residuals' sizes are.
         sizes = (squares + ridge).sqrt()
         correlations = (gram + torch.diag_embed(ridge)) / (sizes[:, :, None] * sizes[:, None, :])
         ones = sizes.amin(1, keepdim=True) / sizes

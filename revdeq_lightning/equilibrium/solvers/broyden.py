@@ -1,9 +1,9 @@
-"""Broyden's method: quasi-Newton on g(z) = f(z, x) - z, its inverse Jacobian learnt on the way. Not reversible.
+"""Broyden's method: quasi-Newton on g(z) = f(z, x) - z, its inverse Jacobian learned on the way. Not reversible.
 
     z_{n+1} = z_n - B_n g_n,       B_0 = -beta * I
     B_{n+1} = B_n + u v^T,         v = B_n^T dz,   u = (dz - B_n dg) / (v^T dg)
 
-so that B_{n+1} dg = dz for the newest move (dz, dg). B is kept as `memory` pairs (u, v) at most, then begun anew.
+so that B_{n+1} dg = dz for the newest move (dz, dg). B is kept as `memory` pairs (u, v) at most, then started again.
 """
 
 from dataclasses import dataclass
@@ -40,24 +40,17 @@ class BroydenState(NamedTuple):
 class BroydenSolver(AbstractSolver):
     """Quasi-Newton steps with a limited memory, each sample for itself, 1 evaluation of f a step.
 
-    Its memory is `2 * memory + 4` states. Nothing says that a full step brings it nearer. Without the line search it
-    runs away where f has no fixed point: on an untrained pre-norm transformer block to states of 1e4, where the
-    relative residual is small because they are large, so that every sample passed for converged. With it, it misses
-    some fixed points of maps that expand, to which the way leads over larger residuals. `AndersonSolver` is the safer
-    choice.
+    It stores `2 * memory + 4` states. A full step need not come nearer. Without the line search the method runs away
+    where f has no fixed point: on an untrained pre-norm transformer block to states of 1e4, whose relative residual is
+    small because they are large, so that every sample counted as converged. With the line search it misses some fixed
+    points of expanding maps, which are reached only through larger residuals. `AndersonSolver` is the safer choice.
 
     Args:
-        memory: How many pairs (u, v) the inverse Jacobian keeps; when it is full, it is begun anew.
+        memory: Pairs (u, v) that the inverse Jacobian keeps; when it is full, it starts again.
         beta: Weight of the first step's evaluation, B_0 = -beta * I, in (0, 2).
-        max_halvings: Line search: how often a step is halved while it does not lower the norm of f(z) - z; what is left
-            then is taken as it is. Every trial is a step with its evaluation, and takes a place in the memory. 0: no
-            line search; below 5 it did not hold the runaway above in all samples.
-        max_steps: Most steps.
-        rtol: Relative tolerance.
-        atol: Absolute tolerance.
-
-    Raises:
-        ValueError: If a setting is out of its range.
+        max_halvings: Line search: how often a step is halved while it does not lower the norm of f(z) - z; the last
+            half is taken in any case. Every trial is a step with its evaluation and takes a place in the memory. 0: no
+            line search; below 5 it did not stop the runaway above in all samples.
 
     Source: Broyden 1965 (the "good" update, by the Sherman-Morrison formula); for equilibrium models Bai et al. 2019,
     arXiv:1909.01377.

@@ -10,13 +10,7 @@ from .base import AbstractSolver
 
 @dataclass(frozen=True, kw_only=True)
 class PicardSolver(AbstractSolver):
-    """`z_{n+1} = f(z_n, x)`, one evaluation a step.
-
-    Args:
-        max_steps: Most steps.
-        rtol: Relative tolerance.
-        atol: Absolute tolerance.
-    """
+    """`z_{n+1} = f(z_n, x)`, 1 evaluation of f a step."""
 
     def init(self, z0: Leaves, *, reversible: bool) -> Leaves:
         return list(z0)

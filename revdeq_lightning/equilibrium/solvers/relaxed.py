@@ -11,13 +11,10 @@ from .base import AbstractSolver
 
 @dataclass(frozen=True, kw_only=True)
 class RelaxedSolver(AbstractSolver):
-    """`z_{n+1} = (1 - beta) * z_n + beta * f(z_n, x)`, one evaluation a step.
+    """`z_{n+1} = (1 - beta) * z_n + beta * f(z_n, x)`, 1 evaluation of f a step.
 
     Args:
         beta: Relaxation parameter, the weight of the new evaluation, in (0, 2).
-        max_steps: Most steps.
-        rtol: Relative tolerance.
-        atol: Absolute tolerance.
     """
 
     beta: float = 0.8

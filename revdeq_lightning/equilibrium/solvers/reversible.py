@@ -51,7 +51,7 @@ class AbstractTwoStepSolver(AbstractSolver):
     Attributes:
         arithmetic: How the state is held: "exact" (reversible bit for bit at any depth), "float64" (as published) or
             "float32".
-        compiled: Whether torch.compile compiles the updates of the exact state: the same bits in a third of the time,
+        compiled: Whether torch.compile compiles the updates of the exact state: as exact, in a third of the time,
             which counts where f is small. Without effect with a tolerance.
     """
 
@@ -144,14 +144,9 @@ class ReversibleSolver(AbstractTwoStepSolver):
 
     Args:
         beta: Relaxation parameter, the weight of the new evaluation, in (0, 2) but not 1.
-        max_steps: Most steps, of 2 evaluations each.
-        rtol: Relative tolerance; 0 with atol 0: a fixed number of steps.
-        atol: Absolute tolerance.
-        arithmetic: "exact", "float64" or "float32".
-        compiled: Whether the exact state's updates are compiled.
 
     Raises:
-        ValueError: If a setting is out of its range, or "exact" cannot hold `1 - beta` (see `ExactArithmetic`).
+        ValueError: If "exact" cannot hold `1 - beta` (see `ExactArithmetic`).
 
     Source: McCallum et al. 2025, arXiv:2509.12917, section 3.
     """
@@ -177,21 +172,16 @@ class MomentumSolver(AbstractTwoStepSolver):
 
         u_{k+1} = u_k + beta * (f(u_k, x) - u_k) + momentum * (u_k - u_{k-1})
 
-    With a small momentum (1/16, 1/8) it was nearer to the fixed point than the paper's solver after the same
-    evaluations on both maps measured; with 1/4 not where df/du has complex eigenvalues (see `benchmarks/`). Its inverse
-    divides by the momentum, so that only arithmetic "exact" makes it reversible in practice.
+    With a small momentum (1/16, 1/8) it came nearer to the fixed point than the paper's solver after the same number of
+    evaluations on both maps measured; with 1/4 it did not where df/du has complex eigenvalues (see `benchmarks/`). Its
+    inverse divides by the momentum, so only arithmetic "exact" makes it reversible in practice.
 
     Args:
         beta: Relaxation parameter, the weight of the new evaluation, in (0, 2).
         momentum: Weight of the last move, in (-1, 1) but not 0.
-        max_steps: Most steps, of 1 evaluation each.
-        rtol: Relative tolerance; 0 with atol 0: a fixed number of steps.
-        atol: Absolute tolerance.
-        arithmetic: "exact", "float64" or "float32".
-        compiled: Whether the exact state's updates are compiled.
 
     Raises:
-        ValueError: If a setting is out of its range, or "exact" cannot hold the momentum (see `ExactArithmetic`).
+        ValueError: If "exact" cannot hold the momentum (see `ExactArithmetic`).
 
     Source: reversibility by momentum: Sander et al. 2021, arXiv:2102.07870.
     """
