@@ -1,4 +1,4 @@
-"""f as the solvers see it: leaves instead of pytrees, checked, counted, and the same function at every call."""
+"""f as the solvers see it: on leaves instead of pytrees, checked, counted, and the same function at every call."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +18,7 @@ class EquilibriumFunction:
     * One random state a solve: every call draws the same numbers (one dropout mask), in the backward pass too.
     * The autocast state of the forward pass holds in every call. Under autocast the result may be of lower precision
       than the state, and is cast back; otherwise a changed shape, dtype or device is an error.
-    * Weights that f computes from its parameters are computed once (in a compiled f with every call).
+    * Weights that f computes from its parameters are computed once (in a compiled f, with every call).
     * `nfe` counts the calls.
     """
 
@@ -95,14 +95,13 @@ class _Randomness:
         return states
 
     def restore(self, states: list[Tensor]) -> None:
-        """Set the generators."""
         torch.set_rng_state(states[0])
         if self.cuda_device is not None:
             torch.cuda.set_rng_state(states[1], self.cuda_device)
 
     @contextlib.contextmanager
     def same_draws(self) -> Iterator[None]:
-        """Around a call of f: the first one shows whether f draws at all; only then the later ones are rewound."""
+        """Around a call of f: the first one shows whether f draws at all; only then are the later ones rewound."""
         if self.start is None:
             self.start = self.state()
             yield
@@ -151,7 +150,7 @@ class _WithParameters(nn.Module):
 
 
 def call_with_parameters(f: Callable[[Any, Any], Any], parameters: dict[str, Tensor], run: Callable[[], Any]) -> Any:
-    """`run()` with these tensors in the place of f's parameters."""
+    """`run()` with these tensors in place of f's parameters."""
     if not parameters:
         return run()
     assert isinstance(f, nn.Module)

@@ -19,30 +19,26 @@ from .validation import require_count
 def solve_in_parts(
     f: Callable[[Any, Any], Any], z0: Any, x: Any, *, solver: AbstractSolver, adjoint: AbstractAdjoint, num_parts: int
 ) -> FixedPointSolution:
-    """As `solve_fixed_point`, in parts that go on from each other's result: for losses on the way to the fixed point.
+    """As `solve_fixed_point`, in parts that continue from each other's result, for losses on the way to the end.
 
     Fixed-point correction: `sum_k decay^(n - 1 - k) * loss(z_k)` over the states z_k at the ends of the n parts makes
     the solver's early states useful too, so that the model can be evaluated with fewer steps.
 
-    Each part is a solve of its own: Picard's and relaxed iterates are those of one solve, solvers that look back at
-    earlier iterates forget them. The gradient of a later state runs through the earlier ones as far as the adjoint has
-    one in z0 (`ReversibleAdjoint` and `BackpropAdjoint` do). The earlier states are no fixed points: with
-    `ImplicitAdjoint` they have the Jacobian-free gradient, that of one evaluation of f, `PhantomAdjoint(num_steps=1,
-    beta=1)`.
+    Each part is a solve of its own: solvers that look back at earlier iterates forget them. The gradient of a later
+    state runs through the earlier ones if the adjoint has a gradient in z0 (`ReversibleAdjoint` and `BackpropAdjoint`).
+    The earlier states are no fixed points: `ImplicitAdjoint` gives them the Jacobian-free gradient,
+    `PhantomAdjoint(num_steps=1, beta=1)`.
 
     Args:
-        f: As of `solve_fixed_point`.
-        z0: As there.
-        x: As there.
-        solver: Its `max_steps` are shared out among the parts, the later ones getting what does not divide.
+        f: As of `solve_fixed_point`, as are z0 and x.
+        z0: Initial state.
+        x: Injected input.
+        solver: Its `max_steps` are divided among the parts, the later ones getting the remainder.
         adjoint: Gradient rule of every part.
         num_parts: At least 1; more than `max_steps` is as `max_steps`.
 
     Returns:
         The last part's solution, with `earlier` the others.
-
-    Raises:
-        ValueError: As `solve_fixed_point`, and if `num_parts` is not a whole number of at least 1.
 
     Source: Bai et al. 2022, arXiv:2204.08442 (correction); torchdeq, arXiv:2310.18605 (`DEQSliced`).
     """

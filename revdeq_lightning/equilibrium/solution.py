@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class SolverStats:
-    """Costs and quality of one solve; the mismatch and what begins with `backward_` is filled in by its backward pass.
+    """Cost and quality of one solve; its backward pass fills in the mismatch and what begins with `backward_`.
 
     A plain class, neither a tuple nor a dataclass: Lightning and FSDP2 copy those when they look for tensors, and a
     copy made before the backward pass would never learn of it.
@@ -14,22 +14,19 @@ class SolverStats:
     Attributes:
         num_steps: Solver steps that each sample made, shape `(batch,)`, int64.
         forward_nfe: Calls of f in the forward pass.
-        relative_residual: `norm(f(z) - z) / (norm(f(z)) + 1e-5)` at the last state at which f was evaluated,
-            dimensionless, shape `(batch,)`. With a tolerance that is the returned state, without one it is the state
-            before it.
-        converged: Whether each sample meets the tolerance at the returned state, shape `(batch,)`, bool; None without a
-            tolerance.
-        backward_nfe: Calls of f in the backward pass; None before it, and where the adjoint makes none of its own.
+        relative_residual: `norm(f(z) - z) / (norm(f(z)) + 1e-5)`, dimensionless, shape `(batch,)`, at the returned
+            state with a tolerance, and without one at the state before it, the last at which f was evaluated.
+        converged: Whether each sample meets the tolerance, shape `(batch,)`, bool; None without a tolerance.
+        backward_nfe: Calls of f in the backward pass; None where the adjoint makes none of its own.
         reconstruction_mismatch: Elements of the reconstructed initial states that differ from the true ones, 0-dim
-            int64; 0 certifies that the gradient belongs to exactly the iterates of the forward pass. None before the
-            backward pass, and where nothing is reconstructed.
+            int64; 0 certifies that the gradient belongs to exactly the iterates of the forward pass. None where
+            nothing is reconstructed.
         backward_num_products: Vector-Jacobian products with J = df/dz that a linear system in the backward pass took,
-            beside the one for x and the parameters; None before it, and where no system is solved.
-        backward_relative_residual: `norm(J^T w + g - w) / (norm(J^T w + g) + 1e-5 * norm(g))` of the solution w of
-            that system, dimensionless, shape `(batch,)`; None as above, and where the sum is cut off by choice.
-        residual_curve: Relative residual at each state at which f was evaluated in the forward pass, shape
-            `(evaluations, batch)`; NaN for a sample that had stopped before. None unless asked for by
-            `recorded_residuals()`.
+            beside the one for x and the parameters; None where no system is solved.
+        backward_relative_residual: `norm(J^T w + g - w) / (norm(J^T w + g) + 1e-5 * norm(g))` of its solution w,
+            dimensionless, shape `(batch,)`; None as above, and where the sum is cut off by choice.
+        residual_curve: Relative residual at each evaluation of the forward pass, shape `(evaluations, batch)`; NaN for
+            a sample that had stopped before. None outside of `recorded_residuals()`.
     """
 
     __slots__ = (
@@ -62,12 +59,9 @@ class SolverStats:
 
 
 class FixedPointSolution(NamedTuple):
-    """The fixed point and its `stats`. Take them by name: there are three fields.
+    """`value`, the solver's newest state like `z0` and differentiable, and its `stats`, to be taken by name.
 
-    Attributes:
-        value: Newest state of the solver, structure, shapes and dtypes of `z0`, differentiable.
-        stats: See `SolverStats`.
-        earlier: Of a solve in parts, the solutions of the parts before this one, oldest first; else empty.
+    `earlier` has the solutions of the parts before this one, oldest first, if the solve was made in parts.
     """
 
     value: Any

@@ -26,14 +26,14 @@ def solve_fixed_point(
     Args:
         f: Map `(z, x) -> z` with the structure, shapes and dtypes of `z0`, the same function in forward and backward.
             With `ReversibleAdjoint` everything that needs a gradient must be a parameter of the module f, or in x or
-            z0. All calls of one solve draw the same random numbers: dropout has one mask a solve.
+            z0. All calls of one solve draw the same random numbers: one dropout mask per solve.
         z0: Initial state, a tensor of shape `(batch, ...)` or a pytree of them with a common batch size.
             Differentiated. Under autocast float16 and bfloat16 are raised to float32.
-        x: Injected input, any pytree of tensors (other leaves are passed on). Differentiated.
+        x: Injected input, any pytree; its tensors are differentiated.
         solver: Iteration and stopping rule. A step of `ReversibleSolver` is 2 evaluations of f, of the others 1.
         adjoint: Gradient rule. Memory in the number of steps: `BackpropAdjoint` linear, the others none.
-            `ReversibleAdjoint` and `BackpropAdjoint` differentiate the iterates that were made, `ImplicitAdjoint` the
-            fixed point, `PhantomAdjoint` an approximation of it. Only `ReversibleAdjoint` needs a solver of its own.
+            `ReversibleAdjoint` and `BackpropAdjoint` differentiate the iterates, `ImplicitAdjoint` the fixed point,
+            `PhantomAdjoint` an approximation of it. Only `ReversibleAdjoint` needs a reversible solver.
 
     Returns:
         `value`, structure and dtypes of `z0`, and `stats` (see `SolverStats`).

@@ -1,5 +1,6 @@
 """What people put around and inside an equilibrium: the gradient must be that of BPTT under the same conditions."""
 
+import contextlib
 import copy
 
 import pytest
@@ -22,6 +23,18 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from revdeq_lightning.equilibrium import EquilibriumLayer, ReversibleAdjoint
+
+
+def assert_layer_matches_bptt(make, tolerance=1e-5):
+    """`make(adjoint)` gives the layer and its inputs."""
+
+    def run(adjoint):
+        layer, *inputs = make(adjoint)
+        project(layer(*inputs).value).backward()
+        return gradients_of(layer, *inputs)
+
+    assert_matches_bptt(run, tolerance)
+
 
 # Precision
 
@@ -71,13 +84,9 @@ def test_weight_used_outside_the_solve_in_the_same_autocast_region(solver):
 
 @with_solver
 def test_float64_gradient_matches_bptt(solver):
-    def run(adjoint):
-        layer = attention_layer(solver, adjoint).double()
-        x = sequence(dtype=torch.float64)
-        project(layer(x).value).backward()
-        return gradients_of(layer, x)
-
-    assert_matches_bptt(run, 1e-8)
+    assert_layer_matches_bptt(
+        lambda adjoint: (attention_layer(solver, adjoint).double(), sequence(dtype=torch.float64)), 1e-8
+    )
 
 
 @pytest.mark.parametrize("solver", [SOLVERS["reversible"], SOLVERS["momentum"]], ids=["reversible", "momentum"])
@@ -188,16 +197,13 @@ def test_functional_call_gives_the_gradient_of_the_exchanged_tensors(solver):
 @with_solver
 @pytest.mark.parametrize("frozen", ["parameters", "some", "x", "all"])
 def test_frozen_inputs_get_no_gradient(solver, frozen):
-    def run(adjoint):
+    def make(adjoint):
         layer, x = attention_layer(solver, adjoint), sequence()
-        z0 = sequence(seed=2)
         for i, parameter in enumerate(layer.parameters()):
             parameter.requires_grad_(frozen == "x" or (frozen == "some" and i % 2 == 0))
-        x.requires_grad_(frozen not in ("x", "all"))
-        project(layer(x, z0).value).backward()
-        return gradients_of(layer, x, z0)
+        return layer, x.requires_grad_(frozen not in ("x", "all")), sequence(seed=2)
 
-    assert_matches_bptt(run)
+    assert_layer_matches_bptt(make)
 
 
 def test_only_the_asked_gradients_are_returned():
@@ -227,12 +233,9 @@ def test_without_gradients_the_value_is_the_same(solver, context):
 
 
 def test_eval_mode_has_a_backward_pass():
-    def run(adjoint):
-        layer, x = attention_layer(SOLVERS["reversible"], adjoint, dropout=0.4).eval(), sequence()
-        project(layer(x).value).backward()
-        return gradients_of(layer, x)
-
-    assert_matches_bptt(run)
+    assert_layer_matches_bptt(
+        lambda adjoint: (attention_layer(SOLVERS["reversible"], adjoint, dropout=0.4).eval(), sequence())
+    )
 
 
 def test_transformer_layer_of_torch_in_eval_mode():
@@ -272,31 +275,26 @@ def test_tied_parameters(solver):
         def forward(self, z, x):
             return self.down(torch.tanh(self.up(z + x)))
 
-    def run(adjoint):
+    def make(adjoint):
         torch.manual_seed(0)
-        layer, x = EquilibriumLayer(Tied(), solver=solver, adjoint=adjoint), sequence()
+        layer = EquilibriumLayer(Tied(), solver=solver, adjoint=adjoint)
         assert len(list(layer.parameters())) == 3
-        project(layer(x).value).backward()
-        return gradients_of(layer, x)
+        return layer, sequence()
 
-    assert_matches_bptt(run)
+    assert_layer_matches_bptt(make)
 
 
 @with_solver
 @pytest.mark.parametrize("cached", [False, True], ids=["plain", "cached"])
 def test_parametrized_weights(solver, cached):
-    def run(adjoint):
-        layer, x = attention_layer(solver, adjoint), sequence()
+    def make(adjoint):
+        layer = attention_layer(solver, adjoint)
         parametrizations.weight_norm(layer.f.up)
         parametrizations.weight_norm(layer.f.qkv)
-        if cached:
-            with nn.utils.parametrize.cached():
-                project(layer(x).value).backward()
-        else:
-            project(layer(x).value).backward()
-        return gradients_of(layer, x)
+        return layer, sequence()
 
-    assert_matches_bptt(run)
+    with nn.utils.parametrize.cached() if cached else contextlib.nullcontext():
+        assert_layer_matches_bptt(make)
 
 
 def test_unused_parameter_has_no_gradient():
@@ -325,13 +323,11 @@ class Nested(nn.Module):
 
 @with_solver
 def test_equilibrium_inside_f(solver):
-    def run(adjoint):
+    def make(adjoint):
         torch.manual_seed(0)
-        layer, x = EquilibriumLayer(Nested(solver, adjoint), solver=solver, adjoint=adjoint), sequence()
-        project(layer(x).value).backward()
-        return gradients_of(layer, x)
+        return EquilibriumLayer(Nested(solver, adjoint), solver=solver, adjoint=adjoint), sequence()
 
-    assert_matches_bptt(run)
+    assert_layer_matches_bptt(make)
 
 
 def test_gradient_hooks_fire_once():

@@ -1,10 +1,18 @@
 """Adjoints, the rules for the gradient, one file each, and `ADJOINTS`, their registry."""
 
-from .backprop import BackpropAdjoint
-from .base import AbstractAdjoint
-from .implicit import ConvergenceError, ConvergenceWarning, ImplicitAdjoint
-from .phantom import PhantomAdjoint
-from .reversible import ReconstructionError, ReconstructionWarning, ReversibleAdjoint
+from .backprop import BackpropAdjoint as BackpropAdjoint
+from .base import AbstractAdjoint as AbstractAdjoint
+from .implicit import (
+    ConvergenceError as ConvergenceError,
+    ConvergenceWarning as ConvergenceWarning,
+    ImplicitAdjoint as ImplicitAdjoint,
+)
+from .phantom import PhantomAdjoint as PhantomAdjoint
+from .reversible import (
+    ReconstructionError as ReconstructionError,
+    ReconstructionWarning as ReconstructionWarning,
+    ReversibleAdjoint as ReversibleAdjoint,
+)
 
 ADJOINTS: dict[str, type[AbstractAdjoint]] = {
     "reversible": ReversibleAdjoint,
@@ -13,16 +21,3 @@ ADJOINTS: dict[str, type[AbstractAdjoint]] = {
     "phantom": PhantomAdjoint,
 }
 """By name in a configuration, as `solvers.SOLVERS`."""
-
-__all__ = [
-    "ADJOINTS",
-    "AbstractAdjoint",
-    "BackpropAdjoint",
-    "ConvergenceError",
-    "ConvergenceWarning",
-    "ImplicitAdjoint",
-    "PhantomAdjoint",
-    "ReconstructionError",
-    "ReconstructionWarning",
-    "ReversibleAdjoint",
-]
