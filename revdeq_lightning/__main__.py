@@ -1,5 +1,6 @@
 """`revdeq`, or `python -m revdeq_lightning`: see `cli/main.py`."""
 
+import os
 import sys
 
 from revdeq_lightning.runs.signals import STOP, no_failure_to_torchrun
@@ -12,6 +13,8 @@ from revdeq_lightning.cli.main import main
 
 def run() -> None:
     """Run the command line's arguments."""
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.append(os.getcwd())  # as `python -m` does, for blocks of one's own
     with no_failure_to_torchrun():
         main()
 

@@ -45,6 +45,7 @@ from revdeq_lightning.errors import BlockError, CheckpointError
 from revdeq_lightning.loggers.endurance import enduring
 from revdeq_lightning.loggers.progress import RunProgress
 from revdeq_lightning.loggers.wandb_checkpoints import WandbCheckpoints
+from revdeq_lightning.program import program
 from revdeq_lightning.report.at_end import RunReport, close_run
 from revdeq_lightning.runs.divergence import DivergedError, DivergenceGuard
 from revdeq_lightning.runs.folder import (
@@ -83,7 +84,7 @@ class AbstractCommandLine(LightningCLI):
         """With a usage of one line: the list of two hundred options follows anyway."""
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         words = " ".join([*self.run_class.task, subcommand])
-        parser.usage = f"python -m revdeq_lightning {words} --config FILE [--KEY=VALUE ...]"
+        parser.usage = f"{program()} {words} --config FILE [--KEY=VALUE ...]"
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -324,7 +325,7 @@ def run_command_line(
             seed_everything_default=0,
             trainer_defaults={"num_sanity_val_steps": 0, "enable_model_summary": False},
             parser_class=Parser,
-            parser_kwargs={"parser_mode": "omegaconf+", "allow_abbrev": False, "prog": "python -m revdeq_lightning"},
+            parser_kwargs={"parser_mode": "omegaconf+", "allow_abbrev": False, "prog": program()},
             save_config_callback=SaveRunConfig,
             save_config_kwargs={"config_filename": CONFIG, "overwrite": True},
             auto_configure_optimizers=False,

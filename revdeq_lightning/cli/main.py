@@ -1,4 +1,4 @@
-"""The command line: `python -m revdeq_lightning fit|validate|test|predict|generate ...`.
+"""The command line: `revdeq fit|validate|test|predict|generate ...`.
 
 Lightning is imported only where a command needs it: help and the errors that can be found without it come at once.
 """
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from revdeq_lightning import __version__
+from revdeq_lightning.program import program
 
 SUBCOMMANDS = {
     "fit": "train a model",
@@ -31,23 +32,30 @@ TASKS = {
     "image": "revdeq_lightning.cli.image",
 }
 
-HELP = f"""\
-RevDEQ Lightning {__version__}: reversible deep equilibrium models.
+EXAMPLES = {
+    "fit --config configs/lm/default.yaml": "train",
+    "fit --config FILE --trainer.max_steps=100": "with another value",
+    "fit --config FILE --config OTHER": "with settings of another file laid over it",
+    "fit --ckpt_path RUN/checkpoints/last.ckpt": "go on",
+    "generate --ckpt_path CHECKPOINT --prompt TEXT": "continue a text",
+    "image fit --config configs/cifar10/modern.yaml": "train a classifier",
+    "image predict --ckpt_path CHECKPOINT --images FOLDER": "class probabilities of images",
+    "report RUN [RUN ...]": "curves and figures as a web page",
+    "COMMAND --help": "all options of a command",
+}
 
-    python -m revdeq_lightning [lm] COMMAND [options]       language models
-    python -m revdeq_lightning image COMMAND [options]      image classifiers
 
-{chr(10).join(f"    {name:<10} {text}" for name, text in SUBCOMMANDS.items())}
-
-    python -m revdeq_lightning fit --config configs/lm/default.yaml               train
-    python -m revdeq_lightning fit --config FILE --trainer.max_steps=100          with another value
-    python -m revdeq_lightning fit --ckpt_path runs/lm/NAME/DATE/checkpoints/last.ckpt    go on
-    python -m revdeq_lightning generate --ckpt_path CHECKPOINT --prompt TEXT
-    python -m revdeq_lightning image fit --config configs/cifar10/modern.yaml     train a classifier
-    python -m revdeq_lightning image predict --ckpt_path CHECKPOINT --images FOLDER
-    python -m revdeq_lightning report runs/lm/NAME/DATE [runs/lm/NAME/OTHER]      curves and figures as a web page
-    python -m revdeq_lightning COMMAND --help                                     all options of a command
-"""
+def overview() -> str:
+    """The text of `--help`."""
+    lines = [
+        f"RevDEQ Lightning {__version__}: reversible deep equilibrium models.\n",
+        f"    {program()} [lm] COMMAND [options]       language models",
+        f"    {program()} image COMMAND [options]      image classifiers\n",
+        *(f"    {name:<10} {text}" for name, text in SUBCOMMANDS.items()),
+        "",
+        *(f"    {program()} {words:<54} {text}" for words, text in EXAMPLES.items()),
+    ]
+    return "\n".join(lines)
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -55,7 +63,7 @@ def main(args: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if args is None else args)
     task = arguments.pop(0) if arguments and arguments[0] in TASKS else "lm"
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(HELP, end="")
+        print(overview())
         sys.exit(0 if arguments else 2)
     subcommand, *options = arguments
     if subcommand not in SUBCOMMANDS:
@@ -179,7 +187,7 @@ def call_with_options(function: Callable[..., str], command: str, options: Seque
     class Parser(ReadableErrors, ArgumentParser):
         """Errors of one line."""
 
-    parser = Parser(prog=f"python -m revdeq_lightning {command}", allow_abbrev=False)
+    parser = Parser(prog=f"{program()} {command}", allow_abbrev=False)
     parser.add_function_arguments(function)
     settings = parser.parse_args(list(options))
     try:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from revdeq_lightning import __version__
+from revdeq_lightning.program import program
 from revdeq_lightning.report import panels
 from revdeq_lightning.report.figures import Figure, figures
 from revdeq_lightning.report.plots import NUM_COLORS, number
@@ -50,7 +51,7 @@ def write_report(folders: Sequence[str | Path], output: str | Path | None = None
 def report(options: Sequence[str], parser_class: Callable[..., argparse.ArgumentParser]) -> str:
     """The command `report RUN [RUN ...] [--output FILE]`; returns what it says."""
     parser = parser_class(
-        prog="python -m revdeq_lightning report",
+        prog=f"{program()} report",
         description="Write the page of a run, or of several runs beside each other.",
         allow_abbrev=False,
     )

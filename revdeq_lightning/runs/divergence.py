@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from revdeq_lightning.checkpoints.files import write_checkpoint
 from revdeq_lightning.equilibrium import DivergenceError, deferred_divergence, equilibria
+from revdeq_lightning.program import program
 from revdeq_lightning.runs.random_state import random_state
 from revdeq_lightning.tasks.training_step import run_folder
 
@@ -31,7 +32,7 @@ class DivergenceGuard(Callback):
 
     If they are not finite it raises `DivergedError`, on all processes together, with the weights of before the step;
     the batches of the step, the random states that they met, and the weights are in the run's folder, for
-    `python -m revdeq_lightning replay`. An equilibrium that diverges on one process, forward or backward,
+    `revdeq replay`. An equilibrium that diverges on one process, forward or backward,
     goes on there with NaN (`deferred_divergence`), so that the others, which wait for its gradient, hear of it.
 
     Costs one read of the gradient and one wait of the host a step. With a gradient scaler (16-mixed), which skips
@@ -192,7 +193,7 @@ class DivergenceGuard(Callback):
                 write_checkpoint(content, path)
         except OSError as error:
             return f"its batch could not be kept in {folder}: {error.strerror or error}"
-        return f"to see the batch again: python -m revdeq_lightning replay --file {path}"
+        return f"to see the batch again: {program()} replay --file {path}"
 
     def _leave(self, pl_module: LightningModule) -> None:
         for name in ("training_step", "validation_step") if self._is_attached else ():

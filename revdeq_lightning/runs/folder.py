@@ -2,7 +2,6 @@
 
 import os
 import shlex
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ if TYPE_CHECKING:
 import yaml
 
 from revdeq_lightning.checkpoints.names import ASIDE, CHECKPOINTS, LAST
+from revdeq_lightning.program import program
 
 CONFIG, METRICS, REPORT = "config.yaml", "metrics.csv", "report.html"
 ENVIRONMENT = "environment.json"
@@ -179,11 +179,4 @@ def checkpoint_to_resume(run: RunConfig) -> "Found | None":
 
 def command(run: RunConfig, subcommand: str, checkpoint: Path, *arguments: str) -> str:
     """The command line that goes on from a checkpoint in a run's folder, which knows its configuration."""
-    words = [_interpreter(), "-m", "revdeq_lightning", *run.task, subcommand, "--ckpt_path", str(checkpoint)]
-    return shlex.join([*words, *arguments])
-
-
-def _interpreter() -> str:
-    """The interpreter as one would type it: that of the project's virtual environment need not be active."""
-    executable = Path(sys.executable)
-    return str(executable.relative_to(Path.cwd())) if executable.is_relative_to(Path.cwd()) else "python"
+    return f"{program()} {shlex.join([*run.task, subcommand, '--ckpt_path', str(checkpoint), *arguments])}"
