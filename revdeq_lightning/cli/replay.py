@@ -8,7 +8,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 
 from revdeq_lightning.checkpoints.files import read_checkpoint
-from revdeq_lightning.data.images.store import ImageBatch
+from revdeq_lightning.data.images.batches import ImageBatch
 from revdeq_lightning.data.text.windows import TextBatch
 from revdeq_lightning.equilibrium import equilibria
 from revdeq_lightning.errors import CheckpointError

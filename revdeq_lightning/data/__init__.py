@@ -6,8 +6,8 @@ from revdeq_lightning.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from revdeq_lightning.data.images.augmentation import AugmentationConfig as AugmentationConfig
+    from revdeq_lightning.data.images.batches import ImageBatch as ImageBatch
     from revdeq_lightning.data.images.module import ImageDataModule as ImageDataModule
-    from revdeq_lightning.data.images.store import ImageBatch as ImageBatch
     from revdeq_lightning.data.loading.base import AbstractDataModule as AbstractDataModule
     from revdeq_lightning.data.loading.sampler import (
         ResumableBatchSampler as ResumableBatchSampler,

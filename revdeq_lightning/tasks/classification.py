@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
+from revdeq_lightning.data.images.batches import ImageBatch
 from revdeq_lightning.data.images.module import ImageDataModule
-from revdeq_lightning.data.images.store import ImageBatch
 from revdeq_lightning.data.loading.sampler import IGNORE_INDEX
 from revdeq_lightning.equilibrium import EquilibriumLayer
 from revdeq_lightning.models import ClassifierConfig

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from revdeq_lightning.data.images.store import ImageBatch
+from revdeq_lightning.data.images.batches import ImageBatch
 from revdeq_lightning.models import ClassifierConfig
 from revdeq_lightning.models.build import SolverConfig
 from revdeq_lightning.tasks.classification import ClassificationTask

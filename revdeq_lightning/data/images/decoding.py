@@ -1,4 +1,4 @@
-"""From the bytes of an image to pixels: decoding, and the one convention of resizing and cropping for evaluation."""
+"""From the bytes of an image to pixels: decoding, and how evaluation resizes and crops."""
 
 import io
 import os
@@ -12,6 +12,9 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode, functional as TF
+
+from revdeq_lightning.data.loading.files import list_files
 
 UNDECODABLE = ("raise", "skip")
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -23,12 +26,12 @@ class UndecodableImageError(ValueError):
     """An image that cannot be decoded; its message names it."""
 
     def __init__(self, message: str) -> None:
-        # A DataLoader raises a worker's error anew, with the worker's traceback as its message: one line is enough.
+        # A DataLoader raises a worker's error again, with the worker's traceback as its message: one line is enough.
         super().__init__(message.strip().rpartition("\n")[2].rpartition(f"{type(self).__name__}: ")[2])
 
 
 class ImageSizes(NamedTuple):
-    """What every image becomes: square, after its shorter side was resized to `resize`; grey (1 channel) or RGB (3)."""
+    """What every image becomes: square, after its shorter side was resized to `resize`; gray (1 channel) or RGB (3)."""
 
     channels: int
     image_size: int
@@ -49,19 +52,13 @@ def skipped_message(names: Sequence[str]) -> str:
 
 
 def decode_image(content: bytes | NDArray[np.uint8], name: str, channels: int) -> Image.Image:
-    """Decode an image of any mode to grey (1 channel) or RGB (3).
+    """Decode the bytes of a file, or pixels `(height, width, 1 or 3)`, of any mode to gray (1 channel) or RGB (3).
 
-    The orientation that a camera noted in EXIF is applied. Grey becomes RGB by repetition and RGB grey by luma; palette
-    and CMYK are converted; transparency is dropped; of 16-bit grey the upper 8 bits are kept; of an animation the first
-    frame.
-
-    Args:
-        content: The file's bytes, or pixels of shape `(height, width, 1 or 3)`.
-        name: For the message.
-        channels: 1 or 3.
+    The EXIF orientation is applied. Gray becomes RGB by repetition and RGB gray by luma; palette and CMYK are
+    converted; transparency is dropped; of 16-bit gray the upper 8 bits are kept; of an animation the first frame.
 
     Raises:
-        UndecodableImageError: If it is none, or damaged.
+        UndecodableImageError: If it is not an image, or damaged; the message names it.
     """
     try:
         if isinstance(content, np.ndarray):
@@ -81,36 +78,20 @@ def decode_image(content: bytes | NDArray[np.uint8], name: str, channels: int) -
     except Exception as error:  # whatever a codec raises
         reason = str(error).partition("\n")[0]
         if reason.startswith("cannot identify image file"):
-            reason = (
-                "no image format that Pillow knows" if content is not None and len(content) else "the file is empty"
-            )
+            reason = "no image format that Pillow knows" if len(content) else "the file is empty"
         raise UndecodableImageError(
             f'cannot decode the image {name} ({reason}): repair or remove it, or set undecodable="skip".'
         ) from None
 
 
 def evaluation_resize(image_size: int, crop_fraction: float | None) -> int:
-    """Length of the shorter side before the centre crop: `image_size / crop_fraction`, rounded.
-
-    None means 0.875 above 64 pixels (256 for 224) and 1 up to there.
-    """
+    """Length of the shorter side before the center crop; `crop_fraction` None: 0.875 above 64 pixels, otherwise 1."""
     return round(image_size / (crop_fraction or (0.875 if image_size > 64 else 1.0)))
 
 
 def evaluation_transform(image: Image.Image, image_size: int, resize: int) -> NDArray[np.uint8]:
-    """Resize the shorter side to `resize` (bicubic, antialiased), cut out the centre; `(channels, size, size)`.
-
-    The rounding is torchvision's (`Resize`, `CenterCrop`).
-    """
-    width, height = image.size
-    short, long = min(width, height), max(width, height)
-    if short != resize:
-        other = int(resize * long / short)
-        image = image.resize((resize, other) if width <= height else (other, resize), RESAMPLING)
-    left, top = (round((side - image_size) / 2.0) for side in image.size)
-    if (left, top) != (0, 0) or image.size != (image_size, image_size):
-        image = image.crop((left, top, left + image_size, top + image_size))
-    return to_array(image)
+    """Torchvision's `Resize` of the shorter side (bicubic, antialiased) and `CenterCrop`; `(channels, size, size)`."""
+    return to_array(TF.center_crop(TF.resize(image, [resize], InterpolationMode.BICUBIC), [image_size]))
 
 
 def to_array(image: Image.Image) -> NDArray[np.uint8]:
@@ -127,7 +108,7 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
 
 
 def find_images(path: str | os.PathLike[str]) -> list[Path]:
-    """An image file, or those below a folder, hidden ones excepted, sorted by name.
+    """An image file, or those below a folder without the hidden ones, sorted by name.
 
     Raises:
         FileNotFoundError: If there are none.
@@ -135,8 +116,7 @@ def find_images(path: str | os.PathLike[str]) -> list[Path]:
     root = Path(path)
     if root.is_file():
         return [root]
-    files = [file for file in root.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()]
-    files = sorted(file for file in files if "/." not in f"/{file.relative_to(root).as_posix()}")
+    files = sorted(root / name for name in list_files(root) if name.lower().endswith(IMAGE_SUFFIXES))
     if not files:
         raise FileNotFoundError(
             f"no images ({', '.join(IMAGE_SUFFIXES)}) in {root} (looked in {Path.cwd()}): give an image or a folder of "

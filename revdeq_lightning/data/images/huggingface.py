@@ -8,31 +8,9 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 from numpy.typing import NDArray
 
-from revdeq_lightning.data.images.tables import AbstractImageReader, Content, ImageCollection, ImageSource, ImageTable
+from revdeq_lightning.data.images.tables import Content, ImageCollection, ImageSource, ImageTable, numbered_names
 from revdeq_lightning.data.loading.base import SPLITS
 from revdeq_lightning.data.loading.files import huggingface_key, load_huggingface
-
-
-class HuggingFaceReader(AbstractImageReader):
-    """Encoded images of one split; rows are read from a memory map."""
-
-    def __init__(self, dataset: Any, column: str, prefix: str) -> None:
-        import datasets
-
-        self.dataset, self.column, self.prefix = (
-            dataset.cast_column(column, datasets.Image(decode=False)),
-            column,
-            prefix,
-        )
-
-    def name(self, position: int) -> str:
-        """Split and row."""
-        return f"{self.prefix}/{position:08d}"
-
-    def read(self, position: int) -> Content:
-        """The image's bytes."""
-        value = self.dataset[position][self.column]
-        return bytes(value["bytes"]) if value["bytes"] is not None else Path(value["path"]).read_bytes()
 
 
 def open_huggingface(path: str, name: str | None, image_column: str | None, label_column: str | None) -> ImageSource:
@@ -42,6 +20,8 @@ def open_huggingface(path: str, name: str | None, image_column: str | None, labe
 
 
 def _open(path: str, name: str | None, image_column: str | None, label_column: str | None) -> ImageCollection:
+    import datasets
+
     loaded = load_huggingface(path, name)
     features = loaded["train"].features
     image_column = _column(path, features, "image_column", image_column, "Image")
@@ -55,27 +35,35 @@ def _open(path: str, name: str | None, image_column: str | None, label_column: s
             f"{path} has splits that are not used ({', '.join(unused)}): they have no labels, or other names than "
             f"{', '.join(SPLITS)}."
         )
-    tables = {
-        split: ImageTable(HuggingFaceReader(loaded[split], image_column, split), np.arange(len(values)), values)
-        for split, values in labels.items()
-    }
+    tables = {}
+    for split, numbers in labels.items():
+        encoded = loaded[split].cast_column(image_column, datasets.Image(decode=False))
+        names, rows = numbered_names(split, len(numbers), 8), np.arange(len(numbers))
+        tables[split] = ImageTable(names, numbers, rows, partial(_read, encoded, image_column))
     return ImageCollection(class_names, tables)
+
+
+def _read(dataset: Any, column: str, row: np.int64) -> Content:
+    value = dataset[int(row)][column]
+    return bytes(value["bytes"]) if value["bytes"] is not None else Path(value["path"]).read_bytes()
 
 
 def _number_classes(
     path: str, column: str, values: dict[str, NDArray[Any]], class_names: list[str] | None
 ) -> tuple[list[str], dict[str, NDArray[np.int64]]]:
-    """Names of the classes, and each split's labels; a split without any label (-1 throughout) is missing."""
+    """Names of the classes, and each split's labels; a split without any label (-1 throughout) is left out."""
     if class_names is not None:
         values = {split: labels for split, labels in values.items() if split == "train" or (labels != -1).any()}
     known = np.unique(values["train"]) if class_names is None else np.arange(len(class_names))
     numbered = {}
     for split, labels in values.items():
-        if labels.dtype.kind not in "iuU" or (unknown := np.setdiff1d(labels, known)).size:
-            what = (
-                f"the class {unknown[0]}, which train lacks" if labels.dtype.kind in "iuU" else "rows without a label"
-            )
-            raise ValueError(f'{path} has in {split} {what} (column "{column}"): give each row a class of train.')
+        fault = ""
+        if labels.dtype.kind not in "iuU":
+            fault = "rows without a label"
+        elif (unknown := np.setdiff1d(labels, known)).size:
+            fault = f"the class {unknown[0]}, which train lacks"
+        if fault:
+            raise ValueError(f'{path} has in {split} {fault} (column "{column}"): give each row a class of train.')
         numbered[split] = np.searchsorted(known, labels).astype(np.int64)
     return class_names or [str(value) for value in known.tolist()], numbered
 
@@ -87,9 +75,8 @@ def _column(path: str, features: Any, argument: str, name: str | None, kind: str
             raise ValueError(f'{path} has the columns {sorted(features)}, {argument} "{name}" is not among them.')
         return name
     found = [column for column, feature in features.items() if type(feature).__name__ == kind]
-    found = found or [
-        column for column in ("label", "labels", "fine_label") if kind == "ClassLabel" and column in features
-    ]
+    if not found and kind == "ClassLabel":
+        found = [column for column in ("label", "labels", "fine_label") if column in features]
     if len(found) != 1:
         raise ValueError(f"{path} has the columns {sorted(features)}: say which one with {argument}.")
     return str(found[0])

@@ -16,7 +16,7 @@ from revdeq_lightning.data.images.augmentation import (
     augment_normalized,
     augment_pixels,
 )
-from revdeq_lightning.data.images.cifar import KNOWN_STATISTICS
+from revdeq_lightning.data.images.batches import DecodedImages, ImageBatch, PreparedImages
 from revdeq_lightning.data.images.decoding import (
     INTERPOLATION,
     UNDECODABLE,
@@ -28,9 +28,8 @@ from revdeq_lightning.data.images.decoding import (
     skipped_message,
 )
 from revdeq_lightning.data.images.preparation import ImageData, prepare_decoding, prepare_in_memory
-from revdeq_lightning.data.images.sources import IMAGE_SOURCES, open_image_source, split_images
-from revdeq_lightning.data.images.store import DecodedImages, ImageBatch, PreparedImages
-from revdeq_lightning.data.images.tables import ImageCollection
+from revdeq_lightning.data.images.sources import IMAGE_SOURCES, KNOWN_STATISTICS, open_image_source
+from revdeq_lightning.data.images.tables import ImageCollection, split_images
 from revdeq_lightning.data.loading.base import AbstractDataModule
 from revdeq_lightning.data.loading.sampler import ResumableLoader, shuffled
 from revdeq_lightning.equilibrium.validation import require_choice, require_count, require_in_range

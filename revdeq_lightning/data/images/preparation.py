@@ -1,6 +1,5 @@
-"""From a source to data sets: splits, decoded images in one file, and the statistics of the training images."""
+"""From a source to datasets: decoded images in one file, and the statistics of the training images."""
 
-import os
 import zlib
 from collections.abc import Callable
 from functools import partial
@@ -11,33 +10,28 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from numpy.typing import NDArray
 
-from revdeq_lightning.data.images.decoding import (
-    ImageSizes,
-    UndecodableImageError,
-    decode_image,
-    evaluation_transform,
-    skipped_message,
-)
-from revdeq_lightning.data.images.store import DecodedImages, PreparedImages
-from revdeq_lightning.data.images.tables import ImageCollection, ImageTable
+from revdeq_lightning.data.images.batches import DecodedImages, PreparedImages
+from revdeq_lightning.data.images.decoding import ImageSizes, skipped_message
+from revdeq_lightning.data.images.tables import ImageCollection
 from revdeq_lightning.data.loading.array_cache import load_or_build
 from revdeq_lightning.data.loading.base import digest
+from revdeq_lightning.data.loading.sampler import IGNORE_INDEX
 
 _CACHE_FORMAT = 1
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class ImageData(NamedTuple):
-    """Data sets by split, and what is known of them.
+    """Datasets by split, and what is known of them.
 
     Attributes:
         class_names: In the order of their indices.
-        channels: 1 grey, 3 RGB.
+        channels: 1 gray, 3 RGB.
         mean: By channel.
         std: By channel.
         datasets: By split.
-        checksums: Of the training split: `label_checksum`, and `image_checksum`, or `name_checksum` where images are
-            decoded as they are needed: what is in those is not looked at.
+        checksums: Of the training split's labels, and of its images, or of their names where images are decoded as they
+            are needed.
     """
 
     class_names: list[str]
@@ -57,14 +51,14 @@ def prepare_in_memory(
     *,
     skip_undecodable: bool,
 ) -> ImageData:
-    """Decode all images by the evaluation's convention into a file, or find that it has been done.
+    """Decode all images as evaluation does into a file, or find that it has been done.
 
     Args:
         folder: Where the file lies.
         name: Begins the file's name.
         key: Identifies source and splits; plain containers.
         collect: Lists the images of each split.
-        sizes: What to make of each image.
+        sizes: What each image becomes.
         skip_undecodable: Whether to leave out, with a warning, what cannot be decoded.
     """
     content = digest([_CACHE_FORMAT, key, sizes._asdict(), skip_undecodable])
@@ -89,83 +83,48 @@ def prepare_decoding(
     seed: int,
     skip_undecodable: bool,
 ) -> ImageData:
-    """Data sets that decode as they go, with ImageNet's statistics; the arguments are those of `DecodedImages`."""
-    if not all(table.reader.random_access for table in collection.tables.values()):
+    """Datasets that decode as they go, with ImageNet's statistics; the arguments are those of `DecodedImages`."""
+    class_names, tables = collection
+    if getattr(tables["train"].read, "temporary", None):
         raise ValueError(
-            "a compressed archive is read in a row, its images cannot be decoded as they are needed: set in_memory to "
-            "true, or give the unpacked folder or an uncompressed .tar."
+            "images of a compressed archive cannot be decoded as they are needed: set in_memory to true, or give the "
+            "unpacked folder or an uncompressed .tar."
         )
-    datasets = {
-        split: DecodedImages(
-            table,
-            sizes,
-            training=split == "train",
-            crop_scale=crop_scale,
-            seed=seed,
-            skip_undecodable=skip_undecodable,
-        )
-        for split, table in collection.tables.items()
+    options: dict[str, Any] = {"crop_scale": crop_scale, "seed": seed, "skip_undecodable": skip_undecodable}
+    datasets = {s: DecodedImages(table, sizes, training=s == "train", **options) for s, table in tables.items()}
+    gray = sizes.channels == 1
+    mean, std = ([float(np.mean(v))] if gray else list(v) for v in (_IMAGENET_MEAN, _IMAGENET_STD))
+    names, labels = tables["train"].names.tolist(), tables["train"].labels.astype(np.int64)
+    checksums = {
+        "name_checksum": f"{zlib.crc32(b''.join(name + bytes(1) for name in names)):08x}",
+        "label_checksum": f"{zlib.crc32(labels.data):08x}",
     }
-    grey = sizes.channels == 1
-    mean, std = ([float(np.mean(v))] if grey else list(v) for v in (_IMAGENET_MEAN, _IMAGENET_STD))
-    checksums = _checksums(collection.tables["train"])
-    return ImageData(collection.class_names, sizes.channels, mean, std, datasets, checksums)
-
-
-def _checksums(table: ImageTable) -> dict[str, str]:
-    names = 0
-    for index in range(len(table.labels)):
-        names = zlib.crc32(os.fsencode(table.name(index)) + b"\0", names)
-    labels = zlib.crc32(table.labels.astype(np.int64).data)
-    return {"name_checksum": f"{names:08x}", "label_checksum": f"{labels:08x}"}
+    return ImageData(class_names, sizes.channels, mean, std, datasets, checksums)
 
 
 def _decode_all(
     path: Path, collect: Callable[[], ImageCollection], sizes: ImageSizes, skip_undecodable: bool
 ) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
     class_names, tables = collect()
-    number = sum(len(table.labels) for table in tables.values())
-    rank_zero_info(f"Decoding {number} images into {path} (once) ...")
-    images = {
-        split: np.zeros((len(table.labels), sizes.channels, sizes.image_size, sizes.image_size), np.uint8)
-        for split, table in tables.items()
-    }
-    is_decoded = {split: np.zeros(len(table.labels), dtype=bool) for split, table in tables.items()}
-    for table, places in _by_reader(tables):
-        for index, content in table.reader.stream(table.positions.tolist()):
-            split, row = places[index]
-            try:
-                image = decode_image(content, table.name(index), sizes.channels)
-            except UndecodableImageError:
-                if not skip_undecodable:
-                    raise
-                continue
-            images[split][row] = evaluation_transform(image, sizes.image_size, sizes.resize)
-            is_decoded[split][row] = True
+    rank_zero_info(f"Decoding {sum(map(len, tables.values()))} images into {path} (once) ...")
     arrays: dict[str, NDArray[Any]] = {}
-    skipped = []
+    skipped: list[str] = []
     for split, table in tables.items():
-        good = is_decoded[split]
-        skipped += [table.name(index) for index in np.flatnonzero(~good).tolist()]
+        dataset = DecodedImages(table, sizes, skip_undecodable=skip_undecodable)
+        images = np.zeros((len(table), sizes.channels, sizes.image_size, sizes.image_size), np.uint8)
+        labels = np.zeros(len(table), np.int64)
+        for start in range(0, len(table), 256):
+            part = slice(start, min(start + 256, len(table)))
+            batch = dataset[list(range(part.start, part.stop))]
+            images[part], labels[part] = batch.images.numpy(), batch.labels.numpy()
+        good = labels != IGNORE_INDEX
+        skipped += dataset.take_skipped()
         if not good.any():
             raise ValueError(f"none of the {len(good)} images of {split} can be decoded (such as {skipped[-1]}).")
-        arrays[split] = images[split] if good.all() else images[split][good]
-        arrays[f"{split}/labels"] = table.labels[good].astype(np.int64)
+        arrays[split], arrays[f"{split}/labels"] = images if good.all() else images[good], labels[good]
     mean, std = _statistics(arrays["train"])
     metadata = {"class_names": class_names, "splits": list(tables), "skipped": skipped, "mean": mean, "std": std}
     return arrays, metadata
-
-
-def _by_reader(tables: dict[str, ImageTable]) -> list[tuple[ImageTable, list[tuple[str, int]]]]:
-    """All images of each reader as one table, with split and row of each: an archive is read once for all splits."""
-    joined = []
-    for reader in {id(table.reader): table.reader for table in tables.values()}.values():
-        parts = {split: table for split, table in tables.items() if table.reader is reader}
-        positions = np.concatenate([table.positions for table in parts.values()])
-        labels = np.concatenate([table.labels for table in parts.values()])
-        places = [(split, row) for split, table in parts.items() for row in range(len(table.labels))]
-        joined.append((ImageTable(reader, positions, labels), places))
-    return joined
 
 
 def _statistics(images: NDArray[np.uint8]) -> tuple[list[float], list[float]]:
@@ -177,4 +136,4 @@ def _statistics(images: NDArray[np.uint8]) -> tuple[list[float], list[float]]:
     shares, values = counts / counts.sum(axis=1, keepdims=True), np.arange(256) / 255
     mean = shares @ values
     std = np.sqrt((shares * (values - mean[:, None]) ** 2).sum(axis=1))
-    return mean.tolist(), std.clip(min=1 / 255).tolist()  # images of one colour have no spread
+    return mean.tolist(), std.clip(min=1 / 255).tolist()  # images of one color have no spread

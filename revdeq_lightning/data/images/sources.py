@@ -1,16 +1,24 @@
-"""Where labelled images come from: embedded digits, CIFAR, folders and archives of folders, Hugging Face datasets."""
+"""The sources of labeled images; the embedded digits and CIFAR are read here."""
 
-import hashlib
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from revdeq_lightning.data.images.tables import ArrayReader, ImageCollection, ImageSource, ImageTable
+from revdeq_lightning.data.images.folder import open_folder
+from revdeq_lightning.data.images.huggingface import open_huggingface
+from revdeq_lightning.data.images.tables import ImageCollection, ImageSource, ImageTable, numbered_names
 from revdeq_lightning.data.loading.sampler import shuffled
 
 IMAGE_SOURCES = ("digits", "cifar10", "cifar100", "folder", "huggingface")
+
+KNOWN_STATISTICS = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+}
+"""Mean and standard deviation of the 50,000 training images, by channel, on the scale 0 ... 1."""
 
 
 def open_image_source(
@@ -23,73 +31,83 @@ def open_image_source(
     download: bool,
 ) -> ImageSource:
     """Open one of the `IMAGE_SOURCES`; the arguments are those of `ImageDataModule`."""
-    from revdeq_lightning.data.images import cifar, folder, huggingface
-
     if source == "digits":
-        return ImageSource(lambda: "digits", _open_digits, channels=1)
+        return ImageSource(lambda: "digits", _read_digits, channels=1)
     if source == "folder":
-        return folder.open_folder(Path(str(path)))
+        return open_folder(Path(str(path)))
     if source == "huggingface":
-        return huggingface.open_huggingface(str(path), dataset_name, image_column, label_column)
-    return cifar.open_cifar(source, path, download)
+        return open_huggingface(str(path), dataset_name, image_column, label_column)
+    # Checked against the published MD5, so the name alone identifies the content.
+    return ImageSource(lambda: source, partial(_read_cifar, source, Path(path or "data"), download))
 
 
-def _open_digits() -> ImageCollection:
+def _pixels_table(prefix: str, pixels: Any, labels: Any) -> ImageTable:
+    number = len(pixels)
+    return ImageTable(
+        numbered_names(prefix, number, 5), np.asarray(labels, np.int64), np.arange(number), pixels.__getitem__
+    )
+
+
+def _read_digits() -> ImageCollection:
     """A sixth of the images, by a fixed permutation, is the test split."""
     from sklearn.datasets import load_digits
 
     digits: Any = load_digits()
     pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None]
-    everything = ImageTable(ArrayReader(pixels, "digits"), np.arange(len(pixels)), digits.target.astype(np.int64))
+    everything = _pixels_table("digits", pixels, digits.target)
     order = shuffled(len(pixels), seed=0, epoch=0)
     num_test = 297
     tables = {"train": everything.take(np.sort(order[num_test:])), "test": everything.take(np.sort(order[:num_test]))}
     return ImageCollection([str(digit) for digit in range(10)], tables)
 
 
-def split_images(
-    tables: dict[str, ImageTable],
-    *,
-    validation_fraction: float,
-    split_seed: int,
-    max_train_images: int | None,
-    max_eval_images: int | None,
-) -> dict[str, ImageTable]:
-    """Split off a validation part of the training images if there is none, then cut to the sizes that are wanted.
+def published_cifar(source: str) -> Any:
+    """Torchvision's class, which holds the published names, address and checksums."""
+    from torchvision.datasets import CIFAR10, CIFAR100
 
-    Both keep the classes' shares and depend on names and `split_seed` alone.
-    """
-    tables = dict(tables)
-    train = tables["train"]
-    if "validation" not in tables:
-        count = round(validation_fraction * len(train.labels))
-        chosen = stratified_subset(train, count, split_seed)
-        if count:
-            tables["validation"] = train.take(chosen)
-            tables["train"] = train.take(np.setdiff1d(np.arange(len(train.labels)), chosen))
-    for split, table in tables.items():
-        limit = max_train_images if split == "train" else max_eval_images
-        if limit is not None and limit < len(table.labels):
-            tables[split] = table.take(stratified_subset(table, limit, split_seed))
-        if not len(table.labels):
-            raise ValueError(
-                f"no images are left for {split} (validation_fraction {validation_fraction}): use more images, or "
-                "another fraction."
+    return {"cifar10": CIFAR10, "cifar100": CIFAR100}[source]
+
+
+def _read_cifar(source: str, path: Path, download: bool) -> ImageCollection:
+    """From `path/cifar-10-batches-py`, that folder itself, the archive or its folder, else downloaded into `path`."""
+    from torchvision.datasets.utils import check_integrity, download_url, extract_archive
+
+    published = published_cifar(source)
+    root = path.parent if path.name == published.base_folder else path
+    if (root / published.base_folder).is_dir():
+        return _unpacked_cifar(source, root)
+    archive = path if path.is_file() else path / published.filename
+    advice = (
+        f"put {published.filename} (MD5 {published.tgz_md5}) into {path}/, or try the embedded images: "
+        "make train-cifar CONFIG=configs/digits/default.yaml"
+    )
+    if not archive.is_file():
+        if not download:
+            raise FileNotFoundError(
+                f"no {published.base_folder}/ and no {archive.name} in {path} (download is false): {advice}"
             )
-    return tables
+        try:
+            download_url(published.url, str(path), published.filename, published.tgz_md5)
+        except (OSError, RuntimeError) as error:
+            archive.unlink(missing_ok=True)  # what arrived of it
+            raise ConnectionError(f"cannot download {published.url} ({error}): {advice}") from None
+    if not check_integrity(archive, published.tgz_md5):
+        raise ValueError(
+            f"{archive} is damaged or another file (its MD5 is not the published {published.tgz_md5}): remove it."
+        )
+    with TemporaryDirectory() as folder:
+        extract_archive(str(archive), folder)
+        return _unpacked_cifar(source, Path(folder))
 
 
-def stratified_subset(table: ImageTable, count: int, seed: int) -> NDArray[np.int64]:
-    """Indices of exactly `count` images, of each class as close to its share as that allows, ascending.
-
-    Within a class, those whose names have the smallest hashes.
-    """
-    sizes = np.bincount(table.labels)
-    shares = sizes * count / max(1, len(table.labels))
-    wanted = shares.astype(np.int64)
-    largest_remainders = np.argsort(wanted - shares, kind="stable")
-    wanted[largest_remainders[: count - wanted.sum()]] += 1
-    hashes = [hashlib.sha256(f"{seed}:{table.name(i)}".encode()).digest() for i in range(len(table.labels))]
-    by_hash = np.array(sorted(range(len(hashes)), key=hashes.__getitem__), dtype=np.int64)
-    chosen = [by_hash[table.labels[by_hash] == label][:number] for label, number in enumerate(wanted)]
-    return np.sort(np.concatenate(chosen)) if chosen else np.zeros(0, np.int64)
+def _unpacked_cifar(source: str, root: Path) -> ImageCollection:
+    published = published_cifar(source)
+    try:
+        splits = {"train": published(root, train=True), "test": published(root, train=False)}
+    except RuntimeError:  # of a wrong checksum
+        raise ValueError(
+            f"{root / published.base_folder} is damaged or incomplete (the MD5 of a file is not the published one): "
+            "remove it."
+        ) from None
+    tables = {split: _pixels_table(f"{source}/{split}", part.data, part.targets) for split, part in splits.items()}
+    return ImageCollection(list(splits["train"].classes), tables)

@@ -1,8 +1,8 @@
-"""Tables of labeled images: what every source of images gives."""
+"""Tables of labeled images, the form that every source of images gives, and their splits."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+import hashlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,62 +11,43 @@ Content = bytes | NDArray[np.uint8]
 """An encoded image, or pixels of shape `(height, width, channels)`."""
 
 
-class AbstractImageReader(ABC):
-    """Images by position. Pickles, so that worker processes read."""
-
-    random_access = True
-    """False: only `stream` is fast."""
-
-    @abstractmethod
-    def name(self, position: int) -> str:
-        """Name of the image, the same wherever the data lies; decides in which split it falls."""
-
-    @abstractmethod
-    def read(self, position: int) -> Content:
-        """One image."""
-
-    def stream(self, positions: Sequence[int]) -> Iterator[tuple[int, Content]]:
-        """(index into `positions`, image) for all of them, in whatever order is fast."""
-        for index, position in enumerate(positions):
-            yield index, self.read(position)
-
-
 class ImageTable(NamedTuple):
-    """Labelled images of one split.
+    """Labeled images of one split: image i is `read(places[i])`.
 
     Attributes:
-        reader: Where they are.
-        positions: In the reader, int64.
+        names: Bytes, the same wherever the data lies; they decide in which split an image falls.
         labels: Classes, int64.
+        places: Where `read` finds the images.
+        read: Returns one image. Pickles, so that worker processes can read.
     """
 
-    reader: AbstractImageReader
-    positions: NDArray[np.int64]
+    names: NDArray[np.bytes_]
     labels: NDArray[np.int64]
+    places: NDArray[Any]
+    read: Callable[[Any], Content]
 
-    def name(self, index: int) -> str:
-        """Name of an image."""
-        return self.reader.name(int(self.positions[index]))
+    def __len__(self) -> int:
+        return len(self.labels)
 
     def take(self, indices: NDArray[np.int64]) -> "ImageTable":
         """Those images only."""
-        return ImageTable(self.reader, self.positions[indices], self.labels[indices])
+        return ImageTable(self.names[indices], self.labels[indices], self.places[indices], self.read)
 
 
 class ImageCollection(NamedTuple):
-    """The splits that a source has ("train" at least), and what it says of them."""
+    """The splits of a source ("train" at least)."""
 
     class_names: list[str]
     tables: dict[str, ImageTable]
 
 
 class ImageSource(NamedTuple):
-    """Images that are not looked at yet.
+    """Images that have not been looked at yet.
 
     Attributes:
         key: Computes what identifies the content; may read all of it.
         open: Lists the images.
-        channels: Of the images: 1 grey, 3 RGB.
+        channels: Of the images: 1 gray, 3 RGB.
     """
 
     key: Callable[[], str]
@@ -74,17 +55,52 @@ class ImageSource(NamedTuple):
     channels: int = 3
 
 
-class ArrayReader(AbstractImageReader):
-    """Pixels in memory, uint8 `(number, height, width, channels)`."""
+def numbered_names(prefix: str, count: int, digits: int) -> NDArray[np.bytes_]:
+    """Names of images that have none: `prefix/000...`."""
+    return np.array([f"{prefix}/{number:0{digits}d}".encode() for number in range(count)])
 
-    def __init__(self, pixels: NDArray[np.uint8], prefix: str) -> None:
-        self.pixels, self.prefix = pixels, prefix
 
-    def name(self, position: int) -> str:
-        """Prefix and number."""
-        return f"{self.prefix}/{position:05d}"
+def split_images(
+    tables: dict[str, ImageTable],
+    *,
+    validation_fraction: float,
+    split_seed: int,
+    max_train_images: int | None,
+    max_eval_images: int | None,
+) -> dict[str, ImageTable]:
+    """Split off a validation part of the training images if there is none, then cut to the given sizes.
 
-    def read(self, position: int) -> Content:
-        """The pixels."""
-        pixels: NDArray[np.uint8] = self.pixels[position]
-        return pixels
+    Both keep the classes' shares and depend on names and `split_seed` alone.
+    """
+    tables = dict(tables)
+    train = tables["train"]
+    if "validation" not in tables and (count := round(validation_fraction * len(train))):
+        chosen = stratified_subset(train, count, split_seed)
+        tables["validation"] = train.take(chosen)
+        tables["train"] = train.take(np.setdiff1d(np.arange(len(train)), chosen))
+    for split, table in tables.items():
+        limit = max_train_images if split == "train" else max_eval_images
+        if limit is not None and limit < len(table):
+            tables[split] = table.take(stratified_subset(table, limit, split_seed))
+        if not len(table):
+            raise ValueError(
+                f"no images are left for {split} (validation_fraction {validation_fraction}): use more images, or "
+                "another fraction."
+            )
+    return tables
+
+
+def stratified_subset(table: ImageTable, count: int, seed: int) -> NDArray[np.int64]:
+    """Indices of exactly `count` images, of each class as close to its share as that allows, ascending.
+
+    Within a class, those whose names have the smallest hashes.
+    """
+    sizes = np.bincount(table.labels)
+    shares = sizes * count / max(1, len(table))
+    wanted = shares.astype(np.int64)
+    largest_remainders = np.argsort(wanted - shares, kind="stable")
+    wanted[largest_remainders[: count - wanted.sum()]] += 1
+    hashes = [hashlib.sha256(f"{seed}:".encode() + name).digest() for name in table.names.tolist()]
+    by_hash = np.array(sorted(range(len(hashes)), key=hashes.__getitem__), dtype=np.int64)
+    chosen = [by_hash[table.labels[by_hash] == label][:number] for label, number in enumerate(wanted)]
+    return np.sort(np.concatenate(chosen)) if chosen else np.zeros(0, np.int64)

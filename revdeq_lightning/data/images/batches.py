@@ -1,5 +1,6 @@
 """Batches of images: prepared ones from a memory map, or decoded by workers as they are needed."""
 
+import os
 from typing import NamedTuple
 
 import numpy as np
@@ -63,13 +64,13 @@ class DecodedImages(Dataset[ImageBatch]):
     """Images that are decoded as they are needed. Indices count on through the epochs if `training`.
 
     Args:
-        table: Where they are.
-        sizes: What to make of each image.
+        table: The images.
+        sizes: What each image becomes.
         training: Whether this is the training split.
-        crop_scale: In training: fractions of the area between which a random part is cut out; None: the centre.
+        crop_scale: In training: fractions of the area between which a random part is cut out; None: the center.
         seed: Of the random part.
-        skip_undecodable: Whether an image that cannot be decoded becomes a black one with `IGNORE_INDEX`; it is marked
-            in `undecodable`, also from worker processes.
+        skip_undecodable: Whether an image that cannot be decoded becomes a black one with `IGNORE_INDEX`;
+            `take_skipped` names it, also from worker processes.
     """
 
     def __init__(
@@ -77,20 +78,20 @@ class DecodedImages(Dataset[ImageBatch]):
         table: ImageTable,
         sizes: ImageSizes,
         *,
-        training: bool,
-        crop_scale: tuple[float, float] | None,
-        seed: int,
+        training: bool = False,
+        crop_scale: tuple[float, float] | None = None,
+        seed: int = 0,
         skip_undecodable: bool,
     ) -> None:
         self.table, self.sizes, self.training, self.seed = table, sizes, training, seed
         self.crop_scale = crop_scale if training else None
         self.undecodable: Tensor | None = None
         if skip_undecodable:
-            self.undecodable = torch.zeros(len(table.labels), dtype=torch.bool)
+            self.undecodable = torch.zeros(len(table), dtype=torch.bool)
             self.undecodable.share_memory_()  # type: ignore[no-untyped-call]
 
     def __len__(self) -> int:
-        return len(self.table.labels)
+        return len(self.table)
 
     def __getitem__(self, indices: list[int]) -> ImageBatch:
         keys = np.asarray(indices, dtype=np.int64)
@@ -102,9 +103,8 @@ class DecodedImages(Dataset[ImageBatch]):
             if key == PADDING:
                 continue
             item = key % len(self)
-            name = self.table.name(item)
             try:
-                image = decode_image(self.table.reader.read(int(self.table.positions[item])), name, channels)
+                image = decode_image(self.table.read(self.table.places[item]), self._name(item), channels)
             except UndecodableImageError:
                 if self.undecodable is None:
                     raise
@@ -123,9 +123,12 @@ class DecodedImages(Dataset[ImageBatch]):
         """Names of the images that could not be decoded since the last call."""
         if self.undecodable is None:
             return []
-        names = [self.table.name(index) for index in self.undecodable.nonzero().flatten().tolist()]
+        names = [self._name(index) for index in self.undecodable.nonzero().flatten().tolist()]
         self.undecodable.zero_()
         return names
+
+    def _name(self, item: int) -> str:
+        return os.fsdecode(self.table.names[item])
 
 
 def _batch(images: NDArray[np.uint8], labels: NDArray[np.int64], keys: NDArray[np.int64], training: bool) -> ImageBatch:
