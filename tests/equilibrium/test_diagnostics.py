@@ -100,7 +100,7 @@ def test_spectral_radius_takes_one_evaluation_and_leaves_everything_as_it_was():
         assert torch.equal(spectral_radius(f, z.detach().clone(), x), spectral_radius(f, z, x))
 
 
-# Jacobian regularisation
+# Jacobian regularization
 
 
 def test_jacobian_penalty_of_an_elementwise_map_is_exact():
@@ -145,11 +145,11 @@ def test_jacobian_penalty_of_attention_can_be_differentiated():
 def test_jacobian_penalty_lowers_the_spectral_radius_when_trained():
     f, z, x = problem()
     before = spectral_radius(f, z, x).max()
-    optimiser = torch.optim.Adam(f.parameters(), lr=0.05)
+    optimizer = torch.optim.Adam(f.parameters(), lr=0.05)
     for _ in range(30):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         jacobian_regularization(f, z, x, generator=torch.Generator().manual_seed(0)).backward()
-        optimiser.step()
+        optimizer.step()
     assert spectral_radius(f, z, x).max() < 0.5 * before
 
 

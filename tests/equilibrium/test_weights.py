@@ -60,7 +60,7 @@ def inputs():
 
 
 @pytest.mark.parametrize(("solver", "adjoint"), PAIRS.values(), ids=PAIRS)
-def test_spectral_normalisation_in_training_is_one_map_a_solve(solver, adjoint):
+def test_spectral_normalization_in_training_is_one_map_a_solve(solver, adjoint):
     """Its estimate moves with every access; a loop that reads the weight once is the reference."""
     f, x = Map(), inputs()
     parametrizations.spectral_norm(f.linear)

@@ -10,6 +10,7 @@ from against_bptt import (
     REVERSIBLE,
     SOLVERS,
     assert_equal_gradients,
+    assert_layer_matches_bptt,
     assert_matches_bptt,
     attention_layer,
     gradients_of,
@@ -23,18 +24,6 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from revdeq_lightning.equilibrium import EquilibriumLayer, ReversibleAdjoint
-
-
-def assert_layer_matches_bptt(make, tolerance=1e-5):
-    """`make(adjoint)` gives the layer and its inputs."""
-
-    def run(adjoint):
-        layer, *inputs = make(adjoint)
-        project(layer(*inputs).value).backward()
-        return gradients_of(layer, *inputs)
-
-    assert_matches_bptt(run, tolerance)
-
 
 # Precision
 

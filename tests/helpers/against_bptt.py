@@ -57,3 +57,14 @@ def assert_equal_gradients(ours, reference, tolerance=TOLERANCE):
 def assert_matches_bptt(run, tolerance=TOLERANCE):
     """`run(adjoint)` returns gradients; it must do the same for both adjoints."""
     assert_equal_gradients(run(REVERSIBLE), run(BPTT), tolerance)
+
+
+def assert_layer_matches_bptt(make, tolerance=TOLERANCE):
+    """`make(adjoint)` returns a layer and its inputs."""
+
+    def run(adjoint):
+        layer, *inputs = make(adjoint)
+        project(layer(*inputs).value).backward()
+        return gradients_of(layer, *inputs)
+
+    assert_matches_bptt(run, tolerance)

@@ -20,7 +20,7 @@ from revdeq_lightning.equilibrium import (
     loop,
 )
 
-SYNCHRONISING = ("_local_scalar_dense", "is_nonzero", "item", "nonzero", "equal", "masked_select", "_unique2")
+SYNCHRONIZING = ("_local_scalar_dense", "is_nonzero", "item", "nonzero", "equal", "masked_select", "_unique2")
 METHODS = ("tolist", "numpy", "cpu")
 
 
@@ -51,14 +51,14 @@ class Spy(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.__name__.split(".")[0]
-        if name in SYNCHRONISING and args[0].dtype != torch.uint8:
+        if name in SYNCHRONIZING and args[0].dtype != torch.uint8:
             self.count += 1
         if name in ("index", "index_put", "index_put_"):
             self.count += any(i is not None and i.dtype == torch.bool for i in args[1])
         return func(*args, **(kwargs or {}))
 
 
-def synchronisations(solver, adjoint=REVERSIBLE, make_layer=attention_layer, **settings):
+def synchronizations(solver, adjoint=REVERSIBLE, make_layer=attention_layer, **settings):
     """In the forward and in the backward pass, and the solution."""
     layer, x = make_layer(solver, adjoint, **settings), sequence()
     with Spy() as forward:
@@ -101,7 +101,7 @@ FIXED = {
 @pytest.mark.parametrize("make_solver", FIXED.values(), ids=FIXED)
 def test_without_a_tolerance_the_host_looks_once_a_pass(make_solver, dropout):
     for steps in (2, 30):  # 60 evaluations: words of remainders are put aside, too
-        forward, backward, solution = synchronisations(make_solver(steps), dropout=dropout)
+        forward, backward, solution = synchronizations(make_solver(steps), dropout=dropout)
         assert solution.stats.forward_nfe == solution.stats.backward_nfe == 2 * steps
         assert forward == 1  # at all magnitudes together
         assert backward <= 1  # at the mismatch
@@ -109,11 +109,11 @@ def test_without_a_tolerance_the_host_looks_once_a_pass(make_solver, dropout):
 
 def test_without_a_tolerance_bptt_and_others_look_once():
     for adjoint in (BPTT, BackpropAdjoint(checkpoint=True)):
-        forward, backward, _ = synchronisations(PicardSolver(max_steps=20), adjoint)
+        forward, backward, _ = synchronizations(PicardSolver(max_steps=20), adjoint)
         assert (forward, backward) == (1, 0)
     for solver in (AndersonSolver(max_steps=20), BroydenSolver(max_steps=20, max_halvings=2)):
         for adjoint in (BPTT, PhantomAdjoint(), PhantomAdjoint(kind="neumann")):
-            forward, backward, _ = synchronisations(solver, adjoint, contracting_layer)
+            forward, backward, _ = synchronizations(solver, adjoint, contracting_layer)
             assert (forward, backward) == (1, 0)
 
 
@@ -121,7 +121,7 @@ def test_without_a_tolerance_bptt_and_others_look_once():
 def test_linear_solve_of_the_implicit_adjoint_looks_every_few_steps(monkeypatch, interval):
     monkeypatch.setattr(loop, "host_check_interval", lambda device: interval)
     adjoint = ImplicitAdjoint(solver=AndersonSolver(max_steps=60, rtol=1e-5))
-    forward, backward, solution = synchronisations(AndersonSolver(max_steps=20), adjoint, contracting_layer)
+    forward, backward, solution = synchronizations(AndersonSolver(max_steps=20), adjoint, contracting_layer)
     assert forward == 1
     # The questions whether all have stopped, the magnitudes, and the report.
     assert backward <= solution.stats.backward_num_products // interval + 2
@@ -134,7 +134,7 @@ def test_with_a_tolerance_the_host_looks_every_few_steps(monkeypatch, interval, 
     """And the idle evaluations between the last sample's stop and the host's look do not change the gradient."""
     monkeypatch.setattr(loop, "host_check_interval", lambda device: interval)
     solver = ReversibleSolver(beta=0.5, max_steps=max_steps, rtol=rtol)
-    forward, backward, solution = synchronisations(solver, make_layer=contracting_layer)
+    forward, backward, solution = synchronizations(solver, make_layer=contracting_layer)
     num_steps = solution.stats.num_steps
     steps_made = max_steps if num_steps.max() == max_steps else -(-int(num_steps.max()) // interval) * interval
     assert forward <= 1 + steps_made // interval
@@ -180,7 +180,7 @@ class Damped(nn.Module):
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; the tests above are its CPU twins")
 @pytest.mark.parametrize("make_solver", FIXED.values(), ids=FIXED)
-def test_cuda_reports_no_synchronisation_in_an_evaluation(make_solver):
+def test_cuda_reports_no_synchronization_in_an_evaluation(make_solver):
     layer = attention_layer(make_solver(2), REVERSIBLE).cuda()
     project(layer(sequence().detach().cuda()).value).backward()  # libraries that start up may wait
     counts = []
