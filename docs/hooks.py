@@ -17,7 +17,12 @@ ENDINGS = (".md", ".ipynb", ".csv", ".json", ".png")
 
 @event_priority(100)  # before the plugin that renders notebooks
 def on_files(files: Files, config: Any) -> Files:
-    """Add the files of the other folders."""
+    """Add the files of the other folders.
+
+    Raises:
+        ValueError: If two pages would have the same place.
+    """
+    taken = {file.dest_uri: file.src_uri for file in files}
     for folder in FOLDERS:
         for path in sorted((ROOT / folder).rglob("*")):
             if path.suffix not in ENDINGS or "__pycache__" in path.parts:
@@ -26,6 +31,9 @@ def on_files(files: Files, config: Any) -> Files:
             file = File(name, str(ROOT), config["site_dir"], config["use_directory_urls"])
             if "results" in path.parts:  # reached by links, not by the menu
                 file.inclusion = InclusionLevel.NOT_IN_NAV
+            if file.dest_uri in taken:
+                raise ValueError(f"{name} and {taken[file.dest_uri]} both become {file.dest_uri}: rename one")
+            taken[file.dest_uri] = name
             files.append(file)
     return files
 

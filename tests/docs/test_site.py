@@ -44,6 +44,19 @@ def test_every_page_is_built(site):
     assert (site / "benchmarks/results/core/index.html").is_file()
 
 
+def test_pages_of_other_folders_do_not_hide_pages_of_docs(tmp_path):
+    settings = (ROOT / "mkdocs.yml").read_text()
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs/hooks.py").write_text((ROOT / "docs/hooks.py").read_text())
+    (tmp_path / "docs/benchmarks.md").write_text("# A page\n")
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks/README.md").write_text("# Another page\n")
+    (tmp_path / "mkdocs.yml").write_text(settings.split("\nnav:")[0])
+    result = build(tmp_path / "mkdocs.yml", tmp_path / "site")
+    assert result.returncode == 1
+    assert "benchmarks/README.md and benchmarks.md both become benchmarks/index.html" in result.stderr
+
+
 def test_pages_need_no_other_host(site):
     for page in ("index.html", "how-it-works/index.html", "notebooks/1_an_equilibrium_in_five_lines/index.html"):
         loaded = re.findall(r"<(?:script|link|img)[^>]*(?:src|href)=\"?(https?:[^\" >]+)", (site / page).read_text())
