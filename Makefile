@@ -93,31 +93,31 @@ bench-core: $(READY)  ## Measure the core: exactness, convergence, cost, memory 
 	@$(RUN) -m benchmarks.core $(ARGS)
 
 bench-lm: $(READY)  ## Train the tiny Shakespeare table: DATA=tinyshakespeare.txt (hours on two cores)
-	@$(RUN) -m benchmarks.language_model --data '$(or $(DATA),data/tinyshakespeare.txt)' $(ARGS)
+	@$(RUN) -m benchmarks.quality.language_model --data '$(or $(DATA),data/tinyshakespeare.txt)' $(ARGS)
 
 bench-image: $(READY)  ## Measure the classifiers: time, memory and gradient beside BPTT (some minutes)
-	@$(RUN) -m benchmarks.classifier_cost $(ARGS)
+	@$(RUN) -m benchmarks.core.classifier_cost $(ARGS)
 
 bench-image-block: $(READY)  ## Train what was tried for the modern classifier: DATA=as above (an hour on one core)
-	@$(RUN) -m benchmarks.image_block --data '$(or $(DATA),data/cifar10)' $(ARGS)
+	@$(RUN) -m benchmarks.quality.image_block --data '$(or $(DATA),data/cifar10)' $(ARGS)
 
 bench-cifar: $(READY)  ## Train the CIFAR-10 table: DATA=folder-or-tar with train/CLASS/* (an hour on two cores)
-	@$(RUN) -m benchmarks.cifar10 --data '$(or $(DATA),data/cifar10)' $(ARGS)
+	@$(RUN) -m benchmarks.quality.cifar10 --data '$(or $(DATA),data/cifar10)' $(ARGS)
 
 bench-faults: $(READY)  ## Kill runs, fill disks, damage checkpoints: what is lost (some minutes; the disks need root)
-	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.faults $(ARGS)
+	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.cluster.faults $(ARGS)
 
 bench-callbacks: $(READY)  ## Measure what the callbacks add to a training step (15 minutes on an idle core)
-	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.callbacks $(ARGS)
+	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.cluster.callbacks $(ARGS)
 
 bench-quality: $(READY)  ## Quality at equal cost: DATA=tinyshakespeare.txt ARGS="--images=cifar10-train.tar.xz" (an hour each on one core)
 	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.quality --text '$(or $(DATA),data/tinyshakespeare.txt)' $(ARGS)
 
 bench-scaling: $(READY)  ## Model of steps on 8 to 1,024 GPUs, and two processes on this CPU measured
-	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.scaling --measure $(ARGS)
+	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.cluster.scaling --measure $(ARGS)
 
 bench-pairs: $(READY)  ## Every solver with every adjoint: gradient, evaluations, memory (some minutes)
-	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.pairs $(ARGS)
+	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.core.pairs $(ARGS)
 
 clean:  ## Remove the virtual environment and caches (never runs/)
 	@rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build site *.egg-info

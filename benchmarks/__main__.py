@@ -30,20 +30,26 @@ BEGIN, END = "<!-- verdict: written by `make bench` -->", "<!-- end of the verdi
 class Part(NamedTuple):
     """A command, and what it measures."""
 
-    name: str
+    module: str
+    """Within `benchmarks`; its last name is that of the part and its results."""
     title: str
     needs: tuple[str, ...] = ()
     """Options of this program that it is given; without any of them it is skipped."""
 
+    @property
+    def name(self) -> str:
+        """The last name."""
+        return self.module.rsplit(".", 1)[-1]
+
 
 PARTS = (
     Part("core", "the core: exactness, convergence, cost, memory"),
-    Part("classifier_cost", "classifiers beside plain back-propagation"),
-    Part("authors", "the authors' JAX code", ("repository",)),
-    Part("torchdeq_peer", "torchdeq"),
-    Part("depth", "which gradient at which depth"),
-    Part("kernels", "parts of an evaluation"),
-    Part("pairs", "every solver with every adjoint"),
+    Part("core.classifier_cost", "classifiers beside plain back-propagation"),
+    Part("peers.authors", "the authors' JAX code", ("repository",)),
+    Part("peers.torchdeq_peer", "torchdeq"),
+    Part("core.depth", "which gradient at which depth"),
+    Part("core.kernels", "parts of an evaluation"),
+    Part("core.pairs", "every solver with every adjoint"),
     Part("quality", "quality at equal cost", ("text", "images")),
 )
 
@@ -88,9 +94,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(part: Part, options: argparse.Namespace, output: Path) -> Outcome:
     """One part in its own process; its lines are shown as they come."""
     print(f"\n== {part.name}: {part.title}", flush=True)
-    if importlib.util.find_spec(f"benchmarks.{part.name}") is None:
+    if importlib.util.find_spec(f"benchmarks.{part.module}") is None:
         return Outcome(part, "skipped", "(no such module)", 0.0)
-    command = [sys.executable, "-m", f"benchmarks.{part.name}", "--output", str(output)]
+    command = [sys.executable, "-m", f"benchmarks.{part.module}", "--output", str(output)]
     if options.quick:
         command.append("--quick")
     given = [name for name in part.needs if getattr(options, name) is not None]

@@ -45,10 +45,30 @@ def options(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def run(name: str, title: str, measure: Callable[[], Result], *, quick: bool, output: Path, needs: str = "") -> int:
-    """Measure, write, print; the exit code. `needs`: options without which the part is skipped, for its page."""
+def run(
+    module: str,
+    title: str,
+    measure: Callable[[], Result],
+    *,
+    quick: bool,
+    output: Path,
+    needs: str = "",
+    suffix: str = "",
+) -> int:
+    """Measure, write, print; the exit code.
+
+    Args:
+        module: Module of the part within `benchmarks`; its last name is that of the results.
+        title: Of the page.
+        measure: Does the work.
+        quick: Whether sizes are tiny.
+        output: Folder of the results.
+        needs: Options of the command, for the page.
+        suffix: Ends the name of the results.
+    """
+    name = module.rsplit(".", 1)[-1] + suffix
     output.mkdir(parents=True, exist_ok=True)
-    facts = provenance(" ".join(["python -m", f"benchmarks.{name}", *needs.split(), *["--quick"] * quick]))
+    facts = provenance(" ".join(["python -m", f"benchmarks.{module}", *needs.split(), *["--quick"] * quick]))
     start = time.perf_counter()
     try:
         result = measure()

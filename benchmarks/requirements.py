@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from math import isfinite
 from typing import Any, NamedTuple
 
-from benchmarks.memory import BASE_STEPS, PROMISES, Promise
+from benchmarks.core.memory import BASE_STEPS, PROMISES, Promise
 
 Rows = Sequence[dict[str, Any]]
 

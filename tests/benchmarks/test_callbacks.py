@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import callbacks
+from benchmarks.cluster import callbacks
 
 
 def result(**overheads):

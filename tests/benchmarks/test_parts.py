@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import __main__ as bench, authors, depth, part, tasks, torchdeq_peer
+from benchmarks import __main__ as bench, part
+from benchmarks.core import depth
+from benchmarks.core.problems import attention_problem
+from benchmarks.core.reference import reversible_loop
 from benchmarks.isolated import MEASURED_MEMORY, Isolated, time_alternating
-from benchmarks.problems import attention_problem
-from benchmarks.reference import reversible_loop
-from benchmarks.released_names import our_name
+from benchmarks.peers import authors, tasks, torchdeq_peer
+from benchmarks.peers.released_names import our_name
 from benchmarks.requirements import Requirement
 
 MET, MISSED = (Requirement("time", "<= 1", value, value == "1") for value in ("1", "2"))
@@ -67,7 +69,7 @@ def test_all_parts_are_run_and_the_worst_decides(tmp_path, capsys, monkeypatch):
     script = "import sys; print('skipped: it' if sys.argv[1] == 'core' else 'ran'); sys.exit(int(sys.argv[2]))"
 
     def popen(command, **settings):
-        name = command[2].removeprefix("benchmarks.")
+        name = command[2].rsplit(".", 1)[-1]
         assert "--quick" in command
         return original([sys.executable, "-c", script, name, str(codes[name])], **settings)
 

@@ -10,8 +10,9 @@ from tiny_images import image_folder
 from tiny_runs import text_file
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import budget, pairs, quality
-from benchmarks.budget import Budget
+from benchmarks.core import pairs
+from benchmarks.quality import __main__ as quality, budget
+from benchmarks.quality.budget import Budget
 from revdeq_lightning.equilibrium import EquilibriumLayer, MomentumSolver
 from tests.helpers.blocks import AttentionBlock
 

@@ -17,7 +17,7 @@ def kill(folder, num_kills, seed, processes=1, **trainer):
     report = folder / "report.json"
     options = ["--config", config, "--folder", folder, "--kills", num_kills, "--seed", seed, "--report", report]
     options += ["--processes", processes]
-    run_python("-m", "benchmarks.killing", *options, seconds=900, cwd=ROOT)
+    run_python("-m", "benchmarks.cluster.killing", *options, seconds=900, cwd=ROOT)
     return json.loads(report.read_text())
 
 

@@ -7,7 +7,7 @@ import torch
 from tiny_command import run
 from tiny_runs import text_file
 
-from benchmarks.budget import settings_of
+from benchmarks.quality.budget import settings_of
 from revdeq_lightning.models import TransformerConfig
 from revdeq_lightning.models.build import SolverConfig, build_language_model
 from revdeq_lightning.tasks.optimizers import OptimizerConfig, build_optimizer

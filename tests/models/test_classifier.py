@@ -3,8 +3,8 @@ import torch
 import torchvision
 from blocks import relative_error
 
+from benchmarks.core.reference import with_plain_loops
 from benchmarks.measure import peak_tensor_bytes
-from benchmarks.reference import with_plain_loops
 from revdeq_lightning.equilibrium import (
     BackpropAdjoint,
     MomentumSolver,

@@ -25,7 +25,7 @@ from revdeq_lightning.equilibrium import equilibria
 from revdeq_lightning.runs.probe import Probe
 from revdeq_lightning.tasks.averaged_weights import AveragedWeights
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 COUNT_EVERY = 50
 """Steps between two counts of a step's FLOPs: those of a solver with a tolerance change as f does."""
 RATES = ("lr", "embedding_lr", "muon_lr")

@@ -1,4 +1,4 @@
-"""Seconds in which Python and PyTorch issue a training step, whatever its sizes; used by `benchmarks.scaling`.
+"""Seconds in which Python and PyTorch issue a training step, whatever its sizes; used by `benchmarks.cluster.scaling`.
 
 The models of the configurations with all widths shrunk to almost nothing: as many operations, which hardly compute. On
 a GPU, where a launch takes the place of that little computation, a step takes no less, however few samples it has.

@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.released_names import our_name
-from benchmarks.tasks import Task
+from benchmarks.peers.released_names import our_name
+from benchmarks.peers.tasks import Task
 
 NEVER = 1e-30
 """Their tolerance: 0 would stop them before the first step."""

@@ -1,6 +1,7 @@
 """Kills runs of the command line at random moments and lets them go on; a process that imports once and forks.
 
-    python -m benchmarks.killing --config FILE --folder FOLDER --kills 30 --seed 0 [--processes 2] [--report FILE]
+    python -m benchmarks.cluster.killing --config FILE --folder FOLDER --kills 30 --seed 0 \
+        [--processes 2] [--report FILE]
 
 Half of the kills come from outside, at a uniform moment of training; half strike in the midst of writing: before the
 n-th write, fsync, link, rename or removal. Every run that reaches its end is compared with an undisturbed one. Of

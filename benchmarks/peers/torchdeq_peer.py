@@ -1,6 +1,6 @@
 """Against torchdeq: the same f, the same number of evaluations; gradient error, time and memory.
 
-    python -m benchmarks.torchdeq_peer [--quick] [--output DIR]
+    python -m benchmarks.peers.torchdeq_peer [--quick] [--output DIR]
 
 torchdeq: `pip install -e '.[peers]'`. Every method calls f K times in the forward pass and K times backwards (JFB:
 once). Two blocks: `contracting` is half of a pre-norm attention block and has a fixed point, `as published` is the
@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import part
+from benchmarks.core.problems import Problem, attention_problem, momentum, revdeq
+from benchmarks.core.reference import bare_evaluations
 from benchmarks.measure import paired_ratio, peak_tensor_bytes, time_interleaved
-from benchmarks.problems import Problem, attention_problem, momentum, revdeq
-from benchmarks.reference import bare_evaluations
 from benchmarks.requirements import Requirement, Rows, at_most, largest
 from revdeq_lightning.equilibrium import (
     AbstractAdjoint,
@@ -238,7 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows = measure(options.quick)
         return part.Result({"methods": rows}, judge(rows), page(rows), packages=("torchdeq",))
 
-    return part.run("torchdeq_peer", "Against torchdeq", run, quick=options.quick, output=options.output)
+    return part.run("peers.torchdeq_peer", "Against torchdeq", run, quick=options.quick, output=options.output)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Every solver with every adjoint: whose gradient it gives, what it costs, and what is left without a fixed point.
 
-    python -m benchmarks.pairs [--quick]
+    python -m benchmarks.core.pairs [--quick]
 
 Two untrained blocks, float32: one that contracts, and a pre-norm transformer block, which has no fixed point.
 """
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from benchmarks.measure import peak_tensor_bytes, provenance, write_csv
 from benchmarks.part import RESULTS
+from benchmarks.quality.training import read
 from benchmarks.report import table
-from benchmarks.training import read
 from revdeq_lightning.equilibrium import (
     AbstractAdjoint,
     AbstractSolver,
@@ -39,7 +39,7 @@ from revdeq_lightning.equilibrium import (
 )
 from tests.helpers.blocks import AttentionBlock
 
-PAGE = Path(__file__).parents[1] / "docs" / "solvers-and-adjoints.md"
+PAGE = Path(__file__).parents[2] / "docs" / "solvers-and-adjoints.md"
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 EVALUATIONS = 16
 MEASURED = ("residual", "largest", "error_bptt", "error_fixed_point", "forward", "backward", "products", "mib")
@@ -217,7 +217,7 @@ def main() -> None:
     rows = list(measure(dim=16, tokens=4) if options.quick else measure(dim=64, tokens=32))
     options.output.mkdir(parents=True, exist_ok=True)
     write_csv(options.output / "pairs.csv", rows)
-    text = markdown(read(options.output / "pairs.csv"), provenance("python -m benchmarks.pairs"))
+    text = markdown(read(options.output / "pairs.csv"), provenance("python -m benchmarks.core.pairs"))
     (options.output / "pairs.md").write_text(f"# Solvers and adjoints, measured\n\n{text}\n")
     print(text)
     if options.output == RESULTS:

@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 import torch
 from lightning import LightningModule
 
-from benchmarks.budget import Budget, Outcome, scaled, settings_of, spend
 from benchmarks.measure import write_csv
 from benchmarks.part import RESULTS
-from benchmarks.quality_page import draw, page
-from benchmarks.training import facts_of, read
+from benchmarks.quality.budget import Budget, Outcome, scaled, settings_of, spend
+from benchmarks.quality.page import draw, page
+from benchmarks.quality.training import facts_of, read
 from revdeq_lightning.cli.quiet import quieten_lightning
 from revdeq_lightning.data.images.augmentation import AugmentationConfig
 from revdeq_lightning.data.images.module import ImageDataModule

@@ -1,6 +1,6 @@
 """Against the authors' JAX code: the same weights, the same batch; gradients, time and memory.
 
-    python -m benchmarks.authors --repository PATH [--quick] [--output DIR]
+    python -m benchmarks.peers.authors --repository PATH [--quick] [--output DIR]
 
 PATH is a checkout of github.com/sammccallum/reversible-deq; jax and equinox: `pip install -e '.[peers]'`. Their code is
 compiled by XLA, as they run it; ours is not compiled. Each competitor has a process of its own, all of them on the same
@@ -21,8 +21,8 @@ import numpy as np
 from benchmarks import part
 from benchmarks.isolated import MEASURED_MEMORY, Isolated, time_alternating
 from benchmarks.measure import paired_ratio
+from benchmarks.peers.tasks import Task, classifier, language, make_arrays
 from benchmarks.requirements import Requirement, at_most
-from benchmarks.tasks import Task, classifier, language, make_arrays
 
 MAX_LANGUAGE_TIME, MAX_CLASSIFIER_TIME, MAX_GROWTH = 0.70, 0.20, 1.02
 MAX_LOSS_ERROR = MAX_GRADIENT_ERROR = 1e-8
@@ -48,7 +48,8 @@ class Stable:
     def __init__(self, repository: Path, stack: ExitStack) -> None:
         self.repository = repository
         builders = {
-            n: "benchmarks.authors_code:build" if n.startswith("theirs") else "benchmarks.tasks:build" for n in VARIANTS
+            n: "benchmarks.peers.authors_code:build" if n.startswith("theirs") else "benchmarks.peers.tasks:build"
+            for n in VARIANTS
         }
         self.measured = {n: stack.enter_context(Isolated(builder)) for n, builder in builders.items()}
         self.weighed = {n: stack.enter_context(Isolated(builders[n], environment=MEASURED_MEMORY)) for n in COMPETITORS}
@@ -201,7 +202,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     title = "Against the authors' JAX code"
     needs = "--repository PATH"
-    return part.run("authors", title, run, quick=options.quick, output=options.output, needs=needs)
+    return part.run("peers.authors", title, run, quick=options.quick, output=options.output, needs=needs)
 
 
 if __name__ == "__main__":

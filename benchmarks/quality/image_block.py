@@ -1,13 +1,13 @@
 """What was tried for the modern classifier: two epochs of CIFAR-10 each, one thread.
 
-    python -m benchmarks.image_block --data cifar10-train.tar.xz [--only NAME ...] [--seeds 0 1] [--jobs 2]
+    python -m benchmarks.quality.image_block --data cifar10-train.tar.xz [--only NAME ...] [--seeds 0 1] [--jobs 2]
 
 Base: configs/cifar10/cpu.yaml with channels 32-64-128. Every other row changes what its name says and nothing else.
 """
 
 import sys
 
-from benchmarks.training import Table, Variant, run
+from benchmarks.quality.training import Table, Variant, run
 
 CHANNELS = "--model.network.channels=[32,64,128]"
 STEPS, SOLVER, NETWORK = "--model.solver.max_steps", "--model.solver.solver", "--model.network"

@@ -1,4 +1,4 @@
-"""What happens to a run, its process or its disk in `benchmarks.faults`."""
+"""What happens to a run, its process or its disk in `benchmarks.cluster.faults`."""
 
 import gc
 import multiprocessing

@@ -1,4 +1,4 @@
-"""Images a second that one core decodes for training, as `DecodedImages` does; used by `benchmarks.scaling --measure`.
+"""Images a second that one core decodes for training, as `DecodedImages` does, for `benchmarks.cluster.scaling`.
 
 The images have ImageNet's mean size, 500 x 375 pixels and about 115 kB, and the amplitude spectrum of photographs, 1/f.
 """

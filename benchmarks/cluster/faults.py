@@ -1,7 +1,7 @@
 """What a run does when something fails, and what is lost: fills `results/faults.md`.
 
-    python -m benchmarks.faults                 # make bench-faults; some minutes
-    python -m benchmarks.faults --kills 4       # a smoke run
+    python -m benchmarks.cluster.faults                 # make bench-faults; some minutes
+    python -m benchmarks.cluster.faults --kills 4       # a smoke run
 
 Each fault strikes a run of a small language model or image classifier on this machine; then the run goes on as the
 message says, and its end (curves, weights, files) is compared bit for bit with that of an undisturbed run.
@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.disturbances import (
+from benchmarks.cluster.disturbances import (
     cut,
     fill,
     flip_a_bit,
@@ -32,13 +32,14 @@ from benchmarks.disturbances import (
     poison,
     small_disk,
 )
-from benchmarks.fault_runs import EVERY, STEPS, write_image_config, write_language_config
-from benchmarks.killing import differences, kill_and_go_on, last_logged_step, newest_step, run
+from benchmarks.cluster.fault_runs import EVERY, STEPS, write_image_config, write_language_config
+from benchmarks.cluster.killing import differences, kill_and_go_on, last_logged_step, newest_step, run
 from benchmarks.measure import provenance
+from benchmarks.part import RESULTS
 from benchmarks.report import table
 from revdeq_lightning.loggers.endurance import RecordWarning
 
-RESULTS = Path(__file__).parent / "results" / "faults.md"
+PAGE = RESULTS / "faults.md"
 
 
 class Row(NamedTuple):
@@ -238,12 +239,12 @@ def kills(bench: Bench, num_kills: int, num_processes: int = 1) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path, default=PAGE)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     warnings.filterwarnings("default", category=RecordWarning)
     begin = time.monotonic()
-    facts = provenance(f"python -m benchmarks.faults --kills {options.kills}")
+    facts = provenance(f"python -m benchmarks.cluster.faults --kills {options.kills}")
     importing = time.monotonic()
     import revdeq_lightning.cli.image
     import revdeq_lightning.cli.language  # noqa: F401  before the forks

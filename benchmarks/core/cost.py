@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.core.problems import attention_problem, bptt_step, momentum, revdeq, reversible_step
+from benchmarks.core.reference import bare_evaluations
 from benchmarks.measure import paired_ratio, time_interleaved
-from benchmarks.problems import attention_problem, bptt_step, momentum, revdeq, reversible_step
-from benchmarks.reference import bare_evaluations
 
 NUM_EVALUATIONS = 16
 

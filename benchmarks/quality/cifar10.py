@@ -1,6 +1,6 @@
 """CIFAR-10 on two CPU cores: the classifier of configs/cifar10/cpu.yaml beside a ResNet of as many parameters.
 
-    python -m benchmarks.cifar10 --data cifar10-train.tar.xz [--only NAME ...] [--seeds 0 1]
+    python -m benchmarks.quality.cifar10 --data cifar10-train.tar.xz [--only NAME ...] [--seeds 0 1]
 
 The data: a folder or tar archive with `train/CLASS/*`; a tenth of the training images is held out. Same data, batches,
 augmentation, optimizer and minutes: the ResNet, which is cheaper an image, sees more epochs in them.
@@ -8,7 +8,7 @@ augmentation, optimizer and minutes: the ResNet, which is cheaper an image, sees
 
 import sys
 
-from benchmarks.training import Table, Variant, run
+from benchmarks.quality.training import Table, Variant, run
 
 RESNET = [
     "--model.network.architecture=resnet",

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import convergence, cost, figure, gradient_error, memory
+from benchmarks.core import convergence, cost, figure, gradient_error, memory
 from benchmarks.measure import provenance, write_csv
+from benchmarks.part import RESULTS
 from benchmarks.report import VERDICT_HEADER, aligned, markdown, verdict_lines
 from benchmarks.requirements import judge
 
@@ -27,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks.core", description=__doc__.splitlines()[0], allow_abbrev=False
     )
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it works: times say nothing")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", metavar="DIR")
+    parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch; CPU time is a fair clock only with 1")
     options = parser.parse_args(arguments)
     threads_before = torch.get_num_threads()

@@ -1,6 +1,6 @@
 """At which depth which gradient: reversible, stored or checkpointed back-propagation through the same iteration.
 
-    python -m benchmarks.depth [--quick] [--output DIR]
+    python -m benchmarks.core.depth [--quick] [--output DIR]
 
 RevDEQ at beta 0.8 around an attention block, 2 to 128 evaluations of f. All of them give the same gradient; what
 differs is time and memory. "Segments" stores the state after every sqrt(N) steps and one segment's activations.
@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks import part
+from benchmarks.core.problems import Problem, attention_problem, bptt_step, revdeq, reversible_step
+from benchmarks.core.reference import reversible_step_pair
 from benchmarks.measure import paired_ratio, peak_tensor_bytes, time_interleaved
-from benchmarks.problems import Problem, attention_problem, bptt_step, revdeq, reversible_step
-from benchmarks.reference import reversible_step_pair
 from benchmarks.requirements import Requirement, Rows, at_most
 
 BETA = 0.8
@@ -197,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows = measure(options.quick)
         return part.Result({"methods": rows}, judge(rows, options.quick), page(rows), lambda path: draw(path, rows))
 
-    return part.run("depth", "Which gradient at which depth", run, quick=options.quick, output=options.output)
+    return part.run("core.depth", "Which gradient at which depth", run, quick=options.quick, output=options.output)
 
 
 if __name__ == "__main__":

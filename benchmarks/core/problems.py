@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks.reference import Map, checkpointed, momentum_loop, reversible_loop
+from benchmarks.core.reference import Map, checkpointed, momentum_loop, reversible_loop
 from revdeq_lightning.equilibrium import (
     MomentumSolver,
     ReversibleAdjoint,

@@ -1,6 +1,6 @@
 """What the callbacks cost: CPU time of training steps with and without them, at their default intervals.
 
-    python -m benchmarks.callbacks
+    python -m benchmarks.cluster.callbacks
 
 Short fits with different callbacks are run in turn, in a new random order each round, on one thread; the seconds are
 CPU time of a step, ratios are those within a round. What comes once in n steps is made in every step and divided by its
@@ -27,6 +27,7 @@ import yaml
 from lightning import Callback, Trainer
 
 from benchmarks.measure import paired_ratio, provenance
+from benchmarks.part import RESULTS
 from revdeq_lightning.callbacks.config import DiagnosticsConfig
 from revdeq_lightning.callbacks.contraction import Contraction
 from revdeq_lightning.callbacks.depth_sweep import DepthSweep
@@ -222,12 +223,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=32, help="of a fit, of which the first two warm up")
     parser.add_argument("--only", nargs="+", choices=list(TASKS), default=list(TASKS))
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    facts = provenance("python -m benchmarks.callbacks")
+    facts = provenance("python -m benchmarks.cluster.callbacks")
     with tempfile.TemporaryDirectory() as folder:
         results = [measure(name, Path(folder), arguments.rounds, arguments.steps) for name in arguments.only]
     faults = judge(results)

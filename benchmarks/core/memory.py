@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.core.problems import Member, attention_problem, bptt_step, momentum, revdeq, reversible_step
 from benchmarks.measure import peak_tensor_bytes, process_peak_bytes
-from benchmarks.problems import Member, attention_problem, bptt_step, momentum, revdeq, reversible_step
 
 BASE_STEPS = 4
 STEPS = (2, 4, 8, 16, 22, 32, 34, 52, 64, 96, 128)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.reference import with_plain_loops
+from benchmarks.core.reference import with_plain_loops
 from revdeq_lightning.equilibrium import ReversibleAdjoint, ReversibleSolver
 from revdeq_lightning.models import ClassifierConfig, TransformerConfig, TransformerLM, build_classifier
 

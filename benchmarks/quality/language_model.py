@@ -1,6 +1,6 @@
 """Tiny Shakespeare, characters, 2000 iterations: what solvers and evaluations are worth beside an explicit stack.
 
-    python -m benchmarks.language_model --data tinyshakespeare.txt [--only NAME ...] [--seeds 0 1 2] [--jobs 2]
+    python -m benchmarks.quality.language_model --data tinyshakespeare.txt [--only NAME ...] [--seeds 0 1 2] [--jobs 2]
 
 Each run is `python -m revdeq_lightning fit --config configs/lm/tinyshakespeare.yaml` with the options of its row, one
 thread each. A run that is already in the output is not made again, so that the table can be filled in parts.
@@ -9,7 +9,7 @@ thread each. A run that is already in the output is not made again, so that the 
 import os
 import sys
 
-from benchmarks.training import Table, Variant, run
+from benchmarks.quality.training import Table, Variant, run
 
 
 def momentum(evaluations: int, limit: float | None = None) -> Variant:

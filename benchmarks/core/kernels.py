@@ -1,6 +1,6 @@
 """What a reversible step costs besides f: update, inverse, remainders, conversions, residual; eager and compiled.
 
-    python -m benchmarks.kernels [--quick] [--device cpu|cuda] [--output DIR]
+    python -m benchmarks.core.kernels [--quick] [--device cpu|cuda] [--output DIR]
 
 On CUDA the paper's sizes (language model: d 768, context 448, batch 32, f under bfloat16 autocast; classifier: 256
 channels, width 3, batch 64), on a CPU smaller ones in float32. Times: wall clock with synchronisation on CUDA, CPU time
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import part
+from benchmarks.core.reference import bare_evaluations
 from benchmarks.measure import paired_ratio, peak_tensor_bytes, time_interleaved
-from benchmarks.reference import bare_evaluations
 from benchmarks.requirements import Requirement, at_most
 from revdeq_lightning.equilibrium import ReversibleAdjoint, ReversibleSolver, solve_fixed_point
 from revdeq_lightning.equilibrium.exact import kernels as core
@@ -242,8 +242,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tables = measure(options.device, options.quick)
         return part.Result(tables, judge(tables, options.device, options.quick), page(tables))
 
-    name = "kernels" if options.device == "cpu" else "kernels_cuda"
-    return part.run(name, f"Kernels ({options.device})", run, quick=options.quick, output=options.output)
+    needs, suffix = ("", "") if options.device == "cpu" else ("--device cuda", "_cuda")
+    title, where = f"Kernels ({options.device})", {"quick": options.quick, "output": options.output}
+    return part.run("core.kernels", title, run, needs=needs, suffix=suffix, **where)
 
 
 if __name__ == "__main__":

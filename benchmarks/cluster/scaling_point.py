@@ -1,4 +1,4 @@
-"""`python -m benchmarks.scaling_point RANKS`: seconds of a DDP step, of its all-reduce alone, its bytes."""
+"""`python -m benchmarks.cluster.scaling_point RANKS`: seconds of a DDP step, of its all-reduce alone, its bytes."""
 
 import statistics
 import sys

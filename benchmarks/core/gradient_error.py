@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.problems import Member, Problem, attention_problem, conv_problem, momentum, revdeq
+from benchmarks.core.problems import Member, Problem, attention_problem, conv_problem, momentum, revdeq
 from revdeq_lightning.equilibrium import ReversibleAdjoint, solve_fixed_point
 
 MEMBERS = (revdeq(0.5), revdeq(0.8), revdeq(0.9), revdeq(1.2), momentum(1 / 16), momentum(1 / 8), momentum(1 / 4))

@@ -1,6 +1,6 @@
 """Classifiers: time, memory and gradient of the reversible adjoint beside back-propagation through a plain loop.
 
-    python -m benchmarks.classifier_cost [--quick] [--output DIR]
+    python -m benchmarks.core.classifier_cost [--quick] [--output DIR]
 
 Batch 64 of 32x32 images, one thread, CPU time.
 
@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks import part
+from benchmarks.core.reference import with_plain_loops
 from benchmarks.measure import paired_ratio, peak_tensor_bytes, time_interleaved
-from benchmarks.reference import with_plain_loops
 from benchmarks.requirements import Requirement, at_most
 from revdeq_lightning.equilibrium import (
     BackpropAdjoint,
@@ -165,7 +165,7 @@ def main() -> int:
         return part.Result({"": rows}, judge(rows, options.quick), [part.markdown_table(rows)])
 
     title = "Classifiers: cost of the reversible adjoint"
-    return part.run("classifier_cost", title, run, quick=options.quick, output=options.output)
+    return part.run("core.classifier_cost", title, run, quick=options.quick, output=options.output)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The small runs that `benchmarks.faults` strikes: their data and configurations."""
+"""The small runs that `benchmarks.cluster.faults` strikes: their data and configurations."""
 
 from pathlib import Path
 from typing import Any

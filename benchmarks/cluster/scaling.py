@@ -1,4 +1,6 @@
-"""Time and memory of a process on 8 to 1,024 GPUs: `python -m benchmarks.scaling [--measure]`; see `scaling.md`.
+"""Time and memory of a process on 8 to 1,024 GPUs: `python -m benchmarks.cluster.scaling [--measure]`.
+
+See `../scaling.md`.
 
 Counts (parameters, operations, bytes) are taken from the models themselves, and the time to issue a step from this
 machine; what GPUs do with them is the model of `scaling.md`, with the constants below. Writes `results/scaling.md`.
@@ -21,14 +23,15 @@ import yaml
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.issuing import issue
+from benchmarks.cluster.issuing import issue
 from benchmarks.measure import provenance
+from benchmarks.part import RESULTS
 from revdeq_lightning.equilibrium import EquilibriumLayer
 from revdeq_lightning.models import ClassifierConfig, TransformerConfig
 from revdeq_lightning.models.build import SolverConfig, build_image_classifier, build_language_model
 from revdeq_lightning.tasks.optimizers import group_parameters
 
-PAGE = Path(__file__).parent / "results" / "scaling.md"
+PAGE = RESULTS / "scaling.md"
 GPUS_A_NODE = 8
 RANKS = (8, 16, 32, 64, 128, 256, 512, 1024)
 PEAK = 989e12  # operations/s, bfloat16 dense; NVIDIA's data sheet of the H100 SXM
@@ -220,11 +223,11 @@ def table(c: Counted, *, strong: bool) -> list[str]:
 
 def measured() -> list[str]:
     """One and two processes on this machine's CPU, each with the same batch: steps by the command line's own task."""
-    from benchmarks.scaling_point import STEPS, WARMUP
+    from benchmarks.cluster.scaling_point import STEPS, WARMUP
 
     load, results = os.getloadavg()[0], {}
     for ranks in (1, 2):
-        command = [sys.executable, "-W", "ignore", "-m", "benchmarks.scaling_point", str(ranks)]
+        command = [sys.executable, "-W", "ignore", "-m", "benchmarks.cluster.scaling_point", str(ranks)]
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         results[ranks] = [float(word) for word in output.split()[-3:]]
     rows = []
@@ -248,7 +251,7 @@ def measured() -> list[str]:
 
 def reading(c: Counted, image_size: int) -> list[str]:
     """What one core of this machine decodes, and the cores that a node of GPUs keeps busy so."""
-    from benchmarks.decoding import HEIGHT, IMAGES, WIDTH, decode
+    from benchmarks.cluster.decoding import HEIGHT, IMAGES, WIDTH, decode
 
     speed, file_bytes = decode(c.read_bytes, image_size)
     step = compute(c, c.batch_size) + communication(c, GPUS_A_NODE, "ddp")
@@ -266,7 +269,10 @@ def main() -> None:
     parser.add_argument("--measure", action="store_true", help="also time processes and decoding on this CPU")
     parser.add_argument("--output", type=Path, default=PAGE)
     arguments = parser.parse_args()
-    lines = ["<!-- Written by `python -m benchmarks.scaling`; the model and its constants: ../scaling.md -->", ""]
+    lines = [
+        "<!-- Written by `python -m benchmarks.cluster.scaling`; the model and its constants: ../scaling.md -->",
+        "",
+    ]
     for path in (Path("configs/lm/wikitext103.yaml"), Path("configs/imagenet/modern.yaml")):
         counted, model, sample = load(path)
         counted.issue_seconds, counted.operations = issue(settings_of(path))

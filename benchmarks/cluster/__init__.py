@@ -1,0 +1,1 @@
+"""Runs: faults, scaling, and what callbacks cost."""

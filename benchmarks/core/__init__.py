@@ -1,0 +1,1 @@
+"""The core: exactness, convergence, cost and memory."""

@@ -1,0 +1,1 @@
+"""Against others: the authors' code and torchdeq."""
