@@ -8,7 +8,7 @@ from tiny_runs import tiny_data, tiny_task, tiny_trainer
 from torch import nn
 
 from revdeq_lightning.callbacks.contraction import Contraction, ContractionWarning
-from revdeq_lightning.equilibrium import EquilibriumLayer, MomentumSolver, PicardSolver
+from revdeq_lightning.equilibrium import EquilibriumLayer, MomentumSolver
 
 
 class Linear(nn.Module):
@@ -86,7 +86,7 @@ class Grow(Callback):
 
 
 def test_it_warns_when_f_ceases_to_contract_and_again_after_it_did(tmp_path):
-    module = Stranger(PicardSolver(max_steps=2), lr=0.0)
+    module = Stranger(lr=0.0)
     module.layers = nn.ModuleList([EquilibriumLayer(Linear(torch.eye(DIM)), solver=MomentumSolver(max_steps=2))])
     run = trainer(tmp_path, [Grow(0.5, 1.2, 1.3, 0.9, 1.1, 0.9), Contraction(1)])
     with pytest.warns(ContractionWarning) as caught:

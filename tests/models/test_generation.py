@@ -4,7 +4,7 @@ import pytest
 import torch
 from small_language_models import KINDS, SMALL, make_batch, make_model
 
-from revdeq_lightning.equilibrium import MomentumSolver, PicardSolver, RelaxedSolver, ReversibleSolver
+from revdeq_lightning.equilibrium import BackpropAdjoint, MomentumSolver, PicardSolver, RelaxedSolver, ReversibleSolver
 from revdeq_lightning.models import KeyValueCache, generate
 from revdeq_lightning.models.generation import sample
 
@@ -19,12 +19,8 @@ CASES = [(kind, name) for kind in KINDS[:3] for name in SOLVERS] + [("explicit",
 
 
 def make_case(kind="modern", solver="momentum"):
-    model = make_model(kind, solver=SOLVERS[solver]).eval()
-    if solver in ("relaxed", "picard") and kind != "explicit":
-        from revdeq_lightning.equilibrium import BackpropAdjoint
-
-        model.equilibrium.adjoint = BackpropAdjoint()
-    return model
+    adjoint = BackpropAdjoint() if solver in ("relaxed", "picard") else None
+    return make_model(kind, solver=SOLVERS[solver], adjoint=adjoint).eval()
 
 
 @torch.no_grad()
