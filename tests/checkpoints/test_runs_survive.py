@@ -325,7 +325,7 @@ def test_asked_to_end_on_a_full_disk_is_an_error(whole, tmp_path, capsys, distur
     [
         ({"keep_last": 0}, "keep_last must be at least 1, got 0"),
         ({"every_n_steps": 0}, "checkpoint_every_n_steps must be at least 1, got 0"),
-        ({"every_minutes": 0.0}, "checkpoint_every_minutes must be positive, got 0.0"),
+        ({"every_minutes": 0.0}, r"checkpoint_every_minutes must be in \(0, inf\], got 0.0: null for never"),
     ],
 )
 def test_settings_out_of_range_are_refused(arguments, message):

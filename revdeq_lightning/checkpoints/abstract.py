@@ -1,0 +1,35 @@
+"""What the callbacks that write checkpoints share."""
+
+from pathlib import Path
+from typing import ClassVar
+
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+from revdeq_lightning.checkpoints.names import CHECKPOINTS
+from revdeq_lightning.tasks.training_step import run_folder
+
+
+class AbstractCheckpoint(Checkpoint):
+    """Writes checkpoints of one name.
+
+    Args:
+        folder: Folder of the checkpoints; None for `checkpoints` in the run's folder.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, folder: str | Path | None) -> None:
+        self.folder = folder
+        self.path = Path()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            folder = self.folder or run_folder(trainer, None) / CHECKPOINTS
+            self.path = Path(trainer.strategy.broadcast(str(folder))) / self.name
+
+    def save(self, trainer: Trainer) -> OSError | None:
+        """Save on all processes; the error that prevented it, if any, is returned on all of them."""
+        trainer.save_checkpoint(self.path)
+        failures: dict[Path, OSError] = getattr(trainer.strategy.checkpoint_io, "failures", {})
+        return trainer.strategy.broadcast(failures.get(self.path))
