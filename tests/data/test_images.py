@@ -316,7 +316,7 @@ def test_resuming_in_another_order_warns_and_with_other_classes_fails(module, tm
     with pytest.warns(UserWarning, match=changes):
         other.train_dataloader()
     animals = make_folder(tmp_path / "animals", {"train": 4}, classes=("ant", "bee", "cow"))
-    with pytest.raises(ValueError, match=r'other classes .*\(3 and 3; for example "cat" is not among both'):
+    with pytest.raises(ValueError, match=r'other classes .*\(3 and 3; for example "cat" is in only one'):
         module(animals).load_state_dict(state)
 
 
@@ -433,7 +433,7 @@ def test_wrong_arguments_are_refused_at_construction(module, arguments, message)
 
 
 def test_wrong_number_of_statistics_is_told(module):
-    with pytest.raises(ValueError, match=r"mean must have one value for each of the 3 channel\(s\), got \[0.5\]"):
+    with pytest.raises(ValueError, match=r"mean must have a value for each of the 3 channel\(s\): \[0.5\]"):
         module(mean=[0.5], std=[0.5]).setup("fit")
 
 

@@ -10,30 +10,28 @@ from torch import Tensor
 
 from revdeq_lightning.data.images.keyed_random import uniform
 from revdeq_lightning.data.images.randaugment import MAX_MAGNITUDE, rand_augment
+from revdeq_lightning.equilibrium.validation import require_count, require_in_range
 
 
 @dataclass
 class AugmentationConfig:
-    """What happens to training images, in this order; the default is nothing.
+    """What happens to training images, in this order; by default nothing.
 
     Attributes:
-        crop_padding: Pixels of black put around the image before a random part of the original size is cut out (CIFAR:
-            4). Not together with random_resized_crop.
+        crop_padding: Black pixels around the image before a random part of the original size is cut out (CIFAR: 4). Not
+            together with random_resized_crop.
         random_resized_crop: Fractions of the area between which a random part is cut out and resized (ImageNet:
             [0.08, 1]), its ratio of height to width between 3/4 and 4/3; null for none. Images that are decoded as they
-            are needed are cut from the original, prepared ones from their centre square.
+            are needed are cut from the original, prepared ones from their center square.
         flip: Mirror every second image.
         randaugment_ops: Operations of RandAugment for each image; 0 for none.
         randaugment_magnitude: Their strength, 0 to 30.
         erasing_probability: Fraction of the images of which a random rectangle, 2 to 33 % of the area, becomes the mean
-            colour.
+            color.
         mixup_alpha: Above 0: mix each image with another, the share from Beta(alpha, alpha).
         cutmix_alpha: Above 0: paste a part of another image, the area from Beta(alpha, alpha). With both, each image
             is mixed one way or the other with equal probability.
         mix_probability: Fraction of the images that are mixed, if any are.
-
-    Raises:
-        ValueError: If a value is out of range.
     """
 
     crop_padding: int = 0
@@ -47,22 +45,17 @@ class AugmentationConfig:
     mix_probability: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("crop_padding", "randaugment_ops", "mixup_alpha", "cutmix_alpha"):
-            if not 0 <= (value := getattr(self, name)) < math.inf:
-                raise ValueError(f"{name} must not be negative, got {value}.")
+        for name in ("crop_padding", "randaugment_ops"):
+            require_count(name, getattr(self, name), at_least=0)
+        for name in ("mixup_alpha", "cutmix_alpha"):
+            require_in_range(name, getattr(self, name), "[0, inf)")
         for name in ("erasing_probability", "mix_probability"):
-            if not 0 <= (value := getattr(self, name)) <= 1:
-                raise ValueError(f"{name} must lie in 0 ... 1, got {value}.")
-        if not 0 <= self.randaugment_magnitude <= MAX_MAGNITUDE:
-            raise ValueError(
-                f"randaugment_magnitude must lie in 0 ... {MAX_MAGNITUDE}, got {self.randaugment_magnitude}."
-            )
+            require_in_range(name, getattr(self, name), "[0, 1]")
+        require_in_range("randaugment_magnitude", self.randaugment_magnitude, f"[0, {MAX_MAGNITUDE}]")
         if self.random_resized_crop is not None:
             scale = tuple(self.random_resized_crop)
             if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
-                raise ValueError(
-                    f"random_resized_crop must be two fractions of the area, ascending, got {list(scale)}."
-                )
+                raise ValueError(f"random_resized_crop must be two ascending fractions of the area, got {list(scale)}.")
             self.random_resized_crop = (scale[0], scale[1])
             if self.crop_padding:
                 raise ValueError(
@@ -83,7 +76,7 @@ class Mixed(NamedTuple):
 
 
 def crop_and_flip(images: Tensor, config: AugmentationConfig, keys: Tensor, seed: int) -> Tensor:
-    """Cut out and mirror."""
+    """Cut out a random part and mirror every second image."""
     size = images.shape[-1]
     if config.crop_padding:
         offsets = (uniform(keys, seed, "crop", 2) * (2 * config.crop_padding + 1)).long()
@@ -98,7 +91,7 @@ def crop_and_flip(images: Tensor, config: AugmentationConfig, keys: Tensor, seed
 
 
 def padded_crop(images: Tensor, padding: int, top: Tensor, left: Tensor) -> Tensor:
-    """Surround each image with black and cut out its own part, of the original size, at (top, left)."""
+    """Pad each image with black and cut out its own part, of the original size, at (top, left)."""
     height, width = images.shape[-2:]
     windows = F.pad(images, (padding,) * 4).unfold(2, height, 1).unfold(3, width, 1)  # a view of all parts
     return windows[torch.arange(len(images), device=images.device), :, top, left]
@@ -107,31 +100,29 @@ def padded_crop(images: Tensor, padding: int, top: Tensor, left: Tensor) -> Tens
 def random_box(draws: Tensor, width: int, height: int, scale: tuple[float, float]) -> Tensor:
     """A box (left, top, width, height) in whole pixels, `(..., 4)`, from uniform draws of the same shape.
 
-    Its area is a fraction of the image's, uniform in `scale`, its ratio log-uniform in 3/4 ... 4/3; where a side would
-    be longer than the image's, it is as long.
+    Its area is a fraction of the image's, uniform in `scale`, its ratio log-uniform in 3/4 ... 4/3, its sides at most
+    the image's.
     """
     area = (scale[0] + (scale[1] - scale[0]) * draws[..., 0]) * (width * height)
     ratio = ((2 * draws[..., 1] - 1) * math.log(4 / 3)).exp()
-    box_width = (area * ratio).sqrt().round().clamp(1, width)
-    box_height = (area / ratio).sqrt().round().clamp(1, height)
-    left = (draws[..., 2] * (width - box_width + 1)).floor()
-    top = (draws[..., 3] * (height - box_height + 1)).floor()
+    left, box_width = _interval(area * ratio, draws[..., 2], width)
+    top, box_height = _interval(area / ratio, draws[..., 3], height)
     return torch.stack([left, top, box_width, box_height], dim=-1)
+
+
+def _interval(squared_length: Tensor, draws: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """Start and length, in whole pixels, of a random part of a side."""
+    length = squared_length.sqrt().round().clamp(1, side)
+    return (draws * (side - length + 1)).floor(), length
 
 
 def resized_crop(images: Tensor, boxes: Tensor) -> Tensor:
     """Cut out each image's box (left, top, width, height) and enlarge it to the image's size, bilinearly."""
     height, width = images.shape[-2:]
     left, top, box_width, box_height = boxes.to(torch.float32).unbind(-1)
-    columns = _sampled(left, box_width, width)
-    rows = _sampled(top, box_height, height)
-    grid = torch.stack(
-        [
-            columns[:, None, :].expand(-1, height, -1) * (2 / width) - 1,
-            rows[:, :, None].expand(-1, -1, width) * (2 / height) - 1,
-        ],
-        dim=-1,
-    )
+    columns = _sampled(left, box_width, width)[:, None, :].expand(-1, height, -1)
+    rows = _sampled(top, box_height, height)[:, :, None].expand(-1, -1, width)
+    grid = torch.stack([columns * (2 / width) - 1, rows * (2 / height) - 1], dim=-1)
     return F.grid_sample(images.to(torch.float32), grid, align_corners=False).round_().to(images.dtype)
 
 
@@ -144,8 +135,7 @@ def _sampled(start: Tensor, length: Tensor, count: int) -> Tensor:
 def erase(images: Tensor, probability: float, keys: Tensor, seed: int) -> Tensor:
     """Set a random rectangle of some normalized images to 0, the mean colour.
 
-    Its area is 2 to 33 % of the image's, its ratio log-uniform in 0.3 ... 3.3; where a side would be longer than the
-    image's, it is as long.
+    Its area is 2 to 33 % of the image's, its ratio log-uniform in 0.3 ... 3.3, its sides at most the image's.
 
     Source: Zhong et al. 2017, arXiv:1708.04896.
     """
@@ -153,10 +143,8 @@ def erase(images: Tensor, probability: float, keys: Tensor, seed: int) -> Tensor
     draws = uniform(keys, seed, "erase", 5)
     area = (0.02 + 0.31 * draws[:, 1]) * (height * width)
     ratio = (math.log(0.3) + math.log(3.3 / 0.3) * draws[:, 2]).exp()
-    box_height = (area * ratio).sqrt().round().clamp(1, height)
-    box_width = (area / ratio).sqrt().round().clamp(1, width)
-    top = (draws[:, 3] * (height - box_height + 1)).floor()
-    left = (draws[:, 4] * (width - box_width + 1)).floor()
+    top, box_height = _interval(area * ratio, draws[:, 3], height)
+    left, box_width = _interval(area / ratio, draws[:, 4], width)
     inside = _inside(top, left, top + box_height, left + box_width, height, width)
     return images.masked_fill(inside & (draws[:, 0] < probability)[:, None, None, None], 0)
 
@@ -205,11 +193,10 @@ def symmetric_beta(draws: Tensor, alpha: float) -> Tensor:
 
 def _inside(top: Tensor, left: Tensor, bottom: Tensor, right: Tensor, height: int, width: int) -> Tensor:
     """Whether each pixel lies in its image's rectangle, `(batch, 1, height, width)`."""
-    rows = torch.arange(height, device=top.device)
+    rows = torch.arange(height, device=top.device)[:, None]
     columns = torch.arange(width, device=top.device)
-    in_rows = (rows >= top[:, None]) & (rows < bottom[:, None])
-    in_columns = (columns >= left[:, None]) & (columns < right[:, None])
-    return (in_rows[:, :, None] & in_columns[:, None, :]).unsqueeze(1)
+    top, left, bottom, right = (side[:, None, None, None] for side in (top, left, bottom, right))
+    return (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)
 
 
 def augment_pixels(images: Tensor, config: AugmentationConfig, keys: Tensor, seed: int) -> Tensor:
@@ -218,7 +205,7 @@ def augment_pixels(images: Tensor, config: AugmentationConfig, keys: Tensor, see
     Args:
         images: `(batch, channels, height, width)`, square.
         config: What to do.
-        keys: One for each image, int64 `(batch,)`; with `seed`, all that is random follows from it.
+        keys: One for each image, int64 `(batch,)`; every random number is a function of key and `seed`.
         seed: See keys.
     """
     images = crop_and_flip(images, config, keys, seed)
@@ -228,10 +215,9 @@ def augment_pixels(images: Tensor, config: AugmentationConfig, keys: Tensor, see
 
 
 def augment_normalized(images: Tensor, config: AugmentationConfig, keys: Tensor, seed: int) -> Mixed:
-    """What happens after it: random erasing, mixup, cutmix; float32 in and out."""
+    """What happens after normalization: random erasing, mixup, cutmix; float32 in and out."""
     if config.erasing_probability:
         images = erase(images, config.erasing_probability, keys, seed)
     if config.mixup_alpha or config.cutmix_alpha:
         return mix(images, config, keys, seed)
-    partners = torch.arange(len(images), device=images.device)
-    return Mixed(images, partners, torch.ones(len(images), device=images.device))
+    return Mixed(images, torch.arange(len(keys), device=keys.device), torch.ones(len(keys), device=keys.device))

@@ -128,12 +128,12 @@ def find_images(path: str | os.PathLike[str]) -> list[Path]:
 def preprocess_files(
     paths: Iterable[str | os.PathLike[str]], state: dict[str, Any], *, undecodable: Literal["raise", "skip"] = "raise"
 ) -> PreprocessedFiles:
-    """Decode files for prediction, exactly as evaluation does.
+    """Decode files for prediction exactly as evaluation does.
 
     Args:
         paths: Image files; as many as fit into a batch.
         state: `ImageDataModule.preprocessing_state()`, which a checkpoint holds.
-        undecodable: Of a file that cannot be decoded: "raise", or "skip" it with a warning that names it.
+        undecodable: "raise" an error for a file that cannot be decoded, or "skip" it with a warning that names it.
     """
     pixels, files, skipped = [], [], []
     for path in map(Path, paths):

@@ -9,14 +9,8 @@ from torch import Tensor
 def uniform(keys: Tensor, seed: int, purpose: str, count: int) -> Tensor:
     """`count` uniform numbers in [0, 1) for each key, float32 `(batch, count)`.
 
-    SplitMix64, started anew from (seed, key, purpose): one item's numbers do not depend on what else is in the batch,
-    nor one purpose's on which others there are.
-
-    Args:
-        keys: int64 `(batch,)`.
-        seed: Any integer.
-        purpose: What the numbers decide; another name gives independent ones.
-        count: Numbers for each key.
+    SplitMix64, started from (seed, key, purpose): the numbers of an item do not depend on the rest of the batch, and
+    those of another purpose are independent.
 
     Source: Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators".
     """
@@ -37,7 +31,7 @@ _FACTORS = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
 
 
 def _shifted(value: Tensor, bits: int) -> Tensor:
-    """Logical shift to the right; that of int64 drags the sign along."""
+    """Logical shift to the right; that of int64 repeats the sign."""
     return (value >> bits) & ((1 << (64 - bits)) - 1)
 
 

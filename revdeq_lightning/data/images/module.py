@@ -41,53 +41,49 @@ __all__ = ["AugmentationConfig", "ImageBatch", "ImageDataModule", "find_images",
 class ImageDataModule(AbstractDataModule):
     """Images and their classes, as `ImageBatch`.
 
-    Evaluation resizes the shorter side to `image_size / crop_fraction` (bicubic, antialiased) and cuts out the centre;
-    it uses every image exactly once and nothing random. Training images differ by `augmentation`, image by image, on
-    the device; all of it is a function of (seed, epoch, image), apart from the partner of mixup and cutmix, which is
-    the neighbour in the rank's batch.
+    Evaluation resizes the shorter side to `image_size / crop_fraction` (bicubic, antialiased) and cuts out the center;
+    it uses every image exactly once and nothing random. Training images are augmented one by one on the device. Order
+    and augmentation are functions of (seed, epoch, image), except for the partner of mixup and cutmix, the neighbor in
+    the rank's batch. A run resumed from any checkpoint continues with the batch after the last trained one.
 
-    The order of training is a function of seed and epoch, split over the ranks without overlap, and a run resumed from
-    any checkpoint continues with the batch after the last trained one.
-
-    Images of at most 64 pixels are decoded once, by the evaluation's convention, into a file under `cache_dir`, and
-    read as a memory map. Larger ones are decoded as they are needed: set `num_workers`.
+    Images of at most 64 pixels are decoded once, as for evaluation, into a file under `cache_dir`, and read as a memory
+    map. Larger ones are decoded as they are needed: set `num_workers`.
 
     Args:
-        source: "digits" (scikit-learn's 1,797 grey digits of 8x8 pixels: 1,500 for training and validation, 297 for
-            the test), "cifar10", "cifar100", "folder" or "huggingface".
+        source: "digits" (scikit-learn's 1,797 gray digits of 8x8 pixels, of which 297 are the test split), "cifar10",
+            "cifar100", "folder" or "huggingface".
         path: For "folder" a folder with `train/CLASS/*` (and `val/CLASS/*`, `test/CLASS/*`) or `CLASS/*`, or a tar
-            archive of one, which is not unpacked. For "huggingface" the data set, or a local folder with its parquet
-            files or its `save_to_disk` copy. For CIFAR the folder (default: data) that holds the published archive
-            or what it holds, or into which to download it; or the archive.
+            archive of one, which is not unpacked. For "huggingface" the dataset, or a local folder with its parquet
+            files or its `save_to_disk` copy. For CIFAR the folder (default: data) with the published archive or its
+            content, or into which to download it; or the archive.
         dataset_name: For "huggingface" the configuration.
         image_column: For "huggingface", if there is more than one column of images.
         label_column: For "huggingface", if it is not clear which one.
         image_size: Side of the square that the model sees.
         crop_fraction: `image_size` over the shorter side that evaluation resizes to; null: 0.875 above 64 pixels (256
-            for 224), 1 up to there.
-        channels: 1 (grey) or 3 (RGB); null: as the source is (digits 1, the others 3).
+            for 224), otherwise 1.
+        channels: 1 (gray) or 3 (RGB); null: the source's (digits 1, the others 3).
         batch_size: Images per rank and step.
         augmentation: Of the training images.
         mean: By channel, on the scale 0 ... 1; null: CIFAR's known ones, else computed from the prepared training
             images, else ImageNet's.
         std: Likewise.
-        validation_fraction: Of the training images, if the data has no validation split: rounded to a whole number,
-            of each class its share. 0: no validation.
-        split_seed: Chooses them, together with the images' names; apart from `seed`, so that runs that differ in it
-            compare on the same images.
-        max_train_images: Cuts the training split to so many, of each class its share. None: all.
+        validation_fraction: Of the training images, if the data has no validation split, of each class its share. 0: no
+            validation.
+        split_seed: Chooses them, together with the images' names; runs that differ only in `seed` share the split.
+        max_train_images: Cuts the training split to this many, of each class its share. None: all.
         max_eval_images: Likewise for validation and test, each.
         num_workers: Processes per rank that load batches. 0 is fast enough for prepared images.
         seed: Of order and augmentation, not negative.
-        undecodable: Of an image that cannot be decoded: "raise" an error that names it, or "skip" it with a warning
-            that counts and names them.
+        undecodable: What to do with an image that cannot be decoded: "raise" an error that names it, or "skip" it with
+            a warning.
         download: Whether CIFAR may be downloaded.
         in_memory: Decode all images once, whatever their size (true) or never (false). Null: up to 64 pixels.
         cache_dir: Folder of the prepared images.
 
     Raises:
-        ValueError: If an argument is out of range, or the images do not fit it.
-        FileNotFoundError, ConnectionError: If the images are not to be had.
+        ValueError: If an argument is out of range or does not fit the images.
+        FileNotFoundError, ConnectionError: If the images cannot be found.
     """
 
     _items = "images"
@@ -137,7 +133,14 @@ class ImageDataModule(AbstractDataModule):
             raise ValueError(f"mean and std belong together, got mean {mean} and std {std}.")
         for value in std or ():
             require_in_range("std", value, "(0, inf)")
-        _check_path(source, path, dataset_name or image_column or label_column)
+        if source == "digits" and path is not None:
+            raise ValueError(f'source "digits" takes no path, got {path!r}.')
+        if source in ("folder", "huggingface") and path is None:
+            raise ValueError(f'source "{source}" needs a path, got None.')
+        if source != "huggingface" and (dataset_name or image_column or label_column):
+            raise ValueError(
+                f'dataset_name, image_column and label_column are for source "huggingface", the source is "{source}".'
+            )
         if self.augmentation.crop_padding >= image_size:
             raise ValueError(
                 f"crop_padding must be smaller than the image of {image_size} pixels, got "
@@ -147,17 +150,17 @@ class ImageDataModule(AbstractDataModule):
 
     @property
     def class_names(self) -> list[str]:
-        """Names of the classes, in the order of their indices. Prepares the data if need be."""
+        """Names of the classes, in the order of their indices. Prepares the data if necessary."""
         return list(self._prepared().class_names)
 
     @property
     def num_classes(self) -> int:
-        """Number of classes. Prepares the data if need be."""
+        """Number of classes. Prepares the data if necessary."""
         return len(self._prepared().class_names)
 
     @property
     def num_channels(self) -> int:
-        """1 (grey) or 3 (RGB). Prepares the data if need be."""
+        """1 (gray) or 3 (RGB). Prepares the data if necessary."""
         return self._prepared().channels
 
     @property
@@ -171,26 +174,17 @@ class ImageDataModule(AbstractDataModule):
         return len(self._dataset(split))
 
     def check_model(self, *, num_classes: int, num_channels: int) -> None:
-        """Refuse a model made for other images.
-
-        Raises:
-            ValueError: If one of the counts differs from this data's.
-        """
-        for name, here, there in (
-            ("class(es)", self.num_classes, num_classes),
-            ("channel(s)", self.num_channels, num_channels),
-        ):
+        """Raise a ValueError if the model was made for other images."""
+        counts = {"class(es)": (self.num_classes, num_classes), "channel(s)": (self.num_channels, num_channels)}
+        for name, (here, there) in counts.items():
             if here != there:
                 raise ValueError(
-                    f"the images ({self._described()}) have {here} {name}, the model has {there}: build the model for "
-                    f"{here}, or use the data that it was built for."
+                    f"the images (source {self.hparams['source']!r}, path {self.hparams['path']!r}) have {here} "
+                    f"{name}, the model has {there}: build the model for {here}, or use the data that it was built for."
                 )
 
     def preprocessing_state(self) -> dict[str, Any]:
-        """How an image becomes the model's input, and what the classes are called; plain containers.
-
-        For `image_decoding.preprocess_files`.
-        """
+        """How an image becomes the model's input, and the classes' names, for `preprocess_files`; plain containers."""
         data = self._prepared()
         return {
             "image_size": self.image_size,
@@ -203,13 +197,11 @@ class ImageDataModule(AbstractDataModule):
         }
 
     def train_dataloader(self) -> ResumableLoader:
-        """Shuffled; only whole batches."""
         dataset = self._dataset("train")
         order = partial(_training_order, len(dataset), self.hparams["seed"])
         return self._training_loader(dataset, len(dataset), order)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Augment (training only) and normalize, on the device."""
         if not isinstance(batch, ImageBatch):
             return batch
         data, config, seed = self._prepared(), self.augmentation, self.hparams["seed"]
@@ -223,21 +215,15 @@ class ImageDataModule(AbstractDataModule):
         return batch._replace(images=mixed.images, partner_labels=partner_labels, weights=mixed.weights)
 
     def state_dict(self) -> dict[str, Any]:
-        """Position of the first batch not yet trained, and what the order depends on; plain containers."""
         return super().state_dict() | {"class_names": self.class_names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue at this position.
-
-        Raises:
-            CheckpointError: If the state belongs to a run with other classes.
-        """
         then, now = state_dict["class_names"], self.class_names
         if then != now:
             other = [name for name in then if name not in now] or [name for name in now if name not in then] or then
             raise CheckpointError(
                 f"the checkpoint was trained on other classes than these images have ({len(then)} and {len(now)}; for "
-                f'example "{other[0]}" is not among both, or stands elsewhere): use the data of that run.'
+                f'example "{other[0]}" is in only one of them, or at another index): use the data of that run.'
             )
         super().load_state_dict(state_dict)
 
@@ -250,11 +236,9 @@ class ImageDataModule(AbstractDataModule):
     def _prepared(self) -> ImageData:
         if self._data is None:
             data = self._prepare()
-            for name, statistic in (("mean", data.mean), ("std", data.std)):
-                if len(statistic) != data.channels:
-                    raise ValueError(
-                        f"{name} must have one value for each of the {data.channels} channel(s), got {statistic}."
-                    )
+            for name, values in (("mean", data.mean), ("std", data.std)):
+                if len(values) != data.channels:
+                    raise ValueError(f"{name} must have a value for each of the {data.channels} channel(s): {values}.")
             self._data = data
         return self._data
 
@@ -262,11 +246,8 @@ class ImageDataModule(AbstractDataModule):
         hparams = self.hparams
         source = open_image_source(hparams["source"], hparams["path"], **{name: hparams[name] for name in _SOURCE})
         splitting = {name: hparams[name] for name in _SPLITTING}
-        sizes = ImageSizes(
-            hparams["channels"] or source.channels,
-            self.image_size,
-            evaluation_resize(self.image_size, hparams["crop_fraction"]),
-        )
+        resize = evaluation_resize(self.image_size, hparams["crop_fraction"])
+        sizes = ImageSizes(hparams["channels"] or source.channels, self.image_size, resize)
 
         def collect() -> ImageCollection:
             collection = source.open()
@@ -300,26 +281,11 @@ class ImageDataModule(AbstractDataModule):
         order = {"seed": self.hparams["seed"], "num_images": self.num_images("train")}
         return order | self._prepared().checksums
 
-    def _described(self) -> str:
-        path = self.hparams["path"]
-        return f'the source "{self.hparams["source"]}"' + (f" ({path})" if path else "")
-
 
 _SOURCE = ("dataset_name", "image_column", "label_column", "download")
 _SPLITTING = ("validation_fraction", "split_seed", "max_train_images", "max_eval_images")
 
 
-def _check_path(source: str, path: str | None, dataset_options: str | None) -> None:
-    if source == "digits" and path is not None:
-        raise ValueError(f'source "digits" takes no path, got {path!r}.')
-    if source in ("folder", "huggingface") and path is None:
-        raise ValueError(f'source "{source}" needs a path, got None.')
-    if source != "huggingface" and dataset_options is not None:
-        raise ValueError(
-            f'dataset_name, image_column and label_column are for source "huggingface", the source is "{source}".'
-        )
-
-
 def _training_order(num_images: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Keys of the images: they count on through the epochs, so that a data set knows the epoch."""
+    """Keys of the images, which count on through the epochs, so that a dataset knows the epoch."""
     return epoch * num_images + shuffled(num_images, seed, epoch)

@@ -1,4 +1,4 @@
-"""RandAugment (Cubuk et al. 2019, arXiv:1909.13719) with its 14 operations, drawn anew for every image."""
+"""RandAugment (Cubuk et al. 2019, arXiv:1909.13719) with its 14 operations, drawn for every image."""
 
 import math
 
@@ -21,14 +21,9 @@ _SIGNED_COLORS = range(6, 10)
 def rand_augment(images: Tensor, num_ops: int, magnitude: int, keys: Tensor, seed: int) -> Tensor:
     """Apply `num_ops` operations, one after the other, to each image; uint8 `(batch, 1 or 3, height, width)`.
 
-    Args:
-        images: The batch.
-        num_ops: Operations for each image, drawn independently and uniformly.
-        magnitude: 0 to 30, on torchvision's scale: shear up to 0.3, translation up to 45 % of the side, rotation up to
-            30 degrees, brightness, colour, contrast and sharpness up to 0.9 either way, 8 to 4 bits, solarization above
-            255 ... 0. The sign is drawn.
-        keys: Of the images.
-        seed: Of the draws.
+    Operations are drawn independently and uniformly, as is the sign of those that have a direction. As in torchvision,
+    `magnitude` 30 is shear 0.3, translation 45 % of the side, rotation 30 degrees, brightness, color, contrast and
+    sharpness 0.9 either way, 4 bits, solarization above 0.
     """
     for number in range(num_ops):
         draws = uniform(keys, seed, f"randaugment/{number}", 2).cpu()  # the one point where a GPU is waited for
@@ -39,14 +34,7 @@ def rand_augment(images: Tensor, num_ops: int, magnitude: int, keys: Tensor, see
 
 
 def apply_operations(images: Tensor, operations: Tensor, signs: Tensor, magnitude: int) -> Tensor:
-    """Apply to each image its own operation.
-
-    Args:
-        images: uint8 `(batch, 1 or 3, height, width)`.
-        operations: Indices of `OPERATIONS`, int64 `(batch,)`, on the CPU.
-        signs: 1 or -1 for those that have a direction, on the CPU.
-        magnitude: 0 to 30, for all.
-    """
+    """Apply to each image its own operation; `operations` (indices of `OPERATIONS`) and `signs` lie on the CPU."""
     images = images.clone()
     geometric = ((operations >= _GEOMETRIC.start) & (operations < _GEOMETRIC.stop)).nonzero().flatten()
     if len(geometric):
@@ -62,12 +50,7 @@ def apply_operations(images: Tensor, operations: Tensor, signs: Tensor, magnitud
 
 
 def affine(images: Tensor, matrices: Tensor) -> Tensor:
-    """Give each pixel p the value at M p, bilinearly, black outside.
-
-    Args:
-        images: uint8 `(batch, channels, height, width)`.
-        matrices: Each image's M, `(batch, 2, 3)`, in pixels from the centre.
-    """
+    """Give each pixel p the value at M p, bilinearly, black outside; M `(batch, 2, 3)`, in pixels from the center."""
     height, width = images.shape[-2:]
     half = torch.tensor([width / 2, height / 2], device=images.device)
     relative = matrices * torch.cat([half, half.new_ones(1)]) / half[:, None]
@@ -98,7 +81,7 @@ def _matrices(operations: Tensor, signs: Tensor, magnitude: int, height: int, wi
 
 
 def _color(images: Tensor, operation: str, fraction: float) -> Tensor:
-    """One colour operation on all the images."""
+    """One color operation on all images."""
     factor = 1 + 0.9 * fraction
     result: Tensor = {
         "Brightness": lambda: TF.adjust_brightness(images, factor),

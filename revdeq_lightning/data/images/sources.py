@@ -92,9 +92,7 @@ def _read_cifar(source: str, path: Path, download: bool) -> ImageCollection:
             archive.unlink(missing_ok=True)  # what arrived of it
             raise ConnectionError(f"cannot download {published.url} ({error}): {advice}") from None
     if not check_integrity(archive, published.tgz_md5):
-        raise ValueError(
-            f"{archive} is damaged or another file (its MD5 is not the published {published.tgz_md5}): remove it."
-        )
+        raise ValueError(f"{archive} is damaged or another file (its MD5 is not {published.tgz_md5}): remove it.")
     with TemporaryDirectory() as folder:
         extract_archive(str(archive), folder)
         return _unpacked_cifar(source, Path(folder))
@@ -105,9 +103,7 @@ def _unpacked_cifar(source: str, root: Path) -> ImageCollection:
     try:
         splits = {"train": published(root, train=True), "test": published(root, train=False)}
     except RuntimeError:  # of a wrong checksum
-        raise ValueError(
-            f"{root / published.base_folder} is damaged or incomplete (the MD5 of a file is not the published one): "
-            "remove it."
-        ) from None
+        folder = root / published.base_folder
+        raise ValueError(f"{folder} is damaged or incomplete (a file has not the published MD5): remove it.") from None
     tables = {split: _pixels_table(f"{source}/{split}", part.data, part.targets) for split, part in splits.items()}
     return ImageCollection(list(splits["train"].classes), tables)

@@ -6,10 +6,8 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-import numpy as np
 from lightning import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
-from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
 from revdeq_lightning.data.loading.sampler import ResumableBatchSampler, ResumableLoader
@@ -113,9 +111,7 @@ class AbstractDataModule(LightningDataModule):
             )
         return by_split[split]
 
-    def _training_loader(
-        self, dataset: Dataset[Any], num_items: int, order: Callable[[int], NDArray[np.int64]]
-    ) -> ResumableLoader:
+    def _training_loader(self, dataset: Dataset[Any], num_items: int, order: Callable[..., Any]) -> ResumableLoader:
         """Only whole batches, from the position that was loaded."""
         self._train_loader = self._loader(dataset, num_items, order, drop_last=True)
         if self._resumed:
@@ -124,18 +120,12 @@ class AbstractDataModule(LightningDataModule):
         return self._train_loader
 
     def _loader(
-        self,
-        dataset: Dataset[Any],
-        num_items: int,
-        order: Callable[[int], NDArray[np.int64]] | None = None,
-        *,
-        drop_last: bool = False,
+        self, dataset: Dataset[Any], num_items: int, order: Callable[..., Any] | None = None, *, drop_last: bool = False
     ) -> ResumableLoader:
         rank, world_size = self._rank_and_world_size()
-        batch_size = self._batch_size if drop_last else self.hparams["batch_size"]
-        sampler = ResumableBatchSampler(
-            num_items, batch_size, order=order, rank=rank, world_size=world_size, drop_last=drop_last
-        )
+        size = self._batch_size if drop_last else self.hparams["batch_size"]
+        shares = {"rank": rank, "world_size": world_size}
+        sampler = ResumableBatchSampler(num_items, size, order=order, drop_last=drop_last, **shares)
         loader = ResumableLoader(
             dataset,
             sampler,
@@ -153,8 +143,7 @@ class AbstractDataModule(LightningDataModule):
     @property
     def _batch_size(self) -> int:
         """Items of a training batch on each process."""
-        size: int = self._shared_batch_size or self.hparams["batch_size"]
-        return size
+        return int(self._shared_batch_size or self.hparams["batch_size"])
 
     def _keep_global_batch(self, state: dict[str, Any]) -> None:
         """Change the batch of each process if nothing but the number of processes changed."""

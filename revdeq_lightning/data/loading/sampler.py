@@ -114,7 +114,7 @@ class ResumableLoader:
     Args:
         dataset: `dataset[list of indices]` is a batch; the indices may hold `PADDING`.
         batch_sampler: Which indices, in which order.
-        num_workers: Processes that make batches ahead of time; they live until `close`, or as long as the loader.
+        num_workers: Processes that make batches ahead of time, until `close`.
         pin_memory: Put batches into page-locked memory (for CUDA).
         trainer: Where to read the position in training. None for evaluation.
     """

@@ -245,9 +245,7 @@ def _tokenizer_from_path(path: Path) -> AbstractTokenizer:
         try:
             content = json.loads(text)
         except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{definition} is not JSON ({error}): give the tokenizer.json of a byte-level BPE."
-            ) from None
+            raise ValueError(f"{definition} is not JSON ({error}): give the file of a byte-level BPE.") from None
         return tokenizer_from_state(content) if "kind" in content else BytePairTokenizer(text)
     vocab, merges = path / "vocab.json", path / "merges.txt"
     if not (vocab.is_file() and merges.is_file()):
