@@ -1,4 +1,4 @@
-"""The image classifiers' command line; `predict` is in `revdeq_lightning.cli.image_inference`."""
+"""The image classifiers' command line; `predict` is in `inference.py`."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -7,7 +7,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from revdeq_lightning.callbacks.classification_report import ClassificationReport
 from revdeq_lightning.callbacks.samples import ImageSamples
-from revdeq_lightning.cli.command_line import AbstractCommandLine, run_command_line
+from revdeq_lightning.cli.trainer import AbstractCommandLine, run_command_line
 from revdeq_lightning.data.images.module import ImageDataModule
 from revdeq_lightning.runs.folder import ImageRunConfig
 from revdeq_lightning.tasks.classification import ClassificationTask
@@ -24,7 +24,6 @@ class ImageCommandLine(AbstractCommandLine):
     }
 
     def link_sizes(self, parser: LightningArgumentParser) -> None:
-        """Classes and channels."""
         for source, target in (
             ("num_classes", "model.network.num_classes"),
             ("num_channels", "model.network.num_channels"),

@@ -8,10 +8,9 @@ import torch
 from lightning.pytorch.cli import LightningArgumentParser
 
 from revdeq_lightning.callbacks.samples import TextSamples
-from revdeq_lightning.cli.command_line import AbstractCommandLine, run_command_line
-from revdeq_lightning.cli.language_inference import load_language_model
-from revdeq_lightning.cli.main import fail
-from revdeq_lightning.cli.messages import readable_checkpoint
+from revdeq_lightning.cli.errors import fail
+from revdeq_lightning.cli.inference import load_language_model
+from revdeq_lightning.cli.trainer import AbstractCommandLine, run_command_line
 from revdeq_lightning.data.text.module import TextDataModule
 from revdeq_lightning.models.generation import continue_text
 from revdeq_lightning.runs.folder import LanguageRunConfig
@@ -30,31 +29,22 @@ class LanguageCommandLine(AbstractCommandLine):
     }
 
     def link_sizes(self, parser: LightningArgumentParser) -> None:
-        """Context length and vocabulary."""
         parser.link_arguments("data.context_length", "model.network.context_length")
         parser.link_arguments("data", "model.network.vocab_size", compute_fn=vocab_size, apply_on="instantiate")
 
     def task_callbacks(self) -> list[Any]:
-        """Text at validations."""
         run, every = cast(LanguageRunConfig, self.run_config), self.diagnostics.samples_every_n_validations
         if not (run.sample_tokens and every):
             return []
-        length, temperature = run.sample_tokens, run.sample_temperature
-        return [
-            TextSamples(
-                [run.sample_prompt],
-                max_new_tokens=length,
-                temperature=temperature,
-                folder=run.path,
-                every_n_validations=every,
-            )
-        ]
+        sampling: Any = {"max_new_tokens": run.sample_tokens, "temperature": run.sample_temperature}
+        return [TextSamples([run.sample_prompt], folder=run.path, every_n_validations=every, **sampling)]
 
     def show(self, checkpoint: str) -> None:
-        """Print a sample."""
         run = cast(LanguageRunConfig, self.run_config)
         if run.sample_tokens:
-            text = sample(checkpoint, run)
+            model, tokenizer = load_language_model(checkpoint)
+            sampling: Any = {"max_new_tokens": run.sample_tokens, "temperature": run.sample_temperature}
+            text = continue_text(model, tokenizer, run.sample_prompt, **sampling)
             print(f"\nSample ({run.sample_tokens} tokens, temperature {run.sample_temperature}):\n\n{text}")
 
     def predict(self, **kwargs: Any) -> None:
@@ -63,7 +53,7 @@ class LanguageCommandLine(AbstractCommandLine):
 
         if self.trainer.world_size > 1:
             fail(f"predict needs one process, got {self.trainer.world_size}: --trainer.devices=1")
-        with readable_checkpoint():
+        with self._run_errors("the prediction"):
             nats = torch.cat(self.trainer.predict(**kwargs)).numpy()  # type: ignore[arg-type]
         path = Path(kwargs["ckpt_path"]).with_suffix(".nats.npy")
         np.save(path, nats)
@@ -78,10 +68,3 @@ def run(subcommand: str, options: Sequence[str]) -> None:
 def vocab_size(data: TextDataModule) -> int:
     """Vocabulary of the data, for the link."""
     return data.vocab_size
-
-
-def sample(checkpoint: str, config: LanguageRunConfig) -> str:
-    """A text from the checkpoint, as `generate` makes it."""
-    model, tokenizer = load_language_model(checkpoint)
-    temperature, length = config.sample_temperature, config.sample_tokens
-    return continue_text(model, tokenizer, config.sample_prompt, max_new_tokens=length, temperature=temperature)

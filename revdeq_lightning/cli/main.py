@@ -3,13 +3,14 @@
 Lightning is imported only where a command needs it: help and the errors that can be found without it come at once.
 """
 
-import itertools
+import importlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
 
 from revdeq_lightning import __version__
+from revdeq_lightning.cli.errors import fail, nearest
+from revdeq_lightning.cli.parser import ReadableErrors, call_with_options, given_files
 from revdeq_lightning.program import program
 
 SUBCOMMANDS = {
@@ -23,14 +24,17 @@ SUBCOMMANDS = {
     "report": "write the page of a run, or of several beside each other: report RUN [RUN ...] [--output FILE]",
 }
 
-# One concrete command line a task; `lm` may be left out. Subclass mode (one
-# command line for all tasks, `class_path` in the file) was tried: there a misspelt key is told as ten lines, "Does not
-# validate against any of the Union subtypes ..." and the whole given value, with the name of the key in the middle.
-# Here it is one line.
-TASKS = {
-    "lm": "revdeq_lightning.cli.language",
-    "image": "revdeq_lightning.cli.image",
+# One command line for each task; `lm` may be left out. One for all tasks, with `class_path` in the file, was tried: a
+# misspelled key then gives ten lines, "Does not validate against any of the Union subtypes ...", with the whole value.
+TASKS = {"lm": "language", "image": "image"}
+
+FUNCTIONS = {
+    "generate": ("inference", "generate_text"),
+    "image predict": ("inference", "predict_images"),
+    "export": ("inference", "export_weights"),
+    "replay": ("replay", "replay"),
 }
+"""Commands that need no trainer: module and function, whose arguments are the options."""
 
 EXAMPLES = {
     "fit --config configs/lm/default.yaml": "train",
@@ -75,71 +79,20 @@ def main(args: Sequence[str] | None = None) -> None:
     for path in given_files(options, "--ckpt_path"):
         if str(path) not in ("last", "best") and not path.exists():
             fail(f"no checkpoint {path}")
+    command = f"{task} predict" if subcommand == "predict" else subcommand
     try:
         if subcommand == "report":
             _report(options)
-        elif subcommand == "generate":
-            if task != "lm":
-                fail(f"generate is a command of language models, not of {task!r}")
-            _generate(options)
-        elif subcommand == "replay":
-            _replay(options)
-        elif subcommand == "predict" and task == "image":
-            _predict_images(options)
-        elif subcommand == "export":
-            _export(options)
+        elif subcommand == "generate" and task != "lm":
+            fail(f"generate is a command of language models, not of {task!r}")
+        elif function := FUNCTIONS.get(command):
+            module, name = function
+            call = getattr(importlib.import_module(f"revdeq_lightning.cli.{module}"), name)
+            print(call_with_options(call, command, options))
         else:
-            import importlib
-
-            importlib.import_module(TASKS[task]).run(subcommand, options)
+            importlib.import_module(f"revdeq_lightning.cli.{TASKS[task]}").run(subcommand, options)
     except KeyboardInterrupt:
         fail("interrupted", code=130)
-
-
-class ReadableErrors:
-    """For a parser: says what is wrong in one line, without the usage of two hundred options."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Name the key, and the nearest valid one."""
-        text = " ".join(message.split())
-        hint = ""
-        if "unrecognized" in text or "not accept" in text:
-            options = dict.fromkeys(_options_of(self), "")
-            words = [word.strip("'\"").removeprefix("--").split("=")[0] for word in text.split()]
-            hint = next((hint for word in words if (hint := nearest(word, options))), "")
-        elif "are required" in text and "config" in _options_of(self):
-            hint = " (give --config FILE: configs/lm holds some)"
-        fail(text + hint)
-
-
-def fail(message: str, code: int = 2) -> NoReturn:
-    """Print one line and exit."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
-    sys.exit(code)
-
-
-def nearest(word: str, words: Sequence[str] | dict[str, str]) -> str:
-    """A hint at the valid word that looks most like this one, or nothing."""
-    import difflib
-
-    matches = difflib.get_close_matches(word, words, n=1, cutoff=0.6)
-    return f" (did you mean {matches[0]}?)" if matches else ""
-
-
-def _options_of(parser: Any) -> Iterator[str]:
-    """Names of the options of a parser and its subcommands."""
-    for action in parser._actions:  # argparse has no public way
-        yield from (option.removeprefix("--") for option in action.option_strings)
-        if isinstance(action.choices, dict):
-            for subparser in action.choices.values():
-                yield from _options_of(subparser)
-
-
-def given_files(options: Sequence[str], *names: str) -> list[Path]:
-    """The values of an option that names a file, as `--name FILE` or `--name=FILE`."""
-    values = [b for a, b in itertools.pairwise(options) if a in names]
-    values += [o.split("=", 1)[1] for o in options if o.split("=", 1)[0] in names and "=" in o]
-    return [Path(v) for v in values]
 
 
 def _report(options: Sequence[str]) -> None:
@@ -152,45 +105,5 @@ def _report(options: Sequence[str]) -> None:
 
     try:
         print(report(options, Parser))
-    except (ValueError, OSError) as error:
-        fail(str(error))
-
-
-def _generate(options: Sequence[str]) -> None:
-    from revdeq_lightning.cli.language_inference import generate_text
-
-    print(call_with_options(generate_text, "generate", options))
-
-
-def _predict_images(options: Sequence[str]) -> None:
-    from revdeq_lightning.cli.image_inference import predict_images
-
-    print(call_with_options(predict_images, "image predict", options))
-
-
-def _replay(options: Sequence[str]) -> None:
-    from revdeq_lightning.cli.replay import replay
-
-    print(call_with_options(replay, "replay", options))
-
-
-def _export(options: Sequence[str]) -> None:
-    from revdeq_lightning.cli.export import export_weights
-
-    print(call_with_options(export_weights, "export", options))
-
-
-def call_with_options(function: Callable[..., str], command: str, options: Sequence[str]) -> str:
-    """Call a function with arguments from the command line; what the user can mend is told in one line."""
-    from jsonargparse import ArgumentParser
-
-    class Parser(ReadableErrors, ArgumentParser):
-        """Errors of one line."""
-
-    parser = Parser(prog=f"{program()} {command}", allow_abbrev=False)
-    parser.add_function_arguments(function)
-    settings = parser.parse_args(list(options))
-    try:
-        return function(**settings.as_dict())
     except (ValueError, OSError) as error:
         fail(str(error))

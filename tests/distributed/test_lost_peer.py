@@ -7,7 +7,7 @@ import pytest
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
-from revdeq_lightning.cli.messages import lost_resource
+from revdeq_lightning.cli.errors import lost_resource
 from revdeq_lightning.cli.process_end import lost_peer
 
 TRAINER = SimpleNamespace(world_size=2, global_rank=1)

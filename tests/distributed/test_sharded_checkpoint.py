@@ -19,7 +19,7 @@ from scripts import run_python
 
 from revdeq_lightning.checkpoints.files import Found, fault_of_folder, newest_good
 from revdeq_lightning.checkpoints.sharded import load_into, read_whole
-from revdeq_lightning.cli.language_inference import load_language_model
+from revdeq_lightning.cli.inference import load_language_model
 from revdeq_lightning.cli.main import main
 from revdeq_lightning.errors import CheckpointError
 

@@ -1,32 +1,29 @@
-"""What the tasks' command lines share: LightningCLI with short errors and a folder for each run."""
+"""The trainer of a run, with all its callbacks, loggers and checkpoints; what the command lines of all tasks share."""
 
+import os
 import sys
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
-import yaml
 from lightning import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 from revdeq_lightning.callbacks.config import DiagnosticsConfig
 from revdeq_lightning.callbacks.depth_sweep import DepthSweep
 from revdeq_lightning.checkpoints.best import BestCheckpoint
+from revdeq_lightning.checkpoints.files import Found, make_folder
 from revdeq_lightning.checkpoints.io import AtomicCheckpointIO
 from revdeq_lightning.checkpoints.names import is_sharded_checkpoint
+from revdeq_lightning.cli.errors import fail, run_errors, setting_errors
 from revdeq_lightning.cli.kept_checkpoints import best_or_last, last_checkpoint
 from revdeq_lightning.cli.loggers import run_loggers
-from revdeq_lightning.cli.main import ReadableErrors, fail, given_files
-from revdeq_lightning.cli.messages import (
-    check_writable,
-    chosen,
-    lost_resource,
-    readable_checkpoint,
-)
+from revdeq_lightning.cli.parser import ReadableErrors, with_config_of_checkpoint
 from revdeq_lightning.cli.process_end import (
     children_ended,
     end_after_interrupt,
@@ -37,7 +34,6 @@ from revdeq_lightning.cli.process_end import (
     stop_signals_noted,
 )
 from revdeq_lightning.cli.quiet import quieten_lightning
-from revdeq_lightning.cli.readable_errors import device_errors, readable_errors
 from revdeq_lightning.cli.saved_config import SaveRunConfig
 from revdeq_lightning.distributed.strategies import is_fsdp2, register_strategies, require_meeting_place
 from revdeq_lightning.equilibrium import DivergenceError, equilibria
@@ -64,9 +60,6 @@ from revdeq_lightning.runs.same_start import SameStart
 from revdeq_lightning.runs.stop_signal import StopSignal
 from revdeq_lightning.tasks.recipe import deferred_weights
 
-REMOVED_SETTINGS = (("", "divergence"), ("run", "keep_every_hours"), ("run", "async_checkpoints"))
-"""Group and name of settings in the configuration of runs of version 0.1.0.dev0, without effect on what is trained."""
-
 
 class Parser(ReadableErrors, LightningArgumentParser):
     """Lightning's parser with errors of one line."""
@@ -81,14 +74,13 @@ class AbstractCommandLine(LightningCLI):
     run_config: RunConfig
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
-        """With a usage of one line: the list of two hundred options follows anyway."""
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         words = " ".join([*self.run_class.task, subcommand])
+        # One line: the list of two hundred options follows anyway.
         parser.usage = f"{program()} {words} --config FILE [--KEY=VALUE ...]"
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The run's folder; what is measured; sizes that the model takes from the data."""
         parser.add_argument("--run", type=self.run_class, default=self.run_class())
         parser.add_argument("--diagnostics", type=DiagnosticsConfig, default=DiagnosticsConfig())
         self.link_sizes(parser)
@@ -117,7 +109,7 @@ class AbstractCommandLine(LightningCLI):
         run.name = run.name or (naming[-1].stem if naming else "run")
         checkpoint = config.get("ckpt_path")
         if checkpoint in ("last", "best"):
-            with readable_errors():
+            with setting_errors():
                 found = find_checkpoint(checkpoint, self.run_class(**run.as_dict()))
             checkpoint = config.ckpt_path = chosen(found)
         if self.config.subcommand != "fit" and checkpoint is None:
@@ -145,7 +137,7 @@ class AbstractCommandLine(LightningCLI):
         run = self.run_config
         if run.resume == "auto":
             run.version = run.version or job_version()
-            with readable_errors():
+            with setting_errors():
                 newest = checkpoint_to_resume(run)
             if newest:
                 self.config["fit"].ckpt_path = chosen(newest)
@@ -157,7 +149,6 @@ class AbstractCommandLine(LightningCLI):
             )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """The trainer of this run: its callbacks, loggers and checkpoints."""
         settings = self._get(self.config_init, "trainer")
         progress = settings.get("enable_progress_bar") is not False
         run, diagnostics = self.run_config, self.diagnostics
@@ -170,42 +161,43 @@ class AbstractCommandLine(LightningCLI):
         callbacks: list[Any] = [*([RunProgress()] if progress else []), *self.task_callbacks(), sweep]
         loggers: list[Logger] = []
         if self.subcommand == "fit":
-            if settings.get("logger") is False:
-                fail("trainer.logger=false: a run always has a folder with its metrics; choose where by run.folder")
-            if (every := settings.get("log_every_n_steps")) is not None and every < 1:
-                fail(
-                    f"trainer.log_every_n_steps={every}: at logging steps a run certifies its gradients, and looks"
-                    " whether a checkpoint is due; choose a large number for few of them"
-                )
-            asked = diagnostics.gradient_error_every_n_steps or diagnostics.contraction_every_n_steps
-            if asked and is_fsdp2(settings.get("strategy")):
-                fail(
-                    "diagnostics.gradient_error_every_n_steps and contraction_every_n_steps need the whole model in"
-                    " each process: trainer.strategy=ddp, not fsdp2"
-                )
-            report = RunReport(run)
+            self._check_settings(settings)
             watching = diagnostics.callbacks(has_equilibrium=bool(equilibria(self.model)))
-            callbacks[:0] = [StopSignal(), SameStart(), *watching, ResumableRandomState(), report]
+            callbacks[:0] = [StopSignal(), SameStart(), *watching, ResumableRandomState(), RunReport(run)]
             callbacks.append(DivergenceGuard())
             if settings.get("enable_checkpointing") is not False:
                 if "validation" in self.datamodule.splits:
                     callbacks.append(BestCheckpoint())
                 callbacks.append(last_checkpoint(self.run_config))
             own = settings.get("logger")
-            if any(isinstance(logger, WandbLogger) for logger in as_list(own)):
-                fail("trainer.logger=WandbLogger would ask for a key, and wait: use run.wandb=auto, online or offline")
-            check_writable(run.path)
             loggers = run_loggers(run, [] if own is True else as_list(own))
             if run.wandb_checkpoints:
                 callbacks.append(WandbCheckpoints(run.checkpoints))
         self.trainer_defaults = {"callbacks": callbacks}
-        checkpoint_io = AtomicCheckpointIO(errors="warn")
-        plugins = [*as_list(settings.get("plugins")), checkpoint_io]
-        trainer = super().instantiate_trainer(
-            logger=[enduring(logger) for logger in loggers] or False, plugins=plugins, **kwargs
-        )
+        kwargs["plugins"] = [*as_list(settings.get("plugins")), AtomicCheckpointIO(errors="warn")]
+        trainer = super().instantiate_trainer(logger=[enduring(logger) for logger in loggers] or False, **kwargs)
         require_meeting_place(trainer)
         return trainer
+
+    def _check_settings(self, settings: Any) -> None:
+        """Refuse settings of the trainer with which a run would not keep what it promises."""
+        if settings.get("logger") is False:
+            fail("trainer.logger=false: a run always has a folder with its metrics; choose where by run.folder")
+        if (every := settings.get("log_every_n_steps")) is not None and every < 1:
+            fail(
+                f"trainer.log_every_n_steps={every}: at logging steps a run certifies its gradients, and looks"
+                " whether a checkpoint is due; choose a large number for few of them"
+            )
+        diagnostics = self.diagnostics
+        asked = diagnostics.gradient_error_every_n_steps or diagnostics.contraction_every_n_steps
+        if asked and is_fsdp2(settings.get("strategy")):
+            fail(
+                "diagnostics.gradient_error_every_n_steps and contraction_every_n_steps need the whole model in"
+                " each process: trainer.strategy=ddp, not fsdp2"
+            )
+        if any(isinstance(logger, WandbLogger) for logger in as_list(settings.get("logger"))):
+            fail("trainer.logger=WandbLogger would ask for a key, and wait: use run.wandb=auto, online or offline")
+        check_writable(self.run_config.path)
 
     @property
     def diagnostics(self) -> DiagnosticsConfig:
@@ -215,7 +207,7 @@ class AbstractCommandLine(LightningCLI):
     def instantiate_classes(self) -> None:
         """Build data, model and trainer; find faults of the data here, where they can be told in one line."""
         strategy = self._get(self.config, "trainer").get("strategy")
-        with readable_errors(), deferred_weights(is_fsdp2(strategy)):
+        with setting_errors(), deferred_weights(is_fsdp2(strategy)):
             super().instantiate_classes()
             self.datamodule.setup(str(self.subcommand))
 
@@ -229,9 +221,8 @@ class AbstractCommandLine(LightningCLI):
             fail(str(error))
 
     def fit(self, **kwargs: Any) -> None:
-        """Train."""
         let_sigterm_end_the_wait(self.trainer)
-        with device_errors(), self._losses_told("training"):
+        with self._run_errors("training"):
             try:
                 self.trainer.fit(**kwargs)
             except DivergedError as error:  # on all processes together
@@ -243,16 +234,14 @@ class AbstractCommandLine(LightningCLI):
             except SystemExit as stop:
                 end_after_interrupt(self.trainer, stop)
 
-    @readable_checkpoint()
+    @run_errors("the end of training")
     def after_fit(self) -> None:
         """Test, show, and say how to go on."""
-        if cast(Any, self.trainer).fast_dev_run:
-            return
         best = best_or_last(self.trainer)
         split = self.closing_split() if best and self.run_config.test else None
         if split:
             evaluate = self.trainer.test if split == "test" else self.trainer.validate
-            with self._evaluation(split):
+            with self._run_errors(f"the {split}"):
                 try:
                     results = evaluate(self.model, self.datamodule, ckpt_path=best, verbose=False, weights_only=True)
                 except SystemExit as stop:
@@ -268,40 +257,22 @@ class AbstractCommandLine(LightningCLI):
         return "test" if "test" in self.datamodule.splits else None
 
     def validate(self, **kwargs: Any) -> None:
-        """Print the figures of the validation split."""
-        self._require("validation")
-        with self._evaluation("validation"):
-            results = self.trainer.validate(**kwargs | {"verbose": False})
-        self._print_figures("Validation", results)
+        self._evaluate("validation", "Validation", self.trainer.validate, kwargs)
 
     def test(self, **kwargs: Any) -> None:
-        """Print the figures of the test split."""
-        self._require("test")
-        with self._evaluation("test"):
-            results = self.trainer.test(**kwargs | {"verbose": False})
-        self._print_figures("Test", results)
+        self._evaluate("test", "Test", self.trainer.test, kwargs)
 
-    @contextmanager
-    def _evaluation(self, split: str) -> Iterator[None]:
-        """End in one line where the split cannot be evaluated."""
-        with device_errors(), readable_checkpoint(), self._losses_told(f"the {split}"):
-            yield
-
-    @contextmanager
-    def _losses_told(self, what: str) -> Iterator[None]:
-        """End in one line where another process, a file, the disk or a worker is lost."""
-        try:
-            yield
-        except (OSError, EOFError, RuntimeError) as error:
-            peer = lost_peer(error, self.trainer) if self.subcommand == "fit" else None
-            if (line := peer or lost_resource(error, what)) is None:
-                raise
-            fail(line, code=1)
-
-    def _require(self, split: str) -> None:
+    def _evaluate(self, split: str, title: str, evaluate: Callable[..., Any], arguments: dict[str, Any]) -> None:
         if split not in self.datamodule.splits:
             there = ", ".join(self.datamodule.splits)
             fail(f"nothing to evaluate: the data has no {split} split, it has {there}")
+        with self._run_errors(f"the {split}"):
+            results = evaluate(**arguments | {"verbose": False})
+        self._print_figures(title, results)
+
+    def _run_errors(self, what: str) -> AbstractContextManager[None]:
+        fits = self.subcommand == "fit"
+        return run_errors(what, lambda error: lost_peer(error, self.trainer) if fits else None)
 
     def _print_figures(self, title: str, results: Any) -> None:
         if self.trainer.is_global_zero:
@@ -314,7 +285,7 @@ class AbstractCommandLine(LightningCLI):
 def run_command_line(
     command_line: type[AbstractCommandLine], task: type, data: type, subcommand: str, options: Sequence[str]
 ) -> None:
-    """Parse and run; what the user can mend is told in one line."""
+    """Parse and run; what the user can fix is reported in one line."""
     quieten_lightning()
     register_strategies()
     with stop_signals_noted() if subcommand == "fit" else nullcontext(), finished_wandb(), children_ended():
@@ -334,32 +305,25 @@ def run_command_line(
     end_process_group()
 
 
-def with_config_of_checkpoint(options: Sequence[str]) -> list[str]:
-    """Without a `--config` of a model that of the checkpoint's run applies."""
-    runs = [run_of_checkpoint(path) for path in given_files(options, "--ckpt_path")]
-    if runs and runs[-1] and not any(map(describes_run, given_files(options, "--config", "-c"))):
-        return ["--config", config_of_run(runs[-1]), *options]
-    return list(options)
-
-
-def config_of_run(folder: Path) -> str:
-    """Path of a run's configuration; its text without them, where an older version wrote settings that are gone."""
-    path = folder / CONFIG
+def check_writable(folder: Path) -> None:
+    """Raise OSError, before the run, if its folder cannot be written to; the first process's is that of all."""
+    if cast(Any, rank_zero_only).rank:
+        return
+    probe = folder / f".probe.{os.getpid()}.part"
     try:
-        settings = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return str(path)  # reported when it is parsed
-    known = settings if isinstance(settings, dict) else {}
-    found = [(part, key) for part, key in REMOVED_SETTINGS if key in part_of(known, part)]
-    for part, key in found:
-        del part_of(known, part)[key]
-    return yaml.safe_dump(settings) if found else str(path)
+        make_folder(folder)
+        probe.write_bytes(b"x")
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"cannot write to {folder}: {error.strerror}; choose another run.folder") from None
 
 
-def part_of(settings: dict[str, Any], name: str) -> dict[str, Any]:
-    """A group of settings; all of them for an empty name."""
-    part = settings.get(name) if name else settings
-    return part if isinstance(part, dict) else {}
+def chosen(found: Found) -> str:
+    """Path of the checkpoint that was found; says, once for all processes, which newer ones cannot be used."""
+    if cast(Any, rank_zero_only).rank == 0:
+        for path, fault in found.faults.items():
+            print(f"warning: {path} {fault}: going on from {found.path}", file=sys.stderr, flush=True)
+    return str(found.path)
 
 
 def as_list(value: Any) -> list[Any]:

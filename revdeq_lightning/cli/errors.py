@@ -1,0 +1,91 @@
+"""One-line errors for what the user can fix. PyTorch and Lightning are imported only where a command needs them."""
+
+import difflib
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn, cast
+
+from revdeq_lightning.errors import CheckpointError, ParallelismError
+
+
+def fail(message: str, code: int = 2) -> NoReturn:
+    """Print one line and exit."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """A hint at the valid word that looks most like this one, or nothing."""
+    matches = difflib.get_close_matches(word, list(words), n=1, cutoff=0.6)
+    return f" (did you mean {matches[0]}?)" if matches else ""
+
+
+@contextmanager
+def setting_errors() -> Iterator[None]:
+    """Report wrong settings and missing data in one line."""
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    try:
+        yield
+    except (ValueError, TypeError, OSError, MisconfigurationException) as error:
+        reason: BaseException = error
+        while reason.__cause__ is not None:  # what the parser wraps in the names of its functions
+            reason = reason.__cause__
+        fail(" ".join(str(reason).split()))
+
+
+@contextmanager
+def run_errors(what: str, lost_peer: Callable[[Exception], str | None] = lambda _: None) -> Iterator[None]:
+    """Report in one line what ends training or an evaluation from outside; a bug keeps its traceback.
+
+    That is a checkpoint that cannot be used, what does not fit the devices, and the loss of another process, a file,
+    the disk or a worker.
+
+    Args:
+        what: What ends: "training", "the test".
+        lost_peer: Describes the loss of another process; None for other errors.
+    """
+    import torch
+    from lightning.pytorch.utilities import rank_zero_only
+
+    rank = cast(Any, rank_zero_only).rank
+    try:
+        yield
+    except CheckpointError as error:
+        fail(str(error))
+    except ParallelismError as error:  # all processes find the same
+        if rank:
+            sys.exit(2)
+        fail(str(error))
+    except torch.OutOfMemoryError as error:
+        wanted = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
+        fail(
+            f"process {rank} ran out of GPU memory{f' (it wanted {wanted[1]} more)' if wanted else ''}: lower"
+            " data.batch_size and raise trainer.accumulate_grad_batches as much, use trainer.precision=bf16-mixed, or"
+            " share parameters and optimizer state out with trainer.strategy=fsdp2 (more solver steps need no more)",
+            code=1,
+        )
+    except (OSError, EOFError, RuntimeError) as error:
+        line = lost_peer(error) or lost_resource(error, what)
+        if line is None:
+            raise
+        fail(line, code=1)
+
+
+def lost_resource(error: Exception, what: str) -> str | None:
+    """One line on a file, disk or worker that training or a test (`what`) lost; None for other errors."""
+    *_, text = str(error).strip().splitlines() or [type(error).__name__]  # a worker's begins with its traceback
+    if caught := re.match(r"Caught (\w+) in DataLoader worker", str(error)):
+        # One of another class could not be made again in this process: those of network libraries.
+        is_resource = isinstance(error, OSError) or caught[1] != type(error).__name__
+        return f"{what} cannot go on: {text}" if is_resource else None
+    if "DataLoader timed out" in text:
+        return f"{what} cannot go on: a process that loads data does not answer: {text}"
+    # A worker that dies while it hands a batch over is a broken or unanswered connection.
+    if isinstance(error, ConnectionError | EOFError) or re.search(r"DataLoader worker \(pid", text):
+        return f"{what} cannot go on: a process that loads data is gone: {text} Is memory short? Try data.num_workers"
+    if isinstance(error, OSError):
+        return f"{what} cannot go on: {text}"
+    return None

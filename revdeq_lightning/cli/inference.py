@@ -1,0 +1,212 @@
+"""Commands that need a checkpoint alone, which holds settings, tokenizer or class names: text, classes, plain weights.
+
+Lightning is not imported, but for the preparation of images.
+"""
+
+import csv
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+
+from revdeq_lightning.checkpoints.files import other_checkpoint, read_checkpoint
+from revdeq_lightning.checkpoints.names import is_sharded_checkpoint
+from revdeq_lightning.checkpoints.sharded import read_whole
+from revdeq_lightning.data.text.tokenizers import AbstractTokenizer, tokenizer_from_state
+from revdeq_lightning.errors import CheckpointError
+from revdeq_lightning.models import AbstractClassifier, ClassifierConfig, TransformerConfig
+from revdeq_lightning.models.build import SolverConfig, build_image_classifier, build_language_model
+from revdeq_lightning.models.generation import continue_text
+
+
+class Trained(NamedTuple):
+    """A checkpoint's settings, weights (the averaged ones, where it has them) and what else `state` names."""
+
+    settings: dict[str, Any]
+    weights: dict[str, Any]
+    state: Any
+
+
+def read_trained(ckpt_path: str | Path, state: str, kind: str, folder: str) -> Trained:
+    """Read the checkpoint of a model of this kind.
+
+    Args:
+        ckpt_path: Checkpoint of a training run.
+        state: Key of what such a model needs beside its weights.
+        kind: What the model is, for the error.
+        folder: Where training writes such runs, for the error.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        CheckpointError: If it is damaged, or something else.
+    """
+    if not Path(ckpt_path).exists():
+        raise FileNotFoundError(f"no checkpoint {ckpt_path}: training writes it to {folder}/NAME/DATE/checkpoints")
+    try:
+        checkpoint = load_checkpoint(Path(ckpt_path))
+        settings, weights, needed = (checkpoint[key] for key in ("hyper_parameters", "state_dict", state))
+    except KeyError as error:
+        raise CheckpointError(f"{ckpt_path} is not a checkpoint of {kind} (it has no {error})") from None
+    return Trained(settings, weights_of_model(weights), needed)
+
+
+def weights_of_model(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """By their names in the model, without those of metrics."""
+    prefix = "model."
+    return {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint's content, of a file or of a sharded one's folder (without optimizers); no code in it is run."""
+    try:
+        content = read_checkpoint(path)
+        return content | read_whole(path, "state_dict") if is_sharded_checkpoint(path) else content
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}{other_checkpoint(path)}") from None
+
+
+def load_language_model(ckpt_path: str | Path, device: str = "cpu") -> tuple[Any, AbstractTokenizer]:
+    """Model and tokenizer of a checkpoint; errors as of `read_trained`."""
+    settings, weights, tokenizer = read_trained(ckpt_path, "tokenizer", "a language model", "runs/lm")
+    model = build_language_model(TransformerConfig(**settings["network"]), SolverConfig(**settings["solver"]))
+    model.load_state_dict(weights)
+    return model.to(device).eval(), tokenizer_from_state(tokenizer)
+
+
+def generate_text(
+    ckpt_path: str,
+    prompt: str = "\n",
+    max_new_tokens: int = 200,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    warm_start: bool = False,
+) -> str:
+    """Continue a text.
+
+    Args:
+        ckpt_path: Checkpoint of a training run.
+        prompt: Text to continue.
+        max_new_tokens: Tokens to add.
+        temperature: 0 for the most likely token; below 1 safer, above 1 wilder.
+        top_k: Draw among so many most likely tokens only.
+        top_p: Draw among the most likely tokens that together have this probability.
+        seed: Of the draws.
+        device: cpu, cuda, ...
+        warm_start: Of a solver with a tolerance: start each solve from the states of the last one, to save evaluations.
+    """
+    model, tokenizer = load_language_model(ckpt_path, device)
+    return continue_text(
+        model,
+        tokenizer,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        warm_start=warm_start,
+    )
+
+
+def load_classifier(ckpt_path: str | Path, device: str = "cpu") -> tuple[AbstractClassifier, dict[str, Any]]:
+    """Model of a checkpoint and the preparation of its images; see `read_trained`."""
+    settings, weights, state = read_trained(ckpt_path, "preprocessing", "an image classifier", "runs/image")
+    model = build_image_classifier(ClassifierConfig(**settings["network"]), SolverConfig(**settings["solver"]))
+    model.load_state_dict(weights)
+    return model.to(device).eval(), state
+
+
+@torch.no_grad()
+def predict_images(
+    ckpt_path: str,
+    images: str,
+    output: str = "predictions.csv",
+    batch_size: int = 64,
+    undecodable: Literal["raise", "skip"] = "raise",
+    device: str = "cpu",
+) -> str:
+    """Write the class probabilities of image files to a CSV file: path, most likely class, one column a class.
+
+    Args:
+        ckpt_path: Checkpoint of a training run.
+        images: Image file, or folder, searched with its subfolders.
+        output: CSV file to write.
+        batch_size: Images at a time.
+        undecodable: What to do with a file that cannot be decoded: raise, or skip with a warning.
+        device: cpu, cuda, ...
+
+    Returns:
+        One line for the user.
+    """
+    from revdeq_lightning.data.images.module import find_images, preprocess_files
+
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    model, state = load_classifier(ckpt_path, device)
+    names = state["class_names"]
+    paths = find_images(images)
+    num_written = 0
+    with Path(output).open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["path", "prediction", *names])
+        for start in range(0, len(paths), batch_size):
+            files, images_BCHW = preprocess_files(paths[start : start + batch_size], state, undecodable=undecodable)
+            if not files:
+                continue
+            probabilities_BV = model(images_BCHW.to(device)).logits_BV.float().softmax(-1).cpu()
+            for path, row in zip(files, probabilities_BV, strict=True):
+                writer.writerow([path, names[int(row.argmax())], *(f"{p:.6f}" for p in row.tolist())])
+            num_written += len(files)
+    if not num_written:
+        raise ValueError(f"none of the {len(paths)} files in {images} could be decoded")
+    return f"{num_written:,} images, class probabilities in {output}"
+
+
+def export_weights(ckpt_path: str, output: str | None = None) -> str:
+    """Write the model's weights (the averaged ones, where there are such) to one file, without optimizer and position.
+
+    The file's metadata hold the settings of the model as JSON, under `hyper_parameters`, and `global_step`.
+
+    Args:
+        ckpt_path: Checkpoint of any task: a file, or the folder of a sharded one.
+        output: File to write; null: beside the checkpoint, with the ending .safetensors.
+
+    Returns:
+        One line for the user.
+
+    Raises:
+        CheckpointError: If the checkpoint is damaged, or something else.
+        OSError: If there is no checkpoint, or the file cannot be written; one that was there is left as it was.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    path = Path(ckpt_path)
+    if not path.exists():
+        raise FileNotFoundError(f"no checkpoint {path}")
+    target = Path(output) if output else path.with_suffix(".safetensors")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {target}: there is no folder {target.parent}")
+    try:
+        checkpoint = load_checkpoint(path)
+        weights, settings, step = (checkpoint[key] for key in ("state_dict", "hyper_parameters", "global_step"))
+    except (ValueError, OSError):  # they say what is wrong
+        raise
+    except Exception as error:  # torch raises many kinds for what is not a checkpoint
+        raise CheckpointError(f"{path} is not a checkpoint of a training run ({type(error).__name__})") from None
+    # Each with its own memory: tied weights are one tensor under two names.
+    tensors = {name: w.clone().contiguous() for name, w in weights_of_model(weights).items()}
+    beside = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        save_file(tensors, beside, {"hyper_parameters": json.dumps(settings), "global_step": str(step)})
+        beside.replace(target)
+    except (SafetensorError, OSError) as error:
+        raise OSError(f"cannot write {target}: {error}; choose another --output") from None
+    finally:
+        beside.unlink(missing_ok=True)
+    return f"{sum(w.numel() for w in tensors.values()):,} parameters in {len(tensors)} tensors, in {target}"

@@ -1,0 +1,88 @@
+"""What is read from the command line: parsers with one-line errors, files that options name, settings of old runs."""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from revdeq_lightning.cli.errors import fail, nearest
+from revdeq_lightning.program import program
+
+REMOVED_SETTINGS = (("", "divergence"), ("run", "keep_every_hours"), ("run", "async_checkpoints"))
+"""Group and name of settings in the configuration of runs of version 0.1.0.dev0, without effect on what is trained."""
+
+
+class ReadableErrors:
+    """For a parser: reports what is wrong in one line, without the usage of two hundred options."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Name the key, and the nearest valid one."""
+        text = " ".join(message.split())
+        hint = ""
+        if "unrecognized" in text or "not accept" in text:
+            options = list(_options_of(self))
+            words = [word.strip("'\"").removeprefix("--").split("=")[0] for word in text.split()]
+            hint = next((hint for word in words if (hint := nearest(word, options))), "")
+        elif "are required" in text and "config" in _options_of(self):
+            hint = " (give --config FILE: configs/lm holds some)"
+        fail(text + hint)
+
+
+def _options_of(parser: Any) -> Iterator[str]:
+    """Names of the options of a parser and its subcommands."""
+    for action in parser._actions:  # argparse has no public way
+        yield from (option.removeprefix("--") for option in action.option_strings)
+        if isinstance(action.choices, dict):
+            for subparser in action.choices.values():
+                yield from _options_of(subparser)
+
+
+def call_with_options(function: Callable[..., str], command: str, options: Sequence[str]) -> str:
+    """Call a function with arguments from the command line; what the user can fix is one line."""
+    from jsonargparse import ArgumentParser
+
+    class Parser(ReadableErrors, ArgumentParser):
+        """Errors of one line."""
+
+    parser = Parser(prog=f"{program()} {command}", allow_abbrev=False)
+    parser.add_function_arguments(function)
+    settings = parser.parse_args(list(options))
+    try:
+        return function(**settings.as_dict())
+    except (ValueError, OSError) as error:
+        fail(str(error))
+
+
+def given_files(options: Sequence[str], *names: str) -> list[Path]:
+    """The values of an option that names a file, as `--name FILE` or `--name=FILE`."""
+    values = [b for a, b in itertools.pairwise(options) if a in names]
+    values += [o.split("=", 1)[1] for o in options if o.split("=", 1)[0] in names and "=" in o]
+    return [Path(v) for v in values]
+
+
+def with_config_of_checkpoint(options: Sequence[str]) -> list[str]:
+    """Without a `--config` that describes a run, the one of the checkpoint's run applies."""
+    from revdeq_lightning.runs.folder import describes_run, run_of_checkpoint
+
+    runs = [run_of_checkpoint(path) for path in given_files(options, "--ckpt_path")]
+    if runs and runs[-1] and not any(map(describes_run, given_files(options, "--config", "-c"))):
+        return ["--config", _config_of_run(runs[-1]), *options]
+    return list(options)
+
+
+def _config_of_run(folder: Path) -> str:
+    """Path of a run's configuration; its text without the removed settings, where it has some."""
+    import yaml
+
+    from revdeq_lightning.runs.folder import CONFIG
+
+    path = folder / CONFIG
+    try:
+        settings = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return str(path)  # reported when it is parsed
+    found = False
+    for group, key in REMOVED_SETTINGS if isinstance(settings, dict) else ():
+        part = settings.get(group) if group else settings
+        found = (isinstance(part, dict) and part.pop(key, part) is not part) or found
+    return yaml.safe_dump(settings) if found else str(path)
