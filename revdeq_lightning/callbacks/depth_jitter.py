@@ -2,13 +2,15 @@
 
 import dataclasses
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 from lightning import Callback, LightningModule, Trainer
 
-from revdeq_lightning.equilibrium import equilibria
+from revdeq_lightning.equilibrium import AbstractAdjoint, EquilibriumLayer, equilibria
 from revdeq_lightning.equilibrium.validation import require_count
+from revdeq_lightning.runs.probe import chosen_solvers
 
 
 class DepthJitter(Callback):
@@ -37,7 +39,7 @@ class DepthJitter(Callback):
             raise ValueError(f"DepthJitter needs steps or betas to draw from, got {list(steps)} and {list(betas)}")
         require_count("seed", seed, at_least=0)
         self.steps, self.betas, self.seed = list(steps), list(betas), seed
-        self.own: list[Any] = []
+        self._jittered = ExitStack()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         layers = equilibria(pl_module)
@@ -54,27 +56,24 @@ class DepthJitter(Callback):
         number = progress.total.processed
         # Raw bits: the one stream that NumPy promises never to change.
         first, second = np.random.PCG64(np.random.SeedSequence([self.seed, number])).random_raw(2)
-        layers = equilibria(pl_module)
-        self.own = [layer.solver for layer in layers]
-        for layer in layers:
+
+        def choose(layer: EquilibriumLayer) -> tuple[Any, AbstractAdjoint]:
+            solver = layer.solver
             if self.steps:
-                layer.solver = dataclasses.replace(layer.solver, max_steps=self.steps[int(first) % len(self.steps)])
+                solver = dataclasses.replace(solver, max_steps=self.steps[int(first) % len(self.steps)])
             if self.betas:
-                layer.solver = self._with_beta(layer.solver, self.betas[int(second) % len(self.betas)])
+                solver = self._with_beta(solver, self.betas[int(second) % len(self.betas)])
+            return solver, layer.adjoint
+
+        self._jittered.enter_context(chosen_solvers(pl_module, choose))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._restore(pl_module)
+        self._jittered.close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._restore(pl_module)
-
-    def _restore(self, pl_module: LightningModule) -> None:
-        if self.own:
-            for layer, solver in zip(equilibria(pl_module), self.own, strict=True):
-                layer.solver = solver
-        self.own = []
+        self._jittered.close()
 
     def _with_beta(self, solver: Any, beta: float) -> Any:
         if not hasattr(solver, "beta"):

@@ -2,8 +2,8 @@
 
 import dataclasses
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,17 @@ from lightning import LightningModule, Trainer
 from torch import Tensor, nn
 
 from revdeq_lightning.callbacks.validations import AbstractAtValidations
-from revdeq_lightning.equilibrium import deferred_divergence, equilibria
+from revdeq_lightning.equilibrium import (
+    AbstractAdjoint,
+    AbstractSolver,
+    EquilibriumLayer,
+    deferred_divergence,
+    equilibria,
+)
 from revdeq_lightning.equilibrium.validation import require_count
 from revdeq_lightning.loggers.media import log_curves, log_table, step_of
 from revdeq_lightning.loggers.step_rows import append_rows, rewind_rows, write_rows
+from revdeq_lightning.runs.probe import chosen_solvers
 from revdeq_lightning.runs.random_state import untouched_random_state
 
 Sums = Callable[[LightningModule, Any], dict[str, Tensor]]
@@ -176,20 +183,15 @@ def depths(steps: int) -> list[int]:
     return [*below, steps, 2 * steps, 4 * steps] if steps else []
 
 
-@contextmanager
-def solver_steps(module: nn.Module, steps: int) -> Iterator[None]:
+def solver_steps(module: nn.Module, steps: int) -> AbstractContextManager[None]:
     """Let the deepest solver make so many steps, and the others the same fraction of theirs, at least one."""
-    layers = equilibria(module)
-    solvers = [layer.solver for layer in layers]
     most = most_steps(module)
-    try:
-        for layer, solver in zip(layers, solvers, strict=True):
-            scaled = max(1, round(solver.max_steps * steps / most))
-            layer.solver = dataclasses.replace(solver, max_steps=scaled)
-        yield
-    finally:
-        for layer, solver in zip(layers, solvers, strict=True):
-            layer.solver = solver
+
+    def choose(layer: EquilibriumLayer) -> tuple[AbstractSolver, AbstractAdjoint]:
+        scaled = max(1, round(layer.solver.max_steps * steps / most))
+        return dataclasses.replace(layer.solver, max_steps=scaled), layer.adjoint
+
+    return chosen_solvers(module, choose)
 
 
 def draw(rows: Rows, trained: int, path: Path) -> None:

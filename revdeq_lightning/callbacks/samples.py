@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from lightning import LightningModule, Trainer
-from torch import Tensor
 
-from revdeq_lightning.callbacks.classification_report import draw_sheet
 from revdeq_lightning.callbacks.validations import AbstractAtValidations
 from revdeq_lightning.equilibrium.validation import require_count
 from revdeq_lightning.loggers.media import log_picture, log_table, step_of
+from revdeq_lightning.loggers.pictures import ClassifiedImage, classified_images, draw_sheet
 from revdeq_lightning.loggers.step_rows import append_rows, read_rows, rewind_rows
 from revdeq_lightning.runs.random_state import untouched_random_state
 
@@ -111,33 +110,25 @@ class ImageSamples(AbstractSamples):
         super().__init__(folder, every_n_validations)
         require_count("num_images", num_images)
         self.num_images = num_images
-        self._entries: list[Any] = []
+        self._images: list[ClassifiedImage] = []
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
-        if not (self._is_due and batch_idx == 0 and trainer.is_global_zero):
-            return
-        logits_BV: Tensor = outputs
-        confidence_B, predictions_B = logits_BV.softmax(-1).max(-1)
-        real = (batch.labels >= 0).nonzero().flatten()[: self.num_images].tolist()
-        self._entries = [
-            (float(confidence_B[i]), i, batch.images[i].float().cpu(), int(batch.labels[i]), int(predictions_B[i]))
-            for i in real
-        ]
+        if self._is_due and batch_idx == 0 and trainer.is_global_zero:
+            real = (batch.labels >= 0).nonzero().flatten()[: self.num_images]
+            self._images = classified_images(batch, outputs, real)
 
     def make(self, trainer: Trainer, pl_module: Any) -> None:
-        if not (trainer.is_global_zero and self._entries):
+        if not (trainer.is_global_zero and self._images):
             return
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        state = data.preprocessing_state()
         path = self.where / "samples" / f"{step_of(trainer):08}.png"
         with self._survives:
             path.parent.mkdir(parents=True, exist_ok=True)
             title = f"validation after step {trainer.global_step}: true class, predicted class and its probability"
-            draw_sheet(self._entries, data.class_names, state["mean"], state["std"], path, title=title)
+            draw_sheet(self._images, trainer.datamodule, path, title)  # type: ignore[attr-defined]
             log_picture(trainer, "samples/images", path, title)
-        self._entries = []
+        self._images = []
 
     def rewind(self, step: int) -> None:
         for path in (self.where / "samples").glob("[0-9]*.png"):

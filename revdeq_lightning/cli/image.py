@@ -5,10 +5,10 @@ from typing import Any, ClassVar
 
 from lightning.pytorch.cli import LightningArgumentParser
 
-from revdeq_lightning.callbacks.classification_report import ClassificationReport
 from revdeq_lightning.callbacks.samples import ImageSamples
 from revdeq_lightning.cli.trainer import AbstractCommandLine, run_command_line
 from revdeq_lightning.data.images.module import ImageDataModule
+from revdeq_lightning.report.classification import ClassificationReport
 from revdeq_lightning.runs.folder import ImageRunConfig
 from revdeq_lightning.tasks.classification import ClassificationTask
 

@@ -57,28 +57,23 @@ class RunProgress(ProgressBar):
         self._enabled = True
         self._evaluated = 0
 
-    def disable(self) -> None:
-        """Show nothing (Lightning asks for it on all ranks but the first)."""
+    def disable(self) -> None:  # Lightning asks for it on all ranks but the first
         self._enabled = False
 
     def enable(self) -> None:
-        """Show again."""
         self._enabled = True
 
     def print(self, *args: Any, **kwargs: Any) -> None:
-        """Print above the bar."""
         if self._enabled:
             self.console.print(*args, markup=False)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin at the step where the run begins."""
         total = trainer.estimated_stepping_batches
         self._start("training", total, trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Advance; new figures at logging steps."""
         if not self._enabled:
             return
         if self._bar is not None:
@@ -92,37 +87,25 @@ class RunProgress(ProgressBar):
                 self.print(f"step {trainer.global_step}/{trainer.estimated_stepping_batches}: {figures}")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave a line with the figures of a validation within training."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self.print(f"step {trainer.global_step}: {_figures(trainer, SHOWN_AFTER_VALIDATION)}")
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin a bar over the batches of the test split."""
         self._start("testing", sum(trainer.num_test_batches), 0)
 
     def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Advance."""
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=batch_idx + 1)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """End the bar."""
         self._stop()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """End the bar."""
         self._stop()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """End the bar, so that the terminal is left as it was."""
         self._stop()
 
     def _start(self, description: str, total: float, completed: int) -> None:

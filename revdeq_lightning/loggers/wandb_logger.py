@@ -46,7 +46,6 @@ class RunWandbLogger(WandbLogger):
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        """The W&B run, begun when it is first asked for."""
         if self._experiment is None:
             self._folder.mkdir(parents=True, exist_ok=True)
             try:

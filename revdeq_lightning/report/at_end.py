@@ -27,12 +27,10 @@ class RunReport(Callback):
         self.folder: Path | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Learn the folder from the first process; later not all processes ask at once."""
-        if stage == "fit":
+        if stage == "fit":  # later not all processes ask at once
             self.folder = Path(str(trainer.log_dir))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """One line each on model, run and folder; drop what an interrupted run logged after its checkpoint."""
         for logger in trainer.loggers:
             if isinstance(logger, ContinuedCSVLogger):
                 logger.rewind(trainer.global_step)
@@ -46,7 +44,6 @@ class RunReport(Callback):
             print(f"Run ({begin}): {steps:,} steps, {batches:,} batches an epoch, in {self.folder}")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """After Ctrl-C or an error: where things lie and how to go on."""
         if self.folder and trainer.is_global_zero:
             # PyTorch raises a dead worker's end again when any other child process ends, until its loader is closed.
             if (data := cast(Any, trainer).datamodule) is not None:

@@ -79,7 +79,7 @@ class Probe:
         self.stats = []
         with (
             self.untraced(),
-            _chosen(self.module, choose),
+            chosen_solvers(self.module, choose),
             self._watched(lambda *call: self.stats.append(call[-1].stats)),
         ):
             with _Float64() if float64 else nullcontext():
@@ -188,15 +188,15 @@ def reason_against(module: LightningModule, loss: Loss | None) -> str | None:
 
 
 @contextmanager
-def _chosen(
+def chosen_solvers(
     module: nn.Module, choose: Callable[[EquilibriumLayer], tuple[AbstractSolver, AbstractAdjoint]] | None
 ) -> Iterator[None]:
-    layers = equilibria(module) if choose else []
+    """Within, every layer has the solver and the adjoint that are chosen for it."""
+    layers = equilibria(module)
     own = [(layer.solver, layer.adjoint) for layer in layers]
     try:
-        for layer in layers:
-            assert choose is not None
-            layer.solver, layer.adjoint = choose(layer)
+        for layer in layers if choose else []:
+            layer.solver, layer.adjoint = choose(layer)  # type: ignore[misc]
         yield
     finally:
         for layer, (solver, adjoint) in zip(layers, own, strict=True):

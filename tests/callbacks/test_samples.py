@@ -42,10 +42,10 @@ def test_the_sheet_shows_the_first_images_and_what_the_model_says(tmp_path, monk
     data.setup("validate")
     batch = data.on_after_batch_transfer(next(iter(data.val_dataloader())), 0)
     probabilities = task.eval()(batch.images).logits_BV.softmax(-1)[:5]
-    assert [entry[3] for entry in entries] == batch.labels[:5].tolist()
-    assert [entry[4] for entry in entries] == probabilities.argmax(-1).tolist()
-    assert [entry[0] for entry in entries] == pytest.approx(probabilities.amax(-1).tolist(), rel=1e-5)
-    assert all(torch.equal(entry[2], image) for entry, image in zip(entries, batch.images, strict=False))
+    assert [entry.label for entry in entries] == batch.labels[:5].tolist()
+    assert [entry.prediction for entry in entries] == probabilities.argmax(-1).tolist()
+    assert [entry.probability for entry in entries] == pytest.approx(probabilities.amax(-1).tolist(), rel=1e-5)
+    assert all(torch.equal(entry.image_CHW, image) for entry, image in zip(entries, batch.images, strict=False))
     data.teardown("validate")
 
 

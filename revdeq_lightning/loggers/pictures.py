@@ -1,0 +1,77 @@
+"""Pictures of what a classifier says."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class ClassifiedImage(NamedTuple):
+    """An image with its class, the prediction and its probability."""
+
+    image_CHW: Tensor
+    label: int
+    prediction: int
+    probability: float
+
+
+def classified_images(batch: Any, logits_BV: Tensor, indices: Tensor) -> list[ClassifiedImage]:
+    """Some images of a batch, on the CPU."""
+    probabilities_B, predictions_B = logits_BV.softmax(-1).max(-1)
+    return [
+        ClassifiedImage(
+            batch.images[i].float().cpu(), int(batch.labels[i]), int(predictions_B[i]), float(probabilities_B[i])
+        )
+        for i in indices.tolist()
+    ]
+
+
+def draw_matrix(counts: np.ndarray, names: Sequence[str], path: Path) -> None:
+    """Fractions of each true class; numbers where they can be read."""
+    from matplotlib.figure import Figure
+
+    fractions = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    size = min(14.0, 3 + 0.45 * len(names))
+    canvas = Figure(figsize=(size, size), layout="constrained")
+    axis = canvas.subplots()
+    axis.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
+    axis.set(xlabel="predicted class", ylabel="true class", title="fraction of each true class")
+    if len(names) <= 40:
+        axis.set_xticks(range(len(names)), names, rotation=60, ha="right", rotation_mode="anchor")
+        axis.set_yticks(range(len(names)), names)
+    if len(names) <= 20:
+        for i, j in np.argwhere(counts):
+            color = "white" if fractions[i, j] > 0.5 else "black"
+            axis.text(j, i, f"{fractions[i, j]:.2f}", ha="center", va="center", color=color, fontsize="small")
+    canvas.savefig(path, dpi=120)
+
+
+def draw_sheet(images: Sequence[ClassifiedImage], data: Any, path: Path, title: str) -> None:
+    """Images with their true class, the prediction and its probability; wrong predictions are in bold.
+
+    Args:
+        images: At least one.
+        data: Where they come from: gives `class_names` and `preprocessing_state()`.
+        path: PNG file to write.
+        title: Above the sheet.
+    """
+    from matplotlib.figure import Figure
+
+    columns, names, state = 8, data.class_names, data.preprocessing_state()
+    rows = -(-len(images) // columns)
+    canvas = Figure(figsize=(1.5 * columns, 1.9 * rows), layout="constrained")
+    axes = list(canvas.subplots(rows, columns, squeeze=False).flat)
+    shift, scale = (torch.tensor(state[key])[:, None, None] for key in ("mean", "std"))
+    for axis, (image_CHW, label, prediction, probability) in zip(axes, images, strict=False):
+        pixels = (image_CHW * scale + shift).clamp(0, 1).permute(1, 2, 0).numpy()
+        axis.imshow(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels, cmap="gray")
+        weight = "normal" if label == prediction else "bold"
+        text = f"{names[label]}\n{names[prediction]} {probability:.0%}"
+        axis.set_title(text, fontsize="x-small", fontweight=weight)
+    for axis in axes:
+        axis.set_axis_off()
+    canvas.suptitle(title, fontsize="small")
+    canvas.savefig(path, dpi=120)
