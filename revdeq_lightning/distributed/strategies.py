@@ -69,8 +69,8 @@ class EquilibriumDDP(DDPStrategy):
     Args:
         compress_gradients: Exchange gradients in bfloat16, half of the bytes; the average is rounded to 8 bits.
         allow_mixed_gpus: Train on GPUs of different kinds together, at the pace of the slowest.
-        timeout_seconds: After so long without an answer of a process the others give up.
-        start_method: How the processes of one machine are started; popen runs the command once more for each.
+        timeout_seconds: Time after which the other processes give up on one that does not answer.
+        start_method: How the processes of one machine are started; popen runs the command again for each.
     """
 
     def __init__(
@@ -89,14 +89,12 @@ class EquilibriumDDP(DDPStrategy):
         self.compress_gradients, self.allow_mixed_gpus = compress_gradients, allow_mixed_gpus
 
     def setup_environment(self) -> None:
-        """Connect the processes."""
         require_time(self._timeout)
         require_nccl(self.root_device)
         super().setup_environment()
         compare_devices(self.root_device, self.allow_mixed_gpus)
 
     def configure_ddp(self) -> None:
-        """Wrap the model."""
         super().configure_ddp()
         if self.compress_gradients:
             # Lightning itself registers hooks on CUDA alone, and drops them elsewhere.
@@ -104,16 +102,13 @@ class EquilibriumDDP(DDPStrategy):
             self.model.register_comm_hook(None, bf16_compress_hook)
 
     def on_validation_start(self) -> None:
-        """Evaluate with the running statistics of the checkpoints; DDP leaves them apart while gradients accumulate."""
         share_buffers(self.lightning_module)
 
-    def on_test_start(self) -> None:
-        """As in validation."""
-        share_buffers(self.lightning_module)
+    on_test_start = on_validation_start
 
 
 class EquilibriumFSDP2(ModelParallelStrategy):
-    """FSDP2: parameters, gradients and optimizer state are shared out over all processes.
+    """FSDP2: parameters, gradients and optimizer state are sharded over all processes.
 
     The units are the equilibrium layers, each with its f, and the rest of the model. Precision `32-true` or
     `bf16-mixed`: the state is never rounded to bfloat16.
@@ -126,7 +121,7 @@ class EquilibriumFSDP2(ModelParallelStrategy):
         sharded_checkpoints: Write a folder with a file for each process, readable on any number of processes, instead
             of one file, for which the first process gathers all.
         allow_mixed_gpus: Train on GPUs of different kinds together, at the pace of the slowest.
-        timeout_seconds: After so long without an answer of a process the others give up.
+        timeout_seconds: Time after which the other processes give up on one that does not answer.
     """
 
     def __init__(
@@ -146,7 +141,6 @@ class EquilibriumFSDP2(ModelParallelStrategy):
         self.allow_mixed_gpus = allow_mixed_gpus
 
     def setup_environment(self) -> None:
-        """Connect the processes; all of them share the data."""
         require_time(self._timeout)
         require_nccl(self.root_device)
         self._refuse_precision()
@@ -155,7 +149,7 @@ class EquilibriumFSDP2(ModelParallelStrategy):
         compare_devices(self.root_device, self.allow_mixed_gpus)
 
     def shard_model(self, model: nn.Module, rebuild: Callable[[], nn.Module] | None = None) -> None:
-        """Share a model out; call it in `configure_model`.
+        """Shard a model; call this in `configure_model`.
 
         Args:
             model: Its equilibrium layers become units of their own.
@@ -164,23 +158,20 @@ class EquilibriumFSDP2(ModelParallelStrategy):
         """
         if self._layer_sync is not None:  # Lightning does so under DDP alone
             self._layer_sync.apply(model)
-        # FSDP2 takes no weights in the memory order of channels_last; the images keep it.
+        # FSDP2 does not accept weights in channels_last memory format; the images keep it.
         model.to(memory_format=torch.contiguous_format)
         dtype = torch.bfloat16 if self.gather_dtype == "bfloat16" else None
         mesh = self.device_mesh["data_parallel"]
         shard_equilibria(model, mesh, reshard_after_forward=self.reshard_after_forward, gather_dtype=dtype)
         if any(p.is_meta for p in model.parameters()):
             if rebuild is None:
-                raise ParallelismError("the model has no weights (meta device): give a function that makes it anew")
+                raise ParallelismError("the model has no weights (meta device): pass a function that makes it again")
             fill_from_first_process(model, rebuild, self.root_device)
 
     def on_validation_start(self) -> None:
-        """Evaluate with the running statistics of the checkpoints."""
         share_buffers(self.lightning_module)
 
-    def on_test_start(self) -> None:
-        """As in validation."""
-        share_buffers(self.lightning_module)
+    on_test_start = on_validation_start
 
     def _refuse_precision(self) -> None:
         precision = str(self.precision_plugin.precision)
@@ -365,7 +356,10 @@ def compare_devices(device: torch.device, allow_mixed: bool) -> None:
 
 
 def share_buffers(module: nn.Module | None) -> None:
-    """Give all processes the buffers of the first one, which are those in its checkpoints."""
+    """Give all processes the buffers of the first one, which are those in its checkpoints.
+
+    DDP lets BatchNorm's running statistics diverge while gradients are accumulated.
+    """
     for buffer in module.buffers() if module is not None else ():
         dist.broadcast(buffer, 0)
 

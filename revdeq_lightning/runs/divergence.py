@@ -57,16 +57,13 @@ class DivergenceGuard(Callback):
         self._is_attached = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the folder, on all ranks that of the first."""
         if stage == "fit":
             self._path = run_folder(trainer, self.folder)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listen to the training step."""
         self._attach(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Keep the batch and what its step depends on."""
         if self._begins:
             self._batches, self._losses, self._errors = [], [], []
         solvers = [asdict(cast(Any, layer.solver)) for layer in equilibria(pl_module)]
@@ -74,12 +71,10 @@ class DivergenceGuard(Callback):
         self._begins, self._in_step = False, True
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Note the loss; it stays on the device."""
         self._in_step = False
         self._losses.append(loss.detach().float())
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Let the step be made only if everything is finite on all processes."""
         self._begins = True
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         gradients = () if scaled else (p.grad for p in pl_module.parameters() if p.grad is not None)
@@ -88,13 +83,11 @@ class DivergenceGuard(Callback):
             self._end(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let the weights be validated only if they are finite."""
         self._validation_errors.clear()
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._check_weights(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """End, on all processes, if an equilibrium diverged on one of them; before a checkpoint is written."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             reasons: list[Any] = [str(error) for error in self._validation_errors[:1]]
             if trainer.world_size > 1:
@@ -120,11 +113,9 @@ class DivergenceGuard(Callback):
             self._raise(trainer, "the weights are not finite: the last update overflowed")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave the module as it was."""
         self._leave(pl_module)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Leave the module as it was."""
         self._leave(pl_module)
 
     def _attach(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -21,7 +21,6 @@ class ResumableRandomState(Callback):
         self._loaded: list[dict[str, Any]] = []
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Gather the states; Lightning calls this on all processes."""
         states: list[Any] = [random_state()]
         if trainer.world_size > 1:
             states = [None] * trainer.world_size
@@ -29,11 +28,9 @@ class ResumableRandomState(Callback):
         checkpoint["random_states"] = states
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Keep the states until training starts."""
         self._loaded = checkpoint.get("random_states", [])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Set this process's state."""
         if len(self._loaded) == trainer.world_size:
             set_random_state(self._loaded[trainer.global_rank])
         self._loaded = []

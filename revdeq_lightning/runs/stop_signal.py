@@ -38,45 +38,37 @@ class StopSignal(Callback):
         cast(Any, trainer)._signal_connector.register_signal_handlers = lambda: None  # there is no public switch
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take Ctrl-C too; a signal that came before ends the run before its first step."""
         if threading.current_thread() is threading.main_thread():
             self._previous_interrupt = signal.signal(signal.SIGINT, self._interrupt)
-        self._agree(trainer)
+        self._agree(trainer)  # a signal received by now ends the run before its first step
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """End, if asked to: not earlier, for the metrics of the last step are logged after its `on_train_batch_end`."""
-        self._end_if_asked()
+        self._end_if_asked()  # not earlier: Lightning logs the last step's metrics after its `on_train_batch_end`
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Agree."""
         if made_step(trainer):
             self._agree(trainer)
 
     def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        """End an evaluation that is not part of training."""
         if trainer.state.fn != "fit":
             self.on_test_batch_end(trainer)
 
     def on_test_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        """End; the whole test is done again."""
         self._agree(trainer)
         self._end_if_asked()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Give the signals back, but for Ctrl-C where it is ignored while training shuts down."""
-        if isinstance(exception, Exception):
+        if isinstance(exception, Exception):  # otherwise Ctrl-C stays ignored while training shuts down
             self._give_back_interrupt()
         self.teardown(trainer, pl_module, "")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give Ctrl-C back."""
         self._give_back_interrupt()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give the signals back, unless the program took them itself."""
-        if self._took:
+        if self._took:  # not if the program took them itself
             STOP.give_back()
             self._took = False
 

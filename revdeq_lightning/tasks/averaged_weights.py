@@ -30,26 +30,21 @@ class AveragedWeights(Callback):
 
     @torch.no_grad()
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin with the weights, unless a checkpoint brought an average."""
         if not self.average:
             self.average = {name: p.detach().clone() for name, p in averaged_tensors(pl_module).items()}
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Take in the new weights if the optimizer made a step."""
         self._update(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the average into the model."""
         self._swap(pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put the weights back; checkpoints are written after this."""
-        self._swap(pl_module)
+        self._swap(pl_module)  # checkpoints are written after this
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Put the average in the place of the weights."""
         if self.average:
             self._update(trainer, pl_module)  # a callback that saves may come before this one
             weights = checkpoint["state_dict"]
