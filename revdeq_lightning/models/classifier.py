@@ -70,7 +70,6 @@ class PaperConvBlock(nn.Module):
         self.norm2, self.norm3 = nn.GroupNorm(groups, channels), nn.GroupNorm(groups, channels)
 
     def forward(self, z_BCHW: Tensor, x_BCHW: Tensor) -> Tensor:
-        """Evaluate f."""
         h_BCHW = self.conv2(F.relu(self.norm1(self.conv1(z_BCHW))))
         out_BCHW: Tensor = self.norm3(F.relu(z_BCHW + self.norm2(x_BCHW + h_BCHW)))
         return out_BCHW
@@ -91,7 +90,6 @@ class ModernConvBlock(nn.Module):
         nn.init.zeros_(self.conv2.weight)
 
     def forward(self, z_BCHW: Tensor, x_BCHW: Tensor) -> Tensor:
-        """Evaluate f."""
         h_BCHW = z_BCHW + x_BCHW
         a_BCHW = F.silu(self.norm2(self.conv1(F.silu(self.norm1(h_BCHW)))))
         out_BCHW: Tensor = self.norm3(h_BCHW + self.conv2(self.dropout(a_BCHW)))
@@ -118,7 +116,6 @@ class PreActDownsample(nn.Module):
         self.residual_conv = nn.Conv2d(num_in, num_out, 1, stride=2, bias=False)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """Halve the resolution."""
         h_BCHW = self.conv1(F.relu(self.norm1(x_BCHW)))
         out_BCHW: Tensor = self.conv2(F.relu(self.norm2(h_BCHW))) + self.residual_conv(x_BCHW)
         return out_BCHW
@@ -273,7 +270,6 @@ class JointBlock(nn.Module):
         self.norms = nn.ModuleList(group_norm(c, config.group_size) for c in channels)
 
     def forward(self, z: tuple[Tensor, ...], x: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Evaluate f."""
         h = [block(z_i, x_i) for block, z_i, x_i in zip(self.blocks, z, x, strict=True)]
         out = []
         for i, norm in enumerate(self.norms):

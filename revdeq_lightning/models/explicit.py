@@ -21,6 +21,5 @@ class ExplicitTransformerLM(AbstractLanguageModel):
         self.block: nn.Module = ModernBlock(config)
 
     def transform(self, x_BTD: Tensor, cache: KeyValueCache | None) -> tuple[Tensor, SolverStats | None]:
-        """Apply the layers."""
         block = self.block if cache is None else cache.bind(self.block.forward)
         return block(x_BTD.new_zeros(x_BTD.shape), x_BTD), None

@@ -19,7 +19,6 @@ class Linear(nn.Linear):
     """`x @ weight.T + bias`; parameters, initialisation and gradients are those of `nn.Linear`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer."""
         return linear(x, self.weight, self.bias)
 
 

@@ -25,7 +25,6 @@ class BasicBlock(nn.Module):
             self.shortcut = nn.Sequential(nn.Conv2d(num_in, num_out, 1, stride, bias=False), nn.BatchNorm2d(num_out))
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """Apply the block."""
         h_BCHW = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x_BCHW)))))
         return F.relu(h_BCHW + self.shortcut(x_BCHW))
 

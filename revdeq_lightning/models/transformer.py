@@ -76,7 +76,6 @@ class PaperAttention(nn.Module):
         self.output = Linear(d, d, bias=False)
 
     def forward(self, h_BTD: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """Causal self-attention."""
         qkv = [self.query(h_BTD), self.key(h_BTD), self.value(h_BTD)]
         if self.inner is not None:
             qkv = [project(t_BTD) for project, t_BTD in zip(self.inner, qkv, strict=True)]
@@ -101,7 +100,6 @@ class PaperBlock(nn.Module):
         )
 
     def forward(self, z_BTD: Tensor, x_BTD: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """Evaluate f."""
         h_BTD = z_BTD + self.attention(self.norm1(z_BTD + x_BTD), cache)
         out_BTD: Tensor = h_BTD + self.mlp(self.norm2(h_BTD))
         return out_BTD
@@ -124,7 +122,6 @@ class ModernAttention(nn.Module):
         self.register_buffer("sin_TK", angles_TK.sin().float(), persistent=False)
 
     def forward(self, h_BTD: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """Causal self-attention."""
         q_BHTK, k_BHTK, v_BHTK = (
             split_heads(project(h_BTD), self.num_heads) for project in (self.query, self.key, self.value)
         )
@@ -166,7 +163,6 @@ class ModernLayer(nn.Module):
         self.mlp = GatedMLP(config)
 
     def forward(self, h_BTD: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """Apply the layer."""
         h_BTD = h_BTD + self.attention(self.norm1(h_BTD), cache)
         out_BTD: Tensor = h_BTD + self.mlp(self.norm2(h_BTD))
         return out_BTD
@@ -186,7 +182,6 @@ class ModernBlock(nn.Module):
                 nn.init.normal_(parameter, std=1 / math.sqrt(parameter.shape[1]))
 
     def forward(self, z_BTD: Tensor, x_BTD: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """Evaluate f."""
         h_BTD = z_BTD + x_BTD
         for layer in self.layers:
             h_BTD = layer(h_BTD, cache)
@@ -202,7 +197,6 @@ class ShortConvolution(nn.Module):
         self.taps_JD = nn.Parameter(torch.eye(config.num_taps, 1).repeat(1, config.d_model))
 
     def forward(self, x_BTD: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """Convolve over time."""
         num_taps, num_new = self.taps_JD.shape[0], x_BTD.shape[1]
         if cache is not None:
             (x_BTD,) = cache.extend(x_BTD)

@@ -1,5 +1,6 @@
 """What every task shares: optimizer, schedule and averaged weights from one dataclass, and the Jacobian penalty."""
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from revdeq_lightning.equilibrium import SolverStats, equilibria, jacobian_regularization
 from revdeq_lightning.equilibrium.function import is_compiled
+from revdeq_lightning.equilibrium.validation import require_in_range
 from revdeq_lightning.errors import ParallelismError
 from revdeq_lightning.tasks.averaged_weights import AveragedWeights
 from revdeq_lightning.tasks.checkpoint_fit import changed_settings, check_optimizer, check_weights
@@ -47,8 +49,7 @@ class AbstractTask(LightningModule):
 
     def __init__(self, optimizer: OptimizerConfig, jacobian_weight: float = 0.0) -> None:
         super().__init__()
-        if not 0 <= jacobian_weight < float("inf"):
-            raise ValueError(f"jacobian_weight must be 0 (no penalty) or positive and finite, got {jacobian_weight}")
+        require_in_range("jacobian_weight", jacobian_weight, "[0, inf)")
         self.optimizer_config = optimizer
         self.jacobian_weight = jacobian_weight
 
@@ -68,7 +69,7 @@ class AbstractTask(LightningModule):
             )
 
     @contextmanager
-    def penalised(self) -> Iterator[list[Tensor]]:
+    def penalized(self) -> Iterator[list[Tensor]]:
         """Within, the Jacobian penalty of every solve is added to the list, where it has a weight."""
         penalties: list[Tensor] = []
 
@@ -91,6 +92,26 @@ class AbstractTask(LightningModule):
         penalty = torch.stack(penalties).mean()
         self.log("train/jacobian_penalty", penalty.detach())
         return loss + self.jacobian_weight * penalty
+
+    @abstractmethod
+    def _add_to(self, split: str, batch: Any) -> Any:
+        """Add a batch to the sums over a split, "val" or "test"; what is returned is for callbacks."""
+
+    @abstractmethod
+    def _log_figures(self, split: str) -> None:
+        """Log the figures of a whole split."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        return self._add_to("val", batch)
+
+    def test_step(self, batch: Any, batch_idx: int) -> Any:
+        return self._add_to("test", batch)
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_figures("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_figures("test")
 
     def make_model(self, build: Callable[[], nn.Module]) -> None:
         """Make `self.model`; within `deferred_weights()` without weights, which it gets when it is sharded."""
@@ -118,7 +139,6 @@ class AbstractTask(LightningModule):
             )
 
     def configure_optimizers(self) -> Any:
-        """Build the optimizer, and the schedule over the whole run, stepped after each optimizer step."""
         optimizer = build_optimizer(self.model, self.optimizer_config)
         scheduler = build_scheduler(optimizer, self.optimizer_config, self.trainer.estimated_stepping_batches)
         if scheduler is None:
@@ -130,17 +150,11 @@ class AbstractTask(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
-        """Step a schedule after an optimizer step; one that watches the loss gets it."""
         if isinstance(scheduler, WindowedPlateau):
             metric = self.trainer.callback_metrics["train/loss"]
         super().lr_scheduler_step(scheduler, metric)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse weights of another model; say which settings of the optimizer stay those of the checkpoint.
-
-        Raises:
-            CheckpointError: If the checkpoint does not fit.
-        """
         if "state_dict" not in checkpoint:  # of shards, which are compared as they are read
             return
         there = checkpoint.get("hyper_parameters", {})
@@ -150,6 +164,5 @@ class AbstractTask(LightningModule):
             check_optimizer(changed)
 
     def configure_callbacks(self) -> list[Callback]:
-        """Average the weights during a fit, if asked to; checkpoints hold the average in place of the weights."""
         averaging = self.optimizer_config.ema_decay > 0 and self.trainer.state.fn == "fit"
         return [AveragedWeights(self.optimizer_config.ema_decay)] if averaging else []

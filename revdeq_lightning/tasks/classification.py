@@ -12,7 +12,8 @@ from torchmetrics.classification import MulticlassAccuracy
 from revdeq_lightning.data.images.batches import ImageBatch
 from revdeq_lightning.data.images.module import ImageDataModule
 from revdeq_lightning.data.loading.sampler import IGNORE_INDEX
-from revdeq_lightning.equilibrium import EquilibriumLayer
+from revdeq_lightning.equilibrium import equilibria
+from revdeq_lightning.equilibrium.validation import require_in_range
 from revdeq_lightning.models import ClassifierConfig
 from revdeq_lightning.models.build import SolverConfig, build_image_classifier, plain
 from revdeq_lightning.tasks.base import AbstractTask, TrainingOutput
@@ -53,8 +54,7 @@ class ClassificationTask(AbstractTask):
         solver = SolverConfig(**solver) if isinstance(solver, dict) else solver
         optimizer = OptimizerConfig(**optimizer) if isinstance(optimizer, dict) else optimizer
         super().__init__(optimizer, jacobian_weight)
-        if not 0 <= label_smoothing < 1:
-            raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
+        require_in_range("label_smoothing", label_smoothing, "[0, 1)")
         settings = plain(network=network, solver=solver, optimizer=optimizer)
         options = {"label_smoothing": label_smoothing, "channels_last": channels_last, "compile": compile}
         self.save_hyperparameters({**settings, **options, "jacobian_weight": jacobian_weight}, logger=False)
@@ -63,23 +63,21 @@ class ClassificationTask(AbstractTask):
         self.make_model(partial(build_in_order, network, solver, self.memory_format))
         self.metrics = nn.ModuleDict({name: figures(network.num_classes) for name in ("val", "test")})
         if compile:
-            for module in self.model.modules():
-                if isinstance(module, EquilibriumLayer):
-                    module.f.compile()
+            for layer in equilibria(self.model):
+                layer.f.compile()
         self.check_penalty()
 
     def setup(self, stage: str) -> None:
-        """Refuse data with other classes than the model has."""
         config = self.model.config
         self._data.check_model(num_classes=config.num_classes, num_channels=config.num_channels)
 
     def forward(self, images_BCHW: Tensor) -> Any:
-        """Logits and statistics of normalised images."""
+        """Logits and statistics of normalized images."""
         return self.model(images_BCHW.contiguous(memory_format=self.memory_format))
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> dict[str, Any]:
         """Mean nats per image; of a mixed image, those of both labels by their shares."""
-        with self.penalised() as penalties:
+        with self.penalized() as penalties:
             output = self(batch.images)
         logits_BV = output.logits_BV.float()
         loss = sum(self._nats(logits_BV, *target) for target in targets(batch)) / num_images(batch)
@@ -87,24 +85,7 @@ class ClassificationTask(AbstractTask):
         loss = self.with_penalty(loss, penalties)
         return {"loss": loss, "step": TrainingOutput(output.stats, len(batch.labels), "images")}
 
-    def validation_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
-        """Add the batch to the sums over the split; the logits are for callbacks."""
-        return self._add_to("val", batch)
-
-    def test_step(self, batch: ImageBatch, batch_idx: int) -> Tensor:
-        """Add the batch to the sums over the split; the logits are for callbacks."""
-        return self._add_to("test", batch)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the figures of the validation split."""
-        self._log_figures("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Log the figures of the test split."""
-        self._log_figures("test")
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store class names and preparation of the images, for `predict`."""
         checkpoint["preprocessing"] = self._data.preprocessing_state()
 
     @property

@@ -60,29 +60,12 @@ class LanguageModelingTask(AbstractTask):
         self.check_penalty()
 
     def training_step(self, batch: TextBatch, batch_idx: int) -> dict[str, Any]:
-        """Mean nats per token of the batch."""
-        with self.penalised() as penalties:
+        with self.penalized() as penalties:
             output = self.model.loss(batch.tokens, batch.targets)
         self.log("train/loss", output.loss)
         stats = () if output.stats is None else (*output.earlier_stats, output.stats)
         loss = self.with_penalty(output.loss, penalties)
         return {"loss": loss, "step": TrainingOutput(stats, batch.tokens.numel(), "tokens")}
-
-    def validation_step(self, batch: TextBatch, batch_idx: int) -> None:
-        """Add the batch to the sums over the split."""
-        self._add_to("val", batch)
-
-    def test_step(self, batch: TextBatch, batch_idx: int) -> None:
-        """Add the batch to the sums over the split."""
-        self._add_to("test", batch)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log the figures of the validation split."""
-        self._log_figures("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Log the figures of the test split."""
-        self._log_figures("test")
 
     def predict_step(self, batch: TextBatch, batch_idx: int) -> Tensor:
         """Nats of each target of the batch, in the order of the text."""
@@ -93,7 +76,6 @@ class LanguageModelingTask(AbstractTask):
         return nats_N[batch.targets.flatten() >= 0]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the tokenizer, for `generate`."""
         checkpoint["tokenizer"] = self._data.tokenizer_state()
 
     @property

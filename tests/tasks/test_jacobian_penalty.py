@@ -93,11 +93,11 @@ def test_training_with_the_penalty_makes_f_contract_more(tmp_path):
     assert norms[1.0] < 0.5 * norms[0.0]
 
 
-def test_every_stage_of_a_classifier_is_penalised():
+def test_every_stage_of_a_classifier_is_penalized():
     torch.manual_seed(0)
     network = ClassifierConfig(num_classes=3, channels=[16, 16])
     task = ClassificationTask(network, SolverConfig(max_steps=2), OptimizerConfig(), jacobian_weight=0.5)
-    with task.penalised() as penalties:
+    with task.penalized() as penalties:
         task(torch.randn(2, 3, 8, 8))
     assert len(penalties) == 2
     assert not any(layer._forward_hooks for layer in task.model.equilibria)
@@ -106,7 +106,7 @@ def test_every_stage_of_a_classifier_is_penalised():
 @pytest.mark.parametrize(
     ("solver", "weight", "compile", "match"),
     [
-        ({}, -1.0, False, r"jacobian_weight must be 0 \(no penalty\) or positive and finite, got -1.0"),
+        ({}, -1.0, False, r"jacobian_weight must be in \[0, inf\), got -1.0"),
         ({}, float("nan"), False, "got nan"),
         ({"solver": "none"}, 0.1, False, "jacobian_weight=0.1 needs a model with an equilibrium"),
         ({}, 0.1, True, "second derivatives, which torch.compile does not give: set compile=false"),
