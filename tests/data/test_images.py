@@ -1,18 +1,14 @@
 import contextlib
-import itertools
 import json
 import logging
 import multiprocessing
-import pickle
 import shutil
-import sys
 
 import numpy as np
 import pytest
 import torch
 from image_files import assert_same_splits, builder, encoded, make_folder, split, whole
 from lightning import LightningModule, Trainer
-from lightning.pytorch.cli import LightningCLI
 from recorded_fit import SaveAt
 
 from revdeq_lightning.data.images import preparation as image_preparation
@@ -303,11 +299,6 @@ def test_a_whole_run_with_lightning_leaves_a_loadable_checkpoint(module, tmp_pat
     trainer.test(ImageRecorder(), data, verbose=False)
 
 
-def test_a_failed_step_ends_the_workers(module):
-    fit(module(num_workers=1), fail_at=2)
-    assert not multiprocessing.active_children()
-
-
 def test_resuming_in_another_order_warns_and_with_other_classes_fails(module, tmp_path):
     state = module().state_dict() | {"position": {"epoch": 0, "batch": 1}}
     other = module(seed=7, batch_size=2, max_train_images=20)
@@ -351,27 +342,6 @@ def test_resuming_with_other_images_of_the_same_number_warns(
     resume(state)  # of before there were checksums
 
 
-def test_position_survives_without_lightning(module):
-    interrupted, resumed = module(), module()
-    expected = list(interrupted.train_dataloader())[3:]
-    list(itertools.islice(interrupted.train_dataloader(), 3))
-    resumed.load_state_dict(interrupted.state_dict())
-    for ours, reference in zip(resumed.train_dataloader(), expected, strict=True):
-        assert torch.equal(ours.images, reference.images)
-
-
-@pytest.mark.parametrize("in_memory", [True, False])
-def test_datasets_pickle_for_spawned_workers(module, folder, in_memory):
-    dataset = module(in_memory=in_memory)._dataset("train")
-    again = pickle.loads(pickle.dumps(dataset))
-    assert torch.equal(again[[3, 1]].images, dataset[[3, 1]].images)
-    assert len(pickle.dumps(dataset)) < 4000  # a path, or names: no pixels
-
-
-def test_printing_it_shows_the_settings(module):
-    assert str(module()).startswith("ImageDataModule(source='folder', path=")
-
-
 def test_a_model_for_other_images_is_refused(module):
     data = module()
     data.check_model(num_classes=3, num_channels=3)
@@ -379,21 +349,6 @@ def test_a_model_for_other_images_is_refused(module):
         data.check_model(num_classes=10, num_channels=3)
     with pytest.raises(ValueError, match=r"have 3 channel\(s\), the model has 1"):
         data.check_model(num_classes=3, num_channels=1)
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of jsonargparse, about what LightningCLI calls
-def test_a_command_line_builds_it_from_yaml(tmp_path, monkeypatch):
-    (tmp_path / "run.yaml").write_text(
-        f"data:\n  source: digits\n  cache_dir: {tmp_path}/cache\n  augmentation:\n    random_resized_crop: [0.5, 1]\n"
-    )
-    monkeypatch.setattr(sys, "argv", ["run"])
-    cli = LightningCLI(
-        ImageRecorder, ImageDataModule, run=False, seed_everything_default=False, save_config_callback=None,
-        args=["--config", str(tmp_path / "run.yaml"), "--data.augmentation.flip=true", "--data.image_size=8"],
-        parser_kwargs={"parser_mode": "omegaconf+"}, trainer_defaults={"logger": False, "accelerator": "cpu"},
-    )  # fmt: skip
-    assert cli.datamodule.augmentation == AugmentationConfig(random_resized_crop=(0.5, 1.0), flip=True)
-    assert next(iter(cli.datamodule.train_dataloader())).images.shape == (64, 1, 8, 8)
 
 
 # Bad input

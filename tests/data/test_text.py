@@ -1,7 +1,6 @@
 import json
 import logging
 import multiprocessing
-import pickle
 import re
 import subprocess
 import sys
@@ -15,8 +14,7 @@ import numpy as np
 import pytest
 import recorded_fit
 import torch
-from lightning.pytorch.cli import LightningCLI
-from recorded_fit import Recorder, SaveAt, data_module, fit, recorded
+from recorded_fit import SaveAt, data_module, fit, recorded
 
 from revdeq_lightning.data.loading.sampler import IGNORE_INDEX
 from revdeq_lightning.data.text import sources as text_sources
@@ -119,16 +117,6 @@ def test_local_huggingface_dataset(module, tmp_path, form):
     data = module(source="huggingface", path=str(folder), context_length=4)
     assert split_text(data, "train") == "\n = Title = \n\n one two \n"
     assert (split_text(data, "validation"), split_text(data, "test")) == ("three\n", "four\n")
-
-
-def test_unreachable_hub_is_told_within_seconds(module, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    start = time.monotonic()
-    with pytest.raises(
-        ConnectionError, match=r"cannot fetch the dataset a/b from the hub .* path=FOLDER.*HF_HUB_OFFLINE"
-    ):
-        module(source="huggingface", path="a/b").prepare_data()
-    assert time.monotonic() - start < 8
 
 
 def test_a_hub_dataset_that_was_tokenized_needs_no_hub(module, monkeypatch):
@@ -322,15 +310,6 @@ def test_a_large_vocabulary_is_stored_in_32_bits(module, monkeypatch):
     assert bytes(split_ids(data, "train") + split_ids(data, "validation") + split_ids(data, "test")).decode() == PROSE
 
 
-def test_dataset_pickles_as_a_path_for_spawned_workers(module):
-    loader = module().train_dataloader()
-    starts = next(iter(loader.batch_sampler))
-    expected = loader.dataset[starts].tokens
-    pickled = pickle.dumps(loader.dataset)
-    assert len(pickled) < 1000
-    assert torch.equal(pickle.loads(pickled)[starts].tokens, expected)
-
-
 # Resuming with Lightning
 
 STOPS = {
@@ -401,17 +380,6 @@ def test_every_fit_starts_at_the_first_epoch_and_ends_its_workers(tmp_path):
     assert recorded(tmp_path, "first") == recorded(tmp_path, "second")
 
 
-def test_position_survives_without_lightning(module):
-    interrupted, resumed = module(), module()
-    batches = list(interrupted.train_dataloader())
-    used = interrupted.train_dataloader()
-    for _, _ in zip(range(3), used, strict=False):
-        pass
-    resumed.load_state_dict(interrupted.state_dict())
-    rest = list(resumed.train_dataloader())
-    assert torch.equal(torch.stack([b.tokens for b in rest]), torch.stack([b.tokens for b in batches[3:]]))
-
-
 def test_resuming_in_another_order_warns_and_in_another_vocabulary_fails(module):
     state = module().state_dict() | {"position": {"epoch": 0, "batch": 1}}
     other = module(seed=7, batch_size=2)
@@ -447,37 +415,6 @@ def test_a_missing_split_is_told_and_training_without_validation_works(tmp_path)
         data.test_dataloader()
     with pytest.raises(ValueError, match="split must be one of 'train', 'validation', 'test', got 'val'"):
         data.split_statistics("val")
-
-
-def test_printing_it_shows_the_settings_and_reads_no_batches(module):
-    assert str(module()).startswith("TextDataModule(source='files', path=")
-
-
-def test_interrupted_fit_leaves_no_workers(tmp_path):
-    with pytest.raises(InterruptedError):
-        fit(tmp_path, "run", data=data_module(tmp_path, num_workers=1), fail_at=3)
-    assert not multiprocessing.active_children()
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of jsonargparse, about what LightningCLI calls
-def test_a_command_line_builds_it_from_yaml(tmp_path, monkeypatch):
-    (tmp_path / "text.txt").write_text(PROSE)
-    (tmp_path / "run.yaml").write_text(
-        f"data:\n  source: files\n  path: [{tmp_path}/text.txt]\n  context_length: 8\n  cache_dir: {tmp_path}/cache\n"
-    )
-    monkeypatch.setattr(sys, "argv", ["run"])
-    cli = LightningCLI(
-        _Sized, TextDataModule, run=False, seed_everything_default=False, save_config_callback=None,
-        args=["--config", str(tmp_path / "run.yaml"), "--data.tokenizer=characters"],
-        parser_kwargs={"parser_mode": "omegaconf+"}, trainer_defaults={"logger": False, "accelerator": "cpu"},
-    )  # fmt: skip
-    assert cli.datamodule.hparams["path"] == [f"{tmp_path}/text.txt"]
-    assert cli.datamodule.vocab_size == len(set(PROSE))
-
-
-class _Sized(Recorder):
-    def __init__(self):
-        super().__init__(Path("unused"))
 
 
 # Bad input

@@ -1,7 +1,6 @@
 import json
 import subprocess
 import sys
-import time
 
 import huggingface_hub
 import huggingface_hub.constants
@@ -68,6 +67,12 @@ def test_bpe_shortens_the_text_and_agrees_with_the_library_however_it_is_cut(mon
     assert BPE.encode(TEXT) == expected
 
 
+def test_bpe_has_the_ids_of_earlier_versions():
+    # Recorded once: other ids would make every checkpoint trained before useless.
+    expected = [267, 69, 279, 7, 87, 263, 277, 220, 220, 259, 271, 270, 220, 87]
+    assert BPE.encode("def f(x):\n    return x") == expected
+
+
 def test_bpe_training_is_deterministic_across_processes():
     code = "; ".join(  # the file alone: importing the package would cost seconds
         [
@@ -122,13 +127,6 @@ def test_gpt2_is_read_from_the_hub_cache_without_any_network(no_hub, monkeypatch
     assert build("gpt2").encode(TEXT) == BPE.encode(TEXT)
 
 
-def test_an_unreachable_hub_is_told_within_seconds(no_hub):
-    start = time.monotonic()
-    with pytest.raises(ConnectionError, match=r"gpt2.* hub is not reachable .*tokenizer.json.* path"):
-        build("gpt2")
-    assert time.monotonic() - start < 8
-
-
 def test_offline_mode_asks_no_hub(no_hub, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub, "get_session", lambda: pytest.fail("asked the hub"))
@@ -166,7 +164,7 @@ def test_a_tokenizer_that_changes_texts_is_refused(tmp_path):
     ("content", "error", "message"),
     [
         ("not json", ValueError, "is not JSON"),
-        ('{"a": 1}', ValueError, "not the JSON of a tokenizer"),
+        ('{"a": 1}', ValueError, "not the JSON of the tokenizers library"),
         ('{"kind": "words"}', ValueError, "kind 'words'"),
         (None, FileNotFoundError, "neither tokenizer.json nor vocab.json"),
     ],

@@ -58,13 +58,12 @@ def load_or_build(path: Path, build: Callable[[], tuple[dict[str, NDArray[Any]],
         path: The file. Its name must identify the content.
         build: Returns the arrays (uint8, uint16, uint32 or int64) and metadata that JSON can hold.
     """
-    if (cache := _read(path)) is not None:
-        return cache
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{path}.lock"):
-        if (cache := _read(path, quiet=True)) is None:
-            _write(path, *build())
-            cache = _read(path)
+    if (cache := _read(path)) is None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            if (cache := _read(path, quiet=True)) is None:
+                _write(path, *build())
+                cache = _read(path)
     if cache is None:
         raise OSError(f"{path} cannot be read back after writing: check the disk, or set cache_dir to another one.")
     return cache
@@ -98,11 +97,10 @@ def _read(path: Path, quiet: bool = False) -> ArrayCache | None:
             name: StoredArray(path, entry["dtype"], 8 + header_bytes + entry["data_offsets"][0], tuple(entry["shape"]))
             for name, entry in header.items()
         }
-        intact = all(zlib.crc32(arrays[n].array.data) == checksum for n, checksum in metadata["checksums"].items())
+        if all(zlib.crc32(arrays[n].array.data) == checksum for n, checksum in metadata["checksums"].items()):
+            return ArrayCache(arrays, metadata)
     except (ValueError, KeyError, TypeError, OSError):
-        intact = False
-    if not intact:
-        if not quiet:
-            warnings.warn(f"the stored data {path} is damaged: it is built again.", stacklevel=3)
-        return None
-    return ArrayCache(arrays, metadata)
+        pass
+    if not quiet:
+        warnings.warn(f"the stored data {path} is damaged: it is built again.", stacklevel=3)
+    return None

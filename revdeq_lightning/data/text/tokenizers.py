@@ -119,17 +119,12 @@ class BytePairTokenizer(AbstractTokenizer):
         try:
             self._tokenizer = Tokenizer.from_str(definition)
         except Exception as error:  # the library raises bare Exceptions
-            raise ValueError(
-                f"not the JSON of a tokenizer of the tokenizers library ({error}): give a tokenizer.json."
-            ) from None
+            raise ValueError(f"not the JSON of the tokenizers library ({error}): give a tokenizer.json.") from None
         self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
         added = self._tokenizer.get_added_tokens_decoder()
-        tokens = [self._tokenizer.id_to_token(i) or "" for i in range(self.vocab_size)]
+        tokens = {i: self._tokenizer.id_to_token(i) or "" for i in range(self.vocab_size)}
         try:
-            self._bytes = [
-                token.encode("utf-8") if i in added else bytes(_BYTE_OF[c] for c in token)
-                for i, token in enumerate(tokens)
-            ]
+            self._bytes = [t.encode() if i in added else bytes(_BYTE_OF[c] for c in t) for i, t in tokens.items()]
             reproduced = self.decode(self.encode(_ALL_KINDS))
         except KeyError:
             reproduced = None
@@ -188,10 +183,6 @@ def build_tokenizer(name: str, *, bpe_vocab_size: int, training_text: Callable[[
             cache), or the path of a `tokenizer.json`, or of a folder with it or with `vocab.json` and `merges.txt`.
         bpe_vocab_size: Tokens that "bpe" learns, including the 256 bytes.
         training_text: Returns the text of the training split.
-
-    Raises:
-        ConnectionError: If GPT-2's files are neither stored nor can be downloaded.
-        ValueError, FileNotFoundError: If there is no such tokenizer.
     """
     check_tokenizer_name(name)
     match name:

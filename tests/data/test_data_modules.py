@@ -1,0 +1,128 @@
+"""What the data modules of text and images have in common."""
+
+import contextlib
+import itertools
+import json
+import logging
+import multiprocessing
+import pickle
+import sys
+import time
+
+import huggingface_hub.constants
+import pytest
+import torch
+from image_files import make_folder
+from lightning import Trainer
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.demos.boring_classes import BoringModel
+
+from revdeq_lightning.data.images.augmentation import AugmentationConfig
+from revdeq_lightning.data.images.module import ImageDataModule
+from revdeq_lightning.data.text.module import TextDataModule
+from revdeq_lightning.data.text.tokenizers import build_tokenizer
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec:FutureWarning")
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+
+class FailingModel(BoringModel):
+    def training_step(self, batch, batch_idx):
+        raise InterruptedError("as asked")
+
+
+@pytest.fixture(params=["text", "images in memory", "decoded images"])
+def build(request, tmp_path):
+    """Builds one of the data modules."""
+    common = {"batch_size": 4, "cache_dir": str(tmp_path / "cache")}
+    if request.param == "text":
+        (tmp_path / "text.txt").write_text("A line of text.\n" * 60)
+        settings = {"source": "files", "path": str(tmp_path / "text.txt"), "context_length": 8}
+        return lambda **options: TextDataModule(**common | settings | options)
+    in_memory = request.param == "images in memory"
+    settings = {"source": "folder", "path": str(make_folder(tmp_path / "images")), "image_size": 16}
+    return lambda **options: ImageDataModule(**common | settings | {"in_memory": in_memory} | options)
+
+
+def test_position_survives_without_lightning(build):
+    interrupted, resumed = build(), build()
+    expected = list(interrupted.train_dataloader())[3:]
+    list(itertools.islice(interrupted.train_dataloader(), 3))
+    resumed.load_state_dict(json.loads(json.dumps(interrupted.state_dict())))
+    for ours, reference in zip(resumed.train_dataloader(), expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, reference, strict=True))
+
+
+def test_datasets_pickle_for_spawned_workers(build):
+    dataset = build().train_dataloader().dataset
+    pickled = pickle.dumps(dataset)
+    assert len(pickled) < 4000  # a path, or names: neither tokens nor pixels
+    again = pickle.loads(pickled)
+    assert all(torch.equal(a, b) for a, b in zip(again[[3, 1]], dataset[[3, 1]], strict=True))
+
+
+def test_printing_it_shows_the_settings_and_reads_no_batches(build):
+    data = build()
+    assert str(data).startswith(f"{type(data).__name__}(source='{data.hparams['source']}', path=")
+    assert not data._open_loaders
+
+
+def test_a_failed_step_ends_the_workers(build):
+    trainer = Trainer(
+        accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, num_sanity_val_steps=0, max_epochs=1,
+    )  # fmt: skip
+    with contextlib.suppress(InterruptedError):
+        trainer.fit(FailingModel(), build(num_workers=1))
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of jsonargparse, about what LightningCLI calls
+@pytest.mark.parametrize("kind", [TextDataModule, ImageDataModule])
+def test_a_command_line_builds_it_from_yaml(tmp_path, monkeypatch, kind):
+    text, config = tmp_path / "text.txt", tmp_path / "run.yaml"
+    text.write_text("abc" * 100)
+    yaml, option = {
+        TextDataModule: (f"source: files\n  path: [{text}]\n  context_length: 8", "tokenizer=characters"),
+        ImageDataModule: (
+            "source: digits\n  augmentation:\n    random_resized_crop: [0.5, 1]",
+            "augmentation.flip=true",
+        ),
+    }[kind]
+    config.write_text(f"data:\n  {yaml}\n  cache_dir: {tmp_path}/cache\n")
+    monkeypatch.setattr(sys, "argv", ["run"])
+    cli = LightningCLI(
+        FailingModel, kind, run=False, seed_everything_default=False, save_config_callback=None,
+        args=["--config", str(config), f"--data.{option}", "--data.batch_size=3"],
+        parser_kwargs={"parser_mode": "omegaconf+"}, trainer_defaults={"logger": False, "accelerator": "cpu"},
+    )  # fmt: skip
+    if kind is TextDataModule:
+        assert cli.datamodule.hparams["path"] == [str(text)]
+        assert cli.datamodule.vocab_size == 3
+    else:
+        assert cli.datamodule.augmentation == AugmentationConfig(random_resized_crop=(0.5, 1.0), flip=True)
+        assert next(iter(cli.datamodule.train_dataloader())).images.shape == (3, 1, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("use", "message"),
+    [
+        (
+            lambda: TextDataModule("huggingface", "a/b").prepare_data(),
+            r"the dataset a/b .* path=FOLDER.*HF_HUB_OFFLINE",
+        ),
+        (lambda: ImageDataModule("huggingface", "a/b").prepare_data(), "the dataset a/b from the hub .* path=FOLDER"),
+        (
+            lambda: build_tokenizer("gpt2", bpe_vocab_size=300, training_text=str),
+            r"gpt2.* hub is not reachable .*tokenizer.json.* path",
+        ),
+    ],
+)
+def test_an_unreachable_hub_is_reported_within_seconds(tmp_path, monkeypatch, use, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
+    start = time.monotonic()
+    with pytest.raises(ConnectionError, match=message):
+        use()
+    assert time.monotonic() - start < 8
