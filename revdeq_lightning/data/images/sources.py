@@ -87,9 +87,10 @@ def _read_cifar(source: str, path: Path, download: bool) -> ImageCollection:
                 f"no {published.base_folder}/ and no {archive.name} in {path} (download is false): {advice}"
             )
         try:
-            download_url(published.url, str(path), published.filename, published.tgz_md5)
+            download_url(published.url, str(path), f"{archive.name}.part", published.tgz_md5)
+            archive.with_name(f"{archive.name}.part").rename(archive)
         except (OSError, RuntimeError) as error:
-            archive.unlink(missing_ok=True)  # what arrived of it
+            archive.with_name(f"{archive.name}.part").unlink(missing_ok=True)
             raise ConnectionError(f"cannot download {published.url} ({error}): {advice}") from None
     if not check_integrity(archive, published.tgz_md5):
         raise ValueError(f"{archive} is damaged or another file (its MD5 is not {published.tgz_md5}): remove it.")
@@ -99,11 +100,15 @@ def _read_cifar(source: str, path: Path, download: bool) -> ImageCollection:
 
 
 def _unpacked_cifar(source: str, root: Path) -> ImageCollection:
+    from torchvision.datasets.utils import check_integrity
+
     published = published_cifar(source)
     try:
         splits = {"train": published(root, train=True), "test": published(root, train=False)}
     except RuntimeError:  # of a wrong checksum
-        folder = root / published.base_folder
-        raise ValueError(f"{folder} is damaged or incomplete (a file has not the published MD5): remove it.") from None
+        files = [*published.train_list, *published.test_list, (published.meta["filename"], published.meta["md5"])]
+        paths = {root / published.base_folder / name: md5 for name, md5 in files}
+        path, md5 = next(item for item in paths.items() if not check_integrity(*item))
+        raise ValueError(f"{path} is damaged or another file (its MD5 is not {md5}): remove it.") from None
     tables = {split: _pixels_table(f"{source}/{split}", part.data, part.targets) for split, part in splits.items()}
     return ImageCollection(list(splits["train"].classes), tables)
