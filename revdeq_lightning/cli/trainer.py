@@ -56,8 +56,7 @@ from revdeq_lightning.runs.folder import (
 )
 from revdeq_lightning.runs.lock import LockedError, locked
 from revdeq_lightning.runs.random_state import ResumableRandomState
-from revdeq_lightning.runs.same_start import SameStart
-from revdeq_lightning.runs.stop_signal import StopSignal
+from revdeq_lightning.runs.stop_signal import SameStart, StopSignal
 from revdeq_lightning.tasks.recipe import deferred_weights
 
 

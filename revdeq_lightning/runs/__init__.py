@@ -14,8 +14,7 @@ if TYPE_CHECKING:
     from revdeq_lightning.runs.lock import LockedError as LockedError
     from revdeq_lightning.runs.probe import Probe as Probe
     from revdeq_lightning.runs.random_state import ResumableRandomState as ResumableRandomState
-    from revdeq_lightning.runs.same_start import SameStart as SameStart
     from revdeq_lightning.runs.signals import Stopped as Stopped, StopSignals as StopSignals
-    from revdeq_lightning.runs.stop_signal import StopSignal as StopSignal
+    from revdeq_lightning.runs.stop_signal import SameStart as SameStart, StopSignal as StopSignal
 
 __getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)

@@ -1,8 +1,9 @@
 """A loss, state or gradient that is not finite: no optimizer step, the batch kept, the run ended."""
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ from torch.optim import Optimizer
 
 from revdeq_lightning.checkpoints.files import write_checkpoint
 from revdeq_lightning.equilibrium import DivergenceError, deferred_divergence, equilibria
+from revdeq_lightning.processes import gathered, local, whole
 from revdeq_lightning.program import program
 from revdeq_lightning.runs.random_state import random_state
 from revdeq_lightning.tasks.training_step import run_folder
@@ -20,7 +22,7 @@ from revdeq_lightning.tasks.training_step import run_folder
 DIVERGED = "diverged"
 WEIGHTS = "weights.ckpt"
 MOST_FILES = 8
-"""Where no process can tell that it was its batch: of so many processes the batches are kept."""
+"""If no process can tell that it was its batch, the batches of so many processes are kept."""
 
 
 class DivergedError(RuntimeError):
@@ -30,19 +32,16 @@ class DivergedError(RuntimeError):
 class DivergenceGuard(Callback):
     """Looks at loss and gradient before each optimizer step, and at the weights before each validation and checkpoint.
 
-    If they are not finite it raises `DivergedError`, on all processes together, with the weights of before the step;
-    the batches of the step, the random states that they met, and the weights are in the run's folder, for
-    `revdeq replay`. An equilibrium that diverges on one process, forward or backward,
-    goes on there with NaN (`deferred_divergence`), so that the others, which wait for its gradient, hear of it.
+    If they are not finite, it raises `DivergedError` on all processes, with the weights as they were before the step.
+    The batches of the step, their random states and the weights are kept in the run's folder for `revdeq replay`. An
+    equilibrium that diverges on one process returns NaN there (`deferred_divergence`), which reaches the other
+    processes with the gradient.
 
-    Costs one read of the gradient and one wait of the host a step. With a gradient scaler (16-mixed), which skips
-    overflowing steps by itself, only the loss is looked at. Must come after callbacks that call `training_step`.
+    Costs one read of the gradient and one host synchronization per step. With a gradient scaler (16-mixed), which
+    skips overflowing steps by itself, only the loss is checked. Must come after callbacks that call `training_step`.
 
     Args:
         folder: Folder of the run; None: the trainer's.
-
-    Raises:
-        DivergedError: See above.
     """
 
     def __init__(self, folder: str | Path | None = None) -> None:
@@ -52,22 +51,36 @@ class DivergenceGuard(Callback):
         self._losses: list[Tensor] = []
         self._errors: list[DivergenceError] = []
         self._validation_errors: list[DivergenceError] = []
-        self._begins = True
-        self._in_step = False
-        self._is_attached = False
+        self._begins, self._in_step = True, False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             self._path = run_folder(trainer, self.folder)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._attach(trainer, pl_module)
+        def guarded(step: Callable[..., Any], errors: list[DivergenceError], is_training: bool) -> Callable[..., Any]:
+            @functools.wraps(step)
+            def guarded_step(*args: Any, **kwargs: Any) -> Any:
+                if is_training and not self._in_step:  # another callback asks, and can be told at once
+                    return step(*args, **kwargs)
+                with deferred_divergence(errors):
+                    return step(*args, **kwargs)
+
+            return guarded_step
+
+        pl_module.__dict__ |= {
+            "training_step": guarded(pl_module.training_step, self._errors, True),
+            "validation_step": guarded(pl_module.validation_step, self._validation_errors, False),
+        }
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._begins:
-            self._batches, self._losses, self._errors = [], [], []
+            for kept in (self._batches, self._losses, self._errors):
+                kept.clear()
         solvers = [asdict(cast(Any, layer.solver)) for layer in equilibria(pl_module)]
-        self._batches.append({"batch": batch, "random_state": random_state(), "solvers": solvers})
+        # Named tuples as dictionaries: a checkpoint holds no classes.
+        plain = batch._asdict() if hasattr(batch, "_asdict") else batch
+        self._batches.append({"batch": plain, "random_state": random_state(), "solvers": solvers})
         self._begins, self._in_step = False, True
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -89,20 +102,10 @@ class DivergenceGuard(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            reasons: list[Any] = [str(error) for error in self._validation_errors[:1]]
-            if trainer.world_size > 1:
-                gathered: list[Any] = [None] * trainer.world_size
-                torch.distributed.all_gather_object(gathered, reasons)
-                reasons = [reason for found in gathered for reason in found]
-            if reasons:
-                self._raise(trainer, f"in the validation {reasons[0]}")
+            for error in chain(*gathered([str(error) for error in self._validation_errors[:1]])):
+                self._raise(trainer, f"in the validation {error}")
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Refuse to save weights from which training cannot go on.
-
-        Raises:
-            DivergedError: If they are not finite.
-        """
         if trainer.state.fn == "fit":
             self._check_weights(trainer, pl_module)
 
@@ -112,31 +115,12 @@ class DivergenceGuard(Callback):
         if trainer.strategy.reduce_boolean_decision(not finite, all=False):
             self._raise(trainer, "the weights are not finite: the last update overflowed")
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._leave(pl_module)
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        for name in ("training_step", "validation_step"):
+            pl_module.__dict__.pop(name, None)
+        self._batches.clear()
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._leave(pl_module)
-
-    def _attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        step = pl_module.training_step
-
-        @functools.wraps(step)
-        def guarded_step(*args: Any, **kwargs: Any) -> Any:
-            if not self._in_step:  # another callback asks, and can be told at once
-                return step(*args, **kwargs)
-            with deferred_divergence(self._errors):
-                return step(*args, **kwargs)
-
-        validation_step = pl_module.validation_step
-
-        @functools.wraps(validation_step)
-        def guarded_validation_step(*args: Any, **kwargs: Any) -> Any:
-            with deferred_divergence(self._validation_errors):
-                return validation_step(*args, **kwargs)
-
-        pl_module.__dict__ |= {"training_step": guarded_step, "validation_step": guarded_validation_step}
-        self._is_attached = True
+    on_train_end = on_exception
 
     def _end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         mine = bool(self._errors) or not all_finite(self._losses)
@@ -146,17 +130,11 @@ class DivergenceGuard(Callback):
             reason = str(self._errors[0])
         elif mine:
             reason = f"the loss is not finite ({losses})"
-        elif anyones:
-            reason = "the loss of another process is not finite"
         else:
             reason = f"the gradient is not finite (loss {losses})"
-        keep = mine or (not anyones and trainer.global_rank < MOST_FILES)
-        kept = self._keep(trainer, pl_module, reason if keep else None)
-        reasons: list[Any] = [(trainer.global_rank, reason, kept if keep else None)]
-        if trainer.world_size > 1:
-            reasons = [None] * trainer.world_size
-            torch.distributed.all_gather_object(reasons, (trainer.global_rank, reason, kept if keep else None))
-        rank, reason, kept = next(entry for entry in reasons if entry[2] is not None)
+        keeps = mine or (not anyones and trainer.global_rank < MOST_FILES)
+        kept = self._keep(trainer, pl_module, reason if keeps else None)
+        rank, reason, kept = next(filter(None, gathered((trainer.global_rank, reason, kept) if keeps else None)))
         where = f" on process {rank}" if trainer.world_size > 1 else ""
         self._raise(trainer, f"{reason}{where}", f"; {kept}")
 
@@ -165,7 +143,7 @@ class DivergenceGuard(Callback):
         raise DivergedError(f"training diverged in step {step}: {reason}. No step was made with it{kept}")
 
     def _keep(self, trainer: Trainer, pl_module: LightningModule, reason: str | None) -> str:
-        """Write the weights (first process) and, with a reason, this process's batches; what to tell the user of it."""
+        """Write the weights (first process) and, with a reason, this process's batches; say it to the user."""
         folder = self._path / DIVERGED / f"step-{trainer.global_step + 1}"
         state = {name: whole(value) for name, value in pl_module.state_dict().items()}
         path = folder / f"process-{trainer.global_rank}.ckpt"
@@ -179,36 +157,21 @@ class DivergenceGuard(Callback):
                     "precision": str(trainer.precision),
                     "global_step": trainer.global_step,
                     "reason": reason,
-                    "batches": [entry | {"batch": plain(entry["batch"])} for entry in self._batches],
+                    "batches": self._batches,
                 }
                 write_checkpoint(content, path)
         except OSError as error:
             return f"its batch could not be kept in {folder}: {error.strerror or error}"
         return f"to see the batch again: {program()} replay --file {path}"
 
-    def _leave(self, pl_module: LightningModule) -> None:
-        for name in ("training_step", "validation_step") if self._is_attached else ():
-            del pl_module.__dict__[name]
-        self._is_attached, self._batches, self._losses = False, [], []
-
 
 @torch.no_grad()
 def norms(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """A norm each, of what lies on this process; finite if (almost: up to 1e19) and only if all values are."""
-    local = [cast(Any, t).to_local() if hasattr(t, "to_local") else t for t in tensors]
-    return list(torch._foreach_norm([t for t in local if t.numel()])) if local else []
+    """The norm of each tensor's part on this process; finite if all values are finite and below 1e19."""
+    parts = [part for part in map(local, tensors) if part.numel()]
+    return list(torch._foreach_norm(parts)) if parts else []
 
 
 def all_finite(values: list[Tensor]) -> bool:
-    """Whether all these numbers are; asks the device once."""
+    """Whether all numbers are finite, with one synchronization."""
     return not values or bool(torch.stack([value.float() for value in values]).isfinite().all())
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor of shards put together; all processes must call it."""
-    return cast(Any, tensor).full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def plain(batch: Any) -> Any:
-    """Named tuples as dictionaries: a checkpoint holds no classes."""
-    return batch._asdict() if hasattr(batch, "_asdict") else batch

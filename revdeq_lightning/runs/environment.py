@@ -6,6 +6,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -15,38 +16,43 @@ PACKAGES = (
     *("torch", "torchvision", "lightning", "torchmetrics", "numpy", "wandb", "datasets", "tokenizers"),
     *("jsonargparse", "omegaconf", "safetensors", "scikit-learn", "pillow", "matplotlib", "tensorboard"),
 )
-"""Those whose versions are kept."""
+"""Packages whose versions are kept."""
 
 
 def describe_environment(num_processes: int = 1) -> dict[str, Any]:
-    """Plain containers, as they stand in `environment.json` and in the configuration of a W&B run."""
+    """The environment in plain containers, for `environment.json` and the configuration of a W&B run."""
     import torch
 
     from revdeq_lightning import __version__
 
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    # An installed package may lie in a folder of somebody else's repository.
+    is_tracked = bool(git("ls-files", Path(__file__).name))
+    versions = {"revdeq-lightning": __version__}
+    for name in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(_command()),
         "num_processes": num_processes,
-        "git_commit": git("rev-parse", "HEAD") if _is_tracked() else None,
-        "git_dirty": bool(git("status", "--porcelain", "--untracked-files=no")) if _is_tracked() else None,
+        "git_commit": git("rev-parse", "HEAD") if is_tracked else None,
+        "git_dirty": bool(git("status", "--porcelain", "--untracked-files=no")) if is_tracked else None,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {"revdeq-lightning": __version__} | _versions(),
+        "packages": versions,
         "hardware": {
             "hostname": platform.node(),
             "cpu": cpu_name(),
-            "num_cpus": _num_cpus(),
+            "num_cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
             "num_threads": torch.get_num_threads(),
-            "memory_bytes": _memory_bytes(),
-            "gpus": gpus,
+            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         },
     }
 
 
 def write_environment(path: Path, environment: dict[str, Any]) -> None:
-    """Write it; where the file is there already, a run was resumed, what it held comes under `earlier_starts`."""
+    """Write the environment; that of earlier starts of a resumed run moves to `earlier_starts`."""
     earlier: list[dict[str, Any]] = []
     if path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))
@@ -65,7 +71,7 @@ def cpu_name() -> str:
 
 
 def git(*arguments: str) -> str:
-    """What git says in the folder of this package, nothing where it fails."""
+    """Output of git in the folder of this package, empty if it fails."""
     try:
         result = subprocess.run(
             ["git", *arguments], cwd=Path(__file__).resolve().parent, capture_output=True, text=True, check=False
@@ -75,11 +81,6 @@ def git(*arguments: str) -> str:
     return result.stdout.strip() if result.returncode == 0 else ""
 
 
-def _is_tracked() -> bool:
-    """Whether this file is under git: an installed package may lie in a folder of somebody else's repository."""
-    return bool(git("ls-files", Path(__file__).name))
-
-
 def _command() -> list[str]:
     """As typed: `python -m PACKAGE` shows the path of its file in `sys.argv`."""
     program, *arguments = sys.argv
@@ -87,25 +88,3 @@ def _command() -> list[str]:
     if spec is None:
         return ["python", program, *arguments] if program.endswith(".py") else [program, *arguments]
     return ["python", "-m", spec.name.removesuffix(".__main__"), *arguments]
-
-
-def _versions() -> dict[str, str]:
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
-
-
-def _num_cpus() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _memory_bytes() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):  # not on every system
-        return None

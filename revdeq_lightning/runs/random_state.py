@@ -9,23 +9,20 @@ import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
 
+from revdeq_lightning.processes import gathered
+
 
 class ResumableRandomState(Callback):
-    """Stores the states of Python's, NumPy's and PyTorch's global generators, one set a process.
+    """Stores the states of Python's, NumPy's and PyTorch's global generators for each process.
 
-    They are set when training starts again. With another number of processes than at the time of the checkpoint
-    the new processes keep their own.
+    They are restored when training starts, unless the number of processes has changed.
     """
 
     def __init__(self) -> None:
         self._loaded: list[dict[str, Any]] = []
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        states: list[Any] = [random_state()]
-        if trainer.world_size > 1:
-            states = [None] * trainer.world_size
-            torch.distributed.all_gather_object(states, random_state())
-        checkpoint["random_states"] = states
+        checkpoint["random_states"] = gathered(random_state())
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._loaded = checkpoint.get("random_states", [])
@@ -37,19 +34,12 @@ class ResumableRandomState(Callback):
 
 
 def random_state() -> dict[str, Any]:
-    """The global generators' states as plain containers and tensors, which load without code (`weights_only=True`)."""
-    name, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002
-    position, has_gauss, gauss = rest
+    """The global generators' states as plain containers and tensors, which load with `weights_only=True`."""
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002
     numpy_keys = torch.from_numpy(np.asarray(keys, dtype=np.int64))
     state: dict[str, Any] = {
         "python": random.getstate(),
-        "numpy": (
-            name,
-            numpy_keys,
-            int(position),
-            int(has_gauss),
-            float(gauss),
-        ),
+        "numpy": (name, numpy_keys, int(position), int(has_gauss), float(gauss)),
         "torch": torch.get_rng_state(),
     }
     if torch.cuda.is_available():
@@ -70,7 +60,7 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 @contextmanager
 def untouched_random_state() -> Iterator[None]:
-    """Whatever is drawn within, the global generators are afterwards where they were."""
+    """Restore the global generators afterwards."""
     state = random_state()
     try:
         yield

@@ -1,4 +1,4 @@
-"""Ctrl-C and a scheduler's signals end training after the same step on every rank."""
+"""All ranks begin from the same checkpoint, and end after the same step at Ctrl-C or a scheduler's signal."""
 
 import signal
 import threading
@@ -12,16 +12,34 @@ from revdeq_lightning.runs.signals import STOP, Stopped
 from revdeq_lightning.tasks.training_step import made_step
 
 
+class SameStart(Callback):
+    """Refuses to train if a rank does not see the checkpoint from which the first rank resumes.
+
+    Machines whose run folder is not on a shared file system see different ones, and a rank that starts from scratch
+    beside one that resumes would spoil the run, or hang. Raises FileNotFoundError, on every rank.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit" or trainer.world_size == 1:
+            return
+        own = str(trainer.ckpt_path or "")
+        first = trainer.strategy.broadcast(own)
+        if not trainer.strategy.reduce_boolean_decision(own == first):
+            raise FileNotFoundError(
+                f"rank {trainer.global_rank} would begin from {own or 'nothing'}, the first rank from "
+                f"{first or 'nothing'}: run.folder must lie on a file system that all machines share"
+            )
+
+
 class StopSignal(Callback):
-    """Ends training at Ctrl-C, SIGTERM or SIGUSR1, between two optimizer steps on which all ranks agree.
+    """Ends training at Ctrl-C, SIGTERM or SIGUSR1, between two optimizer steps, on all ranks after the same one.
 
-    A signal may reach one rank alone, or each at another moment. A rank that acted on it by itself would wait for the
-    others in its collective, and they for it in theirs. So the handler only notes the signal, and after each optimizer
-    step the ranks exchange one number. `LastCheckpoint` saves once they have agreed; training ends as the next step
-    begins. A validation that is under way, or due after that step, is finished first; a test, of which nothing
-    can be kept, is not.
+    A signal may reach one rank alone, or each at another moment; ranks that acted by themselves would deadlock in
+    different collectives. So the handler only notes the signal, and after each optimizer step the ranks exchange one
+    number. `LastCheckpoint` saves once they have agreed; training ends as the next step begins. A validation that has
+    begun, or is due after that step, is finished first. A test is not, as nothing of it can be kept.
 
-    A second Ctrl-C ends at once, without a checkpoint; the other signals may come as often as they like.
+    A second Ctrl-C ends training at once, without a checkpoint.
     """
 
     def __init__(self) -> None:
@@ -29,12 +47,9 @@ class StopSignal(Callback):
         self._took = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Note the signals from now on, and keep Lightning from handling them.
-
-        Lightning's handlers call collectives, and under SLURM save, at whatever moment the signal comes: a
-        rank that gets it in another collective than the others hangs.
-        """
         self._took = STOP.take() or self._took
+        # Lightning's handlers call collectives, and under SLURM save, whenever the signal comes: a rank that gets it in
+        # another collective than the others hangs.
         cast(Any, trainer)._signal_connector.register_signal_handlers = lambda: None  # there is no public switch
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

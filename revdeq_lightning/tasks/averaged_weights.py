@@ -6,7 +6,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from revdeq_lightning.models.sharded_tensors import is_sharded, local, shared_out_like, whole
+from revdeq_lightning.processes import is_sharded, local, shared_out_like, whole
 
 
 class AveragedWeights(Callback):

@@ -12,7 +12,7 @@ from torch.optim.adamw import adamw
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from revdeq_lightning.equilibrium.validation import require_count, require_in_range
-from revdeq_lightning.models.sharded_tensors import shared_out_like, whole
+from revdeq_lightning.processes import shared_out_like, whole
 
 
 @dataclass

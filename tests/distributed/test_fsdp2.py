@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from revdeq_lightning.distributed.sharding import fill_from_first_process, shard_equilibria
 from revdeq_lightning.equilibrium import MomentumSolver, ReversibleAdjoint
 from revdeq_lightning.models import ExplicitTransformerLM, TransformerConfig, TransformerLM
-from revdeq_lightning.models.sharded_tensors import whole
+from revdeq_lightning.processes import whole
 from revdeq_lightning.tasks.optimizers import MuonAdamW
 from revdeq_lightning.tasks.recipe import Recipe, deferred_weights
 

@@ -20,7 +20,7 @@ from revdeq_lightning.data.images.module import ImageDataModule
 from revdeq_lightning.distributed.strategies import EquilibriumDDP, EquilibriumFSDP2
 from revdeq_lightning.models import ClassifierConfig
 from revdeq_lightning.models.build import SolverConfig
-from revdeq_lightning.models.sharded_tensors import whole
+from revdeq_lightning.processes import whole
 from revdeq_lightning.runs.probe import _Float64 as Float64
 from revdeq_lightning.tasks.classification import ClassificationTask
 from revdeq_lightning.tasks.optimizers import OptimizerConfig

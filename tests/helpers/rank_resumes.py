@@ -18,7 +18,7 @@ from tiny_runs import MUON, tiny_data, tiny_task, tiny_trainer
 
 from revdeq_lightning.distributed.strategies import EquilibriumDDP, EquilibriumFSDP2
 from revdeq_lightning.errors import CheckpointError
-from revdeq_lightning.models.sharded_tensors import whole
+from revdeq_lightning.processes import whole
 from revdeq_lightning.tasks.averaged_weights import AveragedWeights
 
 STRATEGIES = {

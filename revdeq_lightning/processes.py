@@ -1,14 +1,23 @@
-"""Tensors that FSDP2 shards, and what optimizers and averages ask of them."""
+"""What the processes of a run exchange: objects, and the tensors that FSDP2 shards."""
 
 from typing import Any
 
-import torch
+import torch.distributed as dist
 from torch import Tensor
+
+
+def gathered(value: Any) -> list[Any]:
+    """This value of every process, by rank; all processes must call it."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def is_sharded(value: Any) -> bool:
     """Whether this is a tensor of which each process holds a part."""
-    if not torch.distributed.is_available():
+    if not dist.is_available():
         return False
     from torch.distributed.tensor import DTensor
 
