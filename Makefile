@@ -1,4 +1,4 @@
-# Every target makes what it needs: on a bare checkout `make train-lm` or `make test` is enough.
+# Every target installs what it needs, so that `make train-lm` or `make test` works in a fresh checkout.
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -25,22 +25,22 @@ FIT = $(TASK) fit --config $(or $(CONFIG),configs/lm/wikitext103.yaml) --config 
 .PHONY: help setup train-lm train-cifar train-imagenet generate notebooks docs test test-slow lint format typecheck bench bench-quick bench-core bench-lm bench-image bench-image-block bench-cifar bench-quality bench-callbacks bench-faults bench-scaling submit train-nodes bench-pairs clean
 
 help:  ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-# The stamp is written last, so that an interrupted installation is done again.
+# The stamp is written last, so that an interrupted installation is repeated.
 $(READY): pyproject.toml
-	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"Python 3.11 or newer is needed, {sys.executable} is {v.major}.{v.minor}: make PYTHON=/path/to/python3.11 ...")'
-	@echo "Setting up $(VENV) (torch with CUDA is some gigabytes: a few minutes, once) ..."
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"Python 3.11 or newer is required, {sys.executable} is {v.major}.{v.minor}: make PYTHON=/path/to/python3.11 ...")'
+	@echo "Setting up $(VENV) (PyTorch with CUDA is several gigabytes; this takes a few minutes, once) ..."
 	@$(PYTHON) -m venv $(VENV)
 	@$(RUN) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $(READY)
 
-setup: $(READY)  ## Make the virtual environment (.venv)
+setup: $(READY)  ## Create the virtual environment (.venv)
 
 train-lm: $(READY)  ## Train a RevDEQ language model: CONFIG=configs/lm/NAME.yaml ARGS="--trainer.max_steps=100"
 	@$(RUN) -m revdeq_lightning fit --config $(or $(CONFIG),configs/lm/default.yaml) $(ARGS)
 
-train-cifar: $(READY)  ## Train a RevDEQ classifier on CIFAR-10: CONFIG=configs/cifar10/NAME.yaml DATA=own-folder-or-tar-of-images
+train-cifar: $(READY)  ## Train a RevDEQ classifier on CIFAR-10: CONFIG=configs/cifar10/NAME.yaml DATA=folder-or-tar-of-your-images
 	@$(RUN) -m revdeq_lightning image fit --config $(or $(CONFIG),configs/cifar10/cpu.yaml) $(if $(DATA),--data.source=folder --data.path='$(DATA)') $(ARGS)
 
 train-imagenet: $(READY)  ## Train on ImageNet: DATA=folder with train/CLASS/* and val/CLASS/*
@@ -49,33 +49,33 @@ train-imagenet: $(READY)  ## Train on ImageNet: DATA=folder with train/CLASS/* a
 submit: $(READY)  ## Train on a SLURM cluster: NODES=2 GPUS=8 CONFIG=FILE TASK=lm|image TRAINER=configs/trainer/ddp.yaml SBATCH="--time=4:00:00"
 	@sbatch --nodes=$(NODES) --ntasks-per-node=$(GPUS) --gpus-per-node=$(GPUS) $(SBATCH) configs/cluster/slurm.sh $(FIT)
 
-train-nodes: $(READY)  ## Train on machines without a scheduler, the same line on each: NODES=2 GPUS=8 ADDRESS=HOST:PORT NAME=first CONFIG=FILE
+train-nodes: $(READY)  ## Train on machines without a scheduler; run this on each: NODES=2 GPUS=8 ADDRESS=HOST:PORT NAME=first CONFIG=FILE
 	@NODES=$(NODES) GPUS=$(GPUS) ADDRESS='$(ADDRESS)' RUN='$(NAME)' configs/cluster/torchrun.sh $(FIT)
 
 generate: $(READY)  ## Continue a text: CKPT=runs/lm/NAME/DATE/checkpoints/best.ckpt PROMPT="def "
 	@$(RUN) -m revdeq_lightning generate --ckpt_path '$(CKPT)' --prompt '$(PROMPT)' $(ARGS)
 
-notebooks: $(READY)  ## Execute the notebooks anew; SMALL=1: compute less, leave the files alone
+notebooks: $(READY)  ## Execute the notebooks; SMALL=1: smaller sizes, files unchanged
 	@$(RUN) notebooks/execute.py $(if $(SMALL),--small) $(ARGS)
 
-# Not --quiet, which keeps --strict from counting the warnings.
+# No --quiet: it hides the warnings that --strict counts.
 docs: $(READY)  ## Build the documentation into site/; a broken link or a missing reference is an error
 	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
-# One process a core, one thread each: many small tensors gain nothing from threads.
+# One process per core with one thread each: operations on small tensors gain nothing from threads.
 test: $(READY)  ## Run the tests: ARGS="-k golden"
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto -m "not slow" $(ARGS)
 
-test-slow: $(READY)  ## Run the tests that take minutes: many processes, kills, several machines, SLURM
+test-slow: $(READY)  ## Run the tests that take minutes: several processes, kills, several machines, SLURM
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto -m slow $(ARGS)
 
 lint: $(READY)  ## Check style
 	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check .
 
-format: $(READY)  ## Apply the style
+format: $(READY)  ## Fix style
 	@$(RUN) -m ruff check --fix . && $(RUN) -m ruff format .
 
-typecheck: $(READY)  ## Check types (strict on the core)
+typecheck: $(READY)  ## Check types (strict for the core)
 	@$(RUN) -m mypy
 
 AUTHORS ?=
@@ -86,7 +86,7 @@ BENCH = $(RUN) -m benchmarks $(if $(AUTHORS),--repository '$(AUTHORS)') $(if $(T
 bench: $(READY)  ## Measure everything: AUTHORS=their-repository TEXT=tinyshakespeare.txt IMAGES=cifar10.tar.xz (hours)
 	@OMP_NUM_THREADS=1 $(BENCH) $(ARGS)
 
-bench-quick: $(READY)  ## The same in tiny sizes, to see that everything works (less than 10 minutes)
+bench-quick: $(READY)  ## Run all benchmarks in tiny sizes to check that they work (less than 10 minutes)
 	@OMP_NUM_THREADS=1 $(BENCH) --quick $(ARGS)
 
 bench-core: $(READY)  ## Measure the core: exactness, convergence, cost, memory (about 10 minutes on an idle machine)
@@ -95,28 +95,28 @@ bench-core: $(READY)  ## Measure the core: exactness, convergence, cost, memory 
 bench-lm: $(READY)  ## Train the tiny Shakespeare table: DATA=tinyshakespeare.txt (hours on two cores)
 	@$(RUN) -m benchmarks.quality.language_model --data '$(or $(DATA),data/tinyshakespeare.txt)' $(ARGS)
 
-bench-image: $(READY)  ## Measure the classifiers: time, memory and gradient beside BPTT (some minutes)
+bench-image: $(READY)  ## Measure the classifiers against BPTT: time, memory, gradient (a few minutes)
 	@$(RUN) -m benchmarks.core.classifier_cost $(ARGS)
 
-bench-image-block: $(READY)  ## Train what was tried for the modern classifier: DATA=as above (an hour on one core)
+bench-image-block: $(READY)  ## Train the variants tried for the modern classifier: DATA=folder-or-tar (an hour on one core)
 	@$(RUN) -m benchmarks.quality.image_block --data '$(or $(DATA),data/cifar10)' $(ARGS)
 
 bench-cifar: $(READY)  ## Train the CIFAR-10 table: DATA=folder-or-tar with train/CLASS/* (an hour on two cores)
 	@$(RUN) -m benchmarks.quality.cifar10 --data '$(or $(DATA),data/cifar10)' $(ARGS)
 
-bench-faults: $(READY)  ## Kill runs, fill disks, damage checkpoints: what is lost (some minutes; the disks need root)
+bench-faults: $(READY)  ## Kill runs, fill disks, damage checkpoints, and measure what is lost (a few minutes; disks need root)
 	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.cluster.faults $(ARGS)
 
 bench-callbacks: $(READY)  ## Measure what the callbacks add to a training step (15 minutes on an idle core)
 	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.cluster.callbacks $(ARGS)
 
-bench-quality: $(READY)  ## Quality at equal cost: DATA=tinyshakespeare.txt ARGS="--images=cifar10-train.tar.xz" (an hour each on one core)
+bench-quality: $(READY)  ## Compare quality at equal cost: DATA=tinyshakespeare.txt ARGS="--images=cifar10-train.tar.xz" (an hour each on one core)
 	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.quality --text '$(or $(DATA),data/tinyshakespeare.txt)' $(ARGS)
 
-bench-scaling: $(READY)  ## Model of steps on 8 to 1,024 GPUs, and two processes on this CPU measured
+bench-scaling: $(READY)  ## Model training steps on 8 to 1,024 GPUs, and measure two processes on this CPU
 	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.cluster.scaling --measure $(ARGS)
 
-bench-pairs: $(READY)  ## Every solver with every adjoint: gradient, evaluations, memory (some minutes)
+bench-pairs: $(READY)  ## Measure every solver with every adjoint: gradient, evaluations, memory (a few minutes)
 	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.core.pairs $(ARGS)
 
 clean:  ## Remove the virtual environment and caches (never runs/)
