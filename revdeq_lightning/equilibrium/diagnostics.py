@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from .adjoints.backprop import BackpropAdjoint
 from .adjoints.base import AbstractAdjoint
@@ -43,9 +43,8 @@ def jacobian_regularization(
     Source: Bai et al. 2021, arXiv:2106.14342, section 4.
     """
     require_count("num_samples", num_samples)
-    function, z_leaves, x_leaves = _on_leaves(f, z, x)
     with sdpa_kernel(SDPBackend.MATH):
-        state, value = evaluate_recorded(function, z_leaves, x_leaves)
+        state, value = _recorded(f, z, x)
         squares = []
         for _ in range(num_samples):
             signs = [torch.randint(0, 2, v.shape, generator=generator, device=v.device) * 2 - 1 for v in value]
@@ -78,9 +77,8 @@ def spectral_radius(
         seed: Of the start vector.
     """
     require_count("num_iterations", num_iterations, at_least=2)
-    with _untouched(f, z), torch.inference_mode(False), torch.enable_grad():
-        function, z_leaves, x_leaves = _on_leaves(f, z, tree_map(_constant, x))
-        state, value = evaluate_recorded(function, [leaf.clone() for leaf in z_leaves], x_leaves)
+    with _aside(f, z):
+        state, value = _recorded(f, tree_map(_constant, z), tree_map(_constant, x))
         vector, growths = _random_like(value, seed), []
         for _ in range(num_iterations):
             norm = _norm(vector, per_sample)
@@ -136,7 +134,7 @@ def gradient_error(
     """
     if reference_dtype is not None and not isinstance(f, nn.Module):
         raise ValueError(f"reference_dtype={reference_dtype} needs an f that is an nn.Module, got {type(f).__name__}")
-    upstream = _random_like(tree_flatten(z0)[0], 0) if cotangent is None else tree_flatten(cotangent)[0]
+    upstream = _random_like(tree_leaves(z0), 0) if cotangent is None else tree_leaves(cotangent)
     ours = _gradient(f, z0, x, upstream, solver, adjoint, None)
     exact = _gradient(f, z0, x, upstream, solver, reference or BackpropAdjoint(), reference_dtype)
     if not exact:
@@ -158,37 +156,31 @@ def _gradient(
     dtype: torch.dtype | None,
 ) -> dict[str, Tensor]:
     """Flat float64 gradients by name; with a dtype, those of a copy of f in it, without autocast."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_untouched(f, z0))
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
+    device_type = upstream[0].device.type
+    is_autocast = dtype is None and torch.is_autocast_enabled(device_type)
+    with _aside(f, z0), torch.autocast(device_type, enabled=is_autocast):
         z0, x = tree_map(_constant, z0), tree_map(_constant, x)
         if dtype is not None:
             assert isinstance(f, nn.Module)
             f = copy.deepcopy(f).to(dtype)
             z0, x = (tree_map(lambda leaf: leaf.to(dtype) if _is_floating(leaf) else leaf, tree) for tree in (z0, x))
-            stack.enter_context(torch.autocast(upstream[0].device.type, enabled=False))
-        leaves = {f"x[{i}]": leaf.requires_grad_() for i, leaf in enumerate(tree_flatten(x)[0]) if _is_floating(leaf)}
+        leaves = {f"x[{i}]": leaf.requires_grad_() for i, leaf in enumerate(tree_leaves(x)) if _is_floating(leaf)}
         sources = {name: p for name, p in named_parameters(f).items() if p.requires_grad} | leaves
         if not sources:
             return {}
-        value = tree_flatten(solve_fixed_point(f, z0, x, solver=solver, adjoint=adjoint).value)[0]
-        outputs = [(v, g.to(v.dtype)) for v, g in zip(value, upstream, strict=True) if v.requires_grad]
-        tensors, weights = ([pair[i] for pair in outputs] for i in range(2))
-        grads = torch.autograd.grad(tensors, list(sources.values()), weights, allow_unused=True) if outputs else ()
-        found = dict(zip(sources, grads, strict=False))
-        return {name: _flat(found.get(name), source) for name, source in sources.items()}
+        value = tree_leaves(solve_fixed_point(f, z0, x, solver=solver, adjoint=adjoint).value)
+        weights = [g.to(v.dtype) for v, g in zip(value, upstream, strict=True)]
+        products = vector_jacobian_products(value, list(sources.values()), weights)
+        return {
+            name: (torch.zeros_like(source) if product is None else product).detach().flatten().double()
+            for (name, source), product in zip(sources.items(), products, strict=True)
+        }
 
 
-def _flat(gradient: Tensor | None, source: Tensor) -> Tensor:
-    return (torch.zeros_like(source) if gradient is None else gradient).detach().flatten().double()
-
-
-def _on_leaves(f: Callable[[Any, Any], Any], z: Any, x: Any) -> tuple[EquilibriumFunction, Leaves, list[Any]]:
-    """The map on leaves, and the leaves; z as a constant."""
-    z_leaves, z_spec = tree_flatten(z)
-    x_leaves, x_spec = tree_flatten(x)
-    return EquilibriumFunction(f, z_leaves, z_spec, x_spec), [leaf.detach() for leaf in z_leaves], x_leaves
+def _recorded(f: Callable[[Any, Any], Any], z: Any, x: Any) -> tuple[Leaves, Leaves]:
+    """The leaves of z as constants, and f of them."""
+    leaves, spec = tree_flatten(z)
+    return evaluate_recorded(EquilibriumFunction(f, leaves, spec, x), leaves)
 
 
 def _is_floating(leaf: Any) -> bool:
@@ -214,12 +206,12 @@ def _norm(leaves: Leaves, per_sample: bool) -> Tensor:
 
 
 @contextlib.contextmanager
-def _untouched(f: Callable[[Any, Any], Any], z: Any) -> Iterator[None]:
-    """Random state and buffers are afterwards what they were."""
+def _aside(f: Callable[[Any, Any], Any], z: Any) -> Iterator[None]:
+    """Autograd records, wherever this is called; random state and buffers are afterwards what they were."""
     modules = f.modules() if isinstance(f, nn.Module) else ()
     buffers = [(m, name, b, b.clone()) for m in modules for name, b in m._buffers.items() if b is not None]
-    devices = {leaf.device for leaf in tree_flatten(z)[0] if leaf.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)):
+    devices = {leaf.device for leaf in tree_leaves(z) if leaf.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)), torch.inference_mode(False), torch.enable_grad():
         try:
             yield
         finally:

@@ -13,21 +13,18 @@ from .weights import ComputedWeights
 
 
 class EquilibriumFunction:
-    """`f(z, x)` on lists of leaves.
+    """`f(z, x)` as a function of the leaves of z, the same in every call of a solve.
 
-    * One random state a solve: every call draws the same numbers (one dropout mask), in the backward pass too.
+    * One random state: every call draws the same numbers (one dropout mask), in the backward pass too.
     * The autocast state of the forward pass holds in every call. Under autocast the result may be of lower precision
       than the state, and is cast back; otherwise a changed shape, dtype or device is an error.
     * Weights that f computes from its parameters are computed once (in a compiled f, with every call).
     * `nfe` counts the calls.
     """
 
-    def __init__(
-        self, f: Callable[[Any, Any], Any], z_leaves: Sequence[Tensor], z_spec: TreeSpec, x_spec: TreeSpec
-    ) -> None:
-        self.f = f
-        self.z_spec = z_spec
-        self.x_spec = x_spec
+    def __init__(self, f: Callable[[Any, Any], Any], z_leaves: Sequence[Tensor], z_spec: TreeSpec, x: Any) -> None:
+        self.f, self.z_spec = f, z_spec
+        self.x, self.x_spec = tree_flatten(x)
         self.expected = [(z.shape, z.dtype, z.device) for z in z_leaves]
         device = z_leaves[0].device
         self.device_type = device.type
@@ -37,16 +34,25 @@ class EquilibriumFunction:
         self.weights = ComputedWeights(None if is_compiled(f) else f)
         self.nfe = 0
 
-    def __call__(self, z: Leaves, x: Sequence[Any]) -> Leaves:
+    def __call__(self, z: Leaves) -> Leaves:
         """Evaluate f once."""
         self.nfe += 1
-        z_tree, x_tree = tree_unflatten(z, self.z_spec), tree_unflatten(x, self.x_spec)
+        z_tree, x_tree = tree_unflatten(z, self.z_spec), tree_unflatten(self.x, self.x_spec)
         with self._autocast(), self.weights.in_place(), self.randomness.same_draws():
             value = self.f(z_tree, x_tree)
         leaves, spec = tree_flatten(value)
         if spec != self.z_spec:
             raise ValueError(f"f must return the structure of the state, {self.z_spec}; it returned {spec}")
         return [self._checked(leaf, i) for i, leaf in enumerate(leaves)]
+
+    def run_with(self, x: list[Any], parameters: dict[str, Tensor], weights: Leaves, run: Callable[[], Any]) -> Any:
+        """`run()` with these leaves of x, parameters of f, and weights that f computes, in place of its own."""
+        own = self.x, self.weights.values
+        self.x, self.weights.values = x, weights
+        try:
+            return call_with_parameters(self.f, parameters, run)
+        finally:
+            self.x, self.weights.values = own
 
     def _checked(self, leaf: Any, i: int) -> Tensor:
         if not isinstance(leaf, Tensor):
@@ -158,11 +164,11 @@ def call_with_parameters(f: Callable[[Any, Any], Any], parameters: dict[str, Ten
     return torch.func.functional_call(_WithParameters(f), exchanged, (run,))
 
 
-def evaluate_recorded(f: EquilibriumFunction, z: Leaves, x: Sequence[Any]) -> tuple[Leaves, Leaves]:
+def evaluate_recorded(f: EquilibriumFunction, z: Leaves) -> tuple[Leaves, Leaves]:
     """Fresh leaves with the values of z, and f of them with autograd recording."""
     with torch.enable_grad():
         leaves = [leaf.detach().requires_grad_() for leaf in z]
-        return leaves, f(leaves, x)
+        return leaves, f(leaves)
 
 
 def vector_jacobian_products(

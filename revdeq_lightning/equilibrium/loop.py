@@ -1,10 +1,10 @@
 """The loop that evaluates f: every solver, every adjoint, forward and in the backward pass's linear system."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,17 +12,6 @@ from torch import Tensor
 from .norms import Leaves, residual
 from .solution import SolverStats
 from .solvers.base import AbstractSolver, State
-
-
-class Evaluation(Protocol):
-    """f on leaves, with a count of its calls."""
-
-    @property
-    def nfe(self) -> int:
-        """Calls so far."""
-
-    def __call__(self, z: Leaves, x: Sequence[Any]) -> Leaves:
-        """Evaluate f once."""
 
 
 class Iteration(NamedTuple):
@@ -36,7 +25,7 @@ class Iteration(NamedTuple):
 
 
 def iterate_to_fixed_point(
-    solver: AbstractSolver, f: Evaluation, z0: Leaves, x: Sequence[Any], *, reversible: bool = False
+    solver: AbstractSolver, f: Callable[[Leaves], Leaves], z0: Leaves, *, reversible: bool = False
 ) -> Iteration:
     """Run the solver from z0; `reversible` keeps what is needed to undo the steps.
 
@@ -46,7 +35,7 @@ def iterate_to_fixed_point(
         DivergenceError: If an iterate is not finite or beyond the solver's limit.
     """
     state = solver.init(z0, reversible=reversible)
-    watch = _Watch(solver, f, x)
+    watch = _Watch(solver, f)
     num_steps = torch.full((len(z0[0]),), solver.max_steps, device=z0[0].device)
     if solver.has_tolerance:
         iteration = _step_until_converged(solver, watch, state, num_steps.zero_())
@@ -63,7 +52,7 @@ def _step_to_the_end(solver: AbstractSolver, watch: "_Watch", state: State, num_
         iterate = solver.iterate(state)
         value = watch.evaluate(iterate)
         state = solver.advance(state, value, None)
-    stats = SolverStats(num_steps, watch.f.nfe, residual(value, iterate).relative)
+    stats = SolverStats(num_steps, watch.nfe, residual(value, iterate).relative)
     iterate = solver.iterate(state)
     watch.look_at(iterate)
     return Iteration(state, iterate, num_evaluations, stats)
@@ -81,7 +70,7 @@ def _step_until_converged(solver: AbstractSolver, watch: "_Watch", state: State,
                 last = residual(value, iterate, solver.rtol, solver.atol)
                 active = active & ~last.converged
                 if step == solver.max_steps or (step % interval == 0 and not active.any()):
-                    stats = SolverStats(num_steps, watch.f.nfe, last.relative, last.converged)
+                    stats = SolverStats(num_steps, watch.nfe, last.relative, last.converged)
                     return Iteration(state, iterate, step * solver.evaluations_per_step, stats)
             state = solver.advance(state, value, active)
         num_steps += active
@@ -96,14 +85,15 @@ def host_check_interval(device: torch.device) -> int:
 class _Watch:
     """Evaluates f and keeps a few numbers of each iterate on the device, so that the host waits for it only once."""
 
-    def __init__(self, solver: AbstractSolver, f: Evaluation, x: Sequence[Any]) -> None:
-        self.solver, self.f, self.x = solver, f, x
+    def __init__(self, solver: AbstractSolver, f: Callable[[Leaves], Leaves]) -> None:
+        self.solver, self.f, self.nfe = solver, f, 0
         self.extremes: list[list[Tensor]] = []
         self.curve: list[Tensor] | None = [] if _records_residuals.get() else None
 
     def evaluate(self, iterate: Leaves, active: Tensor | None = None) -> Leaves:
         self.look_at(iterate)
-        value = self.f(iterate, self.x)
+        value = self.f(iterate)
+        self.nfe += 1
         if self.curve is not None:
             relative = residual(value, iterate).relative
             self.curve.append(relative if active is None else relative.masked_fill(~active, math.nan))

@@ -1,12 +1,12 @@
 """The entry point: `solve_fixed_point` finds z with f(z, x) = z and makes it differentiable."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from .adjoints.base import AbstractAdjoint
 from .function import EquilibriumFunction
@@ -48,16 +48,16 @@ def solve_fixed_point(
     """
     require_solver_and_adjoint(solver, adjoint)
     z_leaves, z_spec = tree_flatten(z0)
-    x_leaves, x_spec = tree_flatten(x)
     z_leaves = _checked_state(z_leaves)
-    function = EquilibriumFunction(f, z_leaves, z_spec, x_spec)
+    function = EquilibriumFunction(f, z_leaves, z_spec, x)
     try:
-        value, stats = adjoint.solve(function, z_leaves, x_leaves, solver)
+        value, stats = adjoint.solve(function, z_leaves, solver)
     except DivergenceError as error:
         if (errors := divergence_errors()) is None:
             raise
         errors.append(error)
-        value, stats = _diverged(function, z_leaves, x_leaves, solver)
+        function.x = tree_leaves(x)  # the adjoint may have taken it up
+        value, stats = _diverged(function, z_leaves, solver)
     return FixedPointSolution(tree_unflatten(value, z_spec), stats)
 
 
@@ -70,11 +70,9 @@ def require_solver_and_adjoint(solver: Any, adjoint: Any) -> None:
     adjoint.check(solver)
 
 
-def _diverged(
-    f: EquilibriumFunction, z0: Leaves, x: Sequence[Any], solver: AbstractSolver
-) -> tuple[Leaves, SolverStats]:
+def _diverged(f: EquilibriumFunction, z0: Leaves, solver: AbstractSolver) -> tuple[Leaves, SolverStats]:
     """NaN, by one more evaluation: so everything that f uses has a gradient, NaN, which other processes wait for."""
-    value = [v * math.nan for v in f(z0, x)]
+    value = [v * math.nan for v in f(z0)]
     steps = torch.full((len(z0[0]),), solver.max_steps, device=z0[0].device)
     residual = torch.full(steps.shape, math.nan, device=steps.device)
     converged = torch.zeros_like(steps, dtype=torch.bool) if solver.has_tolerance else None

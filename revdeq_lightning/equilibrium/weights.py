@@ -1,7 +1,7 @@
 """Weights that f computes from its parameters (torch.nn.utils.parametrizations), once per solve."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, get_args
 
 import torch
@@ -26,16 +26,6 @@ class ComputedWeights:
         modules = f.modules() if isinstance(f, nn.Module) else ()
         self._lists: list[nn.Module] = [m for m in modules if isinstance(m, parametrize.ParametrizationList)]
         self.values: list[Tensor] = [computed() for computed in self._lists]
-
-    @contextlib.contextmanager
-    def exchanged(self, values: Sequence[Tensor]) -> Iterator[None]:
-        """Within, these tensors are the weights."""
-        own = self.values
-        self.values = list(values)
-        try:
-            yield
-        finally:
-            self.values = own
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:

@@ -4,9 +4,8 @@ unrolled:  h_0 = z (a constant),  h_{t+1} = (1 - beta) * h_t + beta * f(h_t, x);
 neumann:   w = beta * sum_{t < num_steps} ((1 - beta) * I + beta * J^T)^t g,  dL/dtheta = (df/dtheta)^T w
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 
@@ -15,9 +14,8 @@ from ..norms import Leaves
 from ..solution import SolverStats
 from ..solvers.base import AbstractSolver
 from ..validation import require_choice, require_count, require_in_range
-from .attached import attach, record_at, solve_without_gradient
+from .attached import AdjointSystem, attach, solve_with_cotangents, solve_without_gradient
 from .base import AbstractAdjoint
-from .implicit import AdjointSystem, refuse_double_backward
 
 PhantomKind = Literal["unrolled", "neumann"]
 
@@ -51,35 +49,24 @@ class PhantomAdjoint(AbstractAdjoint):
         require_in_range("beta", self.beta, "(0, 2)")
         require_choice("kind", self.kind, get_args(PhantomKind))
 
-    def solve(
-        self, f: EquilibriumFunction, z0: Leaves, x: Sequence[Any], solver: AbstractSolver
-    ) -> tuple[Leaves, SolverStats]:
-        value, stats = solve_without_gradient(f, z0, x, solver)
-        if self.kind == "unrolled":
-            if not torch.is_grad_enabled():
-                return value, stats
-            h = value
-            for _ in range(self.num_steps):
-                h = [(1 - self.beta) * a + self.beta * b for a, b in zip(h, f(h, x), strict=True)]
-            stats.forward_nfe = f.nfe
-            if not any(leaf.requires_grad for leaf in (*h, *z0)):
-                return value, stats
-            return attach(value, h, z0, lambda grads: grads), stats
-        recorded = record_at(f, value, z0, x, stats)
-        if recorded is None:
+    def solve(self, f: EquilibriumFunction, z0: Leaves, solver: AbstractSolver) -> tuple[Leaves, SolverStats]:
+        if self.kind == "neumann":
+            return solve_with_cotangents(f, z0, solver, self._cotangents)
+        value, stats = solve_without_gradient(f, z0, solver)
+        if not torch.is_grad_enabled():
             return value, stats
-        system = AdjointSystem(*recorded)
+        h = value
+        for _ in range(self.num_steps):
+            h = [(1 - self.beta) * a + self.beta * b for a, b in zip(h, f(h), strict=True)]
+        stats.forward_nfe = f.nfe
+        if not any(leaf.requires_grad for leaf in (*h, *z0)):
+            return value, stats
+        return attach(value, h, z0, lambda grads: grads), stats
 
-        def cotangents(grads: Leaves) -> Leaves:
-            refuse_double_backward(self)
-            g = system.begin(grads)
-            total = [self.beta * leaf for leaf in g]
-            for _ in range(self.num_steps - 1):
-                total = [
-                    (1 - self.beta) * w + self.beta * (p + leaf)
-                    for w, p, leaf in zip(total, system.products(total), g, strict=True)
-                ]
-            stats.backward_nfe, stats.backward_num_products = 0, system.nfe
-            return system.end(total)
-
-        return attach(value, recorded[1], z0, cotangents), stats
+    def _cotangents(self, system: AdjointSystem, stats: SolverStats, grads: Leaves) -> Leaves:
+        self.refuse_double_backward()
+        total = [self.beta * g for g in system.begin(grads)]
+        for _ in range(self.num_steps - 1):
+            total = [(1 - self.beta) * w + self.beta * v for w, v in zip(total, system(total), strict=True)]
+        stats.backward_nfe, stats.backward_num_products = 0, system.num_products
+        return system.end(total)

@@ -10,11 +10,9 @@ z_0.
 """
 
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +21,6 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from ..exact import kernels
 from ..function import (
     EquilibriumFunction,
-    call_with_parameters,
     evaluate_recorded,
     graph_leaves,
     is_compiled,
@@ -36,9 +33,7 @@ from ..solution import SolverStats
 from ..solvers.base import AbstractSolver
 from ..solvers.reversible import AbstractTwoStepSolver, TwoStepState
 from ..validation import require_choice
-from .base import AbstractAdjoint
-
-Policy = Literal["warn", "raise", "ignore"]
+from .base import AbstractAdjoint, Policy, report
 
 
 class ReconstructionWarning(UserWarning):
@@ -80,20 +75,18 @@ class ReversibleAdjoint(AbstractAdjoint):
                 " MomentumSolver, or BackpropAdjoint, ImplicitAdjoint or PhantomAdjoint"
             )
 
-    def solve(
-        self, f: EquilibriumFunction, z0: Leaves, x: Sequence[Any], solver: AbstractSolver
-    ) -> tuple[Leaves, SolverStats]:
+    def solve(self, f: EquilibriumFunction, z0: Leaves, solver: AbstractSolver) -> tuple[Leaves, SolverStats]:
         assert isinstance(solver, AbstractTwoStepSolver)
         refuse_unsuitable(f.f)
         parameters = named_parameters(f.f)
-        x_tensors, x_rest = _separated(x)
+        x_tensors, x_rest = _separated(f.x)
         inputs = (*z0, *x_tensors, *parameters.values(), *f.weights.values)
         if not (torch.is_grad_enabled() and any(t.requires_grad for t in inputs)):
-            iteration = iterate_to_fixed_point(solver, f, z0, x)
+            iteration = iterate_to_fixed_point(solver, f, z0)
             _refuse_foreign_leaves(iteration.value, [])
             return iteration.value, iteration.stats
-        with_grad = is_compiled(f.f) if self.forward_with_grad is None else self.forward_with_grad
-        solve = _Solve(f, solver, self.mismatch, with_grad, len(z0), x_rest, list(parameters))
+        f.x = x_rest
+        solve = _Solve(self, f, solver, len(z0), list(parameters))
         value = _ReversibleFunction.apply(solve, *inputs)
         return list(value), solve.stats
 
@@ -102,31 +95,25 @@ class ReversibleAdjoint(AbstractAdjoint):
 class _Solve:
     """What a solve hands from its forward to its backward pass, besides the tensors that autograd saves."""
 
+    adjoint: ReversibleAdjoint
     f: EquilibriumFunction
+    """Its x holds no tensors: they are among the inputs."""
     solver: AbstractTwoStepSolver
-    mismatch: Policy
-    forward_with_grad: bool
     num_leaves: int
-    x_rest: list[Any]
     names: list[str]
     stats: SolverStats = field(init=False)
     num_evaluations: int = 0
     state_rest: list[Any] = field(default_factory=list)
-    state_spec: TreeSpec | None = None
+    state_spec: TreeSpec = field(init=False)
     is_consumed: bool = False
 
-    def split(self, inputs: Sequence[Tensor]) -> tuple[Leaves, list[Any], dict[str, Tensor], Leaves]:
-        """z0, x, the parameters and the computed weights from the autograd Function's flat inputs."""
-        rest = iter(inputs)
-        z0 = [next(rest) for _ in range(self.num_leaves)]
-        x = _joined(rest, self.x_rest)
-        return z0, x, {name: next(rest) for name in self.names}, list(rest)
-
-    def with_parameters(self, inputs: Sequence[Tensor], run: Callable[[], Any]) -> Any:
-        """`run()` with these inputs in place of the parameters and the computed weights of f."""
-        _, _, parameters, weights = self.split(inputs)
-        with self.f.weights.exchanged(weights):
-            return call_with_parameters(self.f.f, parameters, run)
+    def run_with(self, inputs: Sequence[Tensor], run: Callable[[], Any], *, parameters: bool) -> Any:
+        """`run()` with x, and if asked with the parameters and the computed weights, from the flat inputs."""
+        rest = iter(inputs[self.num_leaves :])
+        x = _joined(rest, self.f.x)
+        if not parameters:
+            return self.f.run_with(x, {}, self.f.weights.values, run)
+        return self.f.run_with(x, {name: next(rest) for name in self.names}, list(rest), run)
 
 
 _TENSOR = object()
@@ -146,13 +133,17 @@ def _joined(tensors: Iterator[Tensor], rest: Sequence[Any]) -> list[Any]:
 class _ReversibleFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, solve: _Solve, *inputs: Tensor) -> tuple[Tensor, ...]:
-        z0, x, _, _ = solve.split(inputs)
-        run = partial(iterate_to_fixed_point, solve.solver, reversible=True)
-        if solve.forward_with_grad:
-            leaves = _as_leaves(inputs, ctx.needs_input_grad[1:])
-            iteration = solve.with_parameters(leaves, lambda: run(_Recorded(solve.f), z0, solve.split(leaves)[1]))
-        else:
-            iteration = run(solve.f, z0, x)
+        f, z0, with_grad = solve.f, list(inputs[: solve.num_leaves]), solve.adjoint.forward_with_grad
+        evaluate: Callable[[Leaves], Leaves] = f
+        if recorded := is_compiled(f.f) if with_grad is None else with_grad:
+            # As the backward pass will, with autograd recording, the record dropped.
+            inputs_as_leaves = _as_leaves(inputs, ctx.needs_input_grad[1:])
+            evaluate = lambda z: [v.detach() for v in evaluate_recorded(f, z)[1]]  # noqa: E731
+        iteration = solve.run_with(
+            inputs_as_leaves if recorded else inputs,
+            lambda: iterate_to_fixed_point(solve.solver, evaluate, z0, reversible=True),
+            parameters=recorded,
+        )
         solve.stats, solve.num_evaluations = iteration.stats, iteration.num_evaluations
         ctx.solve = solve
         state, solve.state_spec = tree_flatten(iteration.state)
@@ -165,11 +156,7 @@ class _ReversibleFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         solve: _Solve = ctx.solve
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "ReversibleAdjoint has no double backward, and create_graph=True was asked for: use"
-                " BackpropAdjoint() for second derivatives"
-            )
+        solve.adjoint.refuse_double_backward()
         if solve.is_consumed:
             raise RuntimeError(
                 "second backward through one solve: its states were consumed by the first. Add the losses up and"
@@ -179,80 +166,101 @@ class _ReversibleFunction(torch.autograd.Function):
         solve.is_consumed = True
         needs_grad = ctx.needs_input_grad[1:]
         inputs = _as_leaves(saved[: len(needs_grad)], needs_grad)
-        assert solve.state_spec is not None
         state = tree_unflatten(_joined(iter(saved[len(needs_grad) :]), solve.state_rest), solve.state_spec)
         with solve.f.randomness.untouched():
-            gradients = solve.with_parameters(inputs, lambda: _run_backwards(solve, state, inputs, needs_grad, grads))
-        return None, *gradients
+            backward = _BackwardPass(solve, state, inputs, grads)
+            return None, *solve.run_with(inputs, backward.run, parameters=True)
 
 
-class _Recorded:
-    """Evaluates f in the forward pass as the backward pass will: with autograd recording, the record dropped."""
+class _BackwardPass:
+    """Undoes every evaluation, newest first, and adds up the gradients of x and the parameters."""
 
-    def __init__(self, f: EquilibriumFunction) -> None:
-        self.f = f
+    def __init__(self, solve: _Solve, state: TwoStepState, inputs: Leaves, grads: Sequence[Tensor]) -> None:
+        self.solve, self.solver, self.f, self.state, self.inputs = solve, solve.solver, solve.f, state, inputs
+        # Both are carried times b, so that they are the products' weights as they stand, and as precisely as the state:
+        # their rounding errors add up over the evaluations just as the state's do.
+        wide = solve.solver.state_arithmetic.dtype
+        self.g_current = [self.solver.recurrence.b * g.to(torch.promote_types(g.dtype, wide)) for g in grads]
+        self.g_previous = [torch.zeros_like(g) for g in self.g_current]
+        later = enumerate(inputs[solve.num_leaves :], solve.num_leaves)
+        self.differentiated = {i: leaf for i, leaf in later if leaf.requires_grad}
+        self.sums: dict[int, Tensor] = {}
+        self.nfe = 0
 
-    @property
-    def nfe(self) -> int:
-        return self.f.nfe
+    def run(self) -> list[Tensor | None]:
+        """The gradients of the inputs."""
+        if self.solver.has_tolerance:
+            self._undo_the_steps_of_each_sample()
+        else:
+            self._undo_all_steps()
+        self.solve.stats.backward_nfe = self.nfe
+        self._certify()
+        for i, (g, h) in enumerate(zip(self.g_current, self.g_previous, strict=True)):
+            self.sums[i] = (g + h).div_(self.solver.recurrence.b)
+        return [
+            self.sums[i].to(leaf.dtype) if leaf.requires_grad and i in self.sums else None
+            for i, leaf in enumerate(self.inputs)
+        ]
 
-    def __call__(self, z: Leaves, x: Sequence[Any]) -> Leaves:
-        return [v.detach() for v in evaluate_recorded(self.f, z, x)[1]]
+    def _undo_all_steps(self) -> None:
+        for _ in range(self.solve.num_evaluations):
+            value, products = self._evaluate(self.solver.iterate_before(self.state, None), self.g_current)
+            self.state = self.solver.invert_step(self.state, value, None)
+            for i, product in enumerate(products):
+                carried = _carry_(self.g_previous[i], self.g_current[i], product, self.solver)
+                self.g_current[i], self.g_previous[i] = carried
 
+    def _undo_the_steps_of_each_sample(self) -> None:
+        """With a tolerance: each sample waits, its gradient held, until the evaluation at which it stopped."""
+        solver, num_steps = self.solver, self.solve.stats.num_steps
+        num_evaluations = int(num_steps.max()) * solver.evaluations_per_step
+        nobody = torch.zeros_like(num_steps, dtype=torch.bool)
+        # The host looks only every few steps: after the last sample's stop there may be evaluations that moved nothing.
+        for _ in range(num_evaluations, self.solve.num_evaluations):
+            self.state = solver.invert_step(self.state, solver.iterate_before(self.state, nobody), nobody)
+        for k in reversed(range(num_evaluations)):
+            active = num_steps > k // solver.evaluations_per_step
+            weights = select(active, self.g_current, [torch.zeros_like(g) for g in self.g_current])
+            value, products = self._evaluate(solver.iterate_before(self.state, active), weights)
+            self.state = solver.invert_step(self.state, value, active)
+            for i, product in enumerate(products):
+                previous, current = self.g_previous[i], self.g_current[i]
+                carried = _carry_(previous.clone(), current.clone(), product, solver)
+                # A sample that had stopped still entered the evaluation, and the others' results if f mixes samples.
+                held = current if product is None else current.add(product, alpha=solver.recurrence.b)
+                self.g_current[i], self.g_previous[i] = select(active, list(carried), [held, previous])
 
-def _run_backwards(
-    solve: _Solve, state: TwoStepState, inputs: Leaves, needs_grad: Sequence[bool], grads: Sequence[Tensor]
-) -> list[Tensor | None]:
-    """Undo every evaluation, newest first, and return the gradients of the inputs."""
-    solver, stats = solve.solver, solve.stats
-    b = solver.recurrence.b
-    backward = _BackwardPass(solve, inputs, needs_grad)
-    # Both are carried times b, so that they are the products' weights as they stand, and as precisely as the state:
-    # their rounding errors add up over the evaluations just as the state's do.
-    g_current = [b * g.to(torch.promote_types(g.dtype, solver.state_arithmetic.dtype)) for g in grads]
-    g_previous = [torch.zeros_like(g) for g in g_current]
-    undo = _undo_the_steps_of_each_sample if solver.has_tolerance else _undo_all_steps
-    state, g_current, g_previous = undo(solve, backward, state, g_current, g_previous)
-    z0 = inputs[: solve.num_leaves]
-    stats.backward_nfe = backward.nfe
-    stats.reconstruction_mismatch = solver.reconstruction_mismatch(state, z0)
-    _report_mismatch(solve, stats.reconstruction_mismatch, sum(z.numel() for z in z0))
-    sums = backward.sums | {i: (g + h).div_(b) for i, (g, h) in enumerate(zip(g_current, g_previous, strict=True))}
-    return [sums[i].to(inputs[i].dtype) if needed and i in sums else None for i, needed in enumerate(needs_grad)]
+    def _evaluate(self, iterate: Leaves, g: Leaves) -> tuple[Leaves, list[Tensor | None]]:
+        """`v = f(iterate, x)` and `(dv/du)^T g`; the products for everything else go to `sums`."""
+        self.nfe += 1
+        z, value = evaluate_recorded(self.f, iterate)
+        sources = [*z, *self.differentiated.values()]
+        if self.nfe == 1:
+            _refuse_foreign_leaves(value, sources)
+        weights = [w.to(v.dtype, copy=True) for w, v in zip(g, value, strict=True)]  # a product may be its weight
+        products = vector_jacobian_products(value, sources, weights)
+        for i, product in zip(self.differentiated, products[len(z) :], strict=True):
+            if product is not None and i in self.sums:
+                self.sums[i].add_(product)
+            elif product is not None:
+                # float32 at least: sums of many small contributions lose them in fewer bits.
+                self.sums[i] = product.to(torch.promote_types(product.dtype, torch.float32), copy=True)
+        return [v.detach() for v in value], products[: len(z)]
 
-
-def _undo_all_steps(
-    solve: _Solve, backward: "_BackwardPass", state: TwoStepState, g_current: Leaves, g_previous: Leaves
-) -> tuple[TwoStepState, Leaves, Leaves]:
-    for _ in range(solve.num_evaluations):
-        value, products = backward.evaluate(solve.solver.iterate_before(state, None), g_current)
-        state = solve.solver.invert_step(state, value, None)
-        for i, product in enumerate(products):
-            g_current[i], g_previous[i] = _carry_(g_previous[i], g_current[i], product, solve.solver)
-    return state, g_current, g_previous
-
-
-def _undo_the_steps_of_each_sample(
-    solve: _Solve, backward: "_BackwardPass", state: TwoStepState, g_current: Leaves, g_previous: Leaves
-) -> tuple[TwoStepState, Leaves, Leaves]:
-    """With a tolerance: each sample waits, its gradient held, until the evaluation at which it stopped is undone."""
-    solver, stats = solve.solver, solve.stats
-    num_evaluations = int(stats.num_steps.max()) * solver.evaluations_per_step
-    nobody = torch.zeros_like(stats.num_steps, dtype=torch.bool)
-    # The host looks only every few steps: after the last sample's stop there may be evaluations that moved nothing.
-    for _ in range(num_evaluations, solve.num_evaluations):
-        state = solver.invert_step(state, solver.iterate_before(state, nobody), nobody)
-    for k in reversed(range(num_evaluations)):
-        active = stats.num_steps > k // solver.evaluations_per_step
-        weights = select(active, g_current, [torch.zeros_like(g) for g in g_current])
-        value, products = backward.evaluate(solver.iterate_before(state, active), weights)
-        state = solver.invert_step(state, value, active)
-        for i, product in enumerate(products):
-            carried = _carry_(g_previous[i].clone(), g_current[i].clone(), product, solver)
-            # A sample that had stopped still entered the evaluation, and the others' results if f mixes samples.
-            held = g_current[i] if product is None else g_current[i].add(product, alpha=solver.recurrence.b)
-            g_current[i], g_previous[i] = select(active, list(carried), [held, g_previous[i]])
-    return state, g_current, g_previous
+    def _certify(self) -> None:
+        """Compare the reconstructed initial state with the true one."""
+        z0, policy = self.inputs[: self.solve.num_leaves], self.solve.adjoint.mismatch
+        mismatch = self.solve.stats.reconstruction_mismatch = self.solver.reconstruction_mismatch(self.state, z0)
+        # Floating-point states never come back exactly, whatever f does: there the count says nothing of f.
+        if policy == "ignore" or self.solver.arithmetic != "exact" or not (count := int(mismatch)):
+            return
+        message = (
+            f"this gradient is not exact: {count} of {2 * sum(z.numel() for z in z0)} elements of the reconstructed"
+            " initial state differ, so f was not the same function in the forward and the backward pass. Look for"
+            " random numbers that torch's generators do not make, buffers that f updates, data changed in place, and"
+            " kernels chosen anew (a part of f under torch.compile: ReversibleAdjoint(forward_with_grad=True))"
+        )
+        report(policy, message, ReconstructionWarning, ReconstructionError)
 
 
 def _carry_(
@@ -270,62 +278,9 @@ def _carry_(
     return g_previous, g_current.mul_(a)
 
 
-class _BackwardPass:
-    """Evaluates f with autograd recording and adds up the gradients of x and the parameters."""
-
-    def __init__(self, solve: _Solve, inputs: Leaves, needs_grad: Sequence[bool]) -> None:
-        self.f, self.x, self.num_leaves = solve.f, solve.split(inputs)[1], solve.num_leaves
-        self.nfe_before = solve.f.nfe
-        self.differentiated = {
-            i: leaf
-            for i, (leaf, needed) in enumerate(zip(inputs, needs_grad, strict=True))
-            if needed and i >= solve.num_leaves
-        }
-        self.sums: dict[int, Tensor] = {}
-
-    @property
-    def nfe(self) -> int:
-        return self.f.nfe - self.nfe_before
-
-    def evaluate(self, iterate: Leaves, g: Leaves) -> tuple[Leaves, list[Tensor | None]]:
-        """`v = f(iterate, x)` and `(dv/du)^T g`; the products for everything else go to `sums`."""
-        z, value = evaluate_recorded(self.f, iterate, self.x)
-        sources = [*z, *self.differentiated.values()]
-        if self.nfe == 1:
-            _refuse_foreign_leaves(value, sources)
-        weights = [w.to(v.dtype, copy=True) for w, v in zip(g, value, strict=True)]  # a product may be its weight
-        products = vector_jacobian_products(value, sources, weights)
-        for i, product in zip(self.differentiated, products[self.num_leaves :], strict=True):
-            if product is not None and i in self.sums:
-                self.sums[i].add_(product)
-            elif product is not None:
-                self.sums[i] = product.to(_accumulation_dtype(product), copy=True)
-        return [v.detach() for v in value], products[: self.num_leaves]
-
-
 def _as_leaves(inputs: Sequence[Tensor], needs_grad: Sequence[bool]) -> Leaves:
     """The inputs cut off from the graph that made them."""
     return [t.detach().requires_grad_(needed) for t, needed in zip(inputs, needs_grad, strict=True)]
-
-
-def _accumulation_dtype(tensor: Tensor) -> torch.dtype:
-    """float32 at least: sums of many small contributions lose them in fewer bits."""
-    return torch.promote_types(tensor.dtype, torch.float32)
-
-
-def _report_mismatch(solve: _Solve, mismatch: Tensor, num_elements: int) -> None:
-    # Floating-point states never come back exactly, whatever f does: there the count says nothing of f.
-    if solve.mismatch == "ignore" or solve.solver.arithmetic != "exact" or not (count := int(mismatch)):
-        return
-    message = (
-        f"this gradient is not exact: {count} of {2 * num_elements} elements of the reconstructed initial state"
-        " differ, so f was not the same function in the forward and the backward pass. Look for random numbers that"
-        " torch's generators do not make, buffers that f updates, data changed in place, and kernels chosen anew (a"
-        " part of f under torch.compile: ReversibleAdjoint(forward_with_grad=True))"
-    )
-    if solve.mismatch == "raise":
-        raise ReconstructionError(message)
-    warnings.warn(message, ReconstructionWarning, stacklevel=2)
 
 
 def _refuse_foreign_leaves(value: Leaves, sources: Leaves) -> None:
