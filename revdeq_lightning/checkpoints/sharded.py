@@ -7,12 +7,15 @@ needs memory for two more copies of the tensors. No Lightning in here.
 
 import json
 import math
+import shutil
 import warnings
-from collections.abc import Collection, Iterator
+from collections import ChainMap
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -22,12 +25,68 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.tensor import DTensor
 
-from revdeq_lightning.checkpoints.files import checksums, reason_of, sync
+from revdeq_lightning.checkpoints.files import (
+    checksums,
+    make_folder,
+    put_in_place,
+    reason_of,
+    remove,
+    sync,
+    write_checkpoint,
+    write_checksums,
+)
+from revdeq_lightning.checkpoints.names import REST
 from revdeq_lightning.errors import CheckpointError
+from revdeq_lightning.processes import gathered
 
 WEIGHTS, TRAINED = "state_dict", "trained_weights"
 VALUES = "values"
 """Key in `meta.pt` of what the saved states hold beside tensors, such as the settings of optimizers."""
+
+
+def write_folder(checkpoint: dict[str, Any], target: Path) -> OSError | None:
+    """Write a checkpoint as a folder, which gets its name when all of it is on the disk; all processes must call it.
+
+    Returns:
+        The error of the process that could not write, if any, on all of them.
+    """
+    is_first = dist.get_rank() == 0
+    part = target.with_name(f".{target.name}.part")
+    state = {key: checkpoint.pop(key) for key in (WEIGHTS, TRAINED) if key in checkpoint}
+    state |= {f"optimizer_{i}": own for i, own in enumerate(checkpoint.pop("optimizer_states", []))}
+
+    def begin() -> None:
+        remove(part)
+        make_folder(part)
+
+    def finish() -> None:
+        write_checkpoint(checkpoint | {VALUES: other_values(state)}, part / REST)
+        write_checksums(part, checksums([part / REST]) | dict(ChainMap(*sums)))
+        put_in_place(part, target)
+
+    try:
+        _together(begin, is_first)
+        sums = _together(lambda: write_part(state, part, dist.get_rank()))
+        _together(finish, is_first)
+    except OSError as error:
+        if is_first:
+            shutil.rmtree(part, ignore_errors=True)  # the disk may be full
+        return error
+    return None
+
+
+def _together(act: Callable[[], Any], is_acting: bool = True) -> list[Any]:
+    """Let processes do something; what each got. An `OSError` of one is raised on all."""
+    result = fault = None
+    if is_acting:
+        try:
+            result = act()
+        except OSError as error:
+            fault = error
+    results, faults = zip(*gathered((result, fault)), strict=True)
+    for fault in filter(None, faults):
+        raise fault
+    return list(results)
 
 
 def write_part(state: dict[str, Any], folder: Path, rank: int) -> dict[str, str]:

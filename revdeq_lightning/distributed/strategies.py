@@ -8,7 +8,6 @@ Both exchange as many bytes as for an explicit model with the same parameters.
 """
 
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -18,12 +17,7 @@ import torch
 import torch.distributed as dist
 from lightning import Trainer
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-from lightning.pytorch.strategies import (
-    DDPStrategy,
-    ModelParallelStrategy,
-    Strategy,
-    StrategyRegistry,
-)
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy, StrategyRegistry
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.checkpoint.state_dict import (
@@ -36,17 +30,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from revdeq_lightning.checkpoints.files import (
-    checksums,
-    fault_of_folder,
-    make_folder,
-    other_checkpoint,
-    put_in_place,
-    read_checkpoint,
-    remove,
-    write_checkpoint,
-    write_checksums,
-)
+from revdeq_lightning.checkpoints.files import fault_of_folder, other_checkpoint, read_checkpoint
 from revdeq_lightning.checkpoints.io import AtomicCheckpointIO
 from revdeq_lightning.checkpoints.names import REST, is_sharded_checkpoint
 from revdeq_lightning.checkpoints.sharded import (
@@ -55,15 +39,52 @@ from revdeq_lightning.checkpoints.sharded import (
     WEIGHTS,
     held_tensors,
     load_into,
-    other_values,
     refuse_others,
-    write_part,
+    write_folder,
 )
 from revdeq_lightning.distributed.sharding import fill_from_first_process, shard_equilibria
 from revdeq_lightning.errors import CheckpointError, ParallelismError
+from revdeq_lightning.processes import gathered
 
 
-class EquilibriumDDP(DDPStrategy):
+class CheckedProcesses:
+    """Beside a strategy of Lightning: checks timeout, NCCL and GPUs as the processes meet; shares the buffers."""
+
+    allow_mixed_gpus: bool
+
+    def setup_environment(self: Any) -> None:
+        timeout = self._timeout.total_seconds()
+        if timeout < 1:  # PyTorch would report a lost connection
+            raise ParallelismError(
+                f"timeout_seconds={timeout:g} of the strategy: so long a process waits for another, which"
+                " may be saving; 1 or more, the default is 1800"
+            )
+        if self.root_device.type == "cuda" and not dist.is_nccl_available():
+            raise ParallelismError(
+                f"this PyTorch ({torch.__version__}) was built without NCCL, by which GPUs exchange gradients: install"
+                " the index's own build for Linux and CUDA, or use one GPU (trainer.devices=1)"
+            )
+        super().setup_environment()  # type: ignore[misc]
+        if self.root_device.type == "cuda":
+            properties = torch.cuda.get_device_properties(self.root_device)
+            kinds = gathered(f"{properties.name} ({properties.total_memory / 2**30:.0f} GiB)")
+            if len(set(kinds)) > 1 and not self.allow_mixed_gpus:
+                counts = ", ".join(f"{kinds.count(kind)} x {kind}" for kind in dict.fromkeys(kinds))
+                raise ParallelismError(
+                    f"the GPUs are of different kinds ({counts}), the slowest and smallest sets the pace: choose some"
+                    " of one kind with CUDA_VISIBLE_DEVICES, or set allow_mixed_gpus of the strategy"
+                )
+
+    def on_validation_start(self: Any) -> None:
+        # DDP lets BatchNorm's running statistics diverge while gradients are accumulated; a checkpoint has the first
+        # process's.
+        for buffer in self.lightning_module.buffers():
+            dist.broadcast(buffer, 0)
+
+    on_test_start = on_validation_start
+
+
+class EquilibriumDDP(CheckedProcesses, DDPStrategy):
     """DDP: no search for unused parameters, and gradients that are views into what is exchanged.
 
     Args:
@@ -88,12 +109,6 @@ class EquilibriumDDP(DDPStrategy):
         )
         self.compress_gradients, self.allow_mixed_gpus = compress_gradients, allow_mixed_gpus
 
-    def setup_environment(self) -> None:
-        require_time(self._timeout)
-        require_nccl(self.root_device)
-        super().setup_environment()
-        compare_devices(self.root_device, self.allow_mixed_gpus)
-
     def configure_ddp(self) -> None:
         super().configure_ddp()
         if self.compress_gradients:
@@ -101,13 +116,8 @@ class EquilibriumDDP(DDPStrategy):
             assert isinstance(self.model, DistributedDataParallel)
             self.model.register_comm_hook(None, bf16_compress_hook)
 
-    def on_validation_start(self) -> None:
-        share_buffers(self.lightning_module)
 
-    on_test_start = on_validation_start
-
-
-class EquilibriumFSDP2(ModelParallelStrategy):
+class EquilibriumFSDP2(CheckedProcesses, ModelParallelStrategy):
     """FSDP2: parameters, gradients and optimizer state are sharded over all processes.
 
     The units are the equilibrium layers, each with its f, and the rest of the model. Precision `32-true` or
@@ -141,12 +151,18 @@ class EquilibriumFSDP2(ModelParallelStrategy):
         self.allow_mixed_gpus = allow_mixed_gpus
 
     def setup_environment(self) -> None:
-        require_time(self._timeout)
-        require_nccl(self.root_device)
-        self._refuse_precision()
+        precision = str(self.precision_plugin.precision)
+        if precision.startswith("16") or precision == "bf16-true":
+            raise ParallelismError(
+                f"strategy fsdp2 needs a state in float32 or better, got precision={precision!r}: use"
+                " trainer.precision=bf16-mixed or 32-true"
+            )
+        if self.gather_dtype == "bfloat16" and precision != "bf16-mixed":
+            raise ParallelismError(
+                f"gather_dtype='bfloat16' rounds the weights and needs trainer.precision=bf16-mixed, got {precision!r}"
+            )
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
-        compare_devices(self.root_device, self.allow_mixed_gpus)
 
     def shard_model(self, model: nn.Module, rebuild: Callable[[], nn.Module] | None = None) -> None:
         """Shard a model; call this in `configure_model`.
@@ -168,73 +184,19 @@ class EquilibriumFSDP2(ModelParallelStrategy):
                 raise ParallelismError("the model has no weights (meta device): pass a function that makes it again")
             fill_from_first_process(model, rebuild, self.root_device)
 
-    def on_validation_start(self) -> None:
-        share_buffers(self.lightning_module)
-
-    on_test_start = on_validation_start
-
-    def _refuse_precision(self) -> None:
-        precision = str(self.precision_plugin.precision)
-        if precision.startswith("16") or precision == "bf16-true":
-            raise ParallelismError(
-                f"strategy fsdp2 needs a state in float32 or better, got precision={precision!r}: use"
-                " trainer.precision=bf16-mixed or 32-true"
-            )
-        if self.gather_dtype == "bfloat16" and precision != "bf16-mixed":
-            raise ParallelismError(
-                f"gather_dtype='bfloat16' rounds the weights and needs trainer.precision=bf16-mixed, got {precision!r}"
-            )
-
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Write a file, or a folder that is in its place only when it is whole."""
         if not self._save_distributed_checkpoint:
             # Not Lightning's: each of its processes would first remove a folder of this name.
             return Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
         target = Path(self.broadcast(str(filepath)))
-        part = target.with_name(f".{target.name}.part")
-        state = {key: checkpoint.pop(key) for key in (WEIGHTS, TRAINED) if key in checkpoint}
-        state |= {f"optimizer_{i}": own for i, own in enumerate(checkpoint.pop("optimizer_states", []))}
-
-        def begin() -> None:
-            remove(part)
-            make_folder(part)
-
-        def finish() -> None:
-            write_checkpoint(checkpoint | {VALUES: other_values(state)}, part / REST)
-            own = checksums([part / REST])
-            write_checksums(part, {name: digest for sums in (own, *every) for name, digest in sums.items()})
-            put_in_place(part, target)
-
-        fault: OSError | None = None
-        try:
-            self._together(begin, first_alone=True)
-            every = self._together(lambda: write_part(state, part, self.global_rank))
-            self._together(finish, first_alone=True)
-        except OSError as error:
-            fault = error
-            if self.is_global_zero:
-                shutil.rmtree(part, ignore_errors=True)  # the disk may be full
-        if isinstance(self.checkpoint_io, AtomicCheckpointIO):
-            if self.is_global_zero:
-                self.checkpoint_io.note(target, fault)
-        elif fault is not None:
-            raise fault
-        return None
-
-    def _together(self, act: Callable[[], Any], *, first_alone: bool = False) -> list[Any]:
-        """Let all processes, or the first one, do something; what each got. An `OSError` of one is raised on all."""
-        result = fault = None
-        if self.is_global_zero or not first_alone:
-            try:
-                result = act()
-            except OSError as error:
-                fault = error
-        every: list[Any] = [None] * self.world_size
-        dist.all_gather_object(every, (result, fault))
-        for _, fault in every:
+        fault = write_folder(checkpoint, target)
+        if not isinstance(self.checkpoint_io, AtomicCheckpointIO):
             if fault is not None:
                 raise fault
-        return [result for result, _ in every]
+        elif self.is_global_zero:
+            self.checkpoint_io.note(target, fault)
+        return None
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """State of an optimizer, keyed by names in a folder; in a file by numbers, as any other strategy reads it."""
@@ -251,9 +213,7 @@ class EquilibriumFSDP2(ModelParallelStrategy):
         return self._load_folder(path) if is_sharded_checkpoint(path) else self._load_file(path, weights_only)
 
     def _load_folder(self, path: Path) -> dict[str, Any]:
-        faults: list[str | None] = [None] * self.world_size
-        dist.all_gather_object(faults, fault_of_folder(path, self.global_rank, self.world_size))
-        if fault := next(filter(None, faults), None):
+        if fault := next(filter(None, gathered(fault_of_folder(path, self.global_rank, self.world_size))), None):
             raise CheckpointError(f"{path} {fault}{other_checkpoint(path)}")
         rest = read_checkpoint(path / REST)
         values = rest.pop(VALUES, {})
@@ -295,25 +255,8 @@ def renamed(state: Mapping[str, Any], new: Mapping[Any, Any]) -> dict[str, Any]:
     return {"state": {new[key]: value for key, value in state["state"].items()}, "param_groups": groups}
 
 
-def require_time(timeout: timedelta | None) -> None:
-    """Raise if processes are to wait for each other for less than a second.
-
-    Raises:
-        ParallelismError: If so; PyTorch would tell it as a lost connection.
-    """
-    if timeout is not None and timeout < timedelta(seconds=1):
-        raise ParallelismError(
-            f"timeout_seconds={timeout.total_seconds():g} of the strategy: so long a process waits for another, which"
-            " may be saving; 1 or more, the default is 1800"
-        )
-
-
 def require_meeting_place(trainer: Trainer) -> None:
-    """Raise where several machines are to train and nothing says where they meet: each would wait by itself.
-
-    Raises:
-        ParallelismError: If so.
-    """
+    """Raise ParallelismError if several machines are to train and nothing says where they meet: each would wait."""
     alone = isinstance(getattr(trainer.strategy, "cluster_environment", None), LightningEnvironment)
     if trainer.num_nodes > 1 and alone and "MASTER_ADDR" not in os.environ:
         raise ParallelismError(
@@ -321,47 +264,6 @@ def require_meeting_place(trainer: Trainer) -> None:
             " configs/cluster/torchrun.sh (make train-nodes) or slurm.sh (make submit), or set MASTER_ADDR, MASTER_PORT"
             " and NODE_RANK on each"
         )
-
-
-def require_nccl(device: torch.device) -> None:
-    """Raise if GPUs are to talk to each other and cannot.
-
-    Raises:
-        ParallelismError: If PyTorch was built without NCCL.
-    """
-    if device.type == "cuda" and not dist.is_nccl_available():
-        raise ParallelismError(
-            f"this PyTorch ({torch.__version__}) was built without NCCL, by which GPUs exchange gradients: install the"
-            " index's own build for Linux and CUDA, or use one GPU (trainer.devices=1)"
-        )
-
-
-def compare_devices(device: torch.device, allow_mixed: bool) -> None:
-    """Raise on all processes if their GPUs are not of one kind; all must call it.
-
-    Raises:
-        ParallelismError: If they differ and are not allowed to.
-    """
-    if device.type != "cuda":
-        return
-    properties = torch.cuda.get_device_properties(device)
-    kinds: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(kinds, f"{properties.name} ({properties.total_memory / 2**30:.0f} GiB)")
-    if len(set(kinds)) > 1 and not allow_mixed:
-        counts = ", ".join(f"{kinds.count(kind)} x {kind}" for kind in dict.fromkeys(kinds))
-        raise ParallelismError(
-            f"the GPUs are of different kinds ({counts}), the slowest and smallest sets the pace: choose some of one"
-            " kind with CUDA_VISIBLE_DEVICES, or set allow_mixed_gpus of the strategy"
-        )
-
-
-def share_buffers(module: nn.Module | None) -> None:
-    """Give all processes the buffers of the first one, which are those in its checkpoints.
-
-    DDP lets BatchNorm's running statistics diverge while gradients are accumulated.
-    """
-    for buffer in module.buffers() if module is not None else ():
-        dist.broadcast(buffer, 0)
 
 
 def register_strategies() -> None:

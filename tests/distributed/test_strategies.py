@@ -3,6 +3,7 @@
 import functools
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from torch.distributed.fsdp import fully_shard
 
 from revdeq_lightning.distributed import strategies
 from revdeq_lightning.distributed.sharding import shard_equilibria
-from revdeq_lightning.distributed.strategies import EquilibriumDDP, EquilibriumFSDP2, compare_devices, require_nccl
+from revdeq_lightning.distributed.strategies import EquilibriumDDP, EquilibriumFSDP2
 from revdeq_lightning.errors import ParallelismError
 from revdeq_lightning.tasks.recipe import deferred_weights, refuse_foreign
 
@@ -130,47 +131,42 @@ def test_a_model_that_does_not_fit_the_gpu_is_told_with_advice(tmp_path, capsys,
         assert words in line
 
 
-def test_gpus_without_nccl_are_told(monkeypatch):
-    monkeypatch.setattr(dist, "is_nccl_available", lambda: False)
-    require_nccl(torch.device("cpu"))
-    with pytest.raises(ParallelismError, match="built without NCCL"):
-        require_nccl(torch.device("cuda"))
-
-
-@pytest.mark.parametrize("strategy_class", [EquilibriumDDP, EquilibriumFSDP2])
-def test_a_strategy_asks_for_nccl_before_the_processes_meet_and_compares_their_gpus_after(monkeypatch, strategy_class):
-    """Where there are no GPUs, a strategy that never asked would pass all other tests."""
-    calls, (lightnings, *_) = [], strategy_class.__bases__
-    monkeypatch.setattr(strategies, "require_nccl", lambda device: calls.append(("nccl", device)))
+@pytest.fixture(params=[EquilibriumDDP, EquilibriumFSDP2])
+def set_up(request, monkeypatch):
+    """Let a strategy believe that it is on a GPU as the processes meet; what came before the error, if any."""
+    calls, (_, lightnings) = [], request.param.__bases__
+    monkeypatch.setattr(request.param, "root_device", torch.device("cuda:3"))
     monkeypatch.setattr(lightnings, "setup_environment", lambda self: calls.append("met"))
-    monkeypatch.setattr(strategies, "compare_devices", lambda device, mixed: calls.append(("kinds", device, mixed)))
-    monkeypatch.setattr(strategy_class, "root_device", torch.device("cuda:3"))
-    strategy = strategy_class(allow_mixed_gpus=True)
-    strategy.num_nodes, strategy.parallel_devices = 1, [torch.device("cuda:3")]
-    strategy.setup_environment()
-    assert calls == [("nccl", strategy.root_device), "met", ("kinds", strategy.root_device, True)]
+
+    def set_up(**settings):
+        strategy = request.param(**settings)
+        strategy.num_nodes, strategy.parallel_devices = 1, [torch.device("cuda:3")]
+        strategy.setup_environment()
+
+    return set_up, calls
 
 
-class Properties:
-    def __init__(self, name, gib):
-        self.name, self.total_memory = name, gib * 2**30
+def test_gpus_without_nccl_are_told_before_the_processes_meet(set_up, monkeypatch):
+    set_up, calls = set_up
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: False)
+    with pytest.raises(ParallelismError, match="built without NCCL"):
+        set_up()
+    assert not calls
 
 
 @pytest.mark.parametrize("mixed", [True, False])
-def test_gpus_of_different_kinds_are_told_with_their_numbers(monkeypatch, mixed):
-    def gather(kinds, own):
-        kinds[:] = [own, "B200 (180 GiB)" if mixed else own, own]
-
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties("H200", 141))
-    monkeypatch.setattr(dist, "get_world_size", lambda: 3)
-    monkeypatch.setattr(dist, "all_gather_object", gather)
-    device = torch.device("cuda")
-    compare_devices(device, allow_mixed=True)
-    if not mixed:
-        compare_devices(device, allow_mixed=False)
-        return
-    with pytest.raises(ParallelismError, match=r"2 x H200 \(141 GiB\), 1 x B200 \(180 GiB\).*allow_mixed_gpus"):
-        compare_devices(device, allow_mixed=False)
+def test_gpus_of_different_kinds_are_told_with_their_numbers(set_up, monkeypatch, mixed):
+    (set_up, calls), properties = set_up, SimpleNamespace(name="H200", total_memory=141 * 2**30)
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(strategies, "gathered", lambda own: [own, "B200 (180 GiB)" if mixed else own, own])
+    set_up(allow_mixed_gpus=True)
+    if mixed:
+        with pytest.raises(ParallelismError, match=r"2 x H200 \(141 GiB\), 1 x B200 \(180 GiB\).*allow_mixed_gpus"):
+            set_up()
+    else:
+        set_up()
+    assert calls == ["met", "met"]
 
 
 def test_strategies_that_would_shard_f_by_itself_are_refused_by_name():
