@@ -1,4 +1,4 @@
-"""Errors that every room may raise, each with a message of one line."""
+"""Errors that every room may raise, and a warning, each with a message of one line."""
 
 
 class CheckpointError(ValueError):
@@ -11,3 +11,7 @@ class ParallelismError(ValueError):
 
 class BlockError(ValueError):
     """A block of the user's own cannot be f; the message is one line."""
+
+
+class RecordWarning(UserWarning):
+    """Something that records the run failed, and its record has gaps from here on."""

@@ -37,7 +37,7 @@ from benchmarks.cluster.killing import differences, kill_and_go_on, last_logged_
 from benchmarks.measure import provenance
 from benchmarks.part import RESULTS
 from benchmarks.report import table
-from revdeq_lightning.loggers.endurance import RecordWarning
+from revdeq_lightning.errors import RecordWarning
 
 PAGE = RESULTS / "faults.md"
 

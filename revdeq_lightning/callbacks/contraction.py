@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from lightning import LightningModule, Trainer
 
-from revdeq_lightning.callbacks.probing import AbstractProbing
+from revdeq_lightning.callbacks.abstract import AbstractProbing
 from revdeq_lightning.equilibrium import spectral_radius
 from revdeq_lightning.equilibrium.validation import require_count, require_in_range
 from revdeq_lightning.runs.probe import Loss, Probe, first_samples

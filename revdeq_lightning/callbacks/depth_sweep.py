@@ -1,8 +1,7 @@
 """How good a trained model is with fewer and with more evaluations of f than it was trained with."""
 
 import dataclasses
-from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from lightning import LightningModule, Trainer
 from torch import Tensor, nn
 
-from revdeq_lightning.callbacks.validations import AbstractAtValidations
+from revdeq_lightning.callbacks.abstract import AbstractAtValidations
 from revdeq_lightning.equilibrium import (
     AbstractAdjoint,
     AbstractSolver,
@@ -21,6 +20,7 @@ from revdeq_lightning.equilibrium import (
 )
 from revdeq_lightning.equilibrium.validation import require_count
 from revdeq_lightning.loggers.media import log_curves, log_table, step_of
+from revdeq_lightning.loggers.plots import Table, by_step, save_png, sweep_plots
 from revdeq_lightning.loggers.step_rows import append_rows, rewind_rows, write_rows
 from revdeq_lightning.runs.probe import chosen_solvers
 from revdeq_lightning.runs.random_state import untouched_random_state
@@ -75,7 +75,7 @@ class DepthSweep(AbstractAtValidations):
         require_count("num_batches", num_batches)
         self.num_batches, self.at_test, self.sums = num_batches, at_test, sums
         self._totals: dict[int, dict[str, Tensor]] = {}
-        self._sweeps: deque[tuple[int, Rows]] = deque(maxlen=NUM_SHOWN)
+        self._sweeps: list[tuple[str, Table]] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -102,8 +102,9 @@ class DepthSweep(AbstractAtValidations):
             _print(rows, trained)
             with self._survives:
                 write_rows(self.where / TEST, rows)
-                draw(rows, trained, (self.where / TEST).with_suffix(".png"))
-            self._log(trainer, "test", [(step_of(trainer), rows)])
+                at = next(row["forward_nfe"] for row in rows if row["steps"] == trained)
+                save_png(list(sweep_plots([("", rows)], at).values()), (self.where / TEST).with_suffix(".png"))
+            self._log(trainer, "test", by_step([{"step": step_of(trainer)} | row for row in rows]))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_validation_start(trainer, pl_module)
@@ -119,10 +120,10 @@ class DepthSweep(AbstractAtValidations):
         if trainer.state.fn == "validate":
             self.on_test_end(trainer, pl_module)
         elif rows := self._rows(trainer, pl_module):
-            step = step_of(trainer)
-            self._sweeps.append((step, rows))
+            rows = [{"step": step_of(trainer)} | row for row in rows]
+            self._sweeps = [*self._sweeps, *by_step(rows)][-NUM_SHOWN:]
             with self._survives:
-                append_rows(self.where / VALIDATION, [{"step": step} | row for row in rows])
+                append_rows(self.where / VALIDATION, rows)
             self._log(trainer, "val", self._sweeps)
 
     def _begin(self, pl_module: LightningModule, is_asked: bool) -> None:
@@ -154,17 +155,12 @@ class DepthSweep(AbstractAtValidations):
         self._totals = {}
         return rows if trainer.is_global_zero else []
 
-    def _log(self, trainer: Trainer, split: str, sweeps: Iterable[tuple[int, Rows]]) -> None:
+    def _log(self, trainer: Trainer, split: str, sweeps: Sequence[tuple[str, Table]]) -> None:
         """A table of the sweeps, and a chart of each figure with a curve for each sweep."""
-        lines = [{"step": step} | row for step, rows in sweeps for row in rows]
-        log_table(trainer, f"depth_sweep/{split}", lines)
-        for figure in list(lines[0])[3:]:
-            curves = {
-                f"step {step + 1}": ([row["forward_nfe"] for row in rows], [row[figure] for row in rows])
-                for step, rows in sweeps
-            }
+        log_table(trainer, f"depth_sweep/{split}", [row for _, rows in sweeps for row in rows])
+        for figure, plot in sweep_plots(sweeps).items():
             title = f"{split}: {figure} by evaluations of f"
-            log_curves(trainer, f"depth_sweep/{split}_{figure}", title, "evaluations of f", curves)
+            log_curves(trainer, f"depth_sweep/{split}_{figure}", title, [plot])
 
 
 def most_steps(module: nn.Module) -> int:
@@ -192,22 +188,6 @@ def solver_steps(module: nn.Module, steps: int) -> AbstractContextManager[None]:
         return dataclasses.replace(layer.solver, max_steps=scaled), layer.adjoint
 
     return chosen_solvers(module, choose)
-
-
-def draw(rows: Rows, trained: int, path: Path) -> None:
-    """One panel for each figure over the evaluations of f."""
-    from matplotlib.figure import Figure
-
-    keys = list(rows[0])[2:]
-    canvas = Figure(figsize=(5 * len(keys), 3.4), layout="constrained")
-    nfe = [row["forward_nfe"] for row in rows]
-    for axis, key in zip(canvas.subplots(1, len(keys), squeeze=False).flat, keys, strict=True):
-        axis.plot(nfe, [row[key] for row in rows], marker="o", markersize=4)
-        axis.axvline(next(n for n, row in zip(nfe, rows, strict=True) if row["steps"] == trained), color="0.7", ls="--")
-        axis.set(title=key, xlabel="evaluations of f (dashed: as trained)")
-        axis.set_xscale("log", base=2)
-        axis.grid(alpha=0.3)
-    canvas.savefig(path, dpi=120)
 
 
 def _print(rows: Rows, trained: int) -> None:

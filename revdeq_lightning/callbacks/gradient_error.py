@@ -10,7 +10,7 @@ import torch
 from lightning import LightningModule, Trainer
 from torch import Tensor
 
-from revdeq_lightning.callbacks.probing import AbstractProbing
+from revdeq_lightning.callbacks.abstract import AbstractProbing
 from revdeq_lightning.equilibrium import (
     AbstractAdjoint,
     AbstractSolver,

@@ -1,27 +1,27 @@
 """How the residual falls along the iteration."""
 
-from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule, Trainer
 
+from revdeq_lightning.callbacks.abstract import AbstractWatching
 from revdeq_lightning.equilibrium import SolverStats, recorded_residuals
 from revdeq_lightning.equilibrium.validation import require_count
 from revdeq_lightning.loggers.endurance import Survives
 from revdeq_lightning.loggers.media import log_curves, step_of
-from revdeq_lightning.loggers.step_rows import append_rows, read_rows, rewind_rows
-from revdeq_lightning.tasks.training_step import StepStatistics, made_step, run_folder
+from revdeq_lightning.loggers.plots import Table, by_step, residual_plots, save_png
+from revdeq_lightning.loggers.step_rows import append_rows, read_table, rewind_rows
+from revdeq_lightning.tasks.training_step import made_step, run_folder
 
-KEY = "equilibrium/residual_curve"
 NUM_DRAWN = 8
-"""Curves in one chart."""
+"""Steps in one chart."""
 
 
-class ResidualCurve(Callback):
+class ResidualCurve(AbstractWatching):
     """Keeps the relative residual at every evaluation of f, of a training step now and then.
 
     It comes from the solve's own evaluations: f is not called once more, the host waits only when the rows are written,
@@ -36,27 +36,21 @@ class ResidualCurve(Callback):
     Args:
         every_n_steps: Optimizer steps from one curve to the next.
         folder: Where to write; None: the run's.
-
-    Raises:
-        ValueError: If `every_n_steps` is below 1.
-
-    Example:
-        `Trainer(callbacks=[ResidualCurve(every_n_steps=50)])`
     """
 
     def __init__(self, every_n_steps: int = 100, folder: str | Path | None = None) -> None:
+        super().__init__()
         require_count("every_n_steps", every_n_steps)
         self.every_n_steps, self.folder = every_n_steps, folder
         self._path = Path()
-        self._statistics = StepStatistics()
         self._recording = ExitStack()
-        self._newest: deque[list[dict[str, float]]] = deque(maxlen=NUM_DRAWN)
+        self._newest: list[tuple[str, Table]] = []
         self._survives = Survives("ResidualCurve")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._path = run_folder(trainer, self.folder) / "residual_curve.csv"
         if trainer.is_global_zero:
-            self._statistics.attach(pl_module)
+            super().on_train_start(trainer, pl_module)
             with self._survives:
                 rewind_rows(self._path, trainer.global_step)
 
@@ -74,10 +68,10 @@ class ResidualCurve(Callback):
         stats = self._statistics.take(outputs)
         if not (trainer.is_global_zero and made_step(trainer)):
             return
-        rows = curve_rows(stats, step_of(trainer))
-        if rows:
-            self._newest.append(rows)
-            log_curves(trainer, KEY, "residual along the iteration", "evaluation of f", named_curves(self._newest))
+        if rows := curve_rows(stats, step_of(trainer)):
+            self._newest = [*self._newest, *by_step(rows)][-NUM_DRAWN:]
+            plots = residual_plots(self._newest)
+            log_curves(trainer, "equilibrium/residual_curve", "residual along the iteration", plots)
             with self._survives:
                 append_rows(self._path, rows)
 
@@ -86,11 +80,13 @@ class ResidualCurve(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._recording.close()
-        self._statistics.detach()
+        super().on_train_end(trainer, pl_module)
         if trainer.is_global_zero:
             with self._survives:
-                if rows := read_rows(self._path):
-                    draw_residual_curves(rows, self._path.with_suffix(".png"))
+                # As many steps as can be told apart, from the first to the newest.
+                steps = by_step(read_table(self._path))
+                chosen = sorted({round(i * (len(steps) - 1) / (NUM_DRAWN - 1)) for i in range(NUM_DRAWN)})
+                save_png(residual_plots([steps[i] for i in chosen if steps]), self._path.with_suffix(".png"))
 
 
 def curve_rows(stats: Sequence[SolverStats], step: int) -> list[dict[str, float]]:
@@ -106,41 +102,3 @@ def curve_rows(stats: Sequence[SolverStats], step: int) -> list[dict[str, float]
                 figures = {"relative_residual": mean, "num_samples": num_samples}
                 rows.append({"step": step, "solve": solve, "evaluation": evaluation, **figures})
     return rows
-
-
-def named_curves(steps: Iterable[Sequence[dict[str, float]]]) -> dict[str, tuple[list[float], list[float]]]:
-    """The curves of some steps, by step and solve."""
-    curves: dict[str, tuple[list[float], list[float]]] = {}
-    for rows in steps:
-        several = rows[-1]["solve"] > 1
-        for row in rows:
-            name = f"step {row['step'] + 1}" + (f", solve {row['solve']}" if several else "")
-            xs, ys = curves.setdefault(name, ([], []))
-            xs.append(row["evaluation"])
-            ys.append(row["relative_residual"])
-    return curves
-
-
-def draw_residual_curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """A panel for each solve of a step; as many steps as can be told apart, from the first to the newest."""
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-
-    steps = sorted({int(row["step"]) for row in rows})
-    solves = sorted({int(row["solve"]) for row in rows})
-    last = len(steps) - 1
-    chosen = sorted({steps[round(i * last / (NUM_DRAWN - 1))] for i in range(NUM_DRAWN)})
-    canvas = Figure(figsize=(5 * len(solves), 3.6), layout="constrained")
-    for axis, solve in zip(canvas.subplots(1, len(solves), squeeze=False).flat, solves, strict=True):
-        for i, step in enumerate(chosen):
-            points = [row for row in rows if (int(row["step"]), int(row["solve"])) == (step, solve)]
-            color = colormaps["viridis"](0.9 * i / max(1, len(chosen) - 1))
-            values = [float(row["relative_residual"]) or float("nan") for row in points]  # 0 has no logarithm
-            numbers = [int(row["evaluation"]) for row in points]
-            axis.plot(numbers, values, marker="o", markersize=3, color=color, label=f"step {step + 1}")
-        axis.set(xlabel="evaluation of f", ylabel="relative residual", yscale="log")
-        axis.set_title(f"solve {solve}" if len(solves) > 1 else "residual along the iteration")
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.grid(alpha=0.3)
-        axis.legend(frameon=False, fontsize="small")
-    canvas.savefig(path, dpi=120)

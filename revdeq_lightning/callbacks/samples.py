@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning import LightningModule, Trainer
 
-from revdeq_lightning.callbacks.validations import AbstractAtValidations
+from revdeq_lightning.callbacks.abstract import AbstractAtValidations
 from revdeq_lightning.equilibrium.validation import require_count
 from revdeq_lightning.loggers.media import log_picture, log_table, step_of
 from revdeq_lightning.loggers.pictures import ClassifiedImage, classified_images, draw_sheet

@@ -9,9 +9,7 @@ from typing import Any, cast
 from lightning.fabric.loggers.logger import _DummyExperiment
 from lightning.pytorch.loggers import Logger
 
-
-class RecordWarning(UserWarning):
-    """Something that records the run failed, and its record has gaps from here on."""
+from revdeq_lightning.errors import RecordWarning
 
 
 class Survives:

@@ -8,8 +8,7 @@ from lightning import Trainer
 from lightning.pytorch.loggers import WandbLogger
 
 from revdeq_lightning.loggers.endurance import survival
-
-Curves = Mapping[str, tuple[Sequence[float], Sequence[float]]]
+from revdeq_lightning.loggers.plots import Plot
 
 
 def log_table(trainer: Trainer, key: str, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -18,10 +17,14 @@ def log_table(trainer: Trainer, key: str, rows: Sequence[Mapping[str, Any]]) -> 
     _log(trainer, key, lambda wandb: wandb.Table(columns=list(rows[0]), data=data))
 
 
-def log_curves(trainer: Trainer, key: str, title: str, x_name: str, curves: Curves) -> None:
-    """Log curves by name, `(x, y)` each, as a custom chart, which W&B draws from a table."""
-    xs, ys = ([list(values) for values in points] for points in zip(*curves.values(), strict=True))
-    _log(trainer, key, lambda wandb: wandb.plot.line_series(xs, ys, keys=list(curves), title=title, xname=x_name))
+def log_curves(trainer: Trainer, key: str, title: str, plots: Sequence[Plot]) -> None:
+    """Log the curves of some panels as one custom chart, which W&B draws from a table."""
+    lines = [(line, f", {i}" if len(plots) > 1 else "") for i, plot in enumerate(plots, 1) for line in plot.lines]
+    xs, ys = [line.x.tolist() for line, _ in lines], [line.y.tolist() for line, _ in lines]
+    names = [f"{line.label}{number}" for line, number in lines]
+    if lines:
+        x_name = plots[0].xlabel
+        _log(trainer, key, lambda wandb: wandb.plot.line_series(xs, ys, keys=names, title=title, xname=x_name))
 
 
 def log_picture(trainer: Trainer, key: str, path: Path, caption: str) -> None:

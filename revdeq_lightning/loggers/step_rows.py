@@ -4,13 +4,14 @@ import csv
 import io
 import itertools
 import json
+import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from revdeq_lightning.loggers.endurance import RecordWarning
+from revdeq_lightning.errors import RecordWarning
 
 
 def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -37,7 +38,7 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """What was appended; of a CSV file strings."""
+    """What was appended, of a CSV file as text; nothing without the file."""
     if not path.is_file():
         return []
     with path.open(newline="", encoding="utf-8") as file:
@@ -45,10 +46,20 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines] if path.suffix == ".jsonl" else list(csv.DictReader(lines))
 
 
+def read_table(path: Path) -> list[dict[str, float]]:
+    """The rows of a CSV file of numbers; NaN where a field is empty.
+
+    Raises:
+        ValueError: If a field is not a number.
+    """
+    try:
+        return [{key: float(text or math.nan) for key, text in row.items()} for row in read_rows(path)]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not a table of numbers: {error}") from None
+
+
 def rewind_rows(path: Path, step: int) -> None:
     """Drop the rows of this step and later ones. A damaged file is moved aside, with a warning."""
-    if not path.is_file():
-        return
     try:
         rows = read_rows(path)
         if any(None in row or None in row.values() for row in rows):
@@ -64,7 +75,7 @@ def rewind_rows(path: Path, step: int) -> None:
     if kept:
         write_rows(path, kept)
     else:
-        path.unlink()
+        path.unlink(missing_ok=True)
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -13,7 +13,8 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from revdeq_lightning.loggers.endurance import RecordWarning, Survives
+from revdeq_lightning.errors import RecordWarning
+from revdeq_lightning.loggers.endurance import Survives
 from revdeq_lightning.runs.folder import RunConfig
 
 X_AXIS = "trainer/global_step"

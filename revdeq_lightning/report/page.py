@@ -1,23 +1,22 @@
 """The page: what the template shows, and where it is written."""
 
 import argparse
-import base64
+import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from revdeq_lightning import __version__
+from revdeq_lightning.loggers.plots import NUM_COLORS, number
 from revdeq_lightning.program import program
 from revdeq_lightning.report import panels
-from revdeq_lightning.report.figures import Figure, figures
-from revdeq_lightning.report.plots import NUM_COLORS, number
+from revdeq_lightning.report.figures import figures
 from revdeq_lightning.report.run_folder import Run, read_runs
 from revdeq_lightning.runs.folder import REPORT
 
 MAX_RUNS = NUM_COLORS
-"""Of a comparison: one colour each."""
-SAMPLES_SHOWN = 3
+"""Of a comparison: one color each."""
 
 
 def write_report(folders: Sequence[str | Path], output: str | Path | None = None) -> Path:
@@ -39,7 +38,10 @@ def write_report(folders: Sequence[str | Path], output: str | Path | None = None
     if not 1 <= len(paths) <= MAX_RUNS:
         raise ValueError(f"a page shows 1 to {MAX_RUNS} runs, got {len(paths)}")
     runs = read_runs(paths)
-    refuse_other_tasks(runs)
+    tasks = {run.task: run for run in runs if run.task}
+    if len(tasks) > 1:  # the same key means different things in them
+        told = ", ".join(f"{run.folder} is a {task}" for task, run in tasks.items())
+        raise ValueError(f"runs of different tasks have no figure in common, got: {told}. Compare runs of one task")
     if output is None:
         output = paths[0] / REPORT if len(runs) == 1 else Path(os.path.commonpath(paths)) / "comparison.html"
     path = Path(output)
@@ -61,45 +63,27 @@ def report(options: Sequence[str], parser_class: Callable[..., argparse.Argument
     return f"Report in {write_report(given.runs, given.output)}"
 
 
-def refuse_other_tasks(runs: Sequence[Run]) -> None:
-    """Raise if the same key means different things in these runs."""
-    known = {run.task: run for run in runs if run.task}
-    if len(known) > 1:
-        told = ", ".join(f"{run.folder} is a {task}" for task, run in known.items())
-        raise ValueError(f"runs of different tasks have no figure in common, got: {told}. Compare runs of one task")
-
-
 def render(runs: Sequence[Run], folder: Path) -> str:
     """The page's text, for a file in this folder."""
     import jinja2
 
     loader = jinja2.PackageLoader("revdeq_lightning.report", ".")
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters.update(number=number, setting=setting, size=size)
+    environment.filters.update(number=number, setting=setting, relative=lambda path: os.path.relpath(path, folder))
+    found = [figures(run) for run in runs]
     return environment.get_template("page.html.j2").render(
         title=runs[0].folder.resolve().name if len(runs) == 1 else f"{len(runs)} runs",
         runs=runs,
-        figures=[figures(run) for run in runs],
-        compared=compared_figures(runs),
+        figures=found,
+        names=dict.fromkeys(name for of_run in found for name in of_run),
         settings=main_settings(runs[0]) if len(runs) == 1 else "",
         curves=panels.curves(runs),
         others=panels.other_curves(runs),
-        equilibrium=[*panels.residual_plots(runs), *panels.sweep_plots(runs)],
-        sweeps=[sweep_table(run) for run in runs],
-        samples=[list(reversed(run.samples[-SAMPLES_SHOWN:])) for run in runs],
-        images=[[(path.stem, embedded(path)) for path in run.images] for run in runs],
+        equilibrium=panels.equilibrium_plots(runs),
         differences=differences([run.config for run in runs]),
         surroundings=differences([run.environment for run in runs]),
-        links=[[(path, os.path.relpath(path, folder)) for path in run.files] for run in runs],
         version=__version__,
     )
-
-
-def compared_figures(runs: Sequence[Run]) -> dict[str, list[Figure | None]]:
-    """For each figure its value in each run."""
-    found = [{figure.name: figure for figure in figures(run)} for run in runs]
-    names = dict.fromkeys(name for of_run in found for name in of_run)
-    return {name: [of_run.get(name) for of_run in found] for name in names}
 
 
 def main_settings(run: Run) -> str:
@@ -109,14 +93,6 @@ def main_settings(run: Run) -> str:
     return ", ".join(f"{key} {setting(value)}" for key, value in given.items() if value not in (None, 0, 0.0))
 
 
-def sweep_table(run: Run) -> dict[str, Any]:
-    """Names and rows of the depth sweep, the newest in training where there is no other."""
-    rows = run.sweep or panels.newest(run.validation_sweep)
-    names = [name for name in (rows[0] if rows else {}) if name != "step"]
-    step = rows[0].get("step") if rows else None
-    return {"label": run.label, "names": names, "rows": rows, "step": step, "trained": panels.trained_nfe(run)}
-
-
 def differences(settings: Sequence[dict[str, Any]]) -> list[tuple[str, list[Any], bool]]:
     """Each key with its value in each run, and whether they differ."""
     keys = dict.fromkeys(key for of_run in settings for key in of_run)
@@ -124,21 +100,8 @@ def differences(settings: Sequence[dict[str, Any]]) -> list[tuple[str, list[Any]
     return [(key, found, any(value != found[0] for value in found)) for key, found in values.items()]
 
 
-def embedded(path: Path) -> str:
-    """A picture as an address that holds it."""
-    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
-
-
 def setting(value: Any) -> str:
     """A setting as in the configuration's file."""
-    words = {None: "null", True: "true", False: "false", "": '""'}
     if isinstance(value, list):
         return f"[{', '.join(map(setting, value))}]"
-    return words[value] if value is None or isinstance(value, bool) or value == "" else str(value)
-
-
-def size(path: Path) -> str:
-    """Size of a file; nothing of a folder."""
-    num_bytes = path.stat().st_size if path.is_file() else 0
-    units = ((2**20, "MiB"), (2**10, "KiB"), (1, "bytes"))
-    return next((f"{num_bytes / unit:,.0f} {name}" for unit, name in units if num_bytes >= unit), "")
+    return json.dumps(value) if value is None or isinstance(value, bool) or value == "" else str(value)

@@ -1,21 +1,23 @@
 """What a run left in its folder, read back: every file may be missing."""
 
-import csv
+import base64
 import json
-import math
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
 
+from revdeq_lightning.loggers.plots import Table, by_step
+from revdeq_lightning.loggers.step_rows import read_rows, read_table
 from revdeq_lightning.runs.folder import CONFIG, ENVIRONMENT, METRICS
 
-Table = list[dict[str, float]]
+NOT_CERTIFIED = "gradients not certified"
+"""Key of what is derived: gradients less those certified exact."""
 
 
 @dataclass
@@ -45,24 +47,33 @@ class Run:
         folder: The folder.
         label: Short name, different for each run of a page.
         series: Of each key with at least one value.
+        notes: What a reader of the page must know about the files.
         config: Settings, as `model.solver.max_steps`.
         environment: What it ran on, flat as the settings.
-        sweeps: Rows of the depth sweep after training, and of those in training.
+        sweep: Rows of the depth sweep after training.
+        validation_sweep: Rows of the sweeps in training.
         residual_curve: Rows of the residual along the iteration.
         samples: Generated texts, oldest first.
-        notes: What a reader of the page must know about the files.
     """
 
     folder: Path
     label: str
     series: dict[str, Series]
-    config: dict[str, Any] = field(default_factory=dict)
-    environment: dict[str, Any] = field(default_factory=dict)
-    sweep: Table = field(default_factory=list)
-    validation_sweep: Table = field(default_factory=list)
-    residual_curve: Table = field(default_factory=list)
-    samples: list[dict[str, Any]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    notes: list[str]
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    sweep: Table
+    validation_sweep: Table
+    residual_curve: Table
+    samples: list[dict[str, Any]]
+
+    def __getitem__(self, key: str) -> Series:
+        nothing = Series(np.array([]), np.array([]))
+        if key == NOT_CERTIFIED:
+            every, certified = (self[f"equilibrium/num_{name}"] for name in ("gradients", "certified_gradients"))
+            together = len(every.steps) == len(certified.steps)
+            return Series(every.steps, every.values - certified.values) if together else nothing
+        return self.series.get(key, nothing)
 
     @property
     def task(self) -> str | None:
@@ -77,16 +88,24 @@ class Run:
         """What the loss is a mean over."""
         return {"language model": "token", "classifier": "image"}.get(str(self.task), "sample")
 
-    def last(self, key: str) -> float | None:
-        """The newest finite value of a key, if there is one."""
-        return self.series[key].last if key in self.series else None
+    @property
+    def newest_sweep(self) -> Table:
+        """The sweep after training, else the newest in training."""
+        return self.sweep or (by_step(self.validation_sweep)[-1][1] if self.validation_sweep else [])
 
     @property
-    def images(self) -> list[Path]:
-        """Pictures that are not drawn again from their table: the newest sheet of samples first."""
+    def trained_nfe(self) -> float | None:
+        """Evaluations of f in a forward pass of training, if all steps made as many."""
+        values = set(self["equilibrium/forward_nfe"].finite.tolist())
+        return values.pop() if len(values) == 1 else None
+
+    @property
+    def images(self) -> list[tuple[str, str]]:
+        """Names and content of the pictures that are not drawn again from their table; the newest samples first."""
         drawn = {"depth_sweep.png", "residual_curve.png"}
-        sheets = sorted(self.folder.glob("samples/*.png"))[-1:]
-        return sheets + [path for path in sorted(self.folder.glob("*.png")) if path.name not in drawn]
+        paths = [path for path in sorted(self.folder.glob("*.png")) if path.name not in drawn]
+        paths[:0] = sorted(self.folder.glob("samples/*.png"))[-1:]
+        return [(p.stem, f"data:image/png;base64,{base64.b64encode(p.read_bytes()).decode()}") for p in paths]
 
     @property
     def files(self) -> list[Path]:
@@ -116,61 +135,46 @@ def read_run(folder: Path, label: str) -> Run:
         hint = f" (the newest run below it: {below[-1].parent})" if below else ""
         raise FileNotFoundError(f"no run in {folder}: it holds no {METRICS}{hint}")
     notes: list[str] = []
-    run = Run(folder, label, read_metrics(folder / METRICS, notes), notes=notes)
-    run.config = flat(_load(folder / CONFIG, yaml.safe_load))
     environment = _load(folder / ENVIRONMENT, json.loads) or {}
     starts = [earlier.get("started") for earlier in environment.pop("earlier_starts", [])]
-    run.environment = flat(environment | ({"earlier_starts": starts} if starts else {}))
-    run.sweep, run.validation_sweep, run.residual_curve = (
-        read_table(folder / f"{name}.csv") for name in ("depth_sweep", "depth_sweep_validation", "residual_curve")
+    return Run(
+        folder,
+        label,
+        read_metrics(folder / METRICS, notes),
+        notes,
+        flat(_load(folder / CONFIG, yaml.safe_load)),
+        flat(environment | ({"earlier_starts": starts} if starts else {})),
+        read_table(folder / "depth_sweep.csv"),
+        read_table(folder / "depth_sweep_validation.csv"),
+        read_table(folder / "residual_curve.csv"),
+        _load(folder / "samples.jsonl", lambda text: [json.loads(line) for line in text.splitlines()]) or [],
     )
-    run.samples = _load(folder / "samples.jsonl", lambda text: [json.loads(line) for line in text.splitlines()]) or []
-    return run
 
 
 def read_metrics(path: Path, notes: list[str]) -> dict[str, Series]:
-    """Series of each key that was logged; steps counted from 1."""
+    """Series of each key that was logged; steps counted from 1. What is amiss is added to the notes."""
     points: dict[str, list[tuple[int, float]]] = {}
     left_out: Counter[str] = Counter()
-    with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            step = row.pop("step", None)
-            if not step:  # the end of a file whose process was killed while it wrote
-                left_out["rows without a step"] += 1
+    for row in read_rows(path):
+        step = row.pop("step", None)
+        if not step:
+            left_out["rows without a step"] += 1
+            continue
+        for key, text in row.items():
+            if not key or not text:
                 continue
-            for key, text in row.items():
-                if not key or not text:
-                    continue
-                try:
-                    point = int(step) + 1, float(text)
-                except ValueError:
-                    left_out[f"texts as values of {key}"] += 1
-                else:
-                    points.setdefault(key, []).append(point)
+            try:
+                points.setdefault(key, []).append((int(step) + 1, float(text)))
+            except ValueError:
+                left_out[f"texts as values of {key}"] += 1
     notes += [f"{path.name}: {what}, left out: {count:,}" for what, count in left_out.items()]
-    series = {key: Series(*map(np.array, zip(*rows, strict=True))) for key, rows in points.items()}
+    series = {key: Series(*map(np.array, zip(*rows, strict=True))) for key, rows in sorted(points.items()) if rows}
     for key, curve in series.items():
         if missing := len(curve.values) - len(curve.finite):
             first = curve.steps[~np.isfinite(curve.values)][0]
-            notes.append(
-                f"{key}: {missing:,} of {len(curve.values):,} values are not finite, the first at step {first:,}"
-            )
-    return {key: series[key] for key in sorted(series)}
-
-
-def read_table(path: Path) -> Table:
-    """Rows of numbers; NaN where a field is empty. No rows without the file.
-
-    Raises:
-        ValueError: If a field is not a number.
-    """
-    if not path.is_file():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        try:
-            return [{key: float(text or math.nan) for key, text in row.items()} for row in csv.DictReader(file)]
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{path} is not a table of numbers: {error}") from None
+            of = f"{missing:,} of {len(curve.values):,} values"
+            notes.append(f"{key}: {of} are not finite, the first at step {first:,}")
+    return series
 
 
 def flat(settings: Any, prefix: str = "") -> dict[str, Any]:

@@ -11,8 +11,8 @@ from tiny_runs import tiny_data, tiny_task, tiny_trainer
 from revdeq_lightning.callbacks.cost import Cost
 from revdeq_lightning.callbacks.reconstruction_certificate import ReconstructionCertificate
 from revdeq_lightning.checkpoints.io import AtomicCheckpointIO
+from revdeq_lightning.errors import RecordWarning
 from revdeq_lightning.loggers.csv_logger import ContinuedCSVLogger
-from revdeq_lightning.loggers.endurance import RecordWarning
 from revdeq_lightning.loggers.progress import RunProgress
 from revdeq_lightning.runs.random_state import random_state, set_random_state
 from revdeq_lightning.tasks.averaged_weights import AveragedWeights

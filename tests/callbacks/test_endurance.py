@@ -16,8 +16,9 @@ from strangers import StepByStep, Stranger, loader, trainer
 
 from revdeq_lightning.callbacks.function_evaluations import FunctionEvaluations
 from revdeq_lightning.callbacks.residual_curve import ResidualCurve
+from revdeq_lightning.errors import RecordWarning
 from revdeq_lightning.loggers.csv_logger import ContinuedCSVLogger
-from revdeq_lightning.loggers.endurance import Enduring, RecordWarning, Survives, enduring
+from revdeq_lightning.loggers.endurance import Enduring, Survives, enduring
 
 
 class Failing(Logger):

@@ -8,7 +8,7 @@ from PIL import Image
 from strangers import Spy, Stranger, loader, trainer
 
 from revdeq_lightning.callbacks.function_evaluations import FunctionEvaluations
-from revdeq_lightning.callbacks.residual_curve import ResidualCurve, draw_residual_curves
+from revdeq_lightning.callbacks.residual_curve import ResidualCurve
 from revdeq_lightning.equilibrium import (
     BackpropAdjoint,
     DivergenceError,
@@ -17,6 +17,7 @@ from revdeq_lightning.equilibrium import (
     PicardSolver,
     ReversibleSolver,
 )
+from revdeq_lightning.loggers.plots import by_step, residual_plots, save_png
 
 
 def read(path):
@@ -96,7 +97,7 @@ def test_after_an_error_in_a_recorded_step_nothing_records(tmp_path):
 
 def test_a_residual_of_zero_can_be_drawn(tmp_path):
     rows = [{"step": 9, "solve": 1, "evaluation": i, "relative_residual": 0.0, "num_samples": 2} for i in (1, 2)]
-    draw_residual_curves(rows, tmp_path / "zero.png")
+    save_png(residual_plots(by_step(rows)), tmp_path / "zero.png")
     assert (tmp_path / "zero.png").is_file()
 
 

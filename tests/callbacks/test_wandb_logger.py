@@ -15,8 +15,9 @@ from strangers import StepByStep, Stranger, loader, trainer
 from wandb_runs import read_back, without_key
 
 from revdeq_lightning.callbacks.residual_curve import ResidualCurve
+from revdeq_lightning.errors import RecordWarning
 from revdeq_lightning.loggers.csv_logger import ContinuedCSVLogger
-from revdeq_lightning.loggers.endurance import RecordWarning, enduring
+from revdeq_lightning.loggers.endurance import enduring
 from revdeq_lightning.loggers.wandb_logger import chosen_mode, finish_wandb, group_of, wandb_logger
 from revdeq_lightning.runs.folder import RunConfig
 
