@@ -84,7 +84,7 @@ def test_a_job_told_that_its_time_is_up_goes_on_where_it_was(cluster, tmp_path, 
     saved = checkpoint(tmp_path, job)
     assert 0 < saved["global_step"] < MAX_STEPS
     text = logs(tmp_path, job)
-    assert "the time is up (exit code 75): back into the queue" in text
+    assert "time limit reached (exit code 75): requeued" in text
     assert f"Stopped by SIGUSR1 after step {saved['global_step']}." in text
 
     # At once, not two minutes later; within the same second SLURM would refuse it.
@@ -119,5 +119,5 @@ def test_what_takes_a_machine_away_finds_a_checkpoint_and_a_cancelled_job_stays_
     text = logs(tmp_path, job)
     step = checkpoint(tmp_path, job)["global_step"]
     assert f"Stopped by SIGTERM after step {step}." in text
-    assert "back into the queue" not in text
+    assert "requeued" not in text
     assert cluster.job(job)["JobState"] == "CANCELLED"
