@@ -36,9 +36,6 @@ class Contraction(AbstractProbing):
         num_iterations: Power iterations; the estimate is from below, good to a few percent.
         warn_at: Radius from which it warns; once, and again after the radius was below.
         loss: `(module, batch) -> loss` whose solves are looked at; None: the training step.
-
-    Example:
-        `Trainer(callbacks=[Contraction(every_n_steps=200)])`
     """
 
     def __init__(

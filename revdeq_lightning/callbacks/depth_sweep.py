@@ -55,9 +55,6 @@ class DepthSweep(AbstractAtValidations):
         at_test: Whether to sweep in tests and in validations outside training.
         sums: `(module, batch) -> dict`; None: the module's own.
 
-    Raises:
-        ValueError: If a setting is out of its range, or nobody gives the sums (when it begins).
-
     Example:
         `Trainer(callbacks=[DepthSweep("runs/mine")]).test(task, data)`
     """

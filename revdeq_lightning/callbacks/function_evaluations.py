@@ -5,16 +5,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule, Trainer
 from torch import Tensor
 
+from revdeq_lightning.callbacks.abstract import AbstractWatching
 from revdeq_lightning.equilibrium import AbstractSolver, SolverStats
 from revdeq_lightning.equilibrium.layer import solvers_of
 from revdeq_lightning.loggers.media import log_histogram
-from revdeq_lightning.tasks.training_step import StepStatistics, is_logging_step
+from revdeq_lightning.tasks.training_step import is_logging_step
 
 
-class FunctionEvaluations(Callback):
+class FunctionEvaluations(AbstractWatching):
     """Counts the evaluations of f in forward and backward passes, and logs how near to the fixed point the solves end.
 
     All comes from the solves' own statistics: f is not evaluated again, and nothing waits for the device except at
@@ -38,18 +39,12 @@ class FunctionEvaluations(Callback):
 
     Statistics of the solves: see `StepStatistics`. `sample_nfe...` assumes that each layer is called once a step, in
     the order of the modules.
-
-    Example:
-        `Trainer(callbacks=[FunctionEvaluations()])`
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.total_forward_nfe = self.total_backward_nfe = 0
-        self._statistics = StepStatistics()
         self._counts: dict[str, tuple[Tensor, AbstractSolver]] = {}
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._statistics.attach(pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -75,12 +70,6 @@ class FunctionEvaluations(Callback):
         self._counts = {}
         known = {f"equilibrium/{key}": torch.as_tensor(v).float() for key, v in values.items() if v is not None}
         pl_module.log_dict(known, on_step=True, on_epoch=False)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._statistics.detach()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._statistics.detach()
 
     def state_dict(self) -> dict[str, int]:
         return {"total_forward_nfe": self.total_forward_nfe, "total_backward_nfe": self.total_backward_nfe}

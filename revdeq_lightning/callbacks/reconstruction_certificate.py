@@ -5,19 +5,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule, Trainer
 from torch import Tensor
 
+from revdeq_lightning.callbacks.abstract import AbstractWatching
 from revdeq_lightning.equilibrium import ReconstructionError, ReconstructionWarning, equilibria
 from revdeq_lightning.equilibrium.validation import require_choice
 from revdeq_lightning.runs.signals import Stopped
-from revdeq_lightning.tasks.training_step import StepStatistics, is_logging_step, log_now, run_folder
+from revdeq_lightning.tasks.training_step import is_logging_step, log_now, run_folder
 
 POLICIES = ("warn", "raise", "stop")
 INEXACT = "inexact.ckpt"
 
 
-class ReconstructionCertificate(Callback):
+class ReconstructionCertificate(AbstractWatching):
     """Adds up the reconstruction mismatches of every backward pass, and says at the end how many gradients are exact.
 
     A gradient is the backward pass of one batch on one process, through all equilibria of the model; it is certified
@@ -38,25 +39,21 @@ class ReconstructionCertificate(Callback):
         folder: Where that checkpoint goes; None: the folder `checkpoints` in the run's.
 
     Raises:
-        ValueError: If the policy is none of these.
         ReconstructionError: During training, if a gradient is not exact and the policy is "raise".
-
-    Example:
-        `Trainer(callbacks=[ReconstructionCertificate(policy="stop")])`
     """
 
     def __init__(self, policy: str = "warn", folder: str | Path | None = None) -> None:
+        super().__init__()
         require_choice("policy", policy, POLICIES)
         self.policy, self.folder = policy, folder
         self.num_gradients = self.num_certified = self.mismatch = 0
         """Of the run and all processes, as of the newest logging step, checkpoint or end."""
         self._new: Tensor | None = None
-        self._statistics = StepStatistics()
         self._num_forgiven = self._num_logged = 0
         self._is_told = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._statistics.attach(pl_module)
+        super().on_train_start(trainer, pl_module)
         self._new = torch.zeros(3, dtype=torch.int64, device=pl_module.device)
 
     def on_train_batch_end(
@@ -74,10 +71,10 @@ class ReconstructionCertificate(Callback):
                 pl_module.log_dict(self._figures, on_step=True, on_epoch=False)
                 self._num_logged = self.num_gradients
             if self._must_tell(pl_module):
-                self._act(trainer)
+                self._tell(trainer, self._stop(trainer) if self.policy == "stop" else "")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._statistics.detach()
+        super().on_train_end(trainer, pl_module)
         self._gather(trainer)
         if self.num_gradients > self._num_logged:
             log_now(trainer, self._figures)
@@ -86,14 +83,10 @@ class ReconstructionCertificate(Callback):
         if self.num_gradients and trainer.is_global_zero:
             print(self.summary)
         if self._must_tell(pl_module):
-            self._is_told = True
-            if self.policy == "raise":
-                raise ReconstructionError(self._message)
-            if trainer.is_global_zero:
-                warnings.warn(self._message, ReconstructionWarning, stacklevel=2)
+            self._tell(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._statistics.detach()
+        super().on_exception(trainer, pl_module, exception)
         # Other processes and the device may be gone: neither is asked.
         if trainer.world_size == 1 and isinstance(exception, KeyboardInterrupt | Stopped):
             self._gather(trainer)
@@ -118,11 +111,9 @@ class ReconstructionCertificate(Callback):
 
     @property
     def _figures(self) -> dict[str, float]:
-        return {
-            "equilibrium/num_gradients": float(self.num_gradients),
-            "equilibrium/num_certified_gradients": float(self.num_certified),
-            "equilibrium/total_reconstruction_mismatch": float(self.mismatch),
-        }
+        names = ("num_gradients", "num_certified_gradients", "total_reconstruction_mismatch")
+        counts = (self.num_gradients, self.num_certified, self.mismatch)
+        return {f"equilibrium/{name}": float(count) for name, count in zip(names, counts, strict=True)}
 
     @property
     def _message(self) -> str:
@@ -149,16 +140,15 @@ class ReconstructionCertificate(Callback):
             self.mismatch += mismatch
             self._new.zero_()
 
-    def _act(self, trainer: Trainer) -> None:
+    def _stop(self, trainer: Trainer) -> str:
+        path = Path(self.folder or run_folder(trainer, None) / "checkpoints") / INEXACT
+        trainer.save_checkpoint(path)
+        trainer.should_stop = True
+        return f". Training ends after this step; checkpoint: {path}"
+
+    def _tell(self, trainer: Trainer, outcome: str = "") -> None:
         self._is_told = True
         if self.policy == "raise":
             raise ReconstructionError(self._message)
-        message = self._message
-        if self.policy == "stop":
-            folder = Path(self.folder) if self.folder else run_folder(trainer, None) / "checkpoints"
-            path = folder / INEXACT
-            trainer.save_checkpoint(path)
-            trainer.should_stop = True
-            message += f". Training ends after this step; checkpoint: {path}"
         if trainer.is_global_zero:
-            warnings.warn(message, ReconstructionWarning, stacklevel=2)
+            warnings.warn(self._message + outcome, ReconstructionWarning, stacklevel=2)

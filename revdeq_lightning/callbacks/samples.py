@@ -46,12 +46,6 @@ class TextSamples(AbstractSamples):
         temperature: 0 for the most likely token; below 1 safer, above 1 wilder.
         folder: Where to write; None: the run's.
         every_n_validations: Validations from one time to the next.
-
-    Raises:
-        ValueError: If there is no prompt, or `every_n_validations` is below 1.
-
-    Example:
-        `Trainer(callbacks=[TextSamples(["def ", "class "], every_n_validations=5)])`
     """
 
     def __init__(
@@ -98,12 +92,6 @@ class ImageSamples(AbstractSamples):
         num_images: Images on the sheet, at most a batch, of the first process.
         folder: Where to write; None: the run's.
         every_n_validations: Validations from one time to the next.
-
-    Raises:
-        ValueError: If a setting is below 1.
-
-    Example:
-        `Trainer(callbacks=[ImageSamples(num_images=24)])`
     """
 
     def __init__(self, *, num_images: int = 16, folder: str | Path | None = None, every_n_validations: int = 1) -> None:

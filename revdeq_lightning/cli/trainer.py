@@ -40,7 +40,7 @@ from revdeq_lightning.equilibrium import DivergenceError, equilibria
 from revdeq_lightning.errors import BlockError, CheckpointError
 from revdeq_lightning.loggers.endurance import enduring
 from revdeq_lightning.loggers.progress import RunProgress
-from revdeq_lightning.loggers.wandb_checkpoints import WandbCheckpoints
+from revdeq_lightning.loggers.wandb_logger import WandbCheckpoints
 from revdeq_lightning.program import program
 from revdeq_lightning.report.at_end import RunReport, close_run
 from revdeq_lightning.runs.divergence import DivergedError, DivergenceGuard

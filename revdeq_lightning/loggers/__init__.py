@@ -8,7 +8,9 @@ if TYPE_CHECKING:
     from revdeq_lightning.errors import RecordWarning as RecordWarning
     from revdeq_lightning.loggers.csv_logger import ContinuedCSVLogger as ContinuedCSVLogger
     from revdeq_lightning.loggers.progress import RunProgress as RunProgress
-    from revdeq_lightning.loggers.wandb_checkpoints import WandbCheckpoints as WandbCheckpoints
-    from revdeq_lightning.loggers.wandb_logger import RunWandbLogger as RunWandbLogger
+    from revdeq_lightning.loggers.wandb_logger import (
+        RunWandbLogger as RunWandbLogger,
+        WandbCheckpoints as WandbCheckpoints,
+    )
 
 __getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)

@@ -8,7 +8,7 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
 from revdeq_lightning.tasks.training_step import is_logging_step
@@ -68,8 +68,7 @@ class RunProgress(ProgressBar):
             self.console.print(*args, markup=False)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        total = trainer.estimated_stepping_batches
-        self._start("training", total, trainer.global_step)
+        self._start("training", trainer.estimated_stepping_batches, trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -112,17 +111,9 @@ class RunProgress(ProgressBar):
         if not (self._enabled and self.console.is_terminal):
             return
         known = total if total != float("inf") and total > 0 else None
-        self._bar = _TwoLineBar(
-            TextColumn(description),
-            BarColumn(bar_width=None),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("<"),
-            TimeRemainingColumn(),
-            console=self.console,
-            refresh_per_second=4,
-            expand=True,
-        )
+        times = (TimeElapsedColumn(), "<", TimeRemainingColumn())
+        columns = (description, BarColumn(bar_width=None), MofNCompleteColumn(), *times)
+        self._bar = _TwoLineBar(*columns, console=self.console, refresh_per_second=4, expand=True)
         self._bar.add_task(description, total=known, completed=completed)
         self._bar.start()
 

@@ -9,18 +9,21 @@ from pathlib import Path
 from typing import Any, cast
 from urllib.parse import urlparse
 
+from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from revdeq_lightning.checkpoints.names import BEST, LAST
+from revdeq_lightning.equilibrium.validation import require_choice
 from revdeq_lightning.errors import RecordWarning
-from revdeq_lightning.loggers.endurance import Survives
+from revdeq_lightning.loggers.endurance import Survives, survival
 from revdeq_lightning.runs.folder import RunConfig
 
 X_AXIS = "trainer/global_step"
 PREFIXES = ("train", "val", "test", "equilibrium", "gradient_error", "system", "samples", "depth_sweep")
 """Each is a section of its own; all are drawn over the optimizer steps."""
-BEST = {"val/loss": "min", "val/bits_per_byte": "min", "val/accuracy": "max"}
+SUMMARIES = {"val/loss": "min", "val/bits_per_byte": "min", "val/accuracy": "max"}
 """What a run's summary keeps of these, where others keep the newest value."""
 FINISH_SECONDS = 600.0
 """How long the end waits for a slow network; what was not sent lies in the run's folder."""
@@ -62,7 +65,7 @@ class RunWandbLogger(WandbLogger):
             for prefix in PREFIXES:
                 run.define_metric(f"{prefix}/*", step_metric=X_AXIS)
             _begun.append(self)
-            for key, summary in BEST.items():
+            for key, summary in SUMMARIES.items():
                 run.define_metric(key, step_metric=X_AXIS, summary=summary)
         return self._experiment
 
@@ -74,8 +77,40 @@ class RunWandbLogger(WandbLogger):
         # Offline all that there is to say was said in one line.
         settings = wandb.Settings(finish_timeout=seconds, **silent)  # type: ignore[arg-type]
         self._wandb_init |= {"mode": self._mode, "settings": settings}
-        begin = cast(Any, WandbLogger.experiment).fget
-        return begin(self)
+        return cast(Any, WandbLogger.experiment).fget(self)
+
+
+class WandbCheckpoints(Callback):
+    """Hands the checkpoints to W&B at the end of training, also after an interruption.
+
+    One artifact `model-RUN` of type `model` with `best.ckpt` and `last.ckpt`; the versions of a resumed run follow each
+    other. An offline run keeps a copy, which `wandb sync` sends. Logs no keys; does nothing without a `WandbLogger`.
+
+    Args:
+        folder: Where the checkpoints lie.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._send(trainer)  # here, as the last checkpoint is written in `on_train_end`
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._send(trainer)
+
+    def _send(self, trainer: Trainer) -> None:
+        files = [path for path in (self.folder / BEST, self.folder / LAST) if path.is_file()]
+        for logger in trainer.loggers if files and trainer.is_global_zero else []:
+            if isinstance(logger, WandbLogger):
+                with survival(logger):
+                    import wandb
+
+                    run: Any = logger.experiment
+                    artifact = wandb.Artifact(f"model-{run.id}", type="model", metadata={"step": trainer.global_step})
+                    for file in files:
+                        artifact.add_file(str(file), name=file.name)
+                    run.log_artifact(artifact)
 
 
 def wandb_logger(run: RunConfig) -> RunWandbLogger | None:
@@ -99,27 +134,21 @@ def wandb_logger(run: RunConfig) -> RunWandbLogger | None:
 
 
 def chosen_mode(run: RunConfig) -> str:
-    """off, online or offline; `auto` is what the environment variable WANDB_MODE says, else online if there is a key.
-
-    Raises:
-        ValueError: If `online` is asked for and there is no key.
-    """
+    """off, online or offline; `auto` means what the variable WANDB_MODE says, else online if there is a key."""
     mode = os.environ.get("WANDB_MODE", "auto") if run.wandb == "auto" else run.wandb
     mode = {"disabled": "off", "dryrun": "offline", "run": "online"}.get(mode, mode)
     has_key = stored_key() is not None
     if mode == "online" and not has_key:
         setting = "run.wandb" if run.wandb == "online" else "WANDB_MODE"
         raise ValueError(f"{setting}=online needs a key: set WANDB_API_KEY or call `wandb login`, or use offline")
-    if mode not in ("off", "online", "offline", "auto"):
-        raise ValueError(f"WANDB_MODE must be online, offline or disabled, got {mode!r}")
+    require_choice("WANDB_MODE", mode, ("off", "online", "offline", "auto"))
     return mode if mode != "auto" else "online" if has_key else "offline"
 
 
 def offline_line(folder: Path) -> str:
     """Where an offline run lies, and the command that sends it."""
-    return (
-        f"W&B is offline: the run lies in {folder / 'wandb'}; to send it: wandb sync {folder / 'wandb'}/offline-run-*"
-    )
+    path = folder / "wandb"
+    return f"W&B is offline: the run lies in {path}; to send it: wandb sync {path}/offline-run-*"
 
 
 def group_of(run: RunConfig) -> str | None:
@@ -132,12 +161,12 @@ def finish_wandb(exit_code: int) -> None:
     """End the W&B runs that this process began, within a bounded time."""
     while _begun:
         logger = _begun.pop()
-        is_finished = False
         with logger.survives:
-            logger.experiment.finish(exit_code=exit_code)
-            is_finished = True
-        if not is_finished:
-            end_service()
+            try:
+                logger.experiment.finish(exit_code=exit_code)
+            except Exception:
+                end_service()
+                raise
 
 
 def end_service() -> None:
@@ -155,8 +184,7 @@ def end_service() -> None:
 def stored_key() -> str | None:
     """The key from the environment or where `wandb login` puts it, without asking or connecting."""
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    try:
+    login = None
+    with suppress(OSError, netrc.NetrcParseError):
         login = netrc.netrc().authenticators(host)
-    except (OSError, netrc.NetrcParseError):
-        login = None
     return os.environ.get("WANDB_API_KEY") or (login[2] if login else None)
