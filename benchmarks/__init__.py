@@ -1,1 +1,1 @@
-"""Measurements of what the project claims; `README.md` says what they mean."""
+"""Measurements behind the claims of the project; `README.md` interprets them."""

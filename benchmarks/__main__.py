@@ -1,11 +1,11 @@
-"""All benchmarks in one run, one after the other, and the verdict over all of them on the page.
+"""Run all benchmarks in turn and write their verdicts to the page.
 
     python -m benchmarks [--quick] [--repository PATH] [--text FILE] [--images PATH] [--only PART ...] [--output DIR]
 
-Each part is a command of its own (`python -m benchmarks.PART`) and says itself what it needs; what is not there (the
-authors' repository, jax, torchdeq, a data set) is skipped with its reason. The exit code is 1 if any part missed a
-requirement or failed. `--quick`, less than ten minutes on two cores, shows that everything works: its times say
-nothing, and nothing is written to the repository.
+Each part is a separate command (`python -m benchmarks.PART`). A part whose requirements (the authors' repository, jax,
+torchdeq, a data set) are missing is skipped and reports the reason. The exit code is 1 if any part missed a requirement
+or failed. `--quick` takes less than ten minutes on two cores and checks that everything works: its times are
+meaningless, and nothing is written to the repository.
 """
 
 import argparse
@@ -28,23 +28,23 @@ BEGIN, END = "<!-- verdict: written by `make bench` -->", "<!-- end of the verdi
 
 
 class Part(NamedTuple):
-    """A command, and what it measures."""
+    """A command and what it measures."""
 
     module: str
-    """Within `benchmarks`; its last name is that of the part and its results."""
+    """Module within `benchmarks`; its last name is the name of the part and its results."""
     title: str
     needs: tuple[str, ...] = ()
-    """Options of this program that it is given; without any of them it is skipped."""
+    """Options of this program to pass on; the part is skipped if none of them is given."""
 
     @property
     def name(self) -> str:
-        """The last name."""
+        """Last name of the module."""
         return self.module.rsplit(".", 1)[-1]
 
 
 PARTS = (
     Part("core", "the core: exactness, convergence, cost, memory"),
-    Part("core.classifier_cost", "classifiers beside plain back-propagation"),
+    Part("core.classifier_cost", "classifiers compared with plain backpropagation"),
     Part("peers.authors", "the authors' JAX code", ("repository",)),
     Part("peers.torchdeq_peer", "torchdeq"),
     Part("core.depth", "which gradient at which depth"),
@@ -64,14 +64,14 @@ class Outcome(NamedTuple):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the parts; the exit code."""
+    """Run the parts and return the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything works")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to check that everything works")
     parser.add_argument("--repository", type=Path, help="checkout of the authors' repository")
     parser.add_argument("--text", type=Path, help="tiny Shakespeare, for the part quality")
     parser.add_argument("--images", type=Path, help="CIFAR-10 as train/CLASS/*, for the part quality")
@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(part: Part, options: argparse.Namespace, output: Path) -> Outcome:
-    """One part in its own process; its lines are shown as they come."""
+    """Run one part in a separate process and print its output as it arrives."""
     print(f"\n== {part.name}: {part.title}", flush=True)
     if importlib.util.find_spec(f"benchmarks.{part.module}") is None:
         return Outcome(part, "skipped", "(no such module)", 0.0)
@@ -123,7 +123,7 @@ def run(part: Part, options: argparse.Namespace, output: Path) -> Outcome:
 
 
 def write_verdict(page: Path, results: Path) -> None:
-    """Put every requirement that a part's latest results judge between the two marks of the page."""
+    """Write the verdicts of the latest results of all parts between the two markers of the page."""
     rows = []
     for name in (name for part in PARTS for name in (part.name, f"{part.name}_cuda")):
         path = results / f"{name}.json"
@@ -135,7 +135,7 @@ def write_verdict(page: Path, results: Path) -> None:
             rows.append((link, requirement["name"], requirement["required"], requirement["measured"], verdict, origin))
     text = page.read_text()
     if BEGIN not in text or END not in text:
-        raise SystemExit(f"{page} must hold the lines {BEGIN} and {END}, between which the verdict is written")
+        raise SystemExit(f"{page} must contain the lines {BEGIN} and {END}, between which the verdict is written")
     before, after = text[: text.index(BEGIN)], text[text.index(END) :]
     verdict = table(("part", "what", "required", "measured", "verdict", "date, commit"), rows)
     page.write_text(f"{before}{BEGIN}\n\n{verdict}\n\n{after}")

@@ -1,4 +1,4 @@
-"""Competitors in processes of their own: each on one and the same core, one at a time."""
+"""Competitors in separate processes, pinned to the same core, one running at a time."""
 
 import contextlib
 import ctypes
@@ -23,25 +23,25 @@ ONE_THREAD = {
     "JAX_PLATFORMS": "cpu",
 }
 MEASURED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
-"""Large blocks go back to the system at once, as in `measure.process_peak_bytes`: for memory, not for times."""
+"""Return large blocks to the system immediately, as in `measure.process_peak_bytes`; for memory, not for times."""
 
 
 class AbstractCompetitor(Protocol):
-    """What a builder returns."""
+    """Interface of what a builder returns."""
 
     def step(self) -> None:
-        """Forward and backward pass, finished when it returns."""
+        """Run the forward and backward pass to completion."""
 
     def results(self) -> Any:
-        """What the step computed, as plain numbers and numpy arrays."""
+        """Results of the step, as plain numbers and NumPy arrays."""
 
 
 class Isolated:
     """A fresh process, pinned to one core, for one competitor after another.
 
     Args:
-        builder: `module:function` that returns a competitor; the module is imported in the process only.
-        environment: Added to the process's environment.
+        builder: `module:function` that returns a competitor; the module is imported only in the process.
+        environment: Variables added to the process's environment.
     """
 
     def __init__(self, builder: str, *, environment: Mapping[str, str] | None = None) -> None:
@@ -62,7 +62,7 @@ class Isolated:
         self.process.terminate()
 
     def ask(self, question: str, *arguments: Any) -> Any:
-        """`build` with the builder's arguments, then `step` (CPU and wall seconds), `peak_bytes` or `results`."""
+        """Ask for `build` with the builder's arguments, then `step` (CPU and wall seconds), `peak_bytes`, `results`."""
         self.connection.send((question, *arguments))
         try:
             kind, answer = self.connection.recv()
@@ -75,7 +75,7 @@ class Isolated:
 
 
 def time_alternating(competitors: Mapping[str, Isolated], num_rounds: int, seed: int = 0) -> dict[str, Timing]:
-    """One step of each a round, in a new random order each, after one round to warm up; never two at a time."""
+    """Run one step of each competitor per round, in a new random order, after a warm-up round; never two at a time."""
     generator = random.Random(seed)
     timings = {name: Timing([], []) for name in competitors}
     for i in range(num_rounds + 1):
@@ -107,7 +107,7 @@ def _serve(connection: Any, builder: str) -> None:
     module, _, function = builder.partition(":")
     competitor: Any = None
     questions = {"step": _time, "peak_bytes": _peak_bytes, "results": lambda competitor: competitor.results()}
-    with contextlib.suppress(EOFError):  # the parent is gone
+    with contextlib.suppress(EOFError):  # the parent has ended
         while (message := connection.recv()) != ("stop",):
             question, *arguments = message
             try:
@@ -130,14 +130,14 @@ def _time(competitor: AbstractCompetitor) -> tuple[float, float]:
 
 
 def _peak_bytes(competitor: AbstractCompetitor) -> int:
-    """How far the resident memory rises in a step that is not the process's first (which compiles, and loads)."""
+    """Growth of the resident memory in a step other than the process's first, which compiles and loads libraries."""
     competitor.step()
     gc.collect()
     if not sys.platform.startswith("linux"):
-        raise RuntimeError(f"the peak of one step is read from /proc, which {sys.platform} does not have")
-    with contextlib.suppress(AttributeError):  # another libc
+        raise RuntimeError(f"the peak of one step is read from /proc, which {sys.platform} lacks")
+    with contextlib.suppress(AttributeError):  # not glibc
         ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     base = _resident_bytes("VmRSS")
     competitor.step()
     return _resident_bytes("VmHWM") - base

@@ -1,4 +1,4 @@
-"""Instruments: bytes held by tensors, peak of a process, interleaved timing, and where a result was measured."""
+"""Instruments: bytes held by tensors, peak of a process, interleaved timing, and provenance of a result."""
 
 import csv
 import gc
@@ -32,14 +32,14 @@ MEASURED_PATHS = (
     "benchmarks/*.py",
     "tests/helpers/blocks.py",
 )
-"""What a result depends on; changes elsewhere do not make it doubtful."""
+"""Paths that results depend on; changes elsewhere do not affect them."""
 
 
 def peak_tensor_bytes(run: Callable[[], Any]) -> int:
-    """Most bytes that the tensors made by `run` held at one moment, in storages, each counted once.
+    """Peak bytes of the storages that `run` creates, each counted once.
 
-    A whole number, the same in every repetition. Tensors that were there before do not count, nor does the working
-    memory inside one operator, which does not depend on how many are run.
+    The number is the same in every repetition. It includes neither existing tensors nor the working memory inside an
+    operator, which does not depend on how many operators run.
     """
     gc.collect()
     with _StorageTracker() as tracker:
@@ -48,7 +48,7 @@ def peak_tensor_bytes(run: Callable[[], Any]) -> int:
 
 
 class _StorageTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sees the result of every operator, in backward passes too, and when its storage is released."""
+    """Track the storage of every operator's result, also in backward passes, until it is released."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -84,15 +84,15 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def process_peak_bytes(function: Callable[..., Callable[[], Any]], *arguments: Any, threads: int = 1) -> int:
-    """How far the resident memory of a fresh process rises while it runs `function(*arguments)()`.
+    """Growth of the resident memory of a fresh process while it runs `function(*arguments)()`.
 
-    The base is the peak after `function(*arguments)` has made its tensors; `function` must be importable. Blocks of
-    64 KiB and more go back to the system at once (glibc): otherwise its heap fragments, and the figure says more of it
-    than of the solve.
+    The base is the peak after `function(*arguments)` has created its tensors; `function` must be importable. Blocks of
+    64 KiB and more are returned to the system immediately (glibc): otherwise its heap fragments, which would dominate
+    the result.
     """
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # read when the fork server starts
     context = multiprocessing.get_context("forkserver")
-    # Imported once: each process is then a fork of one that has not computed anything yet.
+    # Import once: each process is a fork of one that has not computed anything yet.
     context.set_forkserver_preload(["torch", function.__module__])
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_report_peak, args=(sender, function, arguments, threads))
@@ -123,17 +123,16 @@ def _peak_resident_bytes() -> int:
 
 
 class Timing(NamedTuple):
-    """Seconds of every repetition of one competitor, in the order of the rounds."""
+    """Seconds of every repetition of one competitor, in order of the rounds."""
 
     process_seconds: list[float]
     wall_seconds: list[float]
 
 
 def time_interleaved(competitors: Mapping[str, Callable[[], Any]], num_rounds: int, seed: int = 0) -> dict[str, Timing]:
-    """Run all competitors once per round, in a new random order each, after one round to warm up.
+    """Run all competitors once per round, in a new random order, after one warm-up round.
 
-    `process_seconds` is CPU time of this process: what others do on the machine is not in it, but for the caches they
-    share.
+    `process_seconds` is CPU time of this process, which other processes affect only through shared caches.
     """
     generator = random.Random(seed)
     timings = {name: Timing([], []) for name in competitors}
@@ -150,7 +149,7 @@ def time_interleaved(competitors: Mapping[str, Callable[[], Any]], num_rounds: i
 
 
 class Quartiles(NamedTuple):
-    """Lower quartile, median and upper quartile."""
+    """Lower quartile, median, and upper quartile."""
 
     lower: float
     median: float
@@ -164,7 +163,7 @@ def paired_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Qu
 
 
 def provenance(command: str) -> dict[str, Any]:
-    """What a reader needs to judge, or repeat, a measurement."""
+    """Information needed to judge or repeat a measurement."""
     return {
         "command": command,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -187,7 +186,7 @@ def _git(*arguments: str) -> str:
 
 
 def write_csv(path: Path, rows: Iterable[Row]) -> None:
-    """One line a row, the keys of the first row as header."""
+    """Write one line per row, with the keys of the first row as header."""
     rows = list(rows)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")

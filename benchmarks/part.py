@@ -1,4 +1,4 @@
-"""What the parts of `make bench` share: the command line, and the files that they leave.
+"""Common code of the parts of `make bench`: the command line and the output files.
 
 `NAME.json` (command, date, hardware, versions, commit, verdict), `NAME.md` (the page), `NAME_TABLE.csv` (`NAME.csv` for
 a table without a name) and, from parts with a figure, `NAME.png`. The exit code is 1 if a requirement is missed.
@@ -20,28 +20,30 @@ RESULTS = Path(__file__).parent / "results"
 
 
 class Skipped(Exception):
-    """The part cannot run here; the message says why, and what to do."""
+    """The part cannot run here; the message says why and what to do."""
 
 
 class Result(NamedTuple):
-    """What a part measured."""
+    """Results of a part."""
 
     tables: Mapping[str, Rows]
     verdict: Sequence[Requirement]
     page: Sequence[str]
-    """Paragraphs of Markdown, after title, origin and verdict."""
+    """Paragraphs of Markdown that follow title, provenance, and verdict."""
     draw: Callable[[Path], None] | None = None
     packages: Sequence[str] = ()
     """Distributions whose versions matter, besides torch."""
 
 
 def options(description: str) -> argparse.ArgumentParser:
-    """The options that every part has."""
+    """Parser with the common options of all parts."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it works: times say nothing")
-    parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="folder of the results")
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny sizes, to check that it works; times are meaningless"
+    )
+    parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR", help="output folder")
     return parser
 
 
@@ -55,16 +57,16 @@ def run(
     needs: str = "",
     suffix: str = "",
 ) -> int:
-    """Measure, write, print; the exit code.
+    """Measure, write and print the results, and return the exit code.
 
     Args:
-        module: Module of the part within `benchmarks`; its last name is that of the results.
-        title: Of the page.
-        measure: Does the work.
+        module: Module of the part within `benchmarks`; its last name is the name of the results.
+        title: Title of the page.
+        measure: Function that measures.
         quick: Whether sizes are tiny.
-        output: Folder of the results.
-        needs: Options of the command, for the page.
-        suffix: Ends the name of the results.
+        output: Output folder.
+        needs: Options of the command, shown on the page.
+        suffix: Suffix of the results' name.
     """
     name = module.rsplit(".", 1)[-1] + suffix
     output.mkdir(parents=True, exist_ok=True)
@@ -96,12 +98,12 @@ def run(
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as they are, keys as header."""
+    """Rows as a Markdown table, with the keys as header."""
     return table(list(rows[0]), [[shown(value) for value in row.values()] for row in rows])
 
 
 def shown(value: Any) -> str:
-    """A cell: four digits of a float."""
+    """Text of a cell; floats with four digits."""
     if isinstance(value, float):
         return f"{value:.4g}"
     return "" if value is None else str(value)

@@ -1,4 +1,4 @@
-"""The measurements as text: Markdown tables, and the verdict."""
+"""Format measurements as Markdown tables, with the verdict."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -19,7 +19,7 @@ def markdown(
     """The whole page."""
     sections = [
         "# The core, measured",
-        origin(provenance) + " Written by the program; what it means is in [the README](../README.md).",
+        origin(provenance) + " Written by the program; for the interpretation see [the README](../README.md).",
         "![At a glance](core.png)",
         "## Verdict",
         table(VERDICT_HEADER, verdict_lines(verdict)),
@@ -40,7 +40,7 @@ def markdown(
 
 
 def origin(provenance: dict[str, Any]) -> str:
-    """Where, when and how something was measured, in a sentence."""
+    """Where, when, and how a result was measured, in a sentence."""
     hardware = provenance["hardware"]
     changes = " with uncommitted changes" if provenance["uncommitted_changes"] else ""
     versions = ", ".join(f"{name} {version}" for name, version in provenance["versions"].items())

@@ -1,4 +1,4 @@
-"""What the core promises, judged against the measurements."""
+"""Requirements on the core, compared with the measurements."""
 
 from collections.abc import Sequence
 from math import isfinite
@@ -14,7 +14,7 @@ MAX_RATIO, MAX_BITS_RATIO = 1.02, 1.25
 
 
 class Requirement(NamedTuple):
-    """One line of the verdict; `is_judged` is False where a smoke run says nothing about it."""
+    """One line of the verdict; `is_judged` is False if a smoke run cannot decide it."""
 
     name: str
     required: str
@@ -24,7 +24,7 @@ class Requirement(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """In a word."""
+        """The verdict in a word."""
         return ("met" if self.is_met else "MISSED") if self.is_judged else "not judged"
 
 
@@ -65,7 +65,7 @@ def _memory(rows: Rows, quick: bool) -> list[Requirement]:
     verdicts = []
     for promise in PROMISES:
         curve = [r for r in rows if r["solver"] == promise.member.label and r["method"] == "reversible exact"]
-        if not curve:  # a smoke run makes one
+        if not curve:  # a smoke run has only one
             continue
         free = [r for r in curve if r["steps"] <= promise.free_steps]
         where = f"{promise.member.label}, N <= {promise.free_steps}"
@@ -80,7 +80,7 @@ def _memory(rows: Rows, quick: bool) -> list[Requirement]:
 
 
 def _growth(promise: Promise, bits: float) -> Requirement:
-    name = f"growth beyond, bits an element and evaluation, {promise.member.label}"
+    name = f"growth beyond, bits per element and evaluation, {promise.member.label}"
     return at_most(name, bits, MAX_BITS_RATIO * promise.bits, "{:.2f}")
 
 
@@ -91,5 +91,5 @@ def at_most(name: str, measured: float, limit: float, style: str, is_judged: boo
 
 
 def largest(values: Sequence[float]) -> float:
-    """The maximum; infinite if one of them is not finite."""
+    """The maximum; infinite if a value is not finite."""
     return max(v if isfinite(v) else float("inf") for v in values)

@@ -1,1 +1,1 @@
-"""Runs: faults, scaling, and what callbacks cost."""
+"""Benchmarks of runs: faults, scaling, and the cost of callbacks."""

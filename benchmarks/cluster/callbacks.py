@@ -1,12 +1,13 @@
-"""What the callbacks cost: CPU time of training steps with and without them, at their default intervals.
+"""Cost of the callbacks: CPU time of training steps with and without them, at their default intervals.
 
     python -m benchmarks.cluster.callbacks
 
-Short fits with different callbacks are run in turn, in a new random order each round, on one thread; the seconds are
-CPU time of a step, ratios are those within a round. What comes once in n steps is made in every step and divided by its
-default n; what comes once a validation, by the steps from one validation to the next in the configuration. Sizes are
-those of configs/lm/default.yaml (on bytes of Python's library) and configs/cifar10/cpu.yaml (on scikit-learn's digits,
-32x32 pixels). Writes `benchmarks/results/callbacks.{json,md}`; exits with 1 if a limit is not kept.
+Short fits with different callbacks run in turn, in a new random order each round, on one thread. Seconds are CPU time
+per step; ratios are taken within a round. Callbacks that run every n steps run in every step here, and their cost is
+divided by their default n; those that run at validation, by the steps between two validations in the configuration.
+Sizes are those of configs/lm/default.yaml (on bytes of Python's library) and configs/cifar10/cpu.yaml (on
+scikit-learn's digits, 32x32 pixels). Writes `benchmarks/results/callbacks.{json,md}`; exits with 1 if a limit is
+exceeded.
 """
 
 import argparse
@@ -50,38 +51,38 @@ INTERVALS = {
     "GradientError": (GradientError, GradientError().every_n_steps),
     "Contraction": (Contraction, Contraction().every_n_steps),
 }
-"""What comes once in so many steps; the first is always on, the others on request."""
+"""Default intervals in steps. The first entry is always on, the others on request."""
 ALWAYS = "Cost, FunctionEvaluations, ReconstructionCertificate"
 WARM_UP = 2
 
 
 class Clock(Callback):
-    """CPU seconds of the steps after the first ones, and of the validations."""
+    """CPU seconds of the steps after the warm-up, and of the validations."""
 
     def __init__(self) -> None:
         self.moments: list[float] = []
         self.validation = 0.0
 
     def on_train_batch_start(self, *_: Any) -> None:
-        """Note the moment."""
+        """Record the time."""
         self.moments.append(time.process_time())
 
     def on_validation_start(self, *_: Any) -> None:
-        """Begin: this callback is the first."""
+        """Start the clock: this callback is the first one."""
         self.validation -= time.process_time()
 
     def on_validation_end(self, *_: Any) -> None:
-        """End: samples and sweeps are made before, at the end of the epoch."""
+        """Stop the clock: samples and sweeps run before, at the end of the epoch."""
         self.validation += time.process_time()
 
     @property
     def seconds_per_step(self) -> float:
-        """Mean over the steps behind the first ones."""
+        """Mean over the steps after the warm-up."""
         return (self.moments[-1] - self.moments[WARM_UP]) / (len(self.moments) - 1 - WARM_UP)
 
 
 def language(folder: Path) -> tuple[Any, Any, dict[str, Any]]:
-    """Task, data and settings of the default language model."""
+    """Task, data, and settings of the default language model."""
     settings = yaml.safe_load(Path("configs/lm/default.yaml").read_text())
     sizes = {"context_length": settings["data"]["context_length"], "batch_size": settings["data"]["batch_size"]}
     limits = {"max_train_bytes": 1_000_000, "max_eval_bytes": 100_000}
@@ -94,7 +95,7 @@ def language(folder: Path) -> tuple[Any, Any, dict[str, Any]]:
 
 
 def classifier(folder: Path) -> tuple[Any, Any, dict[str, Any]]:
-    """Task, data and settings of the classifier for two CPU cores."""
+    """Task, data, and settings of the classifier for two CPU cores."""
     settings = yaml.safe_load(Path("configs/cifar10/cpu.yaml").read_text())
     sizes = {"batch_size": settings["data"]["batch_size"], "image_size": 32}
     data = ImageDataModule("digits", cache_dir=str(folder / "cache"), **sizes)
@@ -106,14 +107,14 @@ def classifier(folder: Path) -> tuple[Any, Any, dict[str, Any]]:
 
 
 TASKS: dict[str, tuple[Callable[[Path], tuple[Any, Any, dict[str, Any]]], Callable[[], Callback], int]] = {
-    # Steps from one validation to the next: as set; two epochs of 45,000 images.
+    # Steps between two validations: as configured; two epochs of 45,000 images.
     "language model": (language, lambda: TextSamples(["def "], max_new_tokens=200), 175),
     "classifier": (classifier, ImageSamples, 2 * (45_000 // 128)),
 }
 
 
 def fit(make: Any, folder: Path, callbacks: list[Callback], num_steps: int, *, validate: bool = False) -> Clock:
-    """Train for some steps, with one validation on one batch at the end if asked."""
+    """Train for some steps, optionally with one validation on one batch at the end."""
     torch.manual_seed(0)
     task, data, settings = make(folder)
     clock = Clock()
@@ -139,12 +140,12 @@ def fit(make: Any, folder: Path, callbacks: list[Callback], num_steps: int, *, v
 
 
 def always() -> list[Callback]:
-    """The callbacks that do something in every step."""
+    """The callbacks that run in every step."""
     return [c for c in DEFAULTS.callbacks() if not isinstance(c, ResidualCurve)]
 
 
 def measure(name: str, folder: Path, rounds: int, num_steps: int) -> dict[str, Any]:
-    """Overheads as fractions of the time of a step, and the seconds behind them."""
+    """Overheads as fractions of the step time, and the underlying seconds."""
     make, samples, validation_interval = TASKS[name]
     few = WARM_UP + 5
     competitors: dict[str, Callable[[], float]] = {
@@ -183,7 +184,7 @@ def measure(name: str, folder: Path, rounds: int, num_steps: int) -> dict[str, A
 
 
 def judge(results: list[dict[str, Any]]) -> list[str]:
-    """What is not as required."""
+    """Requirements that are not met."""
     faults = []
     for result in results:
         for label, value, limit in (
@@ -211,17 +212,23 @@ def markdown(results: list[dict[str, Any]], facts: dict[str, Any], faults: list[
         f" {facts['hardware']['load_average']}, torch {facts['versions']['torch']}, commit {facts['commit'][:7]}"
         f"{' with uncommitted changes' if facts['uncommitted_changes'] else ''}."
     )
-    verdict = "Not as required:\n\n" + "\n".join(f"- {fault}" for fault in faults) if faults else "All as required."
-    title = "# Callbacks: CPU time that they add to a training step, at their default intervals"
+    verdict = (
+        "Requirements that are not met:\n\n" + "\n".join(f"- {fault}" for fault in faults)
+        if faults
+        else "All requirements are met."
+    )
+    title = "# Callbacks: CPU time added to a training step, at the default intervals"
     required = f"Required: all < {MOST_OF_ALL:.0%}, GradientError < {MOST_OF_GRADIENT_ERROR:.0%}."
-    return "\n\n".join([title, origin, f"A step without them: {steps}. {required}", "\n".join(lines), verdict]) + "\n"
+    return (
+        "\n\n".join([title, origin, f"A step without callbacks: {steps}. {required}", "\n".join(lines), verdict]) + "\n"
+    )
 
 
 def main() -> None:
     """Measure, write, print; exit with 1 if a requirement is not met."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=32, help="of a fit, of which the first two warm up")
+    parser.add_argument("--steps", type=int, default=32, help="steps per fit; the first two are warm-up")
     parser.add_argument("--only", nargs="+", choices=list(TASKS), default=list(TASKS))
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()

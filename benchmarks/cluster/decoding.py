@@ -1,4 +1,4 @@
-"""Images a second that one core decodes for training, as `DecodedImages` does, for `benchmarks.cluster.scaling`.
+"""Images per second that one core decodes for training with `DecodedImages`, for `benchmarks.cluster.scaling`.
 
 The images have ImageNet's mean size, 500 x 375 pixels and about 115 kB, and the amplitude spectrum of photographs, 1/f.
 """
@@ -22,20 +22,20 @@ WIDTH, HEIGHT = 500, 375
 
 
 class Decoded(NamedTuple):
-    """What was measured: images a second of processor time, bytes of a file."""
+    """Images per second of processor time, and bytes per file."""
 
     images_per_second: float
     file_bytes: float
 
 
 def photograph(generator: np.random.Generator, file_bytes: float) -> bytes:
-    """A JPEG file of 1/f noise, at the first quality that makes it at least so large."""
+    """A JPEG file of 1/f noise, at the first quality that gives at least this size."""
     frequency = np.hypot(np.fft.fftfreq(HEIGHT)[:, None], np.fft.rfftfreq(WIDTH)[None])
     frequency[0, 0] = np.inf
     noise = generator.normal(size=(3, HEIGHT, WIDTH))
     planes = np.fft.irfft2(np.fft.rfft2(noise) / frequency, s=(HEIGHT, WIDTH))
     planes /= planes.std(axis=(1, 2), keepdims=True)
-    # Brightness varies more than colour: three times as much.
+    # Brightness varies three times as much as color.
     pixels = 128 + 45 * planes[:1] + 15 * planes
     image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
     for quality in range(50, 96):
@@ -47,7 +47,7 @@ def photograph(generator: np.random.Generator, file_bytes: float) -> bytes:
 
 
 def decode(file_bytes: float, image_size: int) -> Decoded:
-    """Time the training split of a folder of such images: read, decode, cut out a random part, resize."""
+    """Time the training split of a folder of such images: read, decode, crop at random, resize."""
     generator = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         sizes = []
@@ -75,7 +75,7 @@ def decode(file_bytes: float, image_size: int) -> Decoded:
             begin = time.process_time()
             for batch in loader:
                 if batch.images.shape != (IMAGES, 3, image_size, image_size):
-                    raise RuntimeError(f"a batch of {tuple(batch.images.shape)}")
+                    raise RuntimeError(f"unexpected batch shape {tuple(batch.images.shape)}")
             seconds.append(time.process_time() - begin)
         torch.set_num_threads(threads)
     return Decoded(IMAGES / statistics.median(seconds[1:]), statistics.fmean(sizes))

@@ -1,4 +1,4 @@
-"""What happens to a run, its process or its disk in `benchmarks.cluster.faults`."""
+"""Faults that `benchmarks.cluster.faults` injects into a run, its process, or its disk."""
 
 import gc
 import multiprocessing
@@ -25,7 +25,7 @@ def flip_a_bit(path: Path) -> None:
 
 
 def malice(path: Path) -> None:
-    """A checkpoint that would create a file."""
+    """Replace the checkpoint by one that would create a file when loaded."""
     from revdeq_lightning.checkpoints.files import write_checkpoint
 
     class Malice:
@@ -37,7 +37,7 @@ def malice(path: Path) -> None:
 
 
 def poison() -> None:
-    """NaN in a weight of the model that this process trains."""
+    """Set a weight of the model that this process trains to NaN."""
     import torch
     from lightning import LightningModule
 
@@ -47,9 +47,9 @@ def poison() -> None:
 
 
 def kill_logger() -> None:
-    """End the processes of W&B below this one."""
+    """Kill the W&B child processes of this process."""
     for path in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError, IndexError):  # of a process that is gone
+        with suppress(OSError, IndexError):  # the process has ended
             parent = int(path.read_text().rsplit(")", 1)[1].split()[1])
             if parent == os.getpid() and "wandb-core" in path.with_name("cmdline").read_text():
                 os.kill(int(path.parent.name), signal.SIGKILL)
@@ -62,7 +62,7 @@ def kill_children() -> None:
 
 @contextmanager
 def small_disk(folder: Path) -> Iterator[bool]:
-    """A file system of 8 MB at this folder, for root; says whether it is there."""
+    """Mount a file system of 8 MB at this folder, which requires root; yield whether it is mounted."""
     folder.mkdir()
     mounted = not subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)], capture_output=True, check=False
@@ -84,6 +84,6 @@ def fill(folder: Path) -> None:
 
 
 def make_read_only(folder: Path) -> None:
-    """Until it is unmounted; by a mount over it, as the kernel refuses one where a file is open to be written."""
+    """Make the folder read-only until it is unmounted. A bind mount: a remount fails if a file is open for writing."""
     subprocess.run(["mount", "--bind", str(folder), str(folder)], check=True)
     subprocess.run(["mount", "-o", "remount,bind,ro", str(folder)], check=True)

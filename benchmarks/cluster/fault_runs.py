@@ -1,4 +1,4 @@
-"""The small runs that `benchmarks.cluster.faults` strikes: their data and configurations."""
+"""The small runs of `benchmarks.cluster.faults`: data and configurations."""
 
 from pathlib import Path
 from typing import Any
@@ -7,11 +7,11 @@ import yaml
 
 STEPS = 60
 EVERY = 7
-"""Steps from one checkpoint to the next, at most."""
+"""Maximum number of steps between two checkpoints."""
 
 
 def write_language_config(folder: Path) -> Path:
-    """Letters that follow a rule with noise."""
+    """Write a text of letters that follow a noisy rule, and its configuration."""
     text, value = [], 1
     for _ in range(4000):
         value = value * 1103515245 % 2**31 + 12345
@@ -26,7 +26,7 @@ def write_language_config(folder: Path) -> Path:
 
 
 def write_image_config(folder: Path) -> Path:
-    """JPEG files of noise around a colour, read while training."""
+    """Write JPEG files of noise around a color, read during training, and their configuration."""
     import numpy as np
     from PIL import Image
 

@@ -1,10 +1,10 @@
-"""What a run does when something fails, and what is lost: fills `results/faults.md`.
+"""What a run does when something fails, and what is lost. Writes `results/faults.md`.
 
-    python -m benchmarks.cluster.faults                 # make bench-faults; some minutes
+    python -m benchmarks.cluster.faults                 # make bench-faults; a few minutes
     python -m benchmarks.cluster.faults --kills 4       # a smoke run
 
-Each fault strikes a run of a small language model or image classifier on this machine; then the run goes on as the
-message says, and its end (curves, weights, files) is compared bit for bit with that of an undisturbed run.
+Each fault is injected into a run of a small language model or image classifier on this machine. The run is then resumed
+as its message says, and its result (curves, weights, files) is compared bit for bit with that of an undisturbed run.
 """
 
 import argparse
@@ -54,7 +54,7 @@ class Row(NamedTuple):
 
 
 class Bench:
-    """A folder with data, configurations and undisturbed runs."""
+    """A folder with data, configurations, and undisturbed runs."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.log = folder, folder / "log"
@@ -62,17 +62,17 @@ class Bench:
         self.configs = {"lm": write_language_config(folder), "image": write_image_config(folder)}
 
     def arguments(self, kind: str, version: str, *options: str) -> list[str]:
-        """Of `fit`."""
+        """Arguments of `fit`."""
         words = ["fit"] if kind == "lm" else ["image", "fit"]
         runs = [f"--run.folder={self.folder}", f"--run.name={kind}", f"--run.version={version}", "--run.test=false"]
         return [*words, "--config", str(self.configs[kind]), *runs, *options]
 
     def path(self, kind: str, version: str) -> Path:
-        """Folder of a run."""
+        """The folder of a run."""
         return self.folder / kind / version
 
     def whole(self, kind: str) -> Path:
-        """The undisturbed run."""
+        """The undisturbed run, made on the first call."""
         path = self.path(kind, "whole")
         if not path.exists() and (code := run(self.arguments(kind, "whole"), self.log)):
             raise RuntimeError(f"the undisturbed run failed with code {code}: {self.log.read_text()}")
@@ -90,17 +90,17 @@ class Bench:
         fails: bool = True,
         options: tuple[str, ...] = (),
     ) -> None:
-        """One fault: the run with it, what mends it, the run that goes on.
+        """Inject one fault into a run, repair the damage, and resume the run.
 
         Args:
-            fault: Its name.
-            done: What was done.
-            kind: Of the run.
-            disturb: What happens in the run's process after `step`.
-            step: See there.
-            between: What happens to the run's folder before the run goes on.
-            fails: Whether the run has to end with an error (else: to its end).
-            options: Of the run that is struck.
+            fault: Name of the fault.
+            done: Description of the fault.
+            kind: Kind of the run, `lm` or `image`.
+            disturb: Called in the run's process after `step`.
+            step: Step after which `disturb` is called.
+            between: Called with the run's folder before the run is resumed.
+            fails: Whether the run must fail; otherwise it must finish.
+            options: Options of the disturbed run.
         """
         reference, version = self.whole(kind), f"struck-{len(self.rows)}"
         path = self.path(kind, version)
@@ -117,13 +117,13 @@ class Bench:
         found = differences(path, reference) if again == 0 else [message(self.log)]
         lost = f"nothing; {logged - newest} step(s) since step {newest} repeated" if not found else "; ".join(found)
         is_met = (code != 0) == fails and again == 0 and not found and bool(said)
-        is_met = is_met and min(logged, step) - newest <= EVERY  # with a full disk nothing is saved from then on
+        is_met = is_met and min(logged, step) - newest <= EVERY  # nothing is saved once the disk is full
         self.rows.append(Row(fault, done, said, lost, f"{seconds:.1f}", is_met))
         print(self.rows[-1], flush=True)
 
 
 def message(log: Path) -> str:
-    """The first warning, error or reason to stop that a run printed, without the machine's paths."""
+    """The first warning, error, or reason for stopping that a run printed, without paths of the machine."""
     lines = [line for line in log.read_text().splitlines() if line.startswith(("error: ", "warning: ", "Stopped by"))]
     lines += re.findall(r"\.py:\d+: (?:\w*Warning: )?(.+)", log.read_text())
     line = re.sub(r"; largest magnitude.*?\)\. ", " ... ", lines[0]) if lines else ""
@@ -136,22 +136,22 @@ def brief(error: str) -> str:
 
 
 def disk_faults(bench: Bench) -> None:
-    """On a file system of its own; without root none of these."""
+    """Faults of a small separate file system; skipped without root."""
     with small_disk(bench.folder / "disk") as mounted:
         if not mounted:
-            print("no tmpfs can be mounted: the faults of the disk are left out (root is needed)", file=sys.stderr)
+            print("cannot mount a tmpfs: skipping the disk faults (they require root)", file=sys.stderr)
             return
         disk = Bench.__new__(Bench)
         disk.__dict__ = bench.__dict__ | {"folder": bench.folder / "disk"}
         disk.strike(
             "disk full",
-            f"a file system of 8 MB filled up after step 40 of {STEPS}; emptied before going on",
+            f"a file system of 8 MB filled up after step 40 of {STEPS}; emptied before resuming",
             disturb=lambda: fill(disk.folder),
             between=lambda path: (disk.folder / "filler").unlink(),
         )
         disk.strike(
             "folder read-only",
-            f"mounted read-only after step 40 of {STEPS}; writable again before going on",
+            f"mounted read-only after step 40 of {STEPS}; writable again before resuming",
             disturb=lambda: make_read_only(disk.folder),
             between=lambda path: subprocess.run(["umount", "-l", str(disk.folder)], check=True),
         )
@@ -161,26 +161,26 @@ def data_faults(bench: Bench) -> None:
     images, aside = bench.folder / "images" / "red", bench.folder / "aside"
     bench.strike(
         "data removed",
-        "the image files of a class moved away after step 40; brought back before going on",
+        "the image files of a class moved away after step 40; moved back before resuming",
         kind="image",
         disturb=lambda: images.rename(aside),
         between=lambda path: aside.rename(images),
     )
     bench.strike(
-        "worker killed", "kill -9 of the process that loads data, after step 40", kind="image", disturb=kill_children
+        "worker killed", "kill -9 of the data-loading process, after step 40", kind="image", disturb=kill_children
     )
 
 
 def other_faults(bench: Bench) -> None:
     bench.strike(
-        "machine asked back",
+        "machine preempted",
         "SIGTERM after step 40; saved, exit code 75",
         disturb=lambda: os.kill(os.getpid(), signal.SIGTERM),
     )
     bench.strike("divergence", "a weight set to NaN after step 40", disturb=poison, between=remove("diverged"))
     bench.strike(
-        "logger gone",
-        "kill -9 of W&B's process after step 40; the run goes on to its end",
+        "logger killed",
+        "kill -9 of W&B's process after step 40; the run continues to its end",
         disturb=kill_logger,
         between=remove("wandb"),
         fails=False,
@@ -189,7 +189,7 @@ def other_faults(bench: Bench) -> None:
 
 
 def remove(name: str) -> Callable[[Path], None]:
-    """What the struck run has more than the undisturbed one."""
+    """Remove what only the disturbed run has."""
     return lambda path: shutil.rmtree(path / name)
 
 
@@ -204,10 +204,10 @@ def checkpoint_faults(bench: Bench) -> None:
     for fault, done, what in (
         ("checkpoint cut short", "last.ckpt cut to half of its length", cut),
         ("bit flipped", "one bit of last.ckpt changed", flip_a_bit),
-        ("foreign file", "a text in the place of last.ckpt", foreign),
-        ("malicious file", "a pickle that runs a command in the place of last.ckpt", malice),
+        ("foreign file", "a text file instead of last.ckpt", foreign),
+        ("malicious file", "a pickle that runs a command instead of last.ckpt", malice),
     ):
-        # The run ends at step 50; what goes on is the whole one.
+        # The first run ends at step 50; the resumed one runs to its end.
         bench.strike(fault, done, between=last(what), disturb=lambda: os._exit(137), step=50)
     if list(bench.folder.rglob("malice")):
         raise RuntimeError("code in a checkpoint was run")
@@ -219,17 +219,17 @@ def kills(bench: Bench, num_kills: int, num_processes: int = 1) -> None:
     result = kill_and_go_on(bench.configs["lm"], folder, num_kills, seed=0, num_processes=num_processes)
     repeated = [kill["steps_to_repeat"] for kill in result["kills"]]
     written = sum("event" in kill for kill in result["kills"])
-    fault, whose, said = "process killed", f"{result['finished']} runs", "nothing: it is dead"
+    fault, whose, said = "process killed", f"{result['finished']} runs", "none: killed"
     if num_processes > 1:
         fault, whose = "one of two processes killed", f"{whose} of FSDP2 with sharded checkpoints"
         errors = [error for kill in result["kills"] for error in kill["errors"]]
-        said = f"the other one, {len(errors)} times of {len(repeated)}: {brief(errors[0]) if errors else ''}"
+        said = f"the other process, {len(errors)} of {len(repeated)} times: {brief(errors[0]) if errors else ''}"
     done = f"kill -9 at {len(repeated)} random moments of {whose}, {written} of them within a save"
     lost = "; ".join(result["differences"])
     lost = lost or f"nothing; at most {max(repeated)} steps since the last checkpoint repeated"
-    seconds = f"{result['seconds_undisturbed']:.1f} (a whole run)"
+    seconds = f"{result['seconds_undisturbed']:.1f} (a complete run)"
     is_met = not result["differences"] and max(repeated) <= EVERY
-    # At its end a process has parted from the others.
+    # A process that has finished is no longer connected to the others.
     in_training = [kill for kill in result["kills"] if kill["newest"] < STEPS]
     is_met = is_met and all(len(kill["errors"]) == num_processes - 1 for kill in in_training)
     bench.rows.append(Row(fault, done, said, lost, seconds, is_met))
@@ -271,16 +271,16 @@ def markdown(rows: list[Row], facts: dict[str, Any], importing: float, seconds: 
     """The page."""
     hardware, versions = facts["hardware"], facts["versions"]
     changes = " with uncommitted changes" if facts["uncommitted_changes"] else ""
-    header = ("fault", "what was done", "what the run said", "lost", "seconds to go on to the end", "verdict")
+    header = ("fault", "what was done", "message", "lost", "seconds to resume and finish", "verdict")
     cells = [(*row[:5], "met" if row.is_met else "MISSED") for row in rows]
     sections = [
         "# Faults",
         f"`{facts['command']}`, {facts['date']}, {seconds:.0f} s on {hardware['cpu']}, {hardware['cores']} cores, load"
         f" {hardware['load_average']} at the start; Python {versions['python']}, torch {versions['torch']}; commit"
         f" {facts['commit']}{changes}. Written by the program.",
-        f"Runs of {STEPS} steps, a checkpoint every {EVERY} steps and after each validation (every 15). Each run then"
-        " went on by `--ckpt_path last`, and its curves, weights and files were compared bit for bit with those of an"
-        f" undisturbed run. Starting Python and importing everything takes {importing:.1f} s more.",
+        f"Runs of {STEPS} steps, a checkpoint every {EVERY} steps and after each validation (every 15). Each run"
+        " was then resumed with `--ckpt_path last`, and its curves, weights, and files were compared bit for bit with"
+        f" those of an undisturbed run. Starting Python and importing everything takes {importing:.1f} s more.",
         table(header, cells),
     ]
     return "\n\n".join(sections) + "\n"

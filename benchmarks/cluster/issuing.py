@@ -1,7 +1,8 @@
-"""Seconds in which Python and PyTorch issue a training step, whatever its sizes; used by `benchmarks.cluster.scaling`.
+"""Time that Python and PyTorch need to issue a training step, for `benchmarks.cluster.scaling`.
 
-The models of the configurations with all widths shrunk to almost nothing: as many operations, which hardly compute. On
-a GPU, where a launch takes the place of that little computation, a step takes no less, however few samples it has.
+The models of the configurations with all widths reduced to a minimum: the same operations with almost no computation.
+On a GPU, where a kernel launch replaces this small computation, a step takes at least this time for any number of
+samples.
 """
 
 import statistics
@@ -20,7 +21,7 @@ WARMUP, STEPS = 5, 25
 
 
 class Issued(NamedTuple):
-    """What was measured: seconds of processor time a step, PyTorch operations of it."""
+    """Seconds of processor time per step, and its number of PyTorch operations."""
 
     seconds: float
     operations: int
@@ -51,12 +52,12 @@ def issue(settings: dict[str, Any]) -> Issued:
 
 
 def solver_of(settings: dict[str, Any]) -> SolverConfig:
-    """The solver, without a tolerance: all of its steps are issued."""
+    """The solver without a tolerance, so that all of its steps are issued."""
     return SolverConfig(**settings["model"]["solver"] | {"rtol": 0.0})
 
 
 def shrunk(network: dict[str, Any], solver: SolverConfig, is_text: bool) -> tuple[Any, Callable[[], torch.Tensor]]:
-    """A tiny model of the same operations, and its loss."""
+    """A tiny model with the same operations, and its loss."""
     torch.manual_seed(0)
     if is_text:
         config = TransformerConfig(64, 8, **network | {"d_model": 2 * network["num_heads"]})

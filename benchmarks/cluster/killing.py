@@ -1,11 +1,11 @@
-"""Kills runs of the command line at random moments and lets them go on; a process that imports once and forks.
+"""Kill runs of the command line at random moments and resume them. The process imports once and forks.
 
     python -m benchmarks.cluster.killing --config FILE --folder FOLDER --kills 30 --seed 0 \
         [--processes 2] [--report FILE]
 
-Half of the kills come from outside, at a uniform moment of training; half strike in the midst of writing: before the
-n-th write, fsync, link, rename or removal. Every run that reaches its end is compared with an undisturbed one. Of
-several processes (FSDP2, sharded checkpoints) one is killed, any of them; the others have to end by themselves.
+Half of the kills come from outside, at a random moment of training; the other half occur while writing, before the n-th
+write, fsync, link, rename, or removal. Every finished run is compared with an undisturbed one. With several processes
+(FSDP2, sharded checkpoints), a random one is killed; the others must end by themselves.
 """
 
 import argparse
@@ -24,11 +24,11 @@ from pathlib import Path
 from typing import Any
 
 EVENTS = {"write": 500, "fsync": 12, "replace": 12, "link": 6, "unlink": 20}
-"""What a kill strikes before, and among how many of its calls it chooses."""
+"""Calls before which a kill occurs, and among how many of them it chooses."""
 SHARDED_EVENTS = {"fsync": 40, "rename": 25, "unlink": 45, "rmdir": 7}, {"fsync": 10}
-"""The same where a checkpoint is a folder: of the first process, which moves it, and of any other."""
+"""The same if a checkpoint is a folder: for the first process, which moves it, and for any other."""
 PATIENCE = 60.0
-"""Seconds in which a process has to notice that another one is gone."""
+"""Seconds within which a process must notice that another one has ended."""
 
 FSDP2 = ("--config", "configs/trainer/fsdp2.yaml", "--trainer.strategy.sharded_checkpoints=true")
 
@@ -43,19 +43,19 @@ def run(
     num_processes: int = 1,
     struck: int = 0,
 ) -> int:
-    """Run one command in forked processes: its exit code, negative if one was killed.
+    """Run one command in forked processes and return its exit code, negative if one was killed.
 
     Args:
-        arguments: Of the command line.
-        log: File for what it prints.
+        arguments: Arguments of the command line.
+        log: File for its output.
         event: Kill it before the n-th call of this kind.
-        after: Kill it so many seconds after training began.
-        disturb: A step of training, and what is then called in that process.
-        num_processes: How many, in the environment that torchrun gives.
-        struck: The one that all this happens to.
+        after: Kill it this many seconds after the start of training.
+        disturb: A training step, and a function called in the process after it.
+        num_processes: Number of processes, started in the environment of torchrun.
+        struck: Index of the process to kill or disturb.
 
     Raises:
-        RuntimeError: If a process goes on without the killed one; it is ended.
+        RuntimeError: If a process continues without the killed one; it is terminated.
     """
     log.write_text("")
     group = {} if num_processes == 1 else _group_environment(num_processes)
@@ -85,7 +85,7 @@ def run(
             for pid in running:
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
-            raise RuntimeError(f"without the one that ended with {codes[0]} others went on for {PATIENCE:.0f} s")
+            raise RuntimeError(f"other processes continued for {PATIENCE:.0f} s after one ended with {codes[0]}")
         time.sleep(0.002)
     return min(codes) if min(codes) < 0 else max(codes)
 
@@ -135,7 +135,7 @@ def _child(arguments: Sequence[str], log: Path, event: Any, disturb: Any) -> Non
 
 
 def _kill_before(kind: str, number: int) -> None:
-    """Patch what a save calls, so that the n-th call is never made."""
+    """Patch the functions that a save calls, so that the process is killed before the n-th call."""
     from revdeq_lightning.checkpoints import files as checkpoints
 
     holder: Any = checkpoints._Writer if kind == "write" else os
@@ -151,7 +151,7 @@ def _kill_before(kind: str, number: int) -> None:
 
 
 def _disturb_at(step: int, what: Callable[[], Any]) -> None:
-    """Call something after a step, in all training of this process."""
+    """Call a function after a training step of this process."""
     from revdeq_lightning.runs.random_state import ResumableRandomState
 
     def on_train_batch_end(self: Any, trainer: Any, *_: Any) -> None:
@@ -162,7 +162,7 @@ def _disturb_at(step: int, what: Callable[[], Any]) -> None:
 
 
 def curve(folder: Path) -> list[dict[str, str]]:
-    """Everything in metrics.csv that does not depend on the clock."""
+    """All values in metrics.csv that do not depend on time measurements."""
     with (folder / "metrics.csv").open(newline="") as file:
         rows = [{k: v for k, v in row.items() if v and not k.startswith("system/")} for row in csv.DictReader(file)]
     return [row for row in rows if len(row) > 1]
@@ -174,7 +174,7 @@ def files(folder: Path) -> set[str]:
 
 
 def weights(folder: Path) -> dict[str, Any]:
-    """Weights in training at the end."""
+    """The final weights in training."""
     import torch
 
     from revdeq_lightning.checkpoints.names import is_sharded_checkpoint
@@ -189,7 +189,7 @@ def weights(folder: Path) -> dict[str, Any]:
 
 
 def differences(folder: Path, reference: Path) -> list[str]:
-    """What distinguishes a finished run from the undisturbed one; nothing, if nothing was lost."""
+    """Differences between a finished run and the undisturbed one; empty if nothing was lost."""
     import torch
 
     found = []
@@ -204,7 +204,7 @@ def differences(folder: Path, reference: Path) -> list[str]:
 
 
 def newest_step(folder: Path) -> int:
-    """Steps of the newest checkpoint that can be used; 0 without."""
+    """Step of the newest usable checkpoint; 0 if there is none."""
     from revdeq_lightning.checkpoints.files import newest_good, steps_of
 
     path = newest_good(folder / "checkpoints").path
@@ -212,7 +212,7 @@ def newest_step(folder: Path) -> int:
 
 
 def last_logged_step(folder: Path) -> int:
-    """Steps that were logged before the kill; a line cut short does not count."""
+    """Last step logged before the kill; a truncated line does not count."""
     path = folder / "metrics.csv"
     lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
     rows = [row for row in csv.DictReader(line.decode() for line in lines) if row.get("train/loss")]
@@ -220,7 +220,7 @@ def last_logged_step(folder: Path) -> int:
 
 
 def kill_and_go_on(config: Path, folder: Path, num_kills: int, seed: int, num_processes: int = 1) -> dict[str, Any]:
-    """Kill so many runs, with several processes those of FSDP2 with sharded checkpoints; what came of it."""
+    """Kill and resume runs, with FSDP2 and sharded checkpoints if there are several processes."""
     draws = random.Random(seed)
     log = folder / "log"
     common = ["fit", "--config", str(config), "--run.test=false", f"--run.folder={folder}", "--run.name=runs"]

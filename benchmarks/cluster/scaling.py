@@ -2,8 +2,8 @@
 
 See `../scaling.md`.
 
-Counts (parameters, operations, bytes) are taken from the models themselves, and the time to issue a step from this
-machine; what GPUs do with them is the model of `scaling.md`, with the constants below. Writes `results/scaling.md`.
+Counts (parameters, operations, bytes) are taken from the models themselves, and the time to issue a step is measured on
+this machine; for GPUs, the model of `scaling.md` applies, with the constants below. Writes `results/scaling.md`.
 """
 
 import argparse
@@ -35,16 +35,16 @@ PAGE = RESULTS / "scaling.md"
 GPUS_A_NODE = 8
 RANKS = (8, 16, 32, 64, 128, 256, 512, 1024)
 PEAK = 989e12  # operations/s, bfloat16 dense; NVIDIA's data sheet of the H100 SXM
-UTILISATION = {"tokens": 0.40, "images": 0.11}  # of PEAK by filled GPUs; measured by others, see scaling.md
-NVLINK, NETWORK = 370.8e9, 46e9  # bytes/s of a GPU and direction that NCCL gets of 450 and 50; see scaling.md
+UTILIZATION = {"tokens": 0.40, "images": 0.11}  # fraction of PEAK on filled GPUs; measured by others, see scaling.md
+NVLINK, NETWORK = 370.8e9, 46e9  # bytes/s per GPU and direction that NCCL reaches, of 450 and 50; see scaling.md
 BASE, INTRA, INTER = 8.4e-6, 3.4e-6, 14e-6  # seconds, protocol Simple; NCCL, src/graph/tuning.cc
-BUCKET, FIRST_BUCKET = 25 * 2**20, 2**20  # bytes that DDP reduces at a time; its defaults
-IMAGE_BYTES = 115e3  # of a JPEG file: ImageNet's 1.28 M training images take about 148 GB
+BUCKET, FIRST_BUCKET = 25 * 2**20, 2**20  # bytes that DDP reduces at a time (defaults)
+IMAGE_BYTES = 115e3  # per JPEG file: ImageNet's 1.28 M training images take about 148 GB
 
 
 @dataclasses.dataclass
 class Counted:
-    """What a model is, per sample (a sequence, an image)."""
+    """Counts of a model, per sample (a sequence or an image)."""
 
     name: str
     batch_size: int
@@ -68,7 +68,7 @@ class Counted:
 
 
 def load(path: Path) -> tuple[Counted, nn.Module, Any]:
-    """The model of a configuration, with what its data give, and one sample."""
+    """The model of a configuration for its data, its counts, and one sample."""
     settings = settings_of(path)
     solver = SolverConfig(**settings["model"]["solver"])
     data, network = settings["data"], settings["model"]["network"]
@@ -100,7 +100,7 @@ def load(path: Path) -> tuple[Counted, nn.Module, Any]:
 
 
 def settings_of(path: Path) -> dict[str, Any]:
-    """A configuration as it stands in its file."""
+    """The contents of a configuration file."""
     settings: dict[str, Any] = yaml.safe_load(path.read_text())
     return settings
 
@@ -112,10 +112,10 @@ def count(parameters: Any) -> int:
 
 @contextmanager
 def saved(exclude: nn.Module) -> Iterator[dict[int, int]]:
-    """Within, the bytes of each storage that autograd keeps, parameters aside."""
+    """Context in which the bytes of each storage that autograd keeps are recorded, except parameters."""
     own = {p.untyped_storage()._cdata for p in exclude.parameters()}
     kept: dict[int, int] = {}
-    tensors: list[Tensor] = []  # alive, so that no storage's number is used again
+    tensors: list[Tensor] = []  # kept alive, so that no storage's address is reused
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -129,9 +129,9 @@ def saved(exclude: nn.Module) -> Iterator[dict[int, int]]:
 
 
 def take_counts(counted: Counted, model: Any, sample: Any) -> None:
-    """Operations of a training step and bytes that are kept for its backward pass, both of one sample.
+    """Count operations of a training step and bytes kept for its backward pass, both per sample.
 
-    Backward: f is evaluated once more at each state (1), and differentiated (2); the rest is differentiated only.
+    Backward pass: f is evaluated again at each state (1) and differentiated (2); the rest is only differentiated.
     """
     seen: list[tuple[EquilibriumLayer, Any, Any]] = []
     layers = [m for m in model.modules() if isinstance(m, EquilibriumLayer)]
@@ -140,7 +140,7 @@ def take_counts(counted: Counted, model: Any, sample: Any) -> None:
         seen.append((layer, args[0], output))
 
     handles = [layer.register_forward_hook(note) for layer in layers]
-    # Batch normalisation needs more than one value a channel: its running statistics do here.
+    # Batch normalization needs more than one value per channel, so use its running statistics.
     model.eval()
     with torch.autocast("cpu", torch.bfloat16), FlopCounterMode(display=False) as forward, saved(model) as kept:
         (model.loss(*sample).loss if len(sample) == 2 else model(*sample).logits_BV.sum()).detach()
@@ -157,34 +157,36 @@ def take_counts(counted: Counted, model: Any, sample: Any) -> None:
 
 
 def memory(c: Counted, ranks: int, strategy: str, batch: float) -> float:
-    """Bytes of a process: parameters, gradients, optimizer state, averages, and what the batch needs."""
+    """Bytes per process: parameters, gradients, optimizer state, averages, and the batch."""
     adam = c.parameters - c.matrices if c.muon else c.parameters
     state = 4 * (2 * c.parameters + 2 * adam + (c.matrices if c.muon else 0) + (c.parameters if c.averaged else 0))
     if strategy == "fsdp2":
-        state = state / ranks + 8 * c.parameters  # gathered parameters and their gradients, all units at once at most
+        state = (
+            state / ranks + 8 * c.parameters
+        )  # gathered parameters and their gradients, at most of all units at once
     return state + batch * c.kept_bytes
 
 
 def gather(num_bytes: float, ranks: int) -> float:
-    """Seconds of an all-gather or a reduce-scatter, by ring: its steps grow with the ranks."""
+    """Seconds of an all-gather or reduce-scatter by ring: its steps grow with the ranks."""
     nodes = max(1, ranks // GPUS_A_NODE)
     return BASE + (ranks - nodes) * INTRA + (nodes - 1) * INTER + (ranks - 1) / ranks * num_bytes / bandwidth(nodes)
 
 
 def all_reduce(num_bytes: float, ranks: int) -> float:
-    """Seconds, by tree: its steps grow with the logarithm of the nodes."""
+    """Seconds of an all-reduce by tree: its steps grow with the logarithm of the nodes."""
     nodes, gpus = max(1, ranks // GPUS_A_NODE), min(ranks, GPUS_A_NODE)
     latency = BASE + 2 * ((gpus - 1) * INTRA + math.log2(nodes) * INTER)
     return latency + 2 * (ranks - 1) / ranks * num_bytes / bandwidth(nodes)
 
 
 def bandwidth(nodes: int) -> float:
-    """Bytes/s of a GPU: what is sent passes each node's boundary once, over all of its ports, piece by piece."""
+    """Bytes/s per GPU: data crosses each node's boundary once, in parallel over all of its ports."""
     return NVLINK if nodes == 1 else min(NVLINK, GPUS_A_NODE * NETWORK)
 
 
 def communication(c: Counted, ranks: int, strategy: str) -> float:
-    """Seconds that nothing hides: gradients of a layer come all at once, at the end of its backward pass."""
+    """Seconds that are not overlapped: a layer's gradients arrive together at the end of its backward pass."""
     if strategy == "ddp":
         buckets = 1 + math.ceil((4 * c.parameters - FIRST_BUCKET) / BUCKET)
         return buckets * all_reduce(4 * c.parameters / buckets, ranks)
@@ -192,14 +194,14 @@ def communication(c: Counted, ranks: int, strategy: str) -> float:
 
 
 def compute(c: Counted, batch: float) -> float:
-    """Seconds of a step without communication: the GPU's, or those that the host takes to issue it."""
-    return max(batch * c.flops / (UTILISATION[c.unit] * PEAK), c.issue_seconds)
+    """Seconds of a step without communication: computing on the GPU or issuing on the host, whichever is longer."""
+    return max(batch * c.flops / (UTILIZATION[c.unit] * PEAK), c.issue_seconds)
 
 
 def table(c: Counted, *, strong: bool) -> list[str]:
-    """Rows of a configuration: the global batch held (strong), or that of a GPU (weak)."""
+    """Rows of a configuration, with a constant global batch (strong) or a constant batch per GPU (weak)."""
     lines = [
-        f"| GPUs | {c.unit} a GPU | ms of GPU | ms a step, DDP | efficiency | ms a step, FSDP2 | efficiency"
+        f"| GPUs | {c.unit} per GPU | ms of GPU | ms per step, DDP | efficiency | ms per step, FSDP2 | efficiency"
         " | GiB DDP | GiB FSDP2 | read |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -207,9 +209,9 @@ def table(c: Counted, *, strong: bool) -> list[str]:
         batch = c.batch_size * RANKS[0] / ranks if strong else c.batch_size
         if batch < 1:
             break
-        # One GPU alone: with the whole global batch in one step, or with the batch of each.
+        # A single GPU with the whole global batch in one step, or with the batch of each GPU.
         alone = compute(c, batch * ranks) / ranks if strong else compute(c, batch)
-        busy = batch * c.flops / (UTILISATION[c.unit] * PEAK)
+        busy = batch * c.flops / (UTILIZATION[c.unit] * PEAK)
         cells = [f"{ranks:,}", f"{batch * c.units:,.0f}", f"{1e3 * busy:.1f}"]
         for strategy in ("ddp", "fsdp2"):
             seconds = compute(c, batch) + communication(c, ranks, strategy)
@@ -222,7 +224,7 @@ def table(c: Counted, *, strong: bool) -> list[str]:
 
 
 def measured() -> list[str]:
-    """One and two processes on this machine's CPU, each with the same batch: steps by the command line's own task."""
+    """Time one and two processes on this machine's CPU, each with the same batch and the task of the command line."""
     from benchmarks.cluster.scaling_point import STEPS, WARMUP
 
     load, results = os.getloadavg()[0], {}
@@ -241,25 +243,25 @@ def measured() -> list[str]:
         f" median of {STEPS} steps after {WARMUP}: efficiency {efficiency:.0%}. {hardware['cpu']},"
         f" {hardware['cores']} cores, torch"
         f" {torch.__version__}, commit {commit or 'unknown'}; other processes: load {load:.1f} at the start"
-        " (well above 0, the times say nothing).",
+        " (the times are meaningful only if it is close to 0).",
         "",
-        "| processes | ms a step | ms of an all-reduce of the gradients alone | MB |",
+        "| processes | ms per step | ms of an all-reduce of the gradients alone | MB |",
         "|---|---|---|---|",
         *rows,
     ]
 
 
 def reading(c: Counted, image_size: int) -> list[str]:
-    """What one core of this machine decodes, and the cores that a node of GPUs keeps busy so."""
+    """Images decoded by one core of this machine, and the number of cores that a node of GPUs needs."""
     from benchmarks.cluster.decoding import HEIGHT, IMAGES, WIDTH, decode
 
     speed, file_bytes = decode(c.read_bytes, image_size)
     step = compute(c, c.batch_size) + communication(c, GPUS_A_NODE, "ddp")
     wanted = GPUS_A_NODE * c.batch_size / step
     return [
-        f"One core reads, decodes, crops and resizes {speed:.0f} images a second (JPEG files of {WIDTH} x {HEIGHT}"
+        f"One core reads, decodes, crops and resizes {speed:.0f} images per second (JPEG files of {WIDTH} x {HEIGHT}"
         f" pixels and {file_bytes / 1e3:.0f} kB to {image_size} pixels; processor time, {IMAGES} files that the system"
-        f" holds in memory). Eight GPUs want {wanted:,.0f}: {wanted / speed:.0f} such cores.",
+        f" holds in memory). Eight GPUs need {wanted:,.0f}: {wanted / speed:.0f} such cores.",
     ]
 
 
@@ -282,15 +284,15 @@ def main() -> None:
             "",
             f"{counted.parameters / 1e6:.1f} M parameters, {counted.in_layers / 1e6:.1f} M of them in equilibrium"
             f" layers; {counted.flops / counted.units / 1e9:.2f} GFLOP and"
-            f" {counted.kept_bytes / counted.units / 2**20:.2f} MiB for each of the {counted.unit} in a training step."
-            f" It is {counted.operations:,} operations of PyTorch, issued in {1e3 * counted.issue_seconds:.0f} ms by"
-            " one core of this machine.",
+            f" {counted.kept_bytes / counted.units / 2**20:.2f} MiB per {counted.unit.removesuffix('s')} in a training"
+            f" step. A step consists of {counted.operations:,} PyTorch operations, which one core of this machine"
+            f" issues in {1e3 * counted.issue_seconds:.0f} ms.",
             "",
-            f"Batch of {counted.batch_size} a GPU held (the global batch grows):",
+            f"Constant batch of {counted.batch_size} per GPU (the global batch grows):",
             "",
             *table(counted, strong=False),
             "",
-            f"Global batch of {counted.batch_size * RANKS[0]:,} held:",
+            f"Constant global batch of {counted.batch_size * RANKS[0]:,}:",
             "",
             *table(counted, strong=True),
             "",

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.cluster.scaling_point RANKS`: seconds of a DDP step, of its all-reduce alone, its bytes."""
+"""`python -m benchmarks.cluster.scaling_point RANKS`: seconds of a DDP step and of its all-reduce, and its bytes."""
 
 import statistics
 import sys
@@ -19,14 +19,14 @@ WARMUP, STEPS = 3, 15
 
 
 class Loss(torch.nn.Module):
-    """DDP calls `forward`."""
+    """A wrapper, because DDP calls `forward`."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, *batch: torch.Tensor) -> torch.Tensor:
-        """Mean nats a token."""
+        """Mean loss in nats per token."""
         return self.model.loss(*batch).loss  # type: ignore[operator, no-any-return]
 
 

@@ -1,1 +1,1 @@
-"""The core: exactness, convergence, cost and memory."""
+"""Benchmarks of the core: exactness, convergence, cost, and memory."""

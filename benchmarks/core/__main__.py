@@ -1,9 +1,9 @@
-"""Measure the core: exactness, convergence, cost and memory, in one run.
+"""Measure the core: exactness, convergence, cost, and memory.
 
     python -m benchmarks.core [--quick] [--output DIR] [--threads 1]
 
-Writes `core_*.csv`, `core.json` (where and how it was measured), `core.md` and `core.png`; prints what was required
-and what was measured, and exits with 1 if a requirement is missed.
+Writes `core_*.csv`, `core.json` (where and how it was measured), `core.md`, and `core.png`; prints the required and
+measured values, and exits with 1 if a requirement is missed.
 """
 
 import argparse
@@ -23,13 +23,17 @@ from benchmarks.requirements import judge
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run everything; the exit code."""
+    """Run everything and return the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.core", description=__doc__.splitlines()[0], allow_abbrev=False
     )
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it works: times say nothing")
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny sizes, to check that it works; times are meaningless"
+    )
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="DIR")
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch; CPU time is a fair clock only with 1")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="number of torch threads; CPU time is a fair measure only with 1"
+    )
     options = parser.parse_args(arguments)
     threads_before = torch.get_num_threads()
     torch.set_num_threads(options.threads)
@@ -44,7 +48,7 @@ def _run(output: Path, quick: bool) -> int:
     origin = provenance("python -m benchmarks.core" + (" --quick" if quick else ""))
     start = time.perf_counter()
     results = {}
-    # The times first: the memory of the other parts then has not been touched yet.
+    # Times come first, before the other parts have touched memory.
     for name, part in (("cost", cost), ("gradients", gradient_error), ("convergence", convergence), ("memory", memory)):
         part_start = time.perf_counter()
         print(f"{name} ...", end=" ", flush=True)

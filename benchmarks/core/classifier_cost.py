@@ -1,16 +1,16 @@
-"""Classifiers: time, memory and gradient of the reversible adjoint beside back-propagation through a plain loop.
+"""Classifiers: time, memory, and gradient of the reversible adjoint compared with backpropagation through a plain loop.
 
     python -m benchmarks.core.classifier_cost [--quick] [--output DIR]
 
 Batch 64 of 32x32 images, one thread, CPU time.
 
-"Least possible" is BPTT's time and that of the forward evaluations of f once more, which every reversible method makes.
-The limit of the time is for the released model with its 4 steps a stage; ours has so cheap an f (few channels) that the
-least possible is near it.
+"Least possible" is the time of BPTT plus that of the forward evaluations of f, which every reversible method repeats.
+The time limit is for the released model with its 4 steps per stage; in ours f is so cheap (few channels) that the least
+possible time is near the limit.
 
 The gradient is compared in float32 with BPTT through the same iterates (`BackpropAdjoint`), and in float64 with a plain
-loop that shares no code, on 8 images. In float32 two loops that round differently do not agree to 1e-5 on millions of
-ReLUs: wherever one of them is on the other side of its kink, an element's derivative is another.
+loop that shares no code, on 8 images. In float32, two loops that round differently do not agree to 1e-5 on millions of
+ReLUs: the derivative differs for every element that falls on the other side of the kink.
 """
 
 import copy
@@ -51,7 +51,7 @@ MOST_TIME, MOST_ERROR, MOST_GROWTH = 1.33, 1e-5, 1.02
 
 
 def build(name: str, num_steps: int, *, plain: bool) -> nn.Module:
-    """A model with the same weights in every call, not those of the start, at which parts of f do nothing."""
+    """Create a model with the same weights in every call; not the initial ones, at which parts of f have no effect."""
     config, solver = MODELS[name]
     torch.manual_seed(0)
     model: nn.Module = build_classifier(config, solver(num_steps), ReversibleAdjoint(mismatch="raise"))
@@ -68,13 +68,13 @@ def step(model: nn.Module, images: Tensor, labels: Tensor) -> list[Tensor]:
 
 
 def relative_error(ours: list[Tensor], theirs: list[Tensor]) -> float:
-    """Of all gradients as one vector."""
+    """Relative error of all gradients as one vector."""
     difference = torch.cat([(a - b).flatten() for a, b in zip(ours, theirs, strict=True)]).norm()
     return float(difference / torch.cat([b.flatten() for b in theirs]).norm())
 
 
 def evaluate_again(model: nn.Module, images: Tensor) -> Callable[[], None]:
-    """The forward evaluations of f alone: what every reversible method makes once more than BPTT."""
+    """Only the forward evaluations of f, which every reversible method makes in addition to BPTT."""
     states: list[tuple[nn.Module, Tensor]] = []
     hooks = [
         layer.f.register_forward_hook(lambda f, inputs, value: states.append((f, inputs[1].detach())))
@@ -95,7 +95,7 @@ def evaluate_again(model: nn.Module, images: Tensor) -> Callable[[], None]:
 
 
 def measure(name: str, num_steps: int, rounds: int) -> dict[str, Any]:
-    """One row."""
+    """Measure one row."""
     images, labels = torch.randn(BATCH, 3, 32, 32), torch.randint(CLASSES, (BATCH,))
     ours, theirs = build(name, num_steps, plain=False), build(name, num_steps, plain=True)
     same_iterates = build(name, num_steps, plain=False)
@@ -130,7 +130,7 @@ def measure(name: str, num_steps: int, rounds: int) -> dict[str, Any]:
 
 
 def judge(rows: list[dict[str, Any]], quick: bool) -> list[Requirement]:
-    """The promises; a smoke run judges no times."""
+    """The requirements; a smoke run judges no times."""
     verdict = []
     for name in dict.fromkeys(row["model"] for row in rows):
         own = [row for row in rows if row["model"] == name]
@@ -149,7 +149,7 @@ def judge(rows: list[dict[str, Any]], quick: bool) -> list[Requirement]:
 
 
 def main() -> int:
-    """Measure, write, print; the exit code."""
+    """Measure, write and print the results, and return the exit code."""
     parser = part.options(__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()

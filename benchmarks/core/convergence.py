@@ -1,4 +1,4 @@
-"""Distance from the fixed point after the same number of evaluations, of every solver."""
+"""Distance from the fixed point of every solver after the same number of evaluations."""
 
 from typing import Any
 
@@ -35,7 +35,7 @@ def measure(quick: bool) -> list[dict[str, Any]]:
 
 
 def solvers(num_evaluations: int) -> dict[str, AbstractSolver]:
-    """Every solver, given the same evaluations."""
+    """Every solver, with the same number of evaluations."""
     half = num_evaluations // 2
     return {
         "Picard": PicardSolver(max_steps=num_evaluations),

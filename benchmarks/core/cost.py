@@ -1,4 +1,4 @@
-"""Time of forward and backward pass over that of the evaluations they must make, and over BPTT."""
+"""Time of forward and backward pass relative to the necessary evaluations and to BPTT."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ NUM_EVALUATIONS = 16
 
 
 class Setting(NamedTuple):
-    """Size of the block, and how often everything is timed."""
+    """Size of the block, and number of timing rounds."""
 
     dim: int
     batch: int
@@ -26,7 +26,7 @@ QUICK = (Setting(32, 1, 64, 2),)
 
 
 def measure(quick: bool) -> list[dict[str, Any]]:
-    """Ratios of paired times, quartiles over the rounds: the paper's N = 8 steps, as many evaluations of momentum."""
+    """Quartiles of paired time ratios for the paper's N = 8 steps, and for momentum with as many evaluations."""
     rows: list[dict[str, Any]] = []
     for setting in QUICK if quick else SETTINGS:
         timings = time_interleaved(_competitors(setting), setting.num_rounds)

@@ -1,10 +1,10 @@
-"""At which depth which gradient: reversible, stored or checkpointed back-propagation through the same iteration.
+"""Which gradient at which depth: reversible, stored, or checkpointed backpropagation through the same iteration.
 
     python -m benchmarks.core.depth [--quick] [--output DIR]
 
-RevDEQ at beta 0.8 around an attention block, 2 to 128 evaluations of f. All of them give the same gradient; what
-differs is time and memory. "Segments" stores the state after every sqrt(N) steps and one segment's activations.
-Times: CPU time of one thread, all competitors in one round; the ratio is taken within the round. Memory: bytes held by
+RevDEQ at beta 0.8 around an attention block, 2 to 128 evaluations of f. All of them give the same gradient and
+differ in time and memory. "Segments" stores the state after every sqrt(N) steps and one segment's activations.
+Times: CPU time of one thread, all competitors in each round; ratios are taken within the round. Memory: bytes held by
 tensors (`measure.peak_tensor_bytes`).
 """
 
@@ -29,7 +29,7 @@ EVALUATIONS = (2, 4, 8, 16, 32, 64, 128)
 STORED, EVERY, SEGMENTS, REVERSIBLE = "stored", "checkpoint each evaluation", "checkpoint segments", "reversible"
 METHODS = (STORED, EVERY, SEGMENTS, REVERSIBLE)
 MAX_TIME = 1.33
-"""Reversible over stored: 8 units of f to 6."""
+"""Reversible over stored: 8 units of f compared with 6."""
 
 
 def competitors(problem: Problem, num_steps: int) -> dict[str, Callable[[], Any]]:
@@ -64,12 +64,12 @@ def segmented_value(problem: Problem, num_steps: int) -> Tensor:
 
 
 def problem_gradient(problem: Problem, value: Tensor) -> None:
-    """The backward pass alone, as the other competitors make it."""
+    """Run the backward pass, as the other competitors do."""
     torch.autograd.grad(value, problem.sources, problem.weight)
 
 
 def measure(quick: bool) -> list[dict[str, Any]]:
-    """A row a depth and method."""
+    """One row per depth and method."""
     tokens, dim, rounds = (32, 32, 1) if quick else (512, 192, 5)
     problem = attention_problem(1, tokens, dim, dim // 32)
     rows = []
@@ -86,7 +86,7 @@ def measure(quick: bool) -> list[dict[str, Any]]:
 
 
 def best(rows: Rows) -> list[dict[str, Any]]:
-    """Of one depth, from the fastest on: each method that needs less memory than every faster one."""
+    """Methods of one depth, fastest first, that need less memory than every faster one."""
     chosen: list[dict[str, Any]] = []
     for row in sorted(rows, key=lambda row: row["time over stored, median"]):
         if not chosen or row["peak_bytes"] < chosen[-1]["peak_bytes"]:
@@ -95,7 +95,7 @@ def best(rows: Rows) -> list[dict[str, Any]]:
 
 
 def advice(rows: Rows) -> str:
-    """What to choose at one depth."""
+    """The recommendation for one depth."""
     words = []
     for row in best(rows):
         needs = f"{row['method']} ({row['peak_bytes'] / 2**20:.1f} MiB, {row['time over stored, median']:.2f}x)"
@@ -104,7 +104,7 @@ def advice(rows: Rows) -> str:
 
 
 def page(rows: Rows) -> list[str]:
-    """The table and what follows from it."""
+    """The table and its conclusion."""
     lines = []
     for evaluations, group in by_depth(rows).items():
         line: dict[str, Any] = {"evaluations": evaluations}
@@ -112,33 +112,33 @@ def page(rows: Rows) -> list[str]:
             line[row["method"]] = f"{row['time over stored, median']:.2f}x, {row['peak_bytes'] / 2**20:.1f} MiB"
         lines.append(line | {"choose the first that fits": advice(group)})
     return [
-        "Time over stored back-propagation (median of paired CPU times) and peak of the tensors of one training step."
-        " Choose from left to right the first whose memory there is:",
+        "Time over stored backpropagation (median of paired CPU times) and peak of the tensors of one training step."
+        " From left to right, choose the first one that fits into memory:",
         part.markdown_table(lines),
         summary(rows),
     ]
 
 
 def summary(rows: Rows) -> str:
-    """The depth from which on the checkpoints are never the right choice."""
+    """The depth beyond which checkpointing is never the right choice."""
     depths = by_depth(rows)
     useful = [n for n, group in depths.items() if any(row["method"] in (EVERY, SEGMENTS) for row in best(group))]
     deeper = [n for n in depths if n > max(useful, default=0)]
     if not deeper:
-        return "At every depth measured there is a memory for which a checkpointed gradient is the right choice."
+        return "At every depth measured, a checkpointed gradient is the right choice for some amount of memory."
     return (
-        f"From {deeper[0]} evaluations on the reversible gradient needs less memory than both checkpointed ones and is"
+        f"From {deeper[0]} evaluations on, the reversible gradient needs less memory than both checkpointed ones and is"
         " at least as fast: stored where it fits, reversible elsewhere."
     )
 
 
 def by_depth(rows: Rows) -> Mapping[int, list[dict[str, Any]]]:
-    """Rows by the evaluations made."""
+    """Rows by number of evaluations."""
     return {n: [row for row in rows if row["evaluations"] == n] for n in dict.fromkeys(r["evaluations"] for r in rows)}
 
 
 def judge(rows: Rows, quick: bool) -> list[Requirement]:
-    """Memory below stored back-propagation's at depth, time as the count of evaluations says."""
+    """Less memory than stored backpropagation at depth; time as the number of evaluations implies."""
     deep = [row for row in rows if row["evaluations"] >= 16 and row["method"] == REVERSIBLE]
     if not deep:
         return []
@@ -152,32 +152,32 @@ def judge(rows: Rows, quick: bool) -> list[Requirement]:
 
 
 def draw(path: Path, rows: Rows) -> None:
-    """Memory, time, and the method to choose for a depth and a memory."""
+    """Memory, time, and the method to choose for a given depth and memory."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     from matplotlib.patches import Patch
 
-    colours = dict(zip(METHODS, ("tab:grey", "tab:orange", "tab:green", "tab:blue"), strict=True))
+    colors = dict(zip(METHODS, ("tab:gray", "tab:orange", "tab:green", "tab:blue"), strict=True))
     figure, (memory, time, choice) = plt.subplots(1, 3, figsize=(16, 5), layout="constrained")
-    for name, colour in colours.items():
+    for name, color in colors.items():
         own = [row for row in rows if row["method"] == name]
         depth = [row["evaluations"] for row in own]
-        memory.plot(depth, [row["peak_bytes"] / 2**20 for row in own], "o-", color=colour, label=name)
-        time.plot(depth, [row["time over stored, median"] for row in own], "o-", color=colour, label=name)
+        memory.plot(depth, [row["peak_bytes"] / 2**20 for row in own], "o-", color=color, label=name)
+        time.plot(depth, [row["time over stored, median"] for row in own], "o-", color=color, label=name)
     memory.set(yscale="log", ylabel="peak of the tensors (MiB)", title="Memory of one training step")
     time.set(ylabel="CPU time over stored (dimensionless)", title="Time of one training step", ylim=(0.9, None))
     sizes = [row["peak_bytes"] / 2**20 for row in rows]
     low, high = min(sizes) / 1.5, max(sizes) * 1.5
     for evaluations, group in by_depth(rows).items():
-        edges = [(row["peak_bytes"] / 2**20, colours[row["method"]]) for row in reversed(best(group))]
+        edges = [(row["peak_bytes"] / 2**20, colors[row["method"]]) for row in reversed(best(group))]
         tops = [edge for edge, _ in edges[1:]] + [high]
         choice.bar(evaluations, edges[0][0] - low, width=0.6 * evaluations, bottom=low, color="white", hatch="//")
-        for (bottom, colour), top in zip(edges, tops, strict=True):
-            choice.bar(evaluations, top - bottom, width=0.6 * evaluations, bottom=bottom, color=colour)
-    choice.set(yscale="log", ylim=(low, high), ylabel="memory that there is (MiB)", title="The fastest that fits")
-    choice.legend(handles=[Patch(color=c, label=n) for n, c in colours.items()], frameon=False, fontsize=9)
+        for (bottom, color), top in zip(edges, tops, strict=True):
+            choice.bar(evaluations, top - bottom, width=0.6 * evaluations, bottom=bottom, color=color)
+    choice.set(yscale="log", ylim=(low, high), ylabel="available memory (MiB)", title="The fastest that fits")
+    choice.legend(handles=[Patch(color=c, label=n) for n, c in colors.items()], frameon=False, fontsize=9)
     memory.legend(frameon=False, fontsize=9)
     for axis in (memory, time, choice):
         axis.set_xscale("log", base=2)
@@ -189,7 +189,7 @@ def draw(path: Path, rows: Rows) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run; the exit code."""
+    """Run the benchmark and return the exit code."""
     options = part.options(__doc__).parse_args(arguments)
     torch.set_num_threads(1)
 

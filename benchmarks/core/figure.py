@@ -1,4 +1,4 @@
-"""One figure: what breaks and what does not, what it costs, how fast it converges."""
+"""Figure of gradient error, memory, cost, and convergence."""
 
 import math
 from pathlib import Path
@@ -10,7 +10,7 @@ COLOURS = {"float32": "tab:red", "float64": "tab:orange", "exact": "tab:blue"}
 
 
 def draw(path: Path, gradients: Rows, convergence: Rows, costs: Rows, memory: Rows) -> None:
-    """Four panels."""
+    """Draw the four panels."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -31,7 +31,7 @@ def draw(path: Path, gradients: Rows, convergence: Rows, costs: Rows, memory: Ro
 def _gradients(axis: Any, rows: Rows) -> None:
     styles = {"RevDEQ 0.5": "o-", "RevDEQ 0.8": "s--", "momentum 0.125": "^:"}
     top = 30.0
-    for arithmetic, colour in COLOURS.items():
+    for arithmetic, color in COLOURS.items():
         for solver, style in styles.items():
             curve = [
                 (row["evaluations"], row["error"])
@@ -42,10 +42,10 @@ def _gradients(axis: Any, rows: Rows) -> None:
             finite = [(n, min(e, top)) for n, e in curve if math.isfinite(e) and e > 0]
             lost = [n for n, e in curve if not math.isfinite(e)]
             axis.plot(
-                *zip(*finite, strict=True), style, color=colour, markersize=5, label=f"{arithmetic} state, {solver}"
+                *zip(*finite, strict=True), style, color=color, markersize=5, label=f"{arithmetic} state, {solver}"
             )
-            axis.plot(lost, [top] * len(lost), "x", color=colour, markersize=8)
-    axis.axhline(1, color="grey", linewidth=0.8)
+            axis.plot(lost, [top] * len(lost), "x", color=color, markersize=8)
+    axis.axhline(1, color="gray", linewidth=0.8)
     axis.set(xscale="log", yscale="log", ylim=(1e-9, 1e2), xlabel="evaluations of f in the forward pass (count)")
     axis.set_xscale("log", base=2)
     axis.set_ylabel("relative error of the gradient (dimensionless)")

@@ -17,8 +17,9 @@ BLOCKS = ("attention", "conv")
 def measure(quick: bool) -> list[dict[str, Any]]:
     """All rows of the table.
 
-    `error`: relative L2 distance from BPTT (states in float64, f in `compute_dtype`); under bfloat16 autocast that from
-    float32 BPTT, root mean square over four problems, and `bptt_error` that of BPTT under the same autocast.
+    `error`: relative L2 distance from BPTT (states in float64, f in `compute_dtype`); under bfloat16 autocast the
+    distance from float32 BPTT, root mean square over four problems. `bptt_error` is the error of BPTT under the
+    same autocast.
     """
     steps = (1, 4) if quick else (1, 2, 4, 8, 16, 32, 64, 128)
     members = MEMBERS[1:6:4] if quick else MEMBERS
@@ -42,7 +43,7 @@ def _float_rows(block: str, member: Member, num_steps: int) -> Iterator[dict[str
 
 
 def _autocast_row(block: str, member: Member, num_steps: int, num_seeds: int) -> dict[str, Any]:
-    """Root mean square over several problems: one bfloat16 rounding that falls otherwise is another trajectory."""
+    """Root mean square over several problems, because one different bfloat16 rounding changes the trajectory."""
     errors, bptt_errors, mismatch = [], [], 0
     for seed in range(num_seeds):
         problem = make_problem(block, torch.float32, seed)

@@ -1,11 +1,11 @@
-"""What a reversible step costs besides f: update, inverse, remainders, conversions, residual; eager and compiled.
+"""Cost of a reversible step besides f: update, inverse, remainders, conversions, residual; eager and compiled.
 
     python -m benchmarks.core.kernels [--quick] [--device cpu|cuda] [--output DIR]
 
 On CUDA the paper's sizes (language model: d 768, context 448, batch 32, f under bfloat16 autocast; classifier: 256
-channels, width 3, batch 64), on a CPU smaller ones in float32. Times: wall clock with synchronisation on CUDA, CPU time
-of one thread on a CPU. Percent are of the two evaluations of f that a reversible method makes for each evaluation: one
-plain, one with its vector-Jacobian products.
+channels, width 3, batch 64), on a CPU smaller ones in float32. Times: wall clock with synchronization on CUDA, CPU time
+of one thread on a CPU. Percentages are relative to the two evaluations of f that a reversible method makes per
+evaluation: one plain, one with its vector-Jacobian products.
 """
 
 import sys
@@ -46,7 +46,7 @@ class Case(NamedTuple):
 
 
 def cases(device: str, quick: bool) -> list[Case]:
-    """Language model and classifier in the sizes for the device."""
+    """Language model and classifier in sizes for the device."""
     large = device == "cuda" and not quick
     dim, heads, context, batch = (768, 12, 448, 32) if large else (32, 2, 16, 2) if quick else (256, 8, 128, 8)
     channels, images, size = (256, 64, 16) if large else (16, 2, 8) if quick else (64, 16, 16)
@@ -67,7 +67,7 @@ def cases(device: str, quick: bool) -> list[Case]:
 
 
 def kernels(case: Case, device: str) -> dict[tuple[str, str], Kernel]:
-    """The work of one evaluation, forward and backward, by part and mode."""
+    """The operations of one evaluation, forward and backward, by part and mode."""
     recurrence = ReversibleSolver(beta=case.beta).recurrence
     a, _, b = recurrence
     value, z = (torch.randn(case.shape, device=device) for _ in range(2))
@@ -104,7 +104,7 @@ def kernels(case: Case, device: str) -> dict[tuple[str, str], Kernel]:
 
 
 def measure(device: str, quick: bool) -> dict[str, list[dict[str, Any]]]:
-    """Tables `parts` (each kernel) and `solve` (overhead, memory and synchronisations of whole solves)."""
+    """Tables `parts` (each kernel) and `solve` (overhead, memory, and synchronizations of complete solves)."""
     tables: dict[str, list[dict[str, Any]]] = {"parts": [], "solve": []}
     rounds = 2 if quick else 9
     for case in cases(device, quick)[: 1 if quick else None]:
@@ -134,7 +134,7 @@ def _parts(case: Case, f: nn.Module, x: Tensor, device: str, rounds: int) -> lis
 
 
 def _solves(case: Case, f: nn.Module, x: Tensor, device: str, rounds: int) -> list[dict[str, Any]]:
-    """Whole solves, forward and backward, over the bare evaluations."""
+    """Complete solves, forward and backward, over the bare evaluations."""
     parameters = list(f.parameters())
     adjoint = ReversibleAdjoint(mismatch="raise")
 
@@ -163,7 +163,7 @@ def _solves(case: Case, f: nn.Module, x: Tensor, device: str, rounds: int) -> li
                     "lower quartile": ratio.lower,
                     "upper quartile": ratio.upper,
                     "peak bytes": _peak_bytes(runs[mode], device),
-                    "synchronisations": _synchronisations(runs[mode]) if device == "cuda" else None,
+                    "synchronizations": _synchronizations(runs[mode]) if device == "cuda" else None,
                 }
             )
     return rows
@@ -172,10 +172,10 @@ def _solves(case: Case, f: nn.Module, x: Tensor, device: str, rounds: int) -> li
 def _seconds(runs: Mapping[Any, Kernel], device: str, rounds: int) -> dict[Any, list[float]]:
     if device == "cuda":
 
-        def synchronised(run: Kernel) -> Kernel:
+        def synchronized(run: Kernel) -> Kernel:
             return lambda: (run(), torch.cuda.synchronize())
 
-        timings = time_interleaved({name: synchronised(run) for name, run in runs.items()}, rounds)
+        timings = time_interleaved({name: synchronized(run) for name, run in runs.items()}, rounds)
         return {name: timing.wall_seconds for name, timing in timings.items()}
     return {name: timing.process_seconds for name, timing in time_interleaved(runs, rounds).items()}
 
@@ -189,8 +189,8 @@ def _peak_bytes(run: Kernel, device: str) -> int:
     return torch.cuda.max_memory_allocated() - base
 
 
-def _synchronisations(run: Kernel) -> int:
-    """How often the host waited for the device."""
+def _synchronizations(run: Kernel) -> int:
+    """Number of times the host waited for the device."""
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:
@@ -202,19 +202,19 @@ def _synchronisations(run: Kernel) -> int:
 
 
 def judge(tables: dict[str, list[dict[str, Any]]], device: str, quick: bool) -> list[Requirement]:
-    """Overhead is judged on CUDA: on a CPU it is the core benchmark's."""
+    """Overhead is judged on CUDA; on a CPU the core benchmark judges it."""
     verdict = []
     for name, mode in dict.fromkeys((row["case"], row["mode"]) for row in tables["solve"]):
         rows = [row for row in tables["solve"] if (row["case"], row["mode"]) == (name, mode)]
         over = max(row["over bare evaluations"] for row in rows)
-        # The faster of the two is what the promise is about.
+        # The requirement applies to the faster of the two.
         judged = device == "cuda" and not quick and mode == "compiled"
         verdict.append(at_most(f"{name}, {mode}: time over bare evaluations", over, MAX_OVERHEAD, "{:.3f}", judged))
         growth = max(row["peak bytes"] for row in rows) / rows[0]["peak bytes"]
         verdict.append(at_most(f"{name}, {mode}: growth of the peak with N", growth, MAX_GROWTH, "{:.4f}"))
         if device == "cuda":
-            extra = rows[-1]["synchronisations"] - rows[0]["synchronisations"]
-            verdict.append(at_most(f"{name}, {mode}: synchronisations with N", extra, MAX_SYNCHRONISATIONS, "{:.0f}"))
+            extra = rows[-1]["synchronizations"] - rows[0]["synchronizations"]
+            verdict.append(at_most(f"{name}, {mode}: synchronizations with N", extra, MAX_SYNCHRONISATIONS, "{:.0f}"))
     return verdict
 
 
@@ -223,19 +223,19 @@ def page(tables: dict[str, list[dict[str, Any]]]) -> list[str]:
     return [
         "Parts of one evaluation, in percent of its two evaluations of f:",
         part.markdown_table(tables["parts"]),
-        "Whole solves, forward and backward pass; reconstructed bit for bit, or the run would have stopped:",
+        "Complete solves, forward and backward pass, reconstructed bit for bit (otherwise the run stops):",
         part.markdown_table(tables["solve"]),
     ]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run; the exit code."""
+    """Run the benchmark and return the exit code."""
     parser = part.options(__doc__)
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: this machine has no CUDA device; leave the option out to measure on the CPU")
+        parser.error("--device cuda: this machine has no CUDA device; omit the option to measure on the CPU")
     torch.set_num_threads(1)
 
     def run() -> part.Result:

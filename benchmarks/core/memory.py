@@ -1,4 +1,4 @@
-"""Peak memory of one training step over depth: of the tensors, and of a fresh process."""
+"""Peak memory of one training step by depth: of the tensors, and of a fresh process."""
 
 from collections.abc import Callable, Iterator
 from math import log2
@@ -26,7 +26,7 @@ class Shape(NamedTuple):
 
 
 class Promise(NamedTuple):
-    """Up to `free_steps` the memory is that of N = 4; beyond it grows by the remainders, digits in radix `radix`."""
+    """Memory equals that of N = 4 up to `free_steps`; beyond, it grows by the remainders, digits in radix `radix`."""
 
     member: Member
     free_steps: int
@@ -34,7 +34,7 @@ class Promise(NamedTuple):
 
     @property
     def bits(self) -> float:
-        """Bits an element and evaluation that exactness needs."""
+        """Bits per element and evaluation that exactness requires."""
         return log2(self.radix)
 
 
@@ -42,7 +42,7 @@ PROMISES = (Promise(revdeq(0.8), 22, 5), Promise(revdeq(0.5), 52, 2), Promise(mo
 
 
 def measure(quick: bool) -> list[dict[str, Any]]:
-    """All rows; `growth_bits`: bytes over those at N = 4, in bits an element of the state and evaluation made."""
+    """All rows; `growth_bits`: bytes above those at N = 4, in bits per state element and evaluation."""
     shape = Shape(32, 16) if quick else Shape(1024, 128)
     steps = (4, 8) if quick else STEPS
     rows: list[dict[str, Any]] = []
@@ -57,7 +57,7 @@ def measure(quick: bool) -> list[dict[str, Any]]:
 def _curve(member: Member, method: str, steps: tuple[int, ...], shape: Shape) -> Iterator[dict[str, Any]]:
     peaks = {}
     for n in steps:
-        training_step(member, method, BASE_STEPS, shape)()  # what torch allocates once and keeps must not count
+        training_step(member, method, BASE_STEPS, shape)()  # exclude what torch allocates once and keeps
         peaks[n] = peak_tensor_bytes(training_step(member, method, n, shape))
     process_peaks = {
         n: process_peak_bytes(warm_training_step, member, method, n, shape, threads=torch.get_num_threads())
@@ -81,7 +81,7 @@ def _curve(member: Member, method: str, steps: tuple[int, ...], shape: Shape) ->
 
 
 def training_step(member: Member, method: str, num_steps: int, shape: Shape) -> Callable[[], Any]:
-    """The step that is measured; its inputs are made here, before the measurement begins."""
+    """Create the measured step and its inputs, before the measurement starts."""
     problem = attention_problem(1, shape.tokens, shape.dim, 4)
     if method == "reversible exact":
         return reversible_step(problem, member, num_steps, "exact")
@@ -89,6 +89,6 @@ def training_step(member: Member, method: str, num_steps: int, shape: Shape) -> 
 
 
 def warm_training_step(member: Member, method: str, num_steps: int, shape: Shape) -> Callable[[], Any]:
-    """The same in a fresh process; a tiny step has loaded the libraries first, which are no memory of the solve."""
+    """The same in a fresh process; a tiny step loads the libraries first, so that they do not count."""
     training_step(member, method, 1, Shape(8, shape.dim))()
     return training_step(member, method, num_steps, shape)

@@ -1,4 +1,4 @@
-"""Every solver with every adjoint: whose gradient it gives, what it costs, and what is left without a fixed point.
+"""Every solver with every adjoint: error of the gradient, cost, and behavior without a fixed point.
 
     python -m benchmarks.core.pairs [--quick]
 
@@ -77,7 +77,7 @@ class Contracting(nn.Module):
 
 
 def blocks(dim: int, tokens: int) -> dict[str, tuple[nn.Module, Tensor]]:
-    """The maps with their x."""
+    """The maps and their x."""
     torch.manual_seed(0)
     x = torch.randn(4, tokens, dim)
     transformer = AttentionBlock(dim, num_heads=4)
@@ -85,7 +85,7 @@ def blocks(dim: int, tokens: int) -> dict[str, tuple[nn.Module, Tensor]]:
 
 
 class Found(NamedTuple):
-    """What a pair gave: the gradient of a fixed random projection of the result, in x and the parameters of f."""
+    """Result of a pair: the gradient of a fixed random projection of z with respect to x and the parameters of f."""
 
     gradient: Tensor
     stats: SolverStats
@@ -128,7 +128,7 @@ def measure_pair(
     bptt: "Found | None",
     truth: Tensor | None,
 ) -> dict[str, Any]:
-    """Errors, counts and memory of one pair; empty where it diverged."""
+    """Errors, counts, and memory of one pair; empty if it diverged."""
     found = attempt(f, x, solver, adjoint)
     if found is None:
         return dict.fromkeys(MEASURED, "")
@@ -147,7 +147,7 @@ def measure_pair(
 
 
 def fixed_point_gradient(f: nn.Module, x: Tensor) -> Tensor | None:
-    """By the implicit function theorem in float64, where a fixed point is found."""
+    """Gradient by the implicit function theorem in float64, if a fixed point is found."""
     tight = AndersonSolver(max_steps=300, rtol=1e-12)
     f64 = f.double()
     try:
@@ -161,7 +161,7 @@ def fixed_point_gradient(f: nn.Module, x: Tensor) -> Tensor | None:
 
 
 def attempt(f: nn.Module, x: Tensor, solver: AbstractSolver, adjoint: AbstractAdjoint) -> Found | None:
-    """None where the iteration or the linear solve diverged."""
+    """None if the iteration or the linear solve diverged."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         try:
@@ -176,7 +176,7 @@ def relative_error(value: Tensor, reference: Tensor) -> float:
 
 
 def markdown(rows: Iterable[Mapping[str, str]], facts: Mapping[str, Any]) -> str:
-    """One table a block."""
+    """One table per block."""
     header = (
         *(
             "solver",
@@ -204,15 +204,15 @@ def markdown(rows: Iterable[Mapping[str, str]], facts: Mapping[str, Any]) -> str
 
 
 def main() -> None:
-    """Measure, and put the tables into the page."""
+    """Measure and write the tables to the page."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--quick", action="store_true", help="a small block, another one than the page's")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--quick", action="store_true", help="a small block, different from the page's")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="output folder")
     options = parser.parse_args()
     if options.quick and options.output == parser.get_default("output"):
-        parser.error("--quick measures another block than the page's: choose another folder by --output")
+        parser.error("--quick measures a different block than the page's: choose another folder with --output")
     torch.set_num_threads(1)
     rows = list(measure(dim=16, tokens=4) if options.quick else measure(dim=64, tokens=32))
     options.output.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""What the benchmarks run: blocks without any contraction, solvers by name, and a training step of each competitor."""
+"""Problems of the benchmarks: blocks that do not contract, solvers by name, and a training step of each competitor."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -26,7 +26,7 @@ class Member(NamedTuple):
 
     @property
     def evaluations_per_step(self) -> int:
-        """Calls of f a step."""
+        """Calls of f per step."""
         return 2 if self.momentum is None else 1
 
     @property
@@ -67,7 +67,7 @@ class Problem(NamedTuple):
 
     @property
     def sources(self) -> list[Tensor]:
-        """Everything that gets a gradient: z0, x, and every parameter."""
+        """All tensors that get a gradient: z0, x, and every parameter."""
         return [self.z0, self.x, *self.f.parameters()]
 
     def gradient(self, value: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ class Problem(NamedTuple):
 def attention_problem(
     batch: int, tokens: int, dim: int, num_heads: int, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> Problem:
-    """Untrained pre-norm transformer block; z0 small but not zero, so that its gradient is a general one."""
+    """Untrained pre-norm transformer block; z0 is small but not zero, so that its gradient is generic."""
     torch.manual_seed(seed)
     f = AttentionBlock(dim, num_heads)
     return _problem(f, (batch, tokens, dim), dtype)

@@ -1,4 +1,4 @@
-"""What the solvers are compared with: plain loops that share no arithmetic with `revdeq_lightning.equilibrium`."""
+"""Reference for the solvers: plain loops that share no arithmetic with `revdeq_lightning.equilibrium`."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,7 +15,7 @@ Map = Callable[[Tensor, Tensor], Tensor]
 def reversible_loop(
     f: Map, z0: Tensor, x: Tensor, *, beta: float, num_steps: int, state_dtype: torch.dtype = torch.float64
 ) -> Tensor:
-    """The paper's iteration; autograd through it is back-propagation through time (BPTT). 2 evaluations of f a step."""
+    """The paper's iteration, 2 evaluations of f per step; autograd gives backpropagation through time (BPTT)."""
     y = z = z0.to(state_dtype)
     for _ in range(num_steps):
         y, z = reversible_step_pair(f, y, z, x, beta=beta, dtype=z0.dtype)
@@ -34,7 +34,7 @@ def reversible_step_pair(
 def momentum_loop(
     f: Map, z0: Tensor, x: Tensor, *, momentum: float, num_steps: int, state_dtype: torch.dtype = torch.float64
 ) -> Tensor:
-    """Plain iteration with momentum, 1 evaluation of f a step."""
+    """Plain iteration with momentum, 1 evaluation of f per step."""
     before = z = z0.to(state_dtype)
     for _ in range(num_steps):
         before, z = z, f(z.to(z0.dtype), x).to(state_dtype) + momentum * (z - before)
@@ -42,14 +42,14 @@ def momentum_loop(
 
 
 def checkpointed(f: Map) -> Map:
-    """`f` whose activations are computed again in the backward pass."""
+    """`f` with activations recomputed in the backward pass."""
     return lambda z, x: checkpoint(f, z, x, use_reentrant=False)
 
 
 def bare_evaluations(f: Map, z: Tensor, x: Tensor, parameters: Sequence[Tensor], num_evaluations: int) -> None:
-    """The calls of f that a reversible training step cannot do without, and nothing else.
+    """The calls of f that a reversible training step requires, and nothing else.
 
-    Each evaluation once plain, and once with its vector-Jacobian products for z, x and every parameter.
+    Each evaluation once plain, and once with its vector-Jacobian products for z, x, and every parameter.
     """
     with torch.no_grad():
         for _ in range(num_evaluations):
@@ -61,7 +61,7 @@ def bare_evaluations(f: Map, z: Tensor, x: Tensor, parameters: Sequence[Tensor],
 
 
 class PlainLoop(nn.Module):
-    """In the place of an `EquilibriumLayer`: the loops above; a state that is a tuple becomes one flat tensor."""
+    """Replacement of an `EquilibriumLayer` by the loops above; a tuple state becomes one flat tensor."""
 
     def __init__(self, layer: EquilibriumLayer) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class PlainLoop(nn.Module):
         return FixedPointSolution(split(value, x), None)
 
     def solve(self, f: Any, start: Tensor, x: Any) -> Tensor:
-        """Run the loop that the solver stands for."""
+        """Run the loop that corresponds to the solver."""
         steps = {"num_steps": self.solver.max_steps}
         if isinstance(self.solver, ReversibleSolver):
             return reversible_loop(f, start, x, beta=self.solver.beta, **steps)
@@ -83,7 +83,7 @@ class PlainLoop(nn.Module):
 
 
 def join(parts: Sequence[Tensor]) -> Tensor:
-    """One tensor `(batch, elements)` of several."""
+    """Join several tensors into one of shape `(batch, elements)`."""
     return torch.cat([part.flatten(1) for part in parts], dim=1)
 
 

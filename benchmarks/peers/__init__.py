@@ -1,1 +1,1 @@
-"""Against others: the authors' code and torchdeq."""
+"""Comparisons with the authors' code and torchdeq."""

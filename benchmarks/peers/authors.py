@@ -1,12 +1,12 @@
-"""Against the authors' JAX code: the same weights, the same batch; gradients, time and memory.
+"""Compare with the authors' JAX code: same weights, same batch; gradients, time, and memory.
 
     python -m benchmarks.peers.authors --repository PATH [--quick] [--output DIR]
 
 PATH is a checkout of github.com/sammccallum/reversible-deq; jax and equinox: `pip install -e '.[peers]'`. Their code is
-compiled by XLA, as they run it; ours is not compiled. Each competitor has a process of its own, all of them on the same
-one core with one thread, and one runs at a time.
+compiled by XLA, as they run it; ours is not compiled. Each competitor has a separate process, all of them pinned to the
+same core with one thread, and one runs at a time.
 
-Gradients are compared in float64 with theirs by checkpointed back-propagation, in which nothing is reconstructed.
+Gradients are compared in float64 with theirs from checkpointed backpropagation, which reconstructs nothing.
 """
 
 import importlib.util
@@ -26,7 +26,7 @@ from benchmarks.requirements import Requirement, at_most
 
 MAX_LANGUAGE_TIME, MAX_CLASSIFIER_TIME, MAX_GROWTH = 0.70, 0.20, 1.02
 MAX_LOSS_ERROR = MAX_GRADIENT_ERROR = 1e-8
-"""In float64: the exact state has a resolution of 2^-32, and gradients are compared as one vector."""
+"""Limit in float64: the exact state has a resolution of 2^-32, and gradients are compared as one vector."""
 PAGE = 4096
 LANGUAGE_STEPS = (2, 4, 8, 16)
 CLASSIFIER_STEPS = (2, 4)
@@ -55,14 +55,14 @@ class Stable:
         self.weighed = {n: stack.enter_context(Isolated(builders[n], environment=MEASURED_MEMORY)) for n in COMPETITORS}
 
     def build(self, process: Isolated, name: str, task: Task, dtype: str) -> Isolated:
-        """Let the process build a competitor."""
+        """Build a competitor in the process."""
         where = (self.repository,) if name.startswith("theirs") else ()
         process.ask("build", *where, VARIANTS[name], task, make_arrays(task, dtype))
         return process
 
 
 def measure(repository: Path, tasks: Sequence[Task], num_rounds: int) -> dict[str, list[dict[str, Any]]]:
-    """Tables `gradients`, `times` and `memory`."""
+    """Measure the tables `gradients`, `times`, and `memory`."""
     tables: dict[str, list[dict[str, Any]]] = {"gradients": [], "times": [], "memory": []}
     with ExitStack() as stack:
         stable = Stable(repository, stack)
@@ -114,7 +114,7 @@ def _times(task: Task, stable: Stable, num_rounds: int) -> list[dict[str, Any]]:
 
 
 def judge(tables: dict[str, list[dict[str, Any]]], quick: bool) -> list[Requirement]:
-    """What was asked for."""
+    """The requirements."""
     verdict = []
     for model, limit in (("language", MAX_LANGUAGE_TIME), ("classifier", MAX_CLASSIFIER_TIME)):
         ours = {
@@ -135,7 +135,7 @@ def judge(tables: dict[str, list[dict[str, Any]]], quick: bool) -> list[Requirem
             for row in tables["memory"]
             if row["model"] == model and row["competitor"] == BATCHED
         }
-        # Tiny models may need no new page at all.
+        # Tiny models may not need any new memory page.
         over = max(row["peak_bytes"] / max(theirs[row["steps"]], PAGE) for row in ours["memory"])
         verdict.append(at_most(f"{model}: peak memory over theirs, batch inside f", over, 1.0, "{:.2f}", not quick))
         growth = max(row["peak_bytes"] for row in ours["memory"]) / max(ours["memory"][0]["peak_bytes"], PAGE)
@@ -144,7 +144,7 @@ def judge(tables: dict[str, list[dict[str, Any]]], quick: bool) -> list[Requirem
 
 
 def lines(tables: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """One line a model, depth and competitor."""
+    """One line per model, depth, and competitor."""
     joined = []
     for error, memory in zip(tables["gradients"], tables["memory"], strict=True):
         key = (error["model"], error["steps"], error["competitor"])
@@ -154,7 +154,7 @@ def lines(tables: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
                 "model": error["model"],
                 "N": error["steps"],
                 "": error["competitor"],
-                "CPU seconds a step": time["process seconds"],
+                "CPU seconds per step": time["process seconds"],
                 "over theirs, released": f"{time[f'process over {RELEASED}, median']:.3f}",
                 "over theirs, batch inside f": f"{time[f'process over {BATCHED}, median']:.3f}",
                 "peak MiB above base": f"{memory['peak_bytes'] / 2**20:.0f}",
@@ -169,14 +169,14 @@ def page(tables: dict[str, list[dict[str, Any]]]) -> list[str]:
     """One table for both models."""
     return [
         "Language model: the released one, vocabulary 512, context 128, d 256, 8 heads, batch 8, beta 0.5. Classifier:"
-        " the released multi-scale one, channels 32-64-64-32, widths 1-3-3-1, batch 16, beta 0.8, N steps a stage."
-        " Forward and backward pass in float32; errors in float64, against their checkpointed back-propagation.",
+        " the released multi-scale one, channels 32-64-64-32, widths 1-3-3-1, batch 16, beta 0.8, N steps per stage."
+        " Forward and backward pass in float32; errors in float64, compared with their checkpointed backpropagation.",
         part.markdown_table(lines(tables)),
     ]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run; the exit code."""
+    """Run the benchmark and return the exit code."""
     parser = part.options(__doc__)
     parser.add_argument("--repository", type=Path, help="checkout of the authors' repository")
     parser.add_argument("--rounds", type=int, default=7)
@@ -194,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if missing:
             raise part.Skipped(f"{' and '.join(missing)} not installed: pip install -e '.[peers]'")
         if options.repository is None:
-            raise part.Skipped("no --repository: a checkout of github.com/sammccallum/reversible-deq")
+            raise part.Skipped("no --repository given: a checkout of github.com/sammccallum/reversible-deq is required")
         if not (options.repository / "reversible_deq").is_dir():
             parser.error(f"no folder reversible_deq in --repository {options.repository}")
         tables = measure(options.repository.resolve(), tasks, 1 if options.quick else options.rounds)

@@ -1,7 +1,7 @@
-"""The authors' JAX code as a competitor, from a copy of their repository; imported in a process of its own.
+"""The authors' JAX code as a competitor, from a copy of their repository; imported in a separate process.
 
 Three variants: `released`, `batched` (the same model with the batch inside f, which needs less memory and time than
-the released batch of solves), and `checkpointed` (their back-propagation through checkpoints, which reconstructs
+the released batch of solves), and `checkpointed` (their backpropagation with checkpoints, which reconstructs
 nothing; batch inside f).
 """
 
@@ -22,7 +22,7 @@ from benchmarks.peers.released_names import our_name
 from benchmarks.peers.tasks import Task
 
 NEVER = 1e-30
-"""Their tolerance: 0 would stop them before the first step."""
+"""Tolerance of their solver; 0 would stop it before the first step."""
 
 
 class Competitor:
@@ -39,7 +39,7 @@ class Competitor:
         self.value = jax.block_until_ready(self.compiled(self.model, *self.inputs))
 
     def results(self) -> tuple[float, dict[str, np.ndarray]]:
-        """Loss, and gradients by our names."""
+        """Loss, and gradients under our parameter names."""
         self.step()
         loss, gradients = self.value
         leaves = jax.tree_util.tree_flatten_with_path(gradients)[0]
@@ -48,14 +48,14 @@ class Competitor:
 
 
 def build(repository: Path, variant: str, task: Task, arrays: Mapping[str, np.ndarray]) -> Competitor:
-    """The variant with these weights and inputs, in the precision of the arrays."""
+    """Build the variant with these weights and inputs, in the precision of the arrays."""
     _import_path(repository)
     build_task = {"language": _language, "classifier": _classifier}[task.model]
     return build_task(repository, variant, task, arrays)
 
 
 def _import_path(repository: Path) -> None:
-    # Modules of their training loops, which the models do not need.
+    # Modules that their training loops need, but the models do not.
     for name in ("optax", "wandb", "transformers", "datasets"):
         sys.modules.setdefault(name, MagicMock())
     sys.path.insert(0, str(repository))
@@ -72,7 +72,7 @@ def _load(path: Path, dtype: Any) -> ModuleType:
 
 
 def _filled(task: Task, model: Any, arrays: Mapping[str, np.ndarray]) -> Any:
-    """Their model with our weights; what has no counterpart (a norm never applied, the mask) stays."""
+    """Their model with our weights; arrays without a counterpart (a norm never applied, the mask) are kept."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(model)
     filled = []
     for path, leaf in leaves:

@@ -1,4 +1,4 @@
-"""Which array of the authors' models is which parameter of ours."""
+"""Map the arrays of the authors' models to our parameters."""
 
 _BLOCK = "deq.function."
 _LANGUAGE = {

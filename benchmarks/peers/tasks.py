@@ -1,4 +1,4 @@
-"""The two training steps that are compared with the authors' code: sizes, inputs, and our side."""
+"""The two training steps compared with the authors' code: sizes, inputs, and our implementation."""
 
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from revdeq_lightning.models import ClassifierConfig, TransformerConfig, Transfo
 
 
 class Task(NamedTuple):
-    """Sizes of a `language` model or of a multi-scale `classifier` as released, of which only one half matters."""
+    """Sizes of a released `language` model or multi-scale `classifier`; only the fields of that model are used."""
 
     model: str
     num_steps: int
@@ -55,9 +55,9 @@ def build_model(task: Task) -> nn.Module:
 
 
 def make_arrays(task: Task, dtype: str) -> dict[str, np.ndarray]:
-    """Weights by our names, and inputs.
+    """Weights under our names, and inputs.
 
-    The weights are not those of the start, where biases of 0 stand at the kinks of ReLUs and parts do nothing.
+    Not the initial weights, where zero biases are at the kinks of ReLUs and some parts have no effect.
     """
     torch.manual_seed(0)
     with torch.no_grad():
@@ -98,7 +98,7 @@ class Competitor:
 
 
 def build(variant: str, task: Task, arrays: dict[str, np.ndarray]) -> Competitor:
-    """Ours, `reversible` or `stored` (back-propagation through a plain loop), with these weights and inputs."""
+    """Build ours, `reversible` or `stored` (backpropagation through a plain loop), with these weights and inputs."""
     torch.set_num_threads(1)
     inputs = [torch.from_numpy(arrays[name].copy()) for name in list(arrays)[-2:]]
     weights = {name: torch.from_numpy(array.copy()) for name, array in list(arrays.items())[:-2]}

@@ -1,14 +1,15 @@
-"""Against torchdeq: the same f, the same number of evaluations; gradient error, time and memory.
+"""Compare with torchdeq: same f, same number of evaluations; gradient error, time, and memory.
 
     python -m benchmarks.peers.torchdeq_peer [--quick] [--output DIR]
 
-torchdeq: `pip install -e '.[peers]'`. Every method calls f K times in the forward pass and K times backwards (JFB:
-once). Two blocks: `contracting` is half of a pre-norm attention block and has a fixed point, `as published` is the
-block itself, which moves on for ever. Errors, relative L2 of the gradient of x and all parameters:
+torchdeq: `pip install -e '.[peers]'`. Every method calls f K times in the forward and K times in the backward pass
+(JFB: once). Two blocks: `contracting` is half of a pre-norm attention block and has a fixed point, `as published` is
+the block itself, which has none and never converges. Errors are relative L2 errors of the gradient of x and all
+parameters:
 
-* of the fixed point: against back-propagation through 200 plain iterations in float64, where there is a fixed point;
-* of the iteration: against back-propagation through the very iteration that made the value, in float64. This is the
-  gradient of the loss that was computed. Known for the solvers that are a plain loop.
+* of the fixed point: compared with backpropagation through 200 plain iterations in float64, if there is a fixed point;
+* of the iteration: compared with backpropagation in float64 through the same iteration that computed the value. This is
+  the gradient of the computed loss. Available for solvers that are a plain loop.
 """
 
 import importlib.util
@@ -42,7 +43,7 @@ Loop = Callable[[Any, Tensor, Tensor], Tensor]
 
 
 class Half(nn.Module):
-    """`block / 2`: contracts where the block does not."""
+    """`block / 2`, which contracts although the block does not."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -55,7 +56,7 @@ class Half(nn.Module):
 
 
 class Method(NamedTuple):
-    """Solver and gradient; `loop` is the iteration as a plain function, None where there is none."""
+    """Solver and gradient; `loop` is the iteration as a plain function, or None."""
 
     name: str
     solve: Callable[[Problem], Tensor]
@@ -98,7 +99,7 @@ def theirs(name: str, loop: Loop | None, **settings: Any) -> Method:
 
 
 def methods(k: int) -> list[Method]:
-    """All of them, with k evaluations."""
+    """All methods, with k evaluations."""
     implicit = {"ift": True, "f_max_iter": k - 1, "b_max_iter": k - 1}
     heavy_ball, paper = momentum(1 / 8), revdeq(0.8)
     never = AndersonSolver(max_steps=k - 1, rtol=1e-15)
@@ -145,7 +146,7 @@ def problems(quick: bool) -> dict[str, Callable[[torch.dtype], Problem]]:
 
 
 def measure(quick: bool) -> list[dict[str, Any]]:
-    """A row a block, depth and method."""
+    """One row per block, depth, and method."""
     rows = []
     for block, make in problems(quick).items():
         problem, wide = make(torch.float32), make(torch.float64)
@@ -181,14 +182,14 @@ def _compare(problem: Problem, wide: Problem, fixed_point: Tensor | None, k: int
 
 
 def gradient(problem: Problem, method: Method) -> Tensor:
-    """Of x and every parameter, as one float64 vector."""
+    """Gradient of x and every parameter, as one float64 vector."""
     value = method.solve(problem)
     grads = torch.autograd.grad(value, problem.sources[1:], problem.weight)
     return torch.cat([g.flatten().double() for g in grads])
 
 
 def through(loop: Loop, wide: Problem) -> Tensor:
-    """The same by back-propagation through a plain loop."""
+    """The same by backpropagation through a plain loop."""
     return wide.gradient(loop(wide.f, wide.z0, wide.x))[wide.z0.numel() :]
 
 
@@ -197,13 +198,13 @@ def _error(own: Tensor, reference: Tensor | None) -> float | None:
 
 
 def judge(rows: Rows) -> list[Requirement]:
-    """Ours are the gradients of what they computed."""
+    """Require that our gradients are those of the computed value."""
     exact = [row["of the iteration"] for row in rows if row["method"].endswith(("reversible", "stored"))]
     return [at_most("gradient error of the iteration, ours, largest", largest(exact), MAX_ERROR, "{:.1e}")]
 
 
 def page(rows: Rows) -> list[str]:
-    """One table a block."""
+    """One table per block."""
     paragraphs = []
     for block in dict.fromkeys(row["block"] for row in rows):
         lines = [
@@ -228,7 +229,7 @@ def _short(error: float | None) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run; the exit code."""
+    """Run the benchmark and return the exit code."""
     options = part.options(__doc__).parse_args(arguments)
     torch.set_num_threads(1)
 

@@ -1,1 +1,1 @@
-"""What is trained, at equal cost."""
+"""Quality of trained models at equal cost."""

@@ -3,10 +3,9 @@
     python -m benchmarks.quality --text tinyshakespeare.txt [--images cifar10-train.tar.xz] [--quick]
                                  [--only NAME ...] [--seeds 0 1 2]
 
-All models have the same optimizer. Each first makes three short runs, with its learning rates times 1/4, 1/2 and 1, the
-same seed and CPU time for all; with the best it is trained until both budgets are spent, once a seed. One process, one
-thread.
-A run that is already in the output is not made again, so that the tables can be filled in parts.
+All models have the same optimizer. First, three short runs of each model compare its learning rates times 1/4, 1/2, and
+1, with the same seed and CPU time. With the best rates, it is trained until both budgets are spent, once per seed. One
+process, one thread. Runs that are already in the output are skipped, so that the tables can be filled in parts.
 """
 
 import argparse
@@ -38,7 +37,7 @@ SEARCH_SEED = 100
 
 
 class Variant(NamedTuple):
-    """A model of the comparison: configuration files, each laid over those before, and what is changed in them."""
+    """A model of the comparison: configuration files, each overriding the previous ones, and changed settings."""
 
     configs: tuple[str, ...]
     changes: Mapping[str, Any] = MappingProxyType({})
@@ -48,18 +47,18 @@ class Part(NamedTuple):
     """A data set with its models and budgets.
 
     Attributes:
-        name: Of the option and of the files.
+        name: Name of the option and the files.
         title: Heading.
         variants: Models by name.
-        optimizer: The configuration file whose optimizer all of them have.
-        make: `(settings, data path, seed, cache)` gives task and data.
-        figure: `(task, batch)`: sum over the batch and number of items.
-        unit: What the figure is.
-        smaller_is_better: Of the figure.
-        budget: Of a run.
-        search_seconds: CPU seconds of a run of the search.
-        rates: Factors of the learning rates that are searched.
-        every: Curves and depths are taken on every `every[0]`th batch of the validation split, what counts on every
+        optimizer: Configuration file whose optimizer all models use.
+        make: `(settings, data path, seed, cache)` returns task and data.
+        figure: `(task, batch)` returns the sum over the batch and the number of items.
+        unit: Description of the figure.
+        smaller_is_better: Whether a smaller figure is better.
+        budget: Budget of a run.
+        search_seconds: CPU seconds of a run of the learning-rate search.
+        rates: Factors of the learning rates to try.
+        every: Curves and depths use every `every[0]`th batch of the validation split, the final figures every
             `every[1]`th.
     """
 
@@ -115,7 +114,7 @@ LM = "configs/lm/tinyshakespeare.yaml"
 
 
 def text(name: str, changes: Mapping[str, Any] = MappingProxyType({})) -> Variant:
-    """A file laid over that of the language model."""
+    """An overlay of the language model's configuration file."""
     return Variant((LM, LM.replace(".yaml", f"{name}.yaml")), changes)
 
 
@@ -145,7 +144,7 @@ STAGES = "configs/cifar10/cpu.yaml"
 
 
 def stages(**solver: Any) -> Variant:
-    """The same stages with another solver or adjoint."""
+    """The same stages with a different solver or adjoint."""
     return Variant((STAGES,), SMALL | {"model.solver": solver})
 
 
@@ -175,13 +174,13 @@ PARTS = (TEXT, IMAGES)
 
 
 def quick(part: Part) -> Part:
-    """A smoke run: its figures say nothing."""
+    """Reduce the part to a smoke run, whose figures are meaningless."""
     budget = part.budget._replace(cpu_seconds=2, flops=part.budget.flops / 100, longest=3, num_points=2)
     return part._replace(budget=budget, search_seconds=0.5, rates=(1.0,), every=(40, 10))
 
 
 class Files:
-    """The results of one part: finished runs, their curves, their depths."""
+    """The results of one part: finished runs with curves and depths."""
 
     def __init__(self, folder: Path, part: Part) -> None:
         kinds = ("search", "runs", "curves", "depths")
@@ -193,7 +192,7 @@ class Files:
         return any(all(row[name] == str(value) for name, value in key.items()) for row in self.rows[kind])
 
     def add(self, kind: str, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Write rows to their file at once."""
+        """Append rows to their file immediately."""
         self.rows[kind] += [{name: str(value) for name, value in row.items()} for row in rows]
         if self.rows[kind]:
             self.paths[kind].parent.mkdir(parents=True, exist_ok=True)
@@ -201,7 +200,7 @@ class Files:
 
 
 def train(part: Part, name: str, rate: float, seed: int, budget: Budget, options: argparse.Namespace) -> Outcome:
-    """One run."""
+    """Make one run."""
     variant = part.variants[name]
     settings = settings_of(variant.configs, variant.changes)
     settings["model"]["optimizer"] = scaled(settings_of([part.optimizer])["model"]["optimizer"], rate)
@@ -219,7 +218,7 @@ def train(part: Part, name: str, rate: float, seed: int, budget: Budget, options
 
 
 def best_rate(part: Part, name: str, files: Files, options: argparse.Namespace) -> float:
-    """The factor of the learning rates, by the search; its missing runs are made."""
+    """Find the best factor of the learning rates, making missing search runs."""
     seconds = part.search_seconds
     budget = Budget(cpu_seconds=seconds, flops=float("inf"), longest=seconds, num_points=0)
     for rate in part.rates:
@@ -236,7 +235,7 @@ def best_rate(part: Part, name: str, files: Files, options: argparse.Namespace) 
 
 
 def fill(part: Part, options: argparse.Namespace) -> Files:
-    """Make the runs that are missing."""
+    """Make the missing runs."""
     files = Files(options.output, part)
     names = [name for name in part.variants if not options.only or name in options.only]
     rates = {name: best_rate(part, name, files, options) for name in names}
@@ -261,7 +260,7 @@ def fill(part: Part, options: argparse.Namespace) -> Files:
 
 
 def row_of(name: str, seed: int, rate: float, outcome: Outcome) -> dict[str, Any]:
-    """What a run gave, as a row."""
+    """The outcome of a run as a row."""
     row: dict[str, Any] = {"variant": name, "seed": seed, "rate": rate, "parameters": outcome.parameters}
     row |= {"evaluations": f"{outcome.forward_nfe:.2f}", "peak_mib": f"{outcome.peak_bytes / 2**20:.1f}"}
     for budget in ("cpu", "flops"):
@@ -276,7 +275,7 @@ def row_of(name: str, seed: int, rate: float, outcome: Outcome) -> dict[str, Any
 
 
 def main() -> None:
-    """Fill the tables of the parts whose data are given; write page and figure."""
+    """Fill the tables of the parts whose data are given, and write page and figure."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -284,25 +283,25 @@ def main() -> None:
     parser.add_argument("--images", type=Path, help="CIFAR-10, a folder or tar archive with train/CLASS/*")
     parser.add_argument("--only", nargs="+", choices=[name for part in PARTS for name in part.variants])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--quick", action="store_true", help="seconds a run, one seed: a smoke test")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the results")
-    parser.add_argument("--cache", type=Path, default=Path("data/cache"), help="folder of the prepared data")
+    parser.add_argument("--quick", action="store_true", help="seconds per run, one seed: a smoke test")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="output folder")
+    parser.add_argument("--cache", type=Path, default=Path("data/cache"), help="folder for prepared data")
     options = parser.parse_args()
     if options.text is None and options.images is None:
-        print("skipped: no data, give --text FILE (tiny Shakespeare), --images PATH (CIFAR-10), or both")
+        print("skipped: no data; pass --text FILE (tiny Shakespeare), --images PATH (CIFAR-10), or both")
         return
     if options.quick and options.output == parser.get_default("output"):
-        parser.error("--quick gives figures that say nothing: choose another folder by --output")
+        parser.error("--quick produces meaningless figures: choose another folder with --output")
     options.seeds = options.seeds[:1] if options.quick else options.seeds
     for path in (options.text, options.images):
         if path is not None and not path.exists():
-            parser.error(f"no file or folder {path}")
+            parser.error(f"no such file or folder: {path}")
     torch.set_num_threads(1)
     quieten_lightning()
     results: list[tuple[Part, dict[str, Any]]] = []
     for part in PARTS:
         if getattr(options, part.name) is None:
-            print(f"{part.title}: left out, no --{part.name} PATH", file=sys.stderr)
+            print(f"{part.title}: skipped, no --{part.name} PATH", file=sys.stderr)
             continue
         part = quick(part) if options.quick else part
         results.append((part, fill(part, options).rows))

@@ -1,7 +1,7 @@
-"""Training until a budget is spent, in FLOPs and in CPU time of one thread: one run gives the quality at both.
+"""Train until a budget of FLOPs and of CPU time of one thread is spent; one run gives the quality at both.
 
-The learning rate is constant after its warm-up and the evaluated weights are a moving average, so that no schedule has
-to know where the run will end: the same run can be read at any cost.
+The learning rate is constant after its warm-up and the evaluated weights are a moving average. No schedule depends on
+the end of the run, so the same run can be evaluated at any cost.
 """
 
 import dataclasses
@@ -27,32 +27,32 @@ from revdeq_lightning.tasks.averaged_weights import AveragedWeights
 
 ROOT = Path(__file__).resolve().parents[2]
 COUNT_EVERY = 50
-"""Steps between two counts of a step's FLOPs: those of a solver with a tolerance change as f does."""
+"""Steps between two counts of a step's FLOPs, which change with f if the solver has a tolerance."""
 RATES = ("lr", "embedding_lr", "muon_lr")
 
 
 class Budget(NamedTuple):
-    """What a run may spend; it ends when both are spent, at the latest at `longest` CPU seconds."""
+    """Budget of a run, which ends when both are spent, or after `longest` CPU seconds."""
 
     cpu_seconds: float
     flops: float
     longest: float
     num_points: int = 8
-    """Points of the curve, at equal parts of `cpu_seconds`; 0: no curve and no depths."""
+    """Number of points of the curve, equally spaced in `cpu_seconds`; 0: no curve and no depths."""
 
 
 @dataclasses.dataclass
 class Outcome:
-    """What a run gave.
+    """Outcome of a run.
 
     Attributes:
         at: Figure on the whole validation split when the budget of that name, "cpu" or "flops", was spent.
-        spent: CPU seconds, FLOPs and steps at that moment.
-        curve: CPU seconds, FLOPs, steps and the figure on a part of the split.
-        depths: Evaluations of f and the figure with so many, at the end, on a part of the split.
+        spent: CPU seconds, FLOPs, and steps at that moment.
+        curve: CPU seconds, FLOPs, steps, and the figure on a part of the split.
+        depths: Number of evaluations of f and the final figure with it, on a part of the split.
         forward_nfe: Mean evaluations of f in the forward pass of a training step.
-        peak_bytes: Of the tensors of one training step.
-        diverged: Whether the loss became non-finite: what was not reached is then `nan`.
+        peak_bytes: Peak of the tensors of one training step.
+        diverged: Whether the loss became non-finite; figures not reached are then `nan`.
     """
 
     parameters: int = 0
@@ -66,9 +66,9 @@ class Outcome:
 
 
 class FlopCount(TorchDispatchMode):
-    """Adds up the FLOPs of matrix products and convolutions, by PyTorch's formulas, in inner backward passes too.
+    """Count FLOPs of matrix products and convolutions by PyTorch's formulas, including inner backward passes.
 
-    `FlopCounterMode` itself follows modules by hooks that an `autograd.grad` inside a backward pass does not allow.
+    `FlopCounterMode` tracks modules with hooks that do not work with an `autograd.grad` inside a backward pass.
     """
 
     def __init__(self) -> None:
@@ -85,17 +85,17 @@ class FlopCount(TorchDispatchMode):
 
 
 def step_flops(run: Callable[[], Any]) -> int:
-    """FLOPs of `run`; attention as plain matrix products, of which every version of PyTorch has the formulas."""
+    """FLOPs of `run`; attention as plain matrix products, for which every version of PyTorch has formulas."""
     with sdpa_kernel(SDPBackend.MATH), FlopCount() as count:
         run()
     return count.total
 
 
 class Meter(Callback):
-    """Counts what the training steps cost, reads the figure where a budget is spent, and ends the run.
+    """Count the cost of the training steps, evaluate when a budget is spent, and end the run.
 
-    The clock is the CPU time of this process from the end of one batch to the end of the next, data included; it stands
-    still while the run is looked at.
+    The clock is the CPU time of this process from the end of one batch to the end of the next, including data loading.
+    It stops during evaluations.
     """
 
     def __init__(self, budget: Budget, evaluate: Callable[[LightningModule, bool], float]) -> None:
@@ -115,7 +115,7 @@ class Meter(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the step; look where it is time to."""
+        """Count the step, and evaluate when it is time."""
         self.seconds += time.process_time() - self._since
         if self.steps % COUNT_EVERY == 0:
             self._count(trainer, pl_module, batch)
@@ -130,7 +130,7 @@ class Meter(Callback):
         self._since = time.process_time()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Evaluate with other depths than in training."""
+        """Evaluate with depths other than in training."""
         self.outcome.forward_nfe = self._nfe / self.steps
         if self.outcome.diverged or not self.budget.num_points:
             return
@@ -143,7 +143,7 @@ class Meter(Callback):
     def _count(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         probe = Probe(trainer, pl_module, batch)
         self._flops_a_step = step_flops(probe.gradients)
-        if self.steps in (0, COUNT_EVERY):  # the first one allocates what stays
+        if self.steps in (0, COUNT_EVERY):  # the first one allocates what is kept
             self.outcome.peak_bytes = peak_tensor_bytes(probe.gradients)
 
     def _look(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -164,7 +164,7 @@ class Meter(Callback):
 
 @contextmanager
 def _averaged(trainer: Trainer, module: LightningModule) -> Iterator[None]:
-    """Within, the model is evaluated as a validation would: averaged weights, evaluation mode, no gradients."""
+    """Context for evaluation as in a validation: averaged weights, evaluation mode, no gradients."""
     averages: list[Any] = [c for c in trainer.callbacks if isinstance(c, AveragedWeights)]  # type: ignore[attr-defined]
     for callback in averages:
         callback.on_validation_start(trainer, module)
@@ -180,7 +180,7 @@ def _averaged(trainer: Trainer, module: LightningModule) -> Iterator[None]:
 
 @contextmanager
 def _depth(module: LightningModule, evaluations: int) -> Iterator[bool]:
-    """Within, every equilibrium makes this many evaluations of f, without a tolerance; whether it can."""
+    """Context in which every equilibrium makes this many evaluations of f, ignoring tolerances; yields if it can."""
     layers = equilibria(module)
     own = [layer.solver for layer in layers]
     if any(evaluations % solver.evaluations_per_step for solver in own):
@@ -197,7 +197,7 @@ def _depth(module: LightningModule, evaluations: int) -> Iterator[bool]:
 
 
 def settings_of(configs: Sequence[str], changes: Mapping[str, Any] = MappingProxyType({})) -> dict[str, Any]:
-    """Configuration files, each laid over those before, with some settings changed, by their names with dots."""
+    """Configuration files, each overriding the previous ones, with some settings changed by their dotted names."""
     merged = OmegaConf.merge(*(OmegaConf.create(yaml.safe_load((ROOT / path).read_text())) for path in configs))
     settings: Any = OmegaConf.to_container(merged)
     for key, value in changes.items():
@@ -221,13 +221,13 @@ def spend(
     budget: Budget,
     seed: int,
 ) -> Outcome:
-    """Train what `make()` gives, task and data, until the budget is spent.
+    """Train the task and data that `make()` returns until the budget is spent.
 
     Args:
-        make: Called once the seed is set.
-        evaluate: `(task, data, whole)`: the figure, on the whole validation split or on a part of it.
-        budget: What may be spent.
-        seed: Of the weights.
+        make: Called after the seed is set.
+        evaluate: `(task, data, whole)` returns the figure on the whole validation split or on a part of it.
+        budget: Budget of the run.
+        seed: Seed of the weights.
     """
     seed_everything(seed, verbose=False)
     task, data = make()

@@ -1,9 +1,9 @@
-"""CIFAR-10 on two CPU cores: the classifier of configs/cifar10/cpu.yaml beside a ResNet of as many parameters.
+"""CIFAR-10 on two CPU cores: the classifier of configs/cifar10/cpu.yaml compared with a ResNet of the same size.
 
     python -m benchmarks.quality.cifar10 --data cifar10-train.tar.xz [--only NAME ...] [--seeds 0 1]
 
-The data: a folder or tar archive with `train/CLASS/*`; a tenth of the training images is held out. Same data, batches,
-augmentation, optimizer and minutes: the ResNet, which is cheaper an image, sees more epochs in them.
+The data: a folder or tar archive with `train/CLASS/*`; a tenth of the training images is held out. Data, batches,
+augmentation, optimizer, and minutes are the same; the ResNet, which is cheaper per image, sees more epochs.
 """
 
 import sys

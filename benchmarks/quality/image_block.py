@@ -1,8 +1,8 @@
-"""What was tried for the modern classifier: two epochs of CIFAR-10 each, one thread.
+"""Experiments for the modern classifier: two epochs of CIFAR-10 each, one thread.
 
     python -m benchmarks.quality.image_block --data cifar10-train.tar.xz [--only NAME ...] [--seeds 0 1] [--jobs 2]
 
-Base: configs/cifar10/cpu.yaml with channels 32-64-128. Every other row changes what its name says and nothing else.
+Base: configs/cifar10/cpu.yaml with channels 32-64-128. Every other row makes only the change that its name describes.
 """
 
 import sys
@@ -14,12 +14,12 @@ STEPS, SOLVER, NETWORK = "--model.solver.max_steps", "--model.solver.solver", "-
 
 
 def variant(evaluations: int, *options: str) -> Variant:
-    """A change of the base; of two settings of one thing the last applies."""
+    """A change of the base; if a setting is given twice, the last one applies."""
     return Variant(evaluations, [CHANNELS, "--trainer.max_epochs=2", *options])
 
 
 TABLE = Table(
-    title="What was tried for the modern classifier",
+    title="Experiments for the modern classifier",
     command=["image", "fit", "--config", "configs/cifar10/cpu.yaml", "--data.source=folder"],
     variants={
         "base": variant(6),

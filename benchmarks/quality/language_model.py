@@ -1,9 +1,9 @@
-"""Tiny Shakespeare, characters, 2000 iterations: what solvers and evaluations are worth beside an explicit stack.
+"""Character-level tiny Shakespeare, 2000 iterations: solvers and depths compared with an explicit stack.
 
     python -m benchmarks.quality.language_model --data tinyshakespeare.txt [--only NAME ...] [--seeds 0 1 2] [--jobs 2]
 
-Each run is `python -m revdeq_lightning fit --config configs/lm/tinyshakespeare.yaml` with the options of its row, one
-thread each. A run that is already in the output is not made again, so that the table can be filled in parts.
+Each run is `python -m revdeq_lightning fit --config configs/lm/tinyshakespeare.yaml` with the options of its row, on
+one thread. Runs that are already in the output are skipped, so that the table can be filled in parts.
 """
 
 import os
@@ -13,12 +13,12 @@ from benchmarks.quality.training import Table, Variant, run
 
 
 def momentum(evaluations: int, limit: float | None = None) -> Variant:
-    """The config's own momentum solver with this many evaluations."""
+    """The config's momentum solver with this many evaluations."""
     return Variant(evaluations, [f"--model.solver.max_steps={evaluations}"], limit)
 
 
 def paper(beta: float, num_steps: int) -> Variant:
-    """The paper's solver, 2 evaluations a step."""
+    """The paper's solver, 2 evaluations per step."""
     solver = ["--model.solver.solver=reversible", "--model.solver.momentum=null", f"--model.solver.beta={beta}"]
     return Variant(2 * num_steps, [*solver, f"--model.solver.max_steps={num_steps}"])
 
@@ -34,7 +34,7 @@ TABLE = Table(
     title="Tiny Shakespeare",
     command=["fit", "--config", "configs/lm/tinyshakespeare.yaml", "--run.sample_tokens=0"],
     variants={
-        # At most 8 evaluations and at most 4: the better of these two counts for the first.
+        # Limits for at most 8 and at most 4 evaluations; the better of these two counts for the first.
         "momentum-4": momentum(4, limit=1.57),
         "momentum-8": momentum(8),
         "paper-0.5-8": paper(0.5, 4),

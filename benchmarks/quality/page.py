@@ -15,13 +15,13 @@ def page(results: Results) -> str:
     """The whole page."""
     sections = [
         "# Quality at equal cost",
-        "Written by `python -m benchmarks.quality`; what it means is in [the README](../README.md). Every model was"
-        " trained until two budgets were spent, and is evaluated on the whole validation split where each was: CPU time"
+        "Written by `python -m benchmarks.quality`; for the interpretation see [the README](../README.md). Every model"
+        " was trained until two budgets were spent, and evaluated on the whole validation split when each was: CPU time"
         " of one thread (data, forward and backward pass, optimizer), and FLOPs of the training steps (matrix products"
-        " and convolutions, forward and backward, counted on the way by PyTorch's formulas). All have the same"
-        " optimizer, batches and learning rates times 1/4, 1/2 or 1, the best of three short runs of each model; the"
-        " rate is constant and the weights that are evaluated are averaged. Memory: tensors of one training step. In"
-        " brackets: least and largest of the seeds.",
+        " and convolutions, forward and backward, counted during training by PyTorch's formulas). All models have the"
+        " same optimizer and batches; the learning rates are multiplied by 1/4, 1/2, or 1, whichever was best in three"
+        " short runs. The rate is constant, and averaged weights are evaluated. Memory: tensors of one training step."
+        " In parentheses: minimum and maximum over the seeds.",
     ]
     for part, rows in results:
         sections += [
@@ -38,8 +38,8 @@ def _provenance(part: Any, runs: Rows) -> str:
     commits = sorted({row["commit"][:7] for row in runs})
     budget, search = part.budget, len(part.rates) * part.search_seconds
     return (
-        f"{budget.cpu_seconds / 60:g} CPU minutes or {budget.flops / 1e12:g} TFLOP a run, after a search of {search:g}"
-        f" CPU seconds for each model; {', '.join(sorted({row['cpu'] for row in runs}))}, torch"
+        f"{budget.cpu_seconds / 60:g} CPU minutes or {budget.flops / 1e12:g} TFLOP per run, after a search of"
+        f" {search:g} CPU seconds per model; {', '.join(sorted({row['cpu'] for row in runs}))}, torch"
         f" {', '.join(sorted({row['torch'] for row in runs}))}, commit {', '.join(commits)}. Figure: {part.unit}."
     )
 
@@ -78,7 +78,7 @@ def _spread(figures: Sequence[str], part: Any) -> str:
 
 
 def _depths(part: Any, rows: Rows) -> str:
-    """The figure over evaluations, for the models that have them."""
+    """The figure by number of evaluations, for the models that have them."""
     names = [name for name in part.variants if any(r["variant"] == name and int(r["evaluations"]) > 1 for r in rows)]
     counts = sorted({int(row["evaluations"]) for row in rows})
     digits = 3 if part.smaller_is_better else 1
@@ -94,7 +94,7 @@ def _depths(part: Any, rows: Rows) -> str:
 
 
 def draw(path: Path, results: Results) -> None:
-    """For each part: the figure over CPU time, over FLOPs, and over evaluations of the trained model."""
+    """Draw, for each part, the figure over CPU time, FLOPs, and evaluations of the trained model."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -122,7 +122,7 @@ def draw(path: Path, results: Results) -> None:
 
 
 def _curve(axis: Any, points: Rows, cost: str, unit: float, style: Mapping[str, Any]) -> None:
-    """Mean over the seeds, point by point of the curve."""
+    """Mean over the seeds for each point of the curve."""
     by_seed: dict[str, list[Mapping[str, str]]] = {}
     for row in points:
         by_seed.setdefault(row["seed"], []).append(row)

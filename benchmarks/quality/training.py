@@ -1,4 +1,4 @@
-"""Tables of training runs: each run is a command that anybody can type; its last validation goes to a CSV file."""
+"""Tables of training runs. Each run is a command line; its last validation is written to a CSV file."""
 
 import argparse
 import csv
@@ -28,7 +28,7 @@ class Variant(NamedTuple):
     """Evaluations of f in a forward pass, 1 without a solver."""
     options: list[str]
     limit: float | None = None
-    """What the mean over the seeds must reach."""
+    """Limit that the mean over the seeds must reach."""
 
 
 class Table(NamedTuple):
@@ -39,9 +39,9 @@ class Table(NamedTuple):
         command: Words of the command, such as `["fit", "--config", FILE]`.
         variants: Rows by name.
         metric: Key of the validation metric.
-        unit: What a reader needs to know of it.
-        smaller_is_better: Whether a limit is an upper one.
-        threads: Threads of a run.
+        unit: Description of the metric.
+        smaller_is_better: Whether a limit is an upper limit.
+        threads: Threads per run.
     """
 
     title: str
@@ -63,7 +63,7 @@ class Table(NamedTuple):
         return ["variant", "seed", "evaluations", "parameters", self.column, *FACTS]
 
     def is_met(self, variant: Variant, value: float) -> bool:
-        """Whether a mean keeps the limit of its variant."""
+        """Whether a mean meets the limit of its variant."""
         if variant.limit is None:
             return True
         return value <= variant.limit if self.smaller_is_better else value >= variant.limit
@@ -75,7 +75,7 @@ def train(table: Table, name: str, seed: int, arguments: argparse.Namespace) -> 
     folder = arguments.runs / f"{name}-{seed}"
     shown = [*table.command, f"--data.path={arguments.data}", f"--seed_everything={seed}", *variant.options]
     hidden = [f"--run.folder={arguments.runs}", "--run.test=false", f"--run.name={folder.name}", "--run.version=run"]
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was interrupted
+    shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted run
     folder.mkdir(parents=True)
     start = time.monotonic()
     with (folder / "log.txt").open("w") as log:
@@ -98,7 +98,7 @@ def train(table: Table, name: str, seed: int, arguments: argparse.Namespace) -> 
 
 
 def facts_of(command: str) -> dict[str, Any]:
-    """Where and from what a row was made: `FACTS` without the minutes."""
+    """Provenance of a row: `FACTS` without the minutes."""
     facts = provenance(command)
     return {
         "cpu": facts["hardware"]["cpu"],
@@ -115,7 +115,7 @@ def num_parameters(checkpoint: Path) -> int:
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    """Rows of an earlier run."""
+    """Rows of earlier runs."""
     if not path.exists():
         return []
     with path.open() as file:
@@ -123,10 +123,10 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def summary(table: Table, rows: Sequence[dict[str, str]]) -> tuple[str, bool]:
-    """The means over seeds beside what is required, as Markdown, and whether all of it is met."""
+    """Means over the seeds and their limits as Markdown, and whether all limits are met."""
     sign = "<=" if table.smaller_is_better else ">="
     lines = [
-        f"| variant | parameters | evaluations | seeds | {table.unit} | required | minutes a run |",
+        f"| variant | parameters | evaluations | seeds | {table.unit} | required | minutes per run |",
         "|---|---|---|---|---|---|---|",
     ]
     is_met = True
@@ -148,7 +148,7 @@ def summary(table: Table, rows: Sequence[dict[str, str]]) -> tuple[str, bool]:
 
 
 def fill(table: Table, arguments: argparse.Namespace) -> bool:
-    """Make the runs that are missing, write and print the table; whether every requirement is met."""
+    """Make the missing runs, write and print the table, and return whether every requirement is met."""
     rows = read(arguments.output)
     done = {(row["variant"], int(row["seed"])) for row in rows}
     wanted = [(name, seed) for name in arguments.only for seed in arguments.seeds if (name, seed) not in done]
@@ -174,15 +174,15 @@ def fill(table: Table, arguments: argparse.Namespace) -> bool:
 
 
 def run(table: Table, description: str, name: str, *, seeds: list[int], jobs: int, data: str) -> int:
-    """Read the options of a benchmark and fill its table; the exit code, 1 if a requirement is not met.
+    """Parse the options of a benchmark, fill its table, and return the exit code (1 if a requirement is missed).
 
     Args:
         table: What to train.
-        description: For `--help`.
-        name: Of the results' files and the runs' folder.
-        seeds: Unless others are asked for.
-        jobs: Runs at a time, unless another number is asked for.
-        data: What `--data` must be, for `--help`.
+        description: Text of `--help`.
+        name: Name of the result files and of the folder of runs.
+        seeds: Default seeds.
+        jobs: Default number of parallel runs.
+        data: Description of `--data` for `--help`.
     """
     options = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -190,8 +190,8 @@ def run(table: Table, description: str, name: str, *, seeds: list[int], jobs: in
     options.add_argument("--data", type=Path, required=True, help=data)
     options.add_argument("--only", nargs="+", choices=list(table.variants), default=list(table.variants))
     options.add_argument("--seeds", nargs="+", type=int, default=seeds)
-    options.add_argument("--jobs", type=int, default=jobs, help=f"runs at a time, {table.threads} thread(s) each")
-    options.add_argument("--runs", type=Path, default=Path("runs") / f"bench-{name}", help="folder of the runs")
+    options.add_argument("--jobs", type=int, default=jobs, help=f"parallel runs, {table.threads} thread(s) each")
+    options.add_argument("--runs", type=Path, default=Path("runs") / f"bench-{name}", help="folder for the runs")
     options.add_argument("--output", type=Path, default=Path(f"benchmarks/results/{name}.csv"))
     arguments = options.parse_args()
     if not arguments.data.exists():
