@@ -7,8 +7,8 @@ gradient error       norm(grad - reference) / norm(reference)
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +18,14 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 from .adjoints.backprop import BackpropAdjoint
 from .adjoints.base import AbstractAdjoint
 from .function import EquilibriumFunction, evaluate_recorded, named_parameters, vector_jacobian_products
-from .norms import Leaves, broadcast_to_leaf, join
+from .norms import Leaves, Map, broadcast_to_leaf, join
 from .solve import solve_fixed_point
 from .solvers.base import AbstractSolver
 from .validation import require_count
 
 
 def jacobian_regularization(
-    f: Callable[[Any, Any], Any], z: Any, x: Any, *, num_samples: int = 1, generator: torch.Generator | None = None
+    f: Map, z: Any, x: Any, *, num_samples: int = 1, generator: torch.Generator | None = None
 ) -> Tensor:
     """Estimate `norm(df/dz)_F^2 / dim` at z, the mean over the batch, differentiably.
 
@@ -47,11 +47,10 @@ def jacobian_regularization(
         state, value = _recorded(f, z, x)
         squares = []
         for _ in range(num_samples):
-            signs = [torch.randint(0, 2, v.shape, generator=generator, device=v.device) * 2 - 1 for v in value]
-            weights = [s.to(v.dtype) for s, v in zip(signs, value, strict=True)]
-            products = vector_jacobian_products(
-                value, state, weights, retain_graph=True, create_graph=torch.is_grad_enabled()
-            )
+            bits = [torch.randint(0, 2, v.shape, generator=generator, device=v.device) for v in value]
+            signs = [(b * 2 - 1).to(v.dtype) for b, v in zip(bits, value, strict=True)]
+            create_graph = torch.is_grad_enabled()
+            products = vector_jacobian_products(value, state, signs, retain_graph=True, create_graph=create_graph)
             squares += [join([p]).square().sum() for p in products if p is not None]
     if not squares:  # f does not depend on z
         return torch.zeros((), device=state[0].device)
@@ -59,7 +58,7 @@ def jacobian_regularization(
 
 
 def spectral_radius(
-    f: Callable[[Any, Any], Any], z: Any, x: Any, *, num_iterations: int = 50, per_sample: bool = True, seed: int = 0
+    f: Map, z: Any, x: Any, *, num_iterations: int = 50, per_sample: bool = True, seed: int = 0
 ) -> Tensor:
     """Estimate the spectral radius of df/dz at z by the power method: below 1, f contracts near z.
 
@@ -92,19 +91,16 @@ def spectral_radius(
 
 
 class GradientComparison(NamedTuple):
-    """How far one adjoint's gradient is from another's: `relative_l2` and `cosine` of all tensors together.
-
-    `by_tensor` has the relative L2 error of every parameter of f by its name, and of every leaf of x as "x[0]", ...; it
-    is not finite where the reference is 0.
-    """
+    """How far one adjoint's gradient is from another's, in all tensors together and in each."""
 
     relative_l2: float
     cosine: float
     by_tensor: dict[str, float]
+    """Relative L2 error of each parameter of f by name, of x as "x[0]", ...; not finite where the reference is 0."""
 
 
 def gradient_error(
-    f: Callable[[Any, Any], Any],
+    f: Map,
     z0: Any,
     x: Any,
     *,
@@ -141,19 +137,12 @@ def gradient_error(
         raise ValueError("nothing to differentiate: f has no parameter that needs a gradient, and x no floating point")
     by_tensor = {name: float((ours[name] - exact[name]).norm() / exact[name].norm()) for name in exact}
     a, b = torch.cat([ours[name] for name in exact]), torch.cat(list(exact.values()))
-    return GradientComparison(
-        float((a - b).norm() / b.norm()), float(torch.dot(a, b) / (a.norm() * b.norm())), by_tensor
-    )
+    cosine = torch.dot(a, b) / (a.norm() * b.norm())
+    return GradientComparison(float((a - b).norm() / b.norm()), float(cosine), by_tensor)
 
 
 def _gradient(
-    f: Callable[[Any, Any], Any],
-    z0: Any,
-    x: Any,
-    upstream: Leaves,
-    solver: AbstractSolver,
-    adjoint: AbstractAdjoint,
-    dtype: torch.dtype | None,
+    f: Map, z0: Any, x: Any, upstream: Leaves, solver: AbstractSolver, adjoint: AbstractAdjoint, dtype: Any
 ) -> dict[str, Tensor]:
     """Flat float64 gradients by name; with a dtype, those of a copy of f in it, without autocast."""
     device_type = upstream[0].device.type
@@ -161,8 +150,7 @@ def _gradient(
     with _aside(f, z0), torch.autocast(device_type, enabled=is_autocast):
         z0, x = tree_map(_constant, z0), tree_map(_constant, x)
         if dtype is not None:
-            assert isinstance(f, nn.Module)
-            f = copy.deepcopy(f).to(dtype)
+            f = copy.deepcopy(cast(nn.Module, f)).to(dtype)
             z0, x = (tree_map(lambda leaf: leaf.to(dtype) if _is_floating(leaf) else leaf, tree) for tree in (z0, x))
         leaves = {f"x[{i}]": leaf.requires_grad_() for i, leaf in enumerate(tree_leaves(x)) if _is_floating(leaf)}
         sources = {name: p for name, p in named_parameters(f).items() if p.requires_grad} | leaves
@@ -177,7 +165,7 @@ def _gradient(
         }
 
 
-def _recorded(f: Callable[[Any, Any], Any], z: Any, x: Any) -> tuple[Leaves, Leaves]:
+def _recorded(f: Map, z: Any, x: Any) -> tuple[Leaves, Leaves]:
     """The leaves of z as constants, and f of them."""
     leaves, spec = tree_flatten(z)
     return evaluate_recorded(EquilibriumFunction(f, leaves, spec, x), leaves)
@@ -188,7 +176,7 @@ def _is_floating(leaf: Any) -> bool:
 
 
 def _constant(leaf: Any) -> Any:
-    """A copy cut off from its graph: also of a tensor made in inference mode, which autograd could not use."""
+    """A copy cut off from its graph, which autograd can use even if the tensor was made in inference mode."""
     return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
 
 
@@ -206,14 +194,15 @@ def _norm(leaves: Leaves, per_sample: bool) -> Tensor:
 
 
 @contextlib.contextmanager
-def _aside(f: Callable[[Any, Any], Any], z: Any) -> Iterator[None]:
+def _aside(f: Map, z: Any) -> Iterator[None]:
     """Autograd records, wherever this is called; random state and buffers are afterwards what they were."""
     modules = f.modules() if isinstance(f, nn.Module) else ()
     buffers = [(m, name, b, b.clone()) for m in modules for name, b in m._buffers.items() if b is not None]
     devices = {leaf.device for leaf in tree_leaves(z) if leaf.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)), torch.inference_mode(False), torch.enable_grad():
+    with torch.random.fork_rng(devices=list(devices)):
         try:
-            yield
+            with torch.inference_mode(False), torch.enable_grad():
+                yield
         finally:
             with torch.no_grad():
                 for module, name, buffer, content in buffers:

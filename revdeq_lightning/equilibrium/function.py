@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from .norms import Leaves
+from .norms import Leaves, Map
 from .weights import ComputedWeights
 
 
@@ -22,7 +22,7 @@ class EquilibriumFunction:
     * `nfe` counts the calls.
     """
 
-    def __init__(self, f: Callable[[Any, Any], Any], z_leaves: Sequence[Tensor], z_spec: TreeSpec, x: Any) -> None:
+    def __init__(self, f: Map, z_leaves: Sequence[Tensor], z_spec: TreeSpec, x: Any) -> None:
         self.f, self.z_spec = f, z_spec
         self.x, self.x_spec = tree_flatten(x)
         self.expected = [(z.shape, z.dtype, z.device) for z in z_leaves]
@@ -60,11 +60,8 @@ class EquilibriumFunction:
         shape, dtype, device = self.expected[i]
         if self.autocast_enabled and leaf.dtype != dtype and leaf.is_floating_point():
             leaf = leaf.to(dtype)  # exact if the state is the wider one
-        for name, received, wanted in (
-            ("shape", tuple(leaf.shape), tuple(shape)),
-            ("dtype", leaf.dtype, dtype),
-            ("device", leaf.device, device),
-        ):
+        received_and_wanted = (tuple(leaf.shape), tuple(shape)), (leaf.dtype, dtype), (leaf.device, device)
+        for name, (received, wanted) in zip(("shape", "dtype", "device"), received_and_wanted, strict=True):
             if received != wanted:
                 raise ValueError(
                     f"f must keep the state's {name}: it received {wanted} and returned {received} (leaf {i});"
@@ -89,53 +86,39 @@ class _Randomness:
     """Gives every call of f the random numbers of the first one."""
 
     def __init__(self, device: torch.device) -> None:
-        self.cuda_device = device if device.type == "cuda" else None
+        self.devices = [device] if device.type == "cuda" else []
         self.start: list[Tensor] | None = None
         self.is_drawn = False
 
-    def state(self) -> list[Tensor]:
+    def _states(self) -> list[Tensor]:
         """Generator states of the CPU and of the state's device."""
-        states = [torch.get_rng_state()]
-        if self.cuda_device is not None:
-            states.append(torch.cuda.get_rng_state(self.cuda_device))
-        return states
-
-    def restore(self, states: list[Tensor]) -> None:
-        torch.set_rng_state(states[0])
-        if self.cuda_device is not None:
-            torch.cuda.set_rng_state(states[1], self.cuda_device)
+        return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in self.devices)]
 
     @contextlib.contextmanager
     def same_draws(self) -> Iterator[None]:
         """Around a call of f: the first one shows whether f draws at all; only then are the later ones rewound."""
         if self.start is None:
-            self.start = self.state()
+            self.start = self._states()
             yield
-            self.is_drawn = any(not torch.equal(a, b) for a, b in zip(self.start, self.state(), strict=True))
+            self.is_drawn = any(not torch.equal(a, b) for a, b in zip(self.start, self._states(), strict=True))
             return
         if self.is_drawn:
-            self.restore(self.start)
+            torch.set_rng_state(self.start[0])
+            for device, state in zip(self.devices, self.start[1:], strict=True):
+                torch.cuda.set_rng_state(state, device)
         yield
 
-    @contextlib.contextmanager
-    def untouched(self) -> Iterator[None]:
+    def untouched(self) -> contextlib.AbstractContextManager[None]:
         """Around a backward pass: the generators are afterwards where they were."""
-        if not self.is_drawn:
-            yield
-            return
-        outside = self.state()
-        try:
-            yield
-        finally:
-            self.restore(outside)
+        return torch.random.fork_rng(self.devices, enabled=self.is_drawn)
 
 
-def named_parameters(f: Callable[[Any, Any], Any]) -> dict[str, Tensor]:
+def named_parameters(f: Map) -> dict[str, Tensor]:
     """Parameters of f by name; empty if f is no module."""
     return dict(f.named_parameters()) if isinstance(f, nn.Module) else {}
 
 
-def is_compiled(f: Callable[[Any, Any], Any]) -> bool:
+def is_compiled(f: Map) -> bool:
     """Whether torch.compile was applied to f or to a part of it."""
     if hasattr(f, "_torchdynamo_orig_callable"):
         return True
@@ -155,7 +138,7 @@ class _WithParameters(nn.Module):
         return run()
 
 
-def call_with_parameters(f: Callable[[Any, Any], Any], parameters: dict[str, Tensor], run: Callable[[], Any]) -> Any:
+def call_with_parameters(f: Map, parameters: dict[str, Tensor], run: Callable[[], Any]) -> Any:
     """`run()` with these tensors in place of f's parameters."""
     if not parameters:
         return run()
@@ -179,16 +162,9 @@ def vector_jacobian_products(
     if not outputs:
         return [None] * len(sources)
     tensors, weights = (list(column) for column in zip(*outputs, strict=True))
-    return list(
-        torch.autograd.grad(
-            tensors,
-            sources,
-            weights,
-            retain_graph=retain_graph or create_graph,
-            create_graph=create_graph,
-            allow_unused=True,
-        )
-    )
+    retain_graph |= create_graph
+    settings = {"retain_graph": retain_graph, "create_graph": create_graph, "allow_unused": True}
+    return list(torch.autograd.grad(tensors, sources, weights, **settings))
 
 
 def graph_leaves(value: Leaves) -> Iterator[Tensor]:

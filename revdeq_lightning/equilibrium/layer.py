@@ -1,6 +1,5 @@
 """An equilibrium as a layer: f, solver and adjoint."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -8,6 +7,7 @@ from torch import Tensor, nn
 
 from .adjoints.base import AbstractAdjoint
 from .adjoints.reversible import ReversibleAdjoint
+from .norms import Map
 from .parts import solve_in_parts
 from .solution import FixedPointSolution
 from .solve import require_solver_and_adjoint
@@ -52,7 +52,7 @@ class EquilibriumLayer(nn.Module):
             z0 = torch.zeros_like(x)
         return self.solve(self.f, z0, x, adjoint=self.adjoint)
 
-    def solve(self, f: Callable[[Any, Any], Any], z0: Any, x: Any, *, adjoint: AbstractAdjoint) -> FixedPointSolution:
+    def solve(self, f: Map, z0: Any, x: Any, *, adjoint: AbstractAdjoint) -> FixedPointSolution:
         """The same solve with another map or adjoint in place of its own."""
         return solve_in_parts(f, z0, x, solver=self.solver, adjoint=adjoint, num_parts=self.num_parts)
 

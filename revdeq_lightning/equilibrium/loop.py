@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -107,17 +107,13 @@ class _Watch:
     def check(self) -> None:
         """Raise DivergenceError for the first iterate that is out of range."""
         limit = self.solver.limit()
-        sizes = (
-            torch.stack([e for row in self.extremes for e in row]).view(len(self.extremes), -1).abs().amax(1).tolist()
-        )
+        extremes = torch.stack([e for row in self.extremes for e in row]).view(len(self.extremes), -1)
+        sizes = extremes.abs().amax(1).tolist()
         for k, size in enumerate(sizes):
             if size < limit and math.isfinite(size):
                 continue
-            what = (
-                f"reached {size:.4g}, beyond the range of {limit:.4g} of its arithmetic,"
-                if math.isfinite(size)
-                else f"is not finite ({size})"
-            )
+            beyond = f"reached {size:.4g}, beyond the range of {limit:.4g} of its arithmetic,"
+            what = beyond if math.isfinite(size) else f"is not finite ({size})"
             step = (k - 1) // self.solver.evaluations_per_step + 1
             where = "in z0" if k == 0 else f"after {k} evaluations of f (step {step})"
             raise DivergenceError(
@@ -136,27 +132,26 @@ _deferred: ContextVar[list[DivergenceError] | None] = ContextVar("deferred", def
 
 
 @contextmanager
-def recorded_residuals() -> Iterator[None]:
-    """Within, every solve fills in `stats.residual_curve`, without further evaluations of f."""
-    token = _records_residuals.set(True)
+def _within(variable: ContextVar[Any], value: Any) -> Iterator[None]:
+    token = variable.set(value)
     try:
         yield
     finally:
-        _records_residuals.reset(token)
+        variable.reset(token)
 
 
-@contextmanager
-def deferred_divergence(errors: list[DivergenceError]) -> Iterator[None]:
+def recorded_residuals() -> AbstractContextManager[None]:
+    """Within, every solve fills in `stats.residual_curve`, without further evaluations of f."""
+    return _within(_records_residuals, True)
+
+
+def deferred_divergence(errors: list[DivergenceError]) -> AbstractContextManager[None]:
     """Within, a solve that diverges returns NaN and appends its error to the list; so does its backward pass, later.
 
     For several processes that work together: if one raised, the others would wait for it forever. NaN reaches all of
     them through the collective operations; whoever opened this context must then look at the list and raise.
     """
-    token = _deferred.set(errors)
-    try:
-        yield
-    finally:
-        _deferred.reset(token)
+    return _within(_deferred, errors)
 
 
 def divergence_errors() -> list[DivergenceError] | None:

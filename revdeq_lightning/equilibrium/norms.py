@@ -1,27 +1,27 @@
 """Per-sample norms: the residual, one definition for every solver, and the state as one vector per sample."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 Leaves = list[Tensor]
+Map = Callable[[Any, Any], Any]
+"""`f(z, x)`, on pytrees of tensors."""
 
 EPSILON = 1e-5
 """Keeps the relative residual finite where f vanishes (value of the paper's released code)."""
 
 
 class Residual(NamedTuple):
-    """How far each sample is from its fixed point.
-
-    Attributes:
-        relative: `norm(f - z) / (norm(f) + EPSILON)`, shape `(batch,)`; of several leaves the largest.
-        converged: Whether `norm(f - z) <= atol + rtol * (norm(f) + EPSILON)` holds in every leaf, shape `(batch,)`.
-    """
+    """How far each sample is from its fixed point, each of shape `(batch,)`."""
 
     relative: Tensor
+    """`norm(f - z) / (norm(f) + EPSILON)`; of several leaves the largest."""
     converged: Tensor
+    """Whether `norm(f - z) <= atol + rtol * (norm(f) + EPSILON)` holds in every leaf."""
 
 
 @torch.no_grad()
@@ -42,16 +42,16 @@ def broadcast_to_leaf(mask: Tensor, leaf: Tensor) -> Tensor:
     return mask.view(-1, *(1,) * (leaf.ndim - 1))
 
 
-def select(active: Tensor, new: Leaves, old: Leaves) -> Leaves:
-    """The new values of the active samples, the old ones of the others."""
+def select(active: Tensor | None, new: Leaves, old: Leaves) -> Leaves:
+    """The new values of the active samples (None: of all), the old ones of the others."""
+    if active is None:
+        return new
     return [torch.where(broadcast_to_leaf(active, a), a, b) for a, b in zip(new, old, strict=True)]
 
 
 def join(leaves: Leaves) -> Tensor:
     """All leaves as `(batch, elements)`, in float32 at least."""
-    dtype = torch.float32
-    for leaf in leaves:
-        dtype = torch.promote_types(dtype, leaf.dtype)
+    dtype = functools.reduce(torch.promote_types, [leaf.dtype for leaf in leaves], torch.float32)
     flat = [leaf.reshape(len(leaf), -1).to(dtype) for leaf in leaves]
     return flat[0] if len(flat) == 1 else torch.cat(flat, 1)
 

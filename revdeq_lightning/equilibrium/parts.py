@@ -1,7 +1,6 @@
 """A solve in parts that continue from each other's result, all of them differentiable."""
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -10,6 +9,7 @@ from torch.utils._pytree import tree_map
 from .adjoints.base import AbstractAdjoint
 from .adjoints.implicit import ImplicitAdjoint
 from .adjoints.phantom import PhantomAdjoint
+from .norms import Map
 from .solution import FixedPointSolution
 from .solve import require_solver_and_adjoint, solve_fixed_point
 from .solvers.base import AbstractSolver
@@ -17,7 +17,7 @@ from .validation import require_count
 
 
 def solve_in_parts(
-    f: Callable[[Any, Any], Any], z0: Any, x: Any, *, solver: AbstractSolver, adjoint: AbstractAdjoint, num_parts: int
+    f: Map, z0: Any, x: Any, *, solver: AbstractSolver, adjoint: AbstractAdjoint, num_parts: int
 ) -> FixedPointSolution:
     """As `solve_fixed_point`, in parts that continue from each other's result, for losses on the way to the end.
 
@@ -45,15 +45,13 @@ def solve_in_parts(
     require_count("num_parts", num_parts)
     require_solver_and_adjoint(solver, adjoint)
     num_parts = min(num_parts, solver.max_steps)
+    is_detached = isinstance(adjoint, ImplicitAdjoint | PhantomAdjoint)  # they would send zeros back through z0
     on_the_way = PhantomAdjoint(num_steps=1, beta=1.0) if isinstance(adjoint, ImplicitAdjoint) else adjoint
-    earlier: list[FixedPointSolution] = []
-    for k in range(num_parts - 1):
+    solutions: list[FixedPointSolution] = []
+    for k in range(num_parts):
         steps = solver.max_steps * (k + 1) // num_parts - solver.max_steps * k // num_parts
         part = dataclasses.replace(solver, max_steps=steps)
-        earlier.append(solve_fixed_point(f, z0, x, solver=part, adjoint=on_the_way))
-        z0 = earlier[-1].value
-        if isinstance(adjoint, ImplicitAdjoint | PhantomAdjoint):  # they would send zeros back through it
-            z0 = tree_map(Tensor.detach, z0)
-    steps = solver.max_steps - solver.max_steps * (num_parts - 1) // num_parts
-    last = solve_fixed_point(f, z0, x, solver=dataclasses.replace(solver, max_steps=steps), adjoint=adjoint)
-    return last._replace(earlier=tuple(earlier))
+        rule = adjoint if k == num_parts - 1 else on_the_way
+        solutions.append(solve_fixed_point(f, z0, x, solver=part, adjoint=rule))
+        z0 = tree_map(Tensor.detach, solutions[-1].value) if is_detached else solutions[-1].value
+    return solutions[-1]._replace(earlier=tuple(solutions[:-1]))

@@ -29,18 +29,6 @@ class SolverStats:
             a sample that had stopped before. None outside of `recorded_residuals()`.
     """
 
-    __slots__ = (
-        "backward_nfe",
-        "backward_num_products",
-        "backward_relative_residual",
-        "converged",
-        "forward_nfe",
-        "num_steps",
-        "reconstruction_mismatch",
-        "relative_residual",
-        "residual_curve",
-    )
-
     def __init__(
         self, num_steps: Tensor, forward_nfe: int, relative_residual: Tensor, converged: Tensor | None = None
     ) -> None:
@@ -55,7 +43,7 @@ class SolverStats:
         self.residual_curve: Tensor | None = None
 
     def __repr__(self) -> str:
-        return f"SolverStats({', '.join(f'{name}={getattr(self, name)!r}' for name in self.__slots__)})"
+        return f"SolverStats({', '.join(f'{name}={value!r}' for name, value in vars(self).items())})"
 
 
 class FixedPointSolution(NamedTuple):

@@ -1,7 +1,6 @@
 """The entry point: `solve_fixed_point` finds z with f(z, x) = z and makes it differentiable."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,13 +10,13 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from .adjoints.base import AbstractAdjoint
 from .function import EquilibriumFunction
 from .loop import DivergenceError, divergence_errors
-from .norms import Leaves
+from .norms import Leaves, Map
 from .solution import FixedPointSolution, SolverStats
 from .solvers.base import AbstractSolver
 
 
 def solve_fixed_point(
-    f: Callable[[Any, Any], Any], z0: Any, x: Any, *, solver: AbstractSolver, adjoint: AbstractAdjoint
+    f: Map, z0: Any, x: Any, *, solver: AbstractSolver, adjoint: AbstractAdjoint
 ) -> FixedPointSolution:
     """Find z with `f(z, x) = z` and make it differentiable.
 

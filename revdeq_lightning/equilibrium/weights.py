@@ -1,13 +1,14 @@
 """Weights that f computes from its parameters (torch.nn.utils.parametrizations), once per solve."""
 
 import contextlib
-from collections.abc import Callable, Iterator
-from typing import Any, Literal, get_args
+from collections.abc import Iterator
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
+from .norms import Map
 from .validation import require_choice
 
 NormalizationKind = Literal["weight", "spectral"]
@@ -22,7 +23,7 @@ class ComputedWeights:
     parameters.
     """
 
-    def __init__(self, f: Callable[[Any, Any], Any] | None) -> None:
+    def __init__(self, f: Map | None) -> None:
         modules = f.modules() if isinstance(f, nn.Module) else ()
         self._lists: list[nn.Module] = [m for m in modules if isinstance(m, parametrize.ParametrizationList)]
         self.values: list[Tensor] = [computed() for computed in self._lists]
@@ -32,19 +33,18 @@ class ComputedWeights:
         """Around a call of f: its modules find `values`."""
         # Under `parametrize.cached()` a weight made under no_grad would be handed to a later call.
         is_caching, parametrize._cache_enabled = parametrize._cache_enabled, 0
+        own = [vars(computed) for computed in self._lists]
         # An equilibrium around this one may have done the same.
-        before = [computed.__dict__.get("forward") for computed in self._lists]
+        before = [{k: v for k, v in attributes.items() if k == "forward"} for attributes in own]
         try:
-            for computed, value in zip(self._lists, self.values, strict=True):
-                computed.__dict__["forward"] = lambda value=value: value
+            for attributes, value in zip(own, self.values, strict=True):
+                attributes["forward"] = lambda value=value: value
             yield
         finally:
             parametrize._cache_enabled = is_caching
-            for computed, forward in zip(self._lists, before, strict=True):
-                if forward is None:
-                    del computed.__dict__["forward"]
-                else:
-                    computed.__dict__["forward"] = forward
+            for attributes, forward in zip(own, before, strict=True):
+                del attributes["forward"]
+                attributes.update(forward)
 
 
 def normalize_weights(f: nn.Module, kind: NormalizationKind = "spectral", *, norm: float | None = None) -> nn.Module:
@@ -86,7 +86,7 @@ def normalize_weights(f: nn.Module, kind: NormalizationKind = "spectral", *, nor
             parametrizations.weight_norm(module)
             continue
         parametrizations.spectral_norm(module)
-        if norm not in (None, 1.0):
+        if norm is not None and norm != 1:
             parametrize.register_parametrization(module, "weight", _Scaled(norm))
     return f
 
@@ -94,9 +94,8 @@ def normalize_weights(f: nn.Module, kind: NormalizationKind = "spectral", *, nor
 class _Scaled(nn.Module):
     """`factor * weight`."""
 
-    def __init__(self, factor: float | None) -> None:
+    def __init__(self, factor: float) -> None:
         super().__init__()
-        assert factor is not None
         self.factor = factor
 
     def forward(self, weight: Tensor) -> Tensor:

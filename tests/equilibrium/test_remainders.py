@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from revdeq_lightning.equilibrium.exact.arithmetic import MAX_DENOMINATOR, ExactArithmetic, Recurrence
+from revdeq_lightning.equilibrium.exact.arithmetic import ExactArithmetic, Recurrence
 from revdeq_lightning.equilibrium.exact.remainders import Remainders, digits_per_group, digits_per_word
+from revdeq_lightning.equilibrium.solvers.reversible import MAX_DENOMINATOR
 
 SEEDS = st.integers(0, 2**31 - 1)
 radices = st.one_of(st.integers(2, 16), st.integers(2, MAX_DENOMINATOR))

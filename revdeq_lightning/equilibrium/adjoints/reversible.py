@@ -16,7 +16,7 @@ from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..exact import kernels
 from ..function import (
@@ -27,8 +27,8 @@ from ..function import (
     named_parameters,
     vector_jacobian_products,
 )
-from ..loop import iterate_to_fixed_point
-from ..norms import Leaves, select
+from ..loop import Iteration, iterate_to_fixed_point
+from ..norms import Leaves, Map, select
 from ..solution import SolverStats
 from ..solvers.base import AbstractSolver
 from ..solvers.reversible import AbstractTwoStepSolver, TwoStepState
@@ -88,7 +88,7 @@ class ReversibleAdjoint(AbstractAdjoint):
         f.x = x_rest
         solve = _Solve(self, f, solver, len(z0), list(parameters))
         value = _ReversibleFunction.apply(solve, *inputs)
-        return list(value), solve.stats
+        return list(value), solve.iteration.stats
 
 
 @dataclass
@@ -101,10 +101,8 @@ class _Solve:
     solver: AbstractTwoStepSolver
     num_leaves: int
     names: list[str]
-    stats: SolverStats = field(init=False)
-    num_evaluations: int = 0
-    state_rest: list[Any] = field(default_factory=list)
-    state_spec: TreeSpec = field(init=False)
+    iteration: Iteration = field(init=False)
+    """Without its state, of which autograd saves the tensors, and its value."""
     is_consumed: bool = False
 
     def run_with(self, inputs: Sequence[Tensor], run: Callable[[], Any], *, parameters: bool) -> Any:
@@ -144,10 +142,10 @@ class _ReversibleFunction(torch.autograd.Function):
             lambda: iterate_to_fixed_point(solve.solver, evaluate, z0, reversible=True),
             parameters=recorded,
         )
-        solve.stats, solve.num_evaluations = iteration.stats, iteration.num_evaluations
-        ctx.solve = solve
-        state, solve.state_spec = tree_flatten(iteration.state)
-        state_tensors, solve.state_rest = _separated(state)
+        state, spec = tree_flatten(iteration.state)
+        state_tensors, state_rest = _separated(state)
+        ctx.solve, ctx.state = solve, (state_rest, spec)
+        solve.iteration = iteration._replace(state=None, value=[])
         # Everything large goes through autograd's own saving: so saved-tensor hooks (checkpoint, offloading) see it,
         # and an input that is changed in place before the backward pass is noticed.
         ctx.save_for_backward(*inputs, *state_tensors)
@@ -166,7 +164,8 @@ class _ReversibleFunction(torch.autograd.Function):
         solve.is_consumed = True
         needs_grad = ctx.needs_input_grad[1:]
         inputs = _as_leaves(saved[: len(needs_grad)], needs_grad)
-        state = tree_unflatten(_joined(iter(saved[len(needs_grad) :]), solve.state_rest), solve.state_spec)
+        state_rest, spec = ctx.state
+        state = tree_unflatten(_joined(iter(saved[len(needs_grad) :]), state_rest), spec)
         with solve.f.randomness.untouched():
             backward = _BackwardPass(solve, state, inputs, grads)
             return None, *solve.run_with(inputs, backward.run, parameters=True)
@@ -193,7 +192,7 @@ class _BackwardPass:
             self._undo_the_steps_of_each_sample()
         else:
             self._undo_all_steps()
-        self.solve.stats.backward_nfe = self.nfe
+        self.solve.iteration.stats.backward_nfe = self.nfe
         self._certify()
         for i, (g, h) in enumerate(zip(self.g_current, self.g_previous, strict=True)):
             self.sums[i] = (g + h).div_(self.solver.recurrence.b)
@@ -203,7 +202,7 @@ class _BackwardPass:
         ]
 
     def _undo_all_steps(self) -> None:
-        for _ in range(self.solve.num_evaluations):
+        for _ in range(self.solve.iteration.num_evaluations):
             value, products = self._evaluate(self.solver.iterate_before(self.state, None), self.g_current)
             self.state = self.solver.invert_step(self.state, value, None)
             for i, product in enumerate(products):
@@ -212,11 +211,11 @@ class _BackwardPass:
 
     def _undo_the_steps_of_each_sample(self) -> None:
         """With a tolerance: each sample waits, its gradient held, until the evaluation at which it stopped."""
-        solver, num_steps = self.solver, self.solve.stats.num_steps
+        solver, num_steps = self.solver, self.solve.iteration.stats.num_steps
         num_evaluations = int(num_steps.max()) * solver.evaluations_per_step
         nobody = torch.zeros_like(num_steps, dtype=torch.bool)
         # The host looks only every few steps: after the last sample's stop there may be evaluations that moved nothing.
-        for _ in range(num_evaluations, self.solve.num_evaluations):
+        for _ in range(num_evaluations, self.solve.iteration.num_evaluations):
             self.state = solver.invert_step(self.state, solver.iterate_before(self.state, nobody), nobody)
         for k in reversed(range(num_evaluations)):
             active = num_steps > k // solver.evaluations_per_step
@@ -250,7 +249,8 @@ class _BackwardPass:
     def _certify(self) -> None:
         """Compare the reconstructed initial state with the true one."""
         z0, policy = self.inputs[: self.solve.num_leaves], self.solve.adjoint.mismatch
-        mismatch = self.solve.stats.reconstruction_mismatch = self.solver.reconstruction_mismatch(self.state, z0)
+        mismatch = self.solver.reconstruction_mismatch(self.state, z0)
+        self.solve.iteration.stats.reconstruction_mismatch = mismatch
         # Floating-point states never come back exactly, whatever f does: there the count says nothing of f.
         if policy == "ignore" or self.solver.arithmetic != "exact" or not (count := int(mismatch)):
             return
@@ -295,7 +295,7 @@ def _refuse_foreign_leaves(value: Leaves, sources: Leaves) -> None:
             )
 
 
-def refuse_unsuitable(f: Callable[[Any, Any], Any]) -> None:
+def refuse_unsuitable(f: Map) -> None:
     """Raise ValueError for modules that are not the same function in both passes, or whose gradient would be lost."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # imported where anything is sharded
     for name, module in f.named_modules() if isinstance(f, nn.Module) else ():

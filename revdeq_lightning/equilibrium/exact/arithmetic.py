@@ -16,12 +16,9 @@ from torch import Tensor
 from . import kernels
 from .remainders import Remainders, divisor
 
-MAX_DENOMINATOR = 4096
-"""Largest denominator of `a` that the exact state takes: its range is 2^20 / denominator, here still 256."""
-
 
 class Recurrence(NamedTuple):
-    """Coefficients of `u_{k+1} = a * u_{k-1} + c * u_k + b * f(u_k, x)`."""
+    """Coefficients of `u_{k+1} = a * u_{k-1} + c * u_k + b * f(u_k)`."""
 
     a: Fraction
     c: float
@@ -34,14 +31,16 @@ class AbstractArithmetic(abc.ABC):
     Methods that end in an underscore overwrite their first argument; `encode` and `decode` return new memory.
     """
 
-    recurrence: Recurrence
     dtype: torch.dtype
-    scale: float
+    scale = 1.0
     """Size of 1.0 in the representation."""
 
-    @abc.abstractmethod
+    def __init__(self, recurrence: Recurrence) -> None:
+        self.recurrence = recurrence
+
     def encode(self, u: Tensor) -> Tensor:
         """Represent a tensor; the derivative is that of the scaling."""
+        return u.to(self.dtype, copy=True)
 
     def decode(self, state: Tensor, dtype: torch.dtype) -> Tensor:
         """The tensor that a state represents."""
@@ -61,12 +60,9 @@ class AbstractArithmetic(abc.ABC):
     ) -> Tensor:
         """u_{k-1} from u_{k+1}, u_k and v, in the memory of `u_next`."""
 
-    @abc.abstractmethod
     def limit(self) -> float:
         """Magnitude that a state must stay below."""
-
-    def check(self, origin: str) -> None:  # noqa: B027
-        """Raise ValueError if the recurrence cannot be represented; `origin` names the setting it comes from."""
+        return float("inf")
 
     def remainders(self, state: Tensor) -> Remainders | None:
         """Empty storage for what the updates of `state` destroy; None if nothing is kept."""
@@ -80,8 +76,11 @@ class ExactArithmetic(AbstractArithmetic):
 
         t = p * U_{k-1},  s = floor(t / q),  r = t - q * s,  U_{k+1} = s + g,  g = round(2^32 * (c * u_k + b * v))
 
-    The remainder `r` in [0, q) is kept, log2(q) bits per element and evaluation. No scheme can keep less: it is just
-    what the contraction destroys. The inverse `U_{k-1} = (q * (U_{k+1} - g) + r) / p` is an exact division.
+    The inverse `U_{k-1} = (q * (U_{k+1} - g) + r) / p` is an exact division.
+
+    An update destroys log2(q / |p|) bits per element, on average over states. The whole remainder `r` in [0, q) is
+    kept, log2(q) bits: exactly what is destroyed where |p| = 1 (beta 0.5 or 0.8, momentum 1/8), and more elsewhere,
+    because `t = q * s + r` is a multiple of p. A digit in radix ceil(q / |p|) would be enough.
 
     All is exact while `max(|p|, q) * |U| < 2^52`: one bit less than float64 holds, so that the rounded quotient never
     reaches the next whole number. float64 rather than int64, because integer division does not vectorize on CPUs.
@@ -95,9 +94,10 @@ class ExactArithmetic(AbstractArithmetic):
     scale = 2.0**32
 
     def __init__(self, recurrence: Recurrence, *, compiled: bool = False) -> None:
-        self.recurrence = recurrence
-        self.p, self.q = recurrence.a.numerator, recurrence.a.denominator
+        super().__init__(recurrence)
         self.compiled = compiled
+        self.p, self.q = recurrence.a.numerator, recurrence.a.denominator
+        self.coefficients = self.p, self.q, recurrence.c, recurrence.b * self.scale
 
     def encode(self, u: Tensor) -> Tensor:
         if torch.is_grad_enabled() and u.requires_grad:
@@ -108,7 +108,7 @@ class ExactArithmetic(AbstractArithmetic):
         self, u_before: Tensor, u: Tensor, v: Tensor, remainders: Remainders | None = None, active: Tensor | None = None
     ) -> Tensor:
         if self.compiled and remainders is not None and active is None:
-            kernels.run(kernels.advance_, u_before, u, v, remainders.begin_push(), *self._coefficients())
+            kernels.run(kernels.advance_, u_before, u, v, remainders.begin_push(), *self.coefficients)
             return u_before
         if self.p != 1:
             u_before.mul_(self.p)
@@ -124,7 +124,7 @@ class ExactArithmetic(AbstractArithmetic):
         assert remainders is not None, "the exact state is invertible only with its remainders"
         if self.compiled and active is None:
             word = remainders.words[remainders.begin_pop()]
-            kernels.run(kernels.invert_, u_next, u, v, word, *self._coefficients())
+            kernels.run(kernels.invert_, u_next, u, v, word, *self.coefficients)
             remainders.end_pop()
             return u_next
         u_next.sub_(self._increment(u, v, out=remainders.scratch))
@@ -133,24 +133,12 @@ class ExactArithmetic(AbstractArithmetic):
 
     def _increment(self, u: Tensor, v: Tensor, out: Tensor) -> Tensor:
         """`round(2^32 * (c * u_k + b * v))`: depends on u_k alone, so that both directions get the same bits."""
-        increment = out.copy_(v).mul_(self.recurrence.b * self.scale)
-        if self.recurrence.c != 0:
-            increment.add_(u, alpha=self.recurrence.c)
-        return increment.round_()
-
-    def _coefficients(self) -> tuple[int, int, float, float]:
-        return self.p, self.q, self.recurrence.c, self.recurrence.b * self.scale
+        _, _, c, b = self.coefficients
+        increment = out.copy_(v).mul_(b)
+        return (increment.add_(u, alpha=c) if c else increment).round_()
 
     def limit(self) -> float:
         return 2.0**52 / self.scale / max(abs(self.p), self.q)
-
-    def check(self, origin: str) -> None:
-        if self.q > MAX_DENOMINATOR:
-            raise ValueError(
-                f"{origin} gives a = {self.p / self.q!r}, which is no fraction with a denominator up to"
-                f" {MAX_DENOMINATOR}, as the exact state needs: round it to fewer digits (0.8, 0.125, ...) or choose"
-                f" arithmetic='float64'"
-            )
 
     def remainders(self, state: Tensor) -> Remainders:
         return Remainders.empty(state, self.q)
@@ -162,13 +150,9 @@ class FloatArithmetic(AbstractArithmetic):
     The reconstruction error grows by 1 / |a| or more per evaluation: see `benchmarks/` before you trust a gradient.
     """
 
-    scale = 1.0
-
     def __init__(self, recurrence: Recurrence, dtype: torch.dtype) -> None:
-        self.recurrence, self.dtype = recurrence, dtype
-
-    def encode(self, u: Tensor) -> Tensor:
-        return u.to(self.dtype, copy=True)
+        super().__init__(recurrence)
+        self.dtype = dtype
 
     def advance_(
         self, u_before: Tensor, u: Tensor, v: Tensor, remainders: Remainders | None = None, active: Tensor | None = None
@@ -182,12 +166,7 @@ class FloatArithmetic(AbstractArithmetic):
     ) -> Tensor:
         a, c, b = self.recurrence
         u_next.sub_(v.to(self.dtype), alpha=b)
-        if c:
-            u_next.sub_(u, alpha=c)
-        return u_next.div_(float(a))
-
-    def limit(self) -> float:
-        return float("inf")
+        return (u_next.sub_(u, alpha=c) if c else u_next).div_(float(a))
 
 
 class _Round(torch.autograd.Function):

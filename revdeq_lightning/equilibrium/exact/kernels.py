@@ -13,24 +13,20 @@ import torch
 from torch import Tensor
 
 
-def advance_(
-    previous: Tensor, current: Tensor, value: Tensor, word: Tensor, p: Tensor, q: Tensor, c: Tensor, b: Tensor
-) -> None:
-    """Next state in the memory of `previous`; its digit is pushed on `word`."""
-    t = previous * p
+def advance_(u_before: Tensor, u: Tensor, v: Tensor, word: Tensor, p: Tensor, q: Tensor, c: Tensor, b: Tensor) -> None:
+    """Next state in the memory of `u_before`; its digit is pushed on `word`."""
+    t = u_before * p
     quotient = torch.floor(t / q)
     word.copy_(t - q * quotient + q * word)
-    previous.copy_(_increment(current, value, c, b) + quotient)
+    u_before.copy_(_increment(u, v, c, b) + quotient)
 
 
-def invert_(
-    following: Tensor, current: Tensor, value: Tensor, word: Tensor, p: Tensor, q: Tensor, c: Tensor, b: Tensor
-) -> None:
-    """Undo `advance_`: the state before `current` in the memory of `following`; its digit is popped off `word`."""
+def invert_(u_next: Tensor, u: Tensor, v: Tensor, word: Tensor, p: Tensor, q: Tensor, c: Tensor, b: Tensor) -> None:
+    """Undo `advance_`: the state before `u` in the memory of `u_next`; its digit is popped off `word`."""
     shifted = torch.floor(word / q)
     digit = word - q * shifted
     word.copy_(shifted)
-    following.copy_((digit + q * (following - _increment(current, value, c, b))) / p)
+    u_next.copy_((digit + q * (u_next - _increment(u, v, c, b))) / p)
 
 
 def carry_(g_previous: Tensor, g_current: Tensor, product: Tensor, a: Tensor, c: Tensor, b: Tensor) -> None:
@@ -40,8 +36,8 @@ def carry_(g_previous: Tensor, g_current: Tensor, product: Tensor, a: Tensor, c:
     g_previous.copy_(through_current)
 
 
-def _increment(current: Tensor, value: Tensor, c: Tensor, b: Tensor) -> Tensor:
-    return torch.round(value.to(torch.float64) * b + current * c)
+def _increment(u: Tensor, v: Tensor, c: Tensor, b: Tensor) -> Tensor:
+    return torch.round(v.to(torch.float64) * b + u * c)
 
 
 @functools.cache
@@ -56,11 +52,7 @@ def _as_tensor(number: float, device: torch.device) -> Tensor:
 
 
 def run(kernel: Callable[..., None], *arguments: Tensor | float) -> None:
-    """Call the compiled kernel with tensors on one device, and numbers.
-
-    Raises:
-        RuntimeError: If it cannot be compiled here.
-    """
+    """Call the compiled kernel with tensors on one device, and numbers; RuntimeError if it cannot be compiled here."""
     device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
     tensors = [x if isinstance(x, Tensor) else _as_tensor(float(x), device) for x in arguments]
     try:

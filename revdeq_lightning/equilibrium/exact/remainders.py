@@ -18,17 +18,16 @@ class Remainders:
     The digits of even and of odd pushes go to one word each, `word' = radix * word + digit`, a float64 that holds them
     as a whole number. While the words last (22 digits each for radix 5, 52 for radix 2, 17 for radix 8) the memory does
     not grow. When a word is full, its oldest digits are put aside as a small integer: three to a byte for radix 5,
-    eight for radix 2, five to two bytes for radix 8, within 1.25x of the log2(radix) bits a digit that exactness needs.
+    eight for radix 2, five to two bytes for radix 8, within 1.25x of log2(radix) bits a digit.
     """
 
     def __init__(self, words: Iterable[Tensor], spilled: Iterable[Tensor], radix: int, count: int) -> None:
-        self.words = list(words)
+        self.words, self.spilled, self.radix, self.count = list(words), list(spilled), radix, count
         self._scratch: Tensor | None = None
-        self.spilled = list(spilled)
-        self.radix = radix
-        self.count = count
         self.digits_per_word = digits_per_word(radix)
         self.digits_per_group, self.group_type = digits_per_group(radix)
+        self.group_unit = radix ** (self.digits_per_word - self.digits_per_group)
+        """Weight in a full word of the youngest digit of the group that is put aside."""
 
     @classmethod
     def empty(cls, state: Tensor, radix: int) -> "Remainders":
@@ -46,8 +45,8 @@ class Remainders:
         """The word on which the next digit goes, with room for it."""
         word, depth = self.words[self.count % 2], self.count // 2
         if self._word_is_full(depth):
-            oldest = torch.div(word, divisor(self._group_unit, word)).floor_()
-            word.sub_(oldest, alpha=self._group_unit)
+            oldest = torch.div(word, divisor(self.group_unit, word)).floor_()
+            word.sub_(oldest, alpha=self.group_unit)
             self.spilled.append(oldest.to(self.group_type))
         self.count += 1
         return word
@@ -61,7 +60,7 @@ class Remainders:
         """Fill the word up with what was put aside for this digit."""
         index, depth = self.count % 2, self.count // 2
         if self._word_is_full(depth):
-            self.words[index].add_(self.spilled.pop(), alpha=self._group_unit)
+            self.words[index].add_(self.spilled.pop(), alpha=self.group_unit)
 
     def push_(self, digits: Tensor, active: Tensor | None = None) -> None:
         """Put one digit on every element's stack; with `active`, shape `(batch,)`, on the active samples' only."""
@@ -89,11 +88,6 @@ class Remainders:
     def _word_is_full(self, depth: int) -> bool:
         """Whether the word was full when its digit number `depth` was pushed."""
         return depth >= self.digits_per_word and (depth - self.digits_per_word) % self.digits_per_group == 0
-
-    @property
-    def _group_unit(self) -> int:
-        """Weight in a full word of the youngest digit of the group that is put aside."""
-        return int(self.radix ** (self.digits_per_word - self.digits_per_group))
 
 
 def divisor(number: int, dividend: Tensor) -> Tensor:

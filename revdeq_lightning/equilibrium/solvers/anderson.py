@@ -22,12 +22,9 @@ class AndersonState(NamedTuple):
     """The newest iterate, and the window of those at which f was evaluated, oldest first."""
 
     iterate: Leaves
-    relaxed: list[Tensor]
-    """`z_i + beta * g_i`, each `(batch, elements)`."""
-    residuals: list[Tensor]
-    """`g_i`, each `(batch, elements)`."""
-    gram: Tensor
-    """Inner products of the residuals, `(batch, window, window)`, float64."""
+    relaxed: list[Tensor]  # z_i + beta * g_i, each `(batch, elements)`
+    residuals: list[Tensor]  # g_i, each `(batch, elements)`
+    gram: Tensor  # inner products of the residuals, `(batch, window, window)`, float64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,12 +73,12 @@ class AndersonSolver(AbstractSolver):
         first = 1 if len(state.residuals) > self.memory else 0
         residuals = [*state.residuals[first:], g]
         relaxed = [*state.relaxed[first:], z + self.beta * g]
-        gram = _bordered(state.gram[:, first:, first:], torch.stack([inner(r, g) for r in residuals], 1).double())
+        row = torch.stack([inner(r, g) for r in residuals], 1).double()
+        gram = torch.cat([state.gram[:, first:, first:], row[:, :-1, None]], 2)
+        gram = torch.cat([gram, row[:, None, :]], 1)
         weights = self._weights(gram, rounding(value).double() ** 2).to(g.dtype)
         iterate = split(weighted_sum(relaxed, weights.unbind(1)), value)
-        if active is not None:
-            iterate = select(active, iterate, state.iterate)
-        return AndersonState(iterate, relaxed, residuals, gram)
+        return AndersonState(select(active, iterate, state.iterate), relaxed, residuals, gram)
 
     def _weights(self, gram: Tensor, noise: Tensor) -> Tensor:
         """alpha, `(batch, window)`: the solution of `(G^T G + ridge) alpha = 1`, scaled to the sum 1."""
@@ -99,9 +96,3 @@ class AndersonSolver(AbstractSolver):
         factor, _ = torch.linalg.cholesky_ex(correlations)  # `cholesky` would ask the host for its success
         alpha = torch.cholesky_solve(ones[:, :, None], factor)[:, :, 0] * ones
         return alpha / alpha.sum(1, keepdim=True)
-
-
-def _bordered(gram: Tensor, row: Tensor) -> Tensor:
-    """The matrix with `row` as its new last row and column."""
-    upper = torch.cat([gram, row[:, :-1, None]], 2)
-    return torch.cat([upper, row[:, None, :]], 1)

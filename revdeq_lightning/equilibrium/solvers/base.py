@@ -10,7 +10,7 @@ from ..norms import Leaves
 from ..validation import require_count, require_in_range
 
 State = Any
-"""What a solver carries from one evaluation to the next; each solver has its own type."""
+"""What a solver carries from one evaluation to the next: the newest iterate, or a type of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,13 +44,13 @@ class AbstractSolver(abc.ABC):
         """Whether samples can stop before `max_steps`."""
         return self.rtol > 0 or self.atol > 0
 
-    @abc.abstractmethod
     def init(self, z0: Leaves, *, reversible: bool) -> State:
         """State before the first evaluation; `reversible`: with what is needed to undo the steps."""
+        return list(z0)
 
-    @abc.abstractmethod
     def iterate(self, state: State) -> Leaves:
         """The newest iterate, at which f is evaluated next, in the dtypes of z0."""
+        return state  # type: ignore[no-any-return]
 
     @abc.abstractmethod
     def advance(self, state: State, value: Leaves, active: Tensor | None) -> State:

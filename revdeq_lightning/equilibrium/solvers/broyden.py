@@ -24,16 +24,11 @@ class BroydenState(NamedTuple):
     """The iterate at which f is evaluated next, the best one so far it started from, and the inverse Jacobian."""
 
     iterate: Leaves
-    base: Tensor
-    """Where the newest step starts, `(batch, elements)`."""
-    residual: Tensor | None
-    """`g` there; None before the first evaluation."""
-    direction: Tensor
-    """`-B g` there."""
-    length: Tensor
-    """Share of the direction that the newest step goes, `(batch,)`."""
-    pairs: list[tuple[Tensor, Tensor]]
-    """(u, v), oldest first, each `(batch, elements)`."""
+    base: Tensor  # where the newest step starts, as are the next three `(batch, elements)`
+    residual: Tensor | None  # g there; None before the first evaluation
+    direction: Tensor  # -B g there
+    length: Tensor  # share of the direction that the newest step goes, `(batch,)`
+    pairs: list[tuple[Tensor, Tensor]]  # (u, v), oldest first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,9 +91,7 @@ class BroydenSolver(AbstractSolver):
             if accepted is not None:
                 direction = torch.where(accepted, direction, state.direction)
         iterate = split(torch.addcmul(z, direction, length[:, None]), value)
-        if active is not None:
-            iterate = select(active, iterate, state.iterate)
-        return BroydenState(iterate, z, g, direction, length, pairs)
+        return BroydenState(select(active, iterate, state.iterate), z, g, direction, length, pairs)
 
     def _is_accepted(self, state: BroydenState, g: Tensor) -> Tensor | None:
         """Whether each sample's step is taken, `(batch, 1)`; None: all of them."""
@@ -116,8 +109,7 @@ class BroydenSolver(AbstractSolver):
         self, pairs: list[tuple[Tensor, Tensor]], dz: Tensor, dg: Tensor, g: Tensor, noise: Tensor
     ) -> tuple[tuple[Tensor, Tensor], Tensor]:
         """The new pair (u, v), zeros where the move says nothing, and the new direction `-B g`."""
-        transposed = [(v, u) for u, v in pairs]
-        v = self._apply(transposed, dz)
+        v = self._apply([(v, u) for u, v in pairs], dz)
         u = dz - self._apply(pairs, dg)
         slope = inner(v, dg)
         with torch.no_grad():  # within rounding, or without a move, nothing can be learnt

@@ -12,11 +12,5 @@ from .base import AbstractSolver
 class PicardSolver(AbstractSolver):
     """`z_{n+1} = f(z_n, x)`, 1 evaluation of f a step."""
 
-    def init(self, z0: Leaves, *, reversible: bool) -> Leaves:
-        return list(z0)
-
-    def iterate(self, state: Leaves) -> Leaves:
-        return state
-
     def advance(self, state: Leaves, value: Leaves, active: Tensor | None) -> Leaves:
-        return value if active is None else select(active, value, state)
+        return select(active, value, state)

@@ -23,12 +23,6 @@ class RelaxedSolver(AbstractSolver):
         super().__post_init__()
         require_in_range("beta", self.beta, "(0, 2)")
 
-    def init(self, z0: Leaves, *, reversible: bool) -> Leaves:
-        return list(z0)
-
-    def iterate(self, state: Leaves) -> Leaves:
-        return state
-
     def advance(self, state: Leaves, value: Leaves, active: Tensor | None) -> Leaves:
         relaxed = [(1 - self.beta) * z + self.beta * f for z, f in zip(state, value, strict=True)]
-        return relaxed if active is None else select(active, relaxed, state)
+        return select(active, relaxed, state)

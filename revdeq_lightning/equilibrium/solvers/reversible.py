@@ -19,20 +19,16 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from ..exact.arithmetic import (
-    MAX_DENOMINATOR,
-    AbstractArithmetic,
-    ExactArithmetic,
-    FloatArithmetic,
-    Recurrence,
-    advance_with_gradient,
-)
+from ..exact.arithmetic import AbstractArithmetic, ExactArithmetic, FloatArithmetic, Recurrence, advance_with_gradient
 from ..exact.remainders import Remainders
 from ..norms import Leaves, select
 from ..validation import require_choice, require_in_range
 from .base import AbstractSolver
 
 Arithmetic = Literal["exact", "float64", "float32"]
+
+MAX_DENOMINATOR = 4096
+"""Largest denominator of `a` that the exact state takes: its range is 2^20 / denominator, here still 256."""
 
 
 class TwoStepState(NamedTuple):
@@ -73,6 +69,16 @@ class AbstractTwoStepSolver(AbstractSolver):
     def recurrence(self) -> Recurrence:
         """The coefficients a, c, b."""
 
+    def require_representable(self, setting: str) -> None:
+        """Raise ValueError if the arithmetic cannot hold `a`, which comes from this setting."""
+        a = self.recurrence.a
+        if self.arithmetic == "exact" and a.denominator > MAX_DENOMINATOR:
+            raise ValueError(
+                f"{setting}={getattr(self, setting)!r} gives a = {float(a)!r}, which is no fraction with a denominator"
+                f" up to {MAX_DENOMINATOR}, as the exact state needs: round it to fewer digits (0.8, 0.125, ...) or"
+                " choose arithmetic='float64'"
+            )
+
     @cached_property
     def state_arithmetic(self) -> AbstractArithmetic:
         """The arithmetic that `arithmetic` names."""
@@ -93,13 +99,12 @@ class AbstractTwoStepSolver(AbstractSolver):
 
     def iterate_before(self, state: TwoStepState, active: Tensor | None) -> Leaves:
         """The iterate at which f was evaluated to make this state."""
-        return self._decode(state.previous if active is None else select(active, state.previous, state.current), state)
+        return self._decode(select(active, state.previous, state.current), state)
 
     def advance(self, state: TwoStepState, value: Leaves, active: Tensor | None) -> TwoStepState:
         arithmetic = self.state_arithmetic
-        differentiated = torch.is_grad_enabled() and any(
-            u.requires_grad for u in (*state.current, *state.previous, *value)
-        )
+        inputs = (*state.current, *state.previous, *value)
+        differentiated = torch.is_grad_enabled() and any(u.requires_grad for u in inputs)
         following = []
         for u_before, u, v, remainders in zip(state.previous, state.current, value, state.remainders, strict=True):
             if differentiated:
@@ -107,8 +112,6 @@ class AbstractTwoStepSolver(AbstractSolver):
             else:
                 memory = u_before if active is None else u_before.clone()
                 following.append(arithmetic.advance_(memory, u, v, remainders, active))
-        if active is None:
-            return state._replace(previous=state.current, current=following)
         return state._replace(
             previous=select(active, state.current, state.previous), current=select(active, following, state.current)
         )
@@ -119,8 +122,6 @@ class AbstractTwoStepSolver(AbstractSolver):
         for u, u_next, v, remainders in zip(state.previous, state.current, value, state.remainders, strict=True):
             memory = u_next if active is None else u_next.clone()
             before.append(self.state_arithmetic.invert_(memory, u, v, remainders, active))
-        if active is None:
-            return state._replace(previous=before, current=state.previous)
         return state._replace(
             previous=select(active, before, state.previous), current=select(active, state.previous, state.current)
         )
@@ -159,7 +160,7 @@ class ReversibleSolver(AbstractTwoStepSolver):
         super().__post_init__()
         if self.beta == 1:
             raise ValueError(f"beta must not be 1, got {self.beta!r}: the inverse divides by 1 - beta; use 0.8")
-        self.state_arithmetic.check(f"beta={self.beta!r}")
+        self.require_representable("beta")
 
     @property
     def recurrence(self) -> Recurrence:
@@ -194,7 +195,7 @@ class MomentumSolver(AbstractTwoStepSolver):
         require_in_range("momentum", self.momentum, "(-1, 1)")
         if self.momentum == 0:
             raise ValueError(f"momentum must be nonzero, got {self.momentum!r}: the inverse divides by it; use 0.125")
-        self.state_arithmetic.check(f"momentum={self.momentum!r}")
+        self.require_representable("momentum")
 
     @property
     def recurrence(self) -> Recurrence:
