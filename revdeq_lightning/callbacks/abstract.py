@@ -14,7 +14,7 @@ from revdeq_lightning.tasks.training_step import StepStatistics, log_now, made_s
 
 
 class AbstractWatching(Callback):
-    """Knows how the equilibria of each training step were reached: `self._statistics.take(outputs)`."""
+    """Has the statistics of each training step's solves: `self._statistics.take(outputs)`."""
 
     def __init__(self) -> None:
         self._statistics = StepStatistics()
@@ -30,15 +30,14 @@ class AbstractWatching(Callback):
 
 
 class AbstractProbing(Callback):
-    """Logs figures of some samples of a batch at every n-th optimizer step; the run is bit for bit the same without.
+    """Logs figures of some samples of a batch at every n-th optimizer step, without changing the run by a bit.
 
     Assumes that f does not mix samples, automatic optimization and a `training_step` that returns the loss and can be
     called with fewer samples: a batch is cut along the first dimension of its tensors. What the step changes besides
     buffers and metrics of torchmetrics is not restored; give a `loss` then.
 
     Raises:
-        ValueError: When training starts, if the module cannot be asked in this way: manual optimization without `loss`,
-            sharded parameters, no equilibrium.
+        ValueError: When training starts: manual optimization without `loss`, sharded parameters, or no equilibrium.
     """
 
     def __init__(self, every_n_steps: int, num_samples: int, loss: Loss | None) -> None:
@@ -65,12 +64,9 @@ class AbstractProbing(Callback):
 
 
 class AbstractAtValidations(Callback):
-    """Finds the folder and counts the validations of the training, also over a resumption.
+    """Acts at every n-th validation of the training and writes into a folder, also in a resumed run.
 
-    Args:
-        folder: Where to write; None: the run's.
-        every_n_validations: Validations from one time to the next.
-        at_least: 0 where `every_n_validations=0` is allowed and means never.
+    With `at_least=0`, `every_n_validations=0` is allowed and means never.
     """
 
     def __init__(self, folder: str | Path | None, every_n_validations: int, *, at_least: int = 1) -> None:

@@ -12,6 +12,7 @@ from revdeq_lightning.callbacks.function_evaluations import FunctionEvaluations
 from revdeq_lightning.callbacks.gradient_error import GradientError
 from revdeq_lightning.callbacks.reconstruction_certificate import ReconstructionCertificate
 from revdeq_lightning.callbacks.residual_curve import ResidualCurve
+from revdeq_lightning.equilibrium.validation import require_count
 
 
 @dataclass
@@ -26,8 +27,7 @@ class DiagnosticsConfig:
         gradient_error_num_samples: Samples of each of these comparisons.
         gradient_error_float64: Whether their references are computed in float64.
         contraction_every_n_steps: Optimizer steps between two estimates of the spectral radius of df/dz; 0 for none.
-        residual_curve_every_n_steps: Optimizer steps between two curves of the residual along the iteration; 0:
-            none.
+        residual_curve_every_n_steps: Optimizer steps between two residual curves along the iteration; 0 for none.
         depth_sweep_every_n_validations: Validations between two sweeps over the solver's steps; 0 for none.
         depth_sweep_num_batches: Batches of each of these sweeps, which cost about eight times their evaluation.
         samples_every_n_validations: Validations between two samples, text or a sheet of images; 0 for none.
@@ -48,28 +48,25 @@ class DiagnosticsConfig:
     def callbacks(self, has_equilibrium: bool = True) -> list[Callback]:
         """The callbacks, in the order in which they should be called.
 
-        Args:
-            has_equilibrium: Whether the model has one; if not, nothing is compared or estimated.
-
         Raises:
-            ValueError: If a setting is out of its range, or asks for an equilibrium where there is none.
+            ValueError: If a setting is out of its range, or needs an equilibrium and the model has none.
         """
+        for field in dataclasses.fields(self):
+            if "_every_n_" in field.name:
+                require_count(field.name, getattr(self, field.name), at_least=0)
+        for name in ("gradient_error_every_n_steps", "contraction_every_n_steps"):
+            if getattr(self, name) and not has_equilibrium:
+                raise ValueError(f"{name} needs a model with an equilibrium, got {getattr(self, name)}: set it to 0")
         callbacks: list[Callback] = [
             Cost(self.peak_flops),
             FunctionEvaluations(),
             ReconstructionCertificate(self.certificate),
         ]
-        for field in dataclasses.fields(self):
-            if "_every_n_" in field.name and getattr(self, field.name) < 0:
-                raise ValueError(f"{field.name} must not be negative, got {getattr(self, field.name)}")
-        for name in ("gradient_error_every_n_steps", "contraction_every_n_steps"):
-            if getattr(self, name) and not has_equilibrium:
-                raise ValueError(f"{name} needs a model with an equilibrium, got {getattr(self, name)}: set it to 0")
         if self.residual_curve_every_n_steps and has_equilibrium:
             callbacks.append(ResidualCurve(self.residual_curve_every_n_steps))
         if self.gradient_error_every_n_steps:
-            settings = {"num_samples": self.gradient_error_num_samples, "float64": self.gradient_error_float64}
-            callbacks.append(GradientError(self.gradient_error_every_n_steps, **settings))  # type: ignore[arg-type]
+            num_samples, float64 = self.gradient_error_num_samples, self.gradient_error_float64
+            callbacks.append(GradientError(self.gradient_error_every_n_steps, num_samples=num_samples, float64=float64))
         if self.contraction_every_n_steps:
             callbacks.append(Contraction(self.contraction_every_n_steps))
         return callbacks

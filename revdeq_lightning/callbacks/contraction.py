@@ -57,10 +57,9 @@ class Contraction(AbstractProbing):
         probe = Probe(trainer, pl_module, first_samples(batch, self.num_samples), self.loss)
         solutions = probe.solutions()
         with probe.untraced(), probe.precision():
-            radii = [
-                spectral_radius(layer.f, z, x, num_iterations=self.num_iterations).max() for layer, x, z in solutions
-            ]
-        largest: list[float] = trainer.strategy.reduce(torch.stack(radii), reduce_op="max").tolist()
+            radii = [spectral_radius(layer.f, z, x, num_iterations=self.num_iterations) for layer, x, z in solutions]
+        largest_here = torch.stack([radius.max() for radius in radii])
+        largest: list[float] = trainer.strategy.reduce(largest_here, reduce_op="max").tolist()
         self._warn(trainer, max(largest))
         figures = {"equilibrium/spectral_radius": max(largest)}
         if len(largest) > 1:

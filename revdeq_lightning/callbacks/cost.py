@@ -6,14 +6,16 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.utilities.throughput import get_available_flops
+from lightning.pytorch.callbacks.throughput_monitor import _plugin_to_compute_dtype
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from revdeq_lightning.callbacks.abstract import AbstractWatching
 from revdeq_lightning.equilibrium import (
     AbstractAdjoint,
     AbstractSolver,
@@ -24,17 +26,17 @@ from revdeq_lightning.equilibrium import (
 )
 from revdeq_lightning.equilibrium.validation import require_in_range
 from revdeq_lightning.runs.probe import Loss, Probe, batch_size, first_samples, reason_against
-from revdeq_lightning.tasks.training_step import StepStatistics, is_logging_step, made_step
+from revdeq_lightning.tasks.training_step import is_logging_step, made_step
 
-Phase = Literal["data", "forward", "backward", "optimizer", "other", "paused"]
-LOGGED_PHASES: tuple[Phase, ...] = ("data", "forward", "backward", "optimizer", "other")
+LOGGED_PHASES = ("data", "forward", "backward", "optimizer", "other")
+PAUSED = "paused"
 
 
-class Cost(Callback):
+class Cost(AbstractWatching):
     """Logs throughput, where the time of a step goes, memory, evaluations per second and model FLOP utilization.
 
-    Averages since the last logging step; evaluation does not count. On a GPU, times are those of its stream, taken by
-    events: nothing waits for the device except at logging steps.
+    All are averages since the last logging step, without evaluation. On a GPU, times are measured by events in its
+    stream: nothing waits for the device except at logging steps.
 
     Keys, all beginning with `system/`, of the first process unless stated otherwise:
 
@@ -49,30 +51,24 @@ class Cost(Callback):
       peak is known, the module is not sharded, and the adjoint differentiates the iteration (reversible, backprop).
 
     The operations are counted once, before the first batch, with one and two solver steps on two samples, and scaled to
-    the evaluations and samples of each batch; the count leaves no trace in the run.
+    the evaluations and samples of each batch. Counting does not change the run.
 
     Assumes automatic optimization, and that the training step returns what it processed as `outputs["step"].num_items`
-    and `.unit` (else the batch size counts). Statistics of the solves: see `StepStatistics`.
+    and `.unit`; otherwise the batch size counts.
 
     Args:
         peak_flops: Floating-point operations per second of one device, for utilization; None: Lightning's GPU table.
         loss: `(module, batch) -> loss` to count the operations of; None: that of the training step.
-
-    Raises:
-        ValueError: If the peak is not positive.
-
-    Example:
-        `Trainer(callbacks=[Cost()])`
     """
 
     def __init__(self, peak_flops: float | None = None, loss: Loss | None = None) -> None:
+        super().__init__()
         if peak_flops is not None:
             require_in_range("peak_flops", peak_flops, "(0, inf)")
         self.peak_flops, self.loss = peak_flops, loss
         self.flops: FlopCount | None = None
         self._peak: float | None = None
         self._can_count = False
-        self._statistics = StepStatistics()
         self._clock: _Clock | None = None
         self._undo = ExitStack()
         self._reset()
@@ -82,9 +78,9 @@ class Cost(Callback):
         self._num_flops: float | None = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
         if cast(Any, trainer).log_every_n_steps == 0:
-            return  # moments would pile up that nobody asks for
-        self._statistics.attach(pl_module)
+            return  # the marks would pile up
         self._reset()
         self._clock = _Clock(pl_module.device)
         for optimizer in trainer.optimizers:
@@ -100,7 +96,7 @@ class Cost(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._can_count and self.flops is None:
-            self._mark("paused")
+            self._mark(PAUSED)
             self._can_count = False
             try:
                 self.flops = count_flops(trainer, pl_module, batch, self.loss)
@@ -136,20 +132,20 @@ class Cost(Callback):
         self._mark("other")
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._mark("paused")
+        self._mark(PAUSED)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._mark("other")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._statistics.detach()
+        super().on_train_end(trainer, pl_module)
         self._clock = None
         self._undo.close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.on_train_end(trainer, pl_module)
 
-    def _mark(self, phase: Phase) -> None:
+    def _mark(self, phase: str) -> None:
         if self._clock is not None:
             self._clock.mark(phase)
 
@@ -215,23 +211,23 @@ class _Clock:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device if device.type == "cuda" else None
-        self.marks: list[tuple[Phase, Any]] = []
+        self.marks: list[tuple[str, Any]] = []
         self.mark("other")
 
-    def mark(self, phase: Phase) -> None:
-        """A phase begins, and the one before ends."""
+    def mark(self, phase: str) -> None:
+        """Begin a phase and end the one before."""
         moment: Any = time.perf_counter()
         if self.device is not None:
             moment = cast(Any, torch.cuda.Event)(enable_timing=True)
             moment.record(torch.cuda.current_stream(self.device))
         self.marks.append((phase, moment))
 
-    def take(self) -> dict[Phase, float]:
-        """Seconds in each phase since the last time, up to now."""
+    def take(self) -> dict[str, float]:
+        """Return the seconds spent in each phase since the last call."""
         self.mark(self.marks[-1][0])
         if self.device is not None:
             self.marks[-1][1].synchronize()
-        seconds: dict[Phase, float] = dict.fromkeys((*LOGGED_PHASES, "paused"), 0.0)
+        seconds = dict.fromkeys((*LOGGED_PHASES, PAUSED), 0.0)
         for (phase, begin), (_, end) in zip(self.marks, self.marks[1:], strict=False):
             seconds[phase] += end - begin if self.device is None else begin.elapsed_time(end) / 1000
         self.marks = self.marks[-1:]
@@ -239,7 +235,7 @@ class _Clock:
 
 
 class _Last(Callback):
-    """Tells the clock, after all other callbacks, that the next batch is fetched: no hook says so."""
+    """Starts the phase "data" after all other callbacks, as no hook says that the next batch is fetched."""
 
     def __init__(self, clock: _Clock) -> None:
         self.clock = clock
@@ -255,7 +251,7 @@ class _Last(Callback):
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most bytes that tensors took on a GPU, or that this process had in memory."""
+    """Most bytes of the tensors on a GPU, otherwise of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource
@@ -265,12 +261,9 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def known_peak(trainer: Trainer, module: LightningModule) -> float | None:
-    """Operations a second of the module's device in the precision of its products, from Lightning's table."""
+    """Operations per second of the GPU in the precision of training, from Lightning's table."""
     if module.device.type != "cuda":
         return None
-    precision = str(trainer.precision)
-    names = {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}
-    dtype = next((dtype for name, dtype in names.items() if precision.startswith(name)), torch.float32)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that a device is not in the table is no fault
-        return get_available_flops(module.device, dtype)
+        warnings.simplefilter("ignore")  # a device that is not in the table is no fault
+        return get_available_flops(module.device, _plugin_to_compute_dtype(trainer.precision_plugin))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from lightning import Callback, LightningModule, Trainer
 
-from revdeq_lightning.equilibrium import AbstractAdjoint, EquilibriumLayer, equilibria
+from revdeq_lightning.equilibrium import equilibria
 from revdeq_lightning.equilibrium.validation import require_count
 from revdeq_lightning.runs.probe import chosen_solvers
 
@@ -24,10 +24,10 @@ class DepthJitter(Callback):
     Args:
         steps: Numbers of solver steps to draw from; empty: the solver's own.
         betas: Relaxation parameters to draw from; empty: the solver's own.
-        seed: Of the draws, not negative.
+        seed: Of the draws.
 
     Raises:
-        ValueError: If nothing is to be drawn, or the solver refuses a value (at the start of training).
+        ValueError: When training starts, if a solver does not accept one of the values.
 
     Example:
         In a configuration: `trainer.callbacks: [{class_path: revdeq_lightning.callbacks.depth_jitter.DepthJitter,
@@ -45,27 +45,24 @@ class DepthJitter(Callback):
         layers = equilibria(pl_module)
         if not layers:
             raise ValueError(f"DepthJitter needs an EquilibriumLayer, {type(pl_module).__name__} has none")
-        for layer in layers:  # solvers refuse what they cannot do, before training
+        for layer in layers:  # a value that a solver does not accept is an error before training
             for num_steps in self.steps:
-                dataclasses.replace(layer.solver, max_steps=num_steps)
+                changed(layer.solver, max_steps=num_steps)
             for beta in self.betas:
-                self._with_beta(layer.solver, beta)
+                changed(layer.solver, beta=beta)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         progress: Any = trainer.fit_loop.epoch_loop.batch_progress
         number = progress.total.processed
         # Raw bits: the one stream that NumPy promises never to change.
         first, second = np.random.PCG64(np.random.SeedSequence([self.seed, number])).random_raw(2)
-
-        def choose(layer: EquilibriumLayer) -> tuple[Any, AbstractAdjoint]:
-            solver = layer.solver
-            if self.steps:
-                solver = dataclasses.replace(solver, max_steps=self.steps[int(first) % len(self.steps)])
-            if self.betas:
-                solver = self._with_beta(solver, self.betas[int(second) % len(self.betas)])
-            return solver, layer.adjoint
-
-        self._jittered.enter_context(chosen_solvers(pl_module, choose))
+        drawn: dict[str, float] = {}
+        if self.steps:
+            drawn["max_steps"] = self.steps[int(first) % len(self.steps)]
+        if self.betas:
+            drawn["beta"] = self.betas[int(second) % len(self.betas)]
+        choice = chosen_solvers(pl_module, lambda layer: (changed(layer.solver, **drawn), layer.adjoint))
+        self._jittered.enter_context(choice)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -75,7 +72,9 @@ class DepthJitter(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._jittered.close()
 
-    def _with_beta(self, solver: Any, beta: float) -> Any:
-        if not hasattr(solver, "beta"):
-            raise ValueError(f"{type(solver).__name__} has no beta to draw from {self.betas}")
-        return dataclasses.replace(solver, beta=beta)
+
+def changed(solver: Any, **settings: float) -> Any:
+    """The solver with other settings."""
+    if "beta" in settings and not hasattr(solver, "beta"):
+        raise ValueError(f"{type(solver).__name__} has no beta, got DepthJitter(betas=...)")
+    return dataclasses.replace(solver, **settings)

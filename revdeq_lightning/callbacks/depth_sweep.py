@@ -33,7 +33,7 @@ NUM_SHOWN = 8
 
 
 class DepthSweep(AbstractAtValidations):
-    """Evaluates with 1, 2, 4, ... solver steps too, up to four times as many as the model makes.
+    """Also evaluates with 1, 2, 4, ... solver steps, up to four times as many as the model makes.
 
     * A test, and a validation outside training (`trainer.validate`): every batch. Writes `depth_sweep.csv` (`steps`,
       `forward_nfe`: evaluations of f, and the means of what is summed) and `depth_sweep.png`, and prints the table.
@@ -44,7 +44,7 @@ class DepthSweep(AbstractAtValidations):
     `depth_sweep/val_loss` ... It logs no numbers.
 
     A model with several equilibria makes the same fraction of its steps in each, at least one. Weights, solvers and
-    random numbers are afterwards as they were. A model without solver is left alone.
+    random numbers are left unchanged. A model without a solver is ignored.
 
     Assumes that the module has `evaluation_sums(batch) -> dict`, sums over the batch with their divisor as "count".
 
@@ -78,7 +78,7 @@ class DepthSweep(AbstractAtValidations):
         super().setup(trainer, pl_module, stage)
         if self.sums is None and equilibria(pl_module) and not hasattr(pl_module, "evaluation_sums"):
             raise ValueError(
-                f"DepthSweep needs what to evaluate: {type(pl_module).__name__} has no evaluation_sums(batch); give"
+                f"DepthSweep has nothing to evaluate: {type(pl_module).__name__} has no evaluation_sums(batch); give"
                 " sums=function(module, batch)"
             )
 
@@ -130,7 +130,7 @@ class DepthSweep(AbstractAtValidations):
     def _evaluate(self, trainer: Trainer, pl_module: Any, batch: Any) -> None:
         with untouched_random_state():
             for steps, totals in self._totals.items():
-                # A depth at which the state diverges has figures of NaN.
+                # At a depth where the state diverges, the figures are NaN.
                 with (
                     deferred_divergence([]),
                     solver_steps(pl_module, steps),

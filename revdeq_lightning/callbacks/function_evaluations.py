@@ -18,8 +18,8 @@ from revdeq_lightning.tasks.training_step import is_logging_step
 class FunctionEvaluations(AbstractWatching):
     """Counts the evaluations of f in forward and backward passes, and logs how near to the fixed point the solves end.
 
-    All comes from the solves' own statistics: f is not evaluated again, and nothing waits for the device except at
-    logging steps.
+    Everything comes from the solves' own statistics: f is not evaluated again, and nothing waits for the device except
+    at logging steps.
 
     Keys, of the newest batch of the first process, all beginning with `equilibrium/`:
 
@@ -32,13 +32,10 @@ class FunctionEvaluations(AbstractWatching):
     * `sample_nfe_mean`, `sample_nfe_median`, `sample_nfe_max`: forward evaluations until a sample met the tolerance, of
       all batches since the last logging step; `sample_nfe` is their histogram, on W&B.
 
-    The residual along the iteration is kept by `ResidualCurve`.
-
     A model with several equilibria logs all but the sums for each of them too: `1/forward_nfe`, `2/forward_nfe` ...;
     and `sample_nfe...` for each only. What an adjoint or a solver does not have is not logged.
 
-    Statistics of the solves: see `StepStatistics`. `sample_nfe...` assumes that each layer is called once a step, in
-    the order of the modules.
+    `sample_nfe...` assumes that each layer is called once a step, in the order of the modules.
     """
 
     def __init__(self) -> None:

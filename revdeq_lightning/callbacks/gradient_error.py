@@ -59,9 +59,6 @@ class GradientError(AbstractProbing):
         group: Name of a parameter's group from the parameter's name; None: the equilibrium layer that it belongs to,
             or else the first module below the model.
         loss: `(module, batch) -> loss`; None: that of the training step.
-
-    Example:
-        `Trainer(callbacks=[GradientError(every_n_steps=200, float64=True)])`
     """
 
     def __init__(
@@ -108,9 +105,8 @@ class GradientError(AbstractProbing):
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Sums for each group, NaN if the reference diverges; largest residual of its solves."""
         try:
-            gradients = probe.gradients(
-                self._backprop if reference == "bptt" else self._converged, float64=self.float64
-            )
+            choose = self._backprop if reference == "bptt" else self._converged
+            gradients = probe.gradients(choose, float64=self.float64)
         except DivergenceError as error:
             if reference == "bptt":
                 raise
@@ -119,10 +115,9 @@ class GradientError(AbstractProbing):
                 warnings.warn(f"no gradient at the fixed point to compare with: {error}", stacklevel=2)
             gradients = {name: torch.full_like(g, math.nan) for name, g in active.items()}
             return _sums(active, gradients, group), torch.tensor(math.inf, device=probe.module.device)
-        residuals = [
-            r for s in probe.stats for r in (s.relative_residual, s.backward_relative_residual) if r is not None
-        ]
-        return _sums(active, gradients, group), torch.stack([r.max().float() for r in residuals]).max()
+        residuals = [r for s in probe.stats for r in (s.relative_residual, s.backward_relative_residual)]
+        largest = torch.stack([r.max().float() for r in residuals if r is not None]).max()
+        return _sums(active, gradients, group), largest
 
     def _backprop(self, layer: EquilibriumLayer) -> tuple[AbstractSolver, AbstractAdjoint]:
         return layer.solver, BackpropAdjoint(checkpoint=True)

@@ -28,10 +28,9 @@ class ReconstructionCertificate(AbstractWatching):
     Keys, at each logging step and at the end, sums over the run and all processes: `equilibrium/num_gradients`,
     `equilibrium/num_certified_gradients`, `equilibrium/total_reconstruction_mismatch` (elements).
 
-    Statistics of the solves: see `StepStatistics`. Batches of which nothing is reconstructed (`BackpropAdjoint`) are
-    not counted. A state held in "float64" or "float32" does not come back by construction: this is counted, but the
-    policy is for exact arithmetic only, as that of `ReversibleAdjoint(mismatch=...)`, which looks in every backward
-    pass.
+    Batches of which nothing is reconstructed (`BackpropAdjoint`) are not counted. A state held in "float64" or
+    "float32" is not reconstructed exactly by construction: its gradients are counted, but the policy acts on exact
+    arithmetic only. `ReversibleAdjoint(mismatch=...)` has a policy that acts in the backward pass itself.
 
     Args:
         policy: What to do at the first logging step after a gradient that is not exact: "warn" (once), "raise", or
@@ -124,9 +123,8 @@ class ReconstructionCertificate(AbstractWatching):
         )
 
     def _must_tell(self, pl_module: LightningModule) -> bool:
-        """Whether there is a gradient that is not exact, of exact arithmetic, and nothing was said of it."""
+        """Whether a gradient of exact arithmetic is not exact, and this was not reported yet."""
         is_new = self.num_gradients - self.num_certified > self._num_forgiven
-        # States in floating-point numbers never come back.
         arithmetics = {getattr(layer.solver, "arithmetic", "exact") for layer in equilibria(pl_module)}
         return is_new and not self._is_told and arithmetics <= {"exact"}
 

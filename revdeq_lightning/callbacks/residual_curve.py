@@ -22,16 +22,13 @@ NUM_DRAWN = 8
 
 
 class ResidualCurve(AbstractWatching):
-    """Keeps the relative residual at every evaluation of f, of a training step now and then.
+    """Records the relative residual at every evaluation of f, every few training steps.
 
-    It comes from the solve's own evaluations: f is not called once more, the host waits only when the rows are written,
-    and in the other steps nothing is computed.
+    It comes from the solve's own evaluations: f is not called again, and the host waits only when the rows are written.
 
     Writes `residual_curve.csv` (`step`, `solve`: number of the solve within the step, `evaluation`,
     `relative_residual`: mean over the samples of the first process that made this evaluation, `num_samples`: how many)
     and at the end `residual_curve.png`. On W&B the newest curves are a chart, `equilibrium/residual_curve`.
-
-    Assumes what `FunctionEvaluations` does of the training step.
 
     Args:
         every_n_steps: Optimizer steps from one curve to the next.
@@ -83,7 +80,7 @@ class ResidualCurve(AbstractWatching):
         super().on_train_end(trainer, pl_module)
         if trainer.is_global_zero:
             with self._survives:
-                # As many steps as can be told apart, from the first to the newest.
+                # A few steps, spread evenly from the first to the newest.
                 steps = by_step(read_table(self._path))
                 chosen = sorted({round(i * (len(steps) - 1) / (NUM_DRAWN - 1)) for i in range(NUM_DRAWN)})
                 save_png(residual_plots([steps[i] for i in chosen if steps]), self._path.with_suffix(".png"))
@@ -93,12 +90,12 @@ def curve_rows(stats: Sequence[SolverStats], step: int) -> list[dict[str, float]
     """Rows of the solves whose residuals were kept; none for an evaluation that no sample made."""
     rows: list[dict[str, float]] = []
     for solve, s in enumerate(stats, 1):
-        if s.residual_curve is None:
-            continue
-        curve = s.residual_curve.double().cpu()
-        made = (~curve.isnan()).sum(1)
-        for evaluation, (mean, num_samples) in enumerate(zip(curve.nanmean(1).tolist(), made.tolist(), strict=True), 1):
-            if num_samples:
-                figures = {"relative_residual": mean, "num_samples": num_samples}
-                rows.append({"step": step, "solve": solve, "evaluation": evaluation, **figures})
+        if s.residual_curve is not None:
+            curve = s.residual_curve.double().cpu()
+            means, counts = curve.nanmean(1).tolist(), (~curve.isnan()).sum(1).tolist()
+            rows += [
+                {"step": step, "solve": solve, "evaluation": i, "relative_residual": mean, "num_samples": count}
+                for i, (mean, count) in enumerate(zip(means, counts, strict=True), 1)
+                if count
+            ]
     return rows

@@ -29,13 +29,12 @@ class AbstractSamples(AbstractAtValidations):
 
 
 class TextSamples(AbstractSamples):
-    """Lets a language model continue the same prompts at validations, so that one can read how it learns.
+    """Lets a language model continue the same prompts at validations, to read how it learns.
 
-    Appends to `samples.jsonl` (objects with `step`, `prompt`, `text`: the continuation) and writes `samples.txt`, to be
-    read by people. Logs no numbers; on W&B a table of the newest samples, `samples/text`.
-
-    The same random numbers are drawn each time, from a generator of their own: training is bit for bit the same with
-    and without this callback. It costs one evaluation of the model a token.
+    Appends to `samples.jsonl` (objects with `step`, `prompt`, `text`: the continuation) and writes `samples.txt` for
+    reading. Logs no numbers; on W&B a table of the newest samples, `samples/text`. Each time it draws the same random
+    numbers, from its own generator: training is bit for bit the same without it. A token costs one evaluation of the
+    model.
 
     Assumes that the module has `sample_text(prompt, max_new_tokens=..., temperature=...) -> str`, which returns the
     continuation.
@@ -83,8 +82,8 @@ class TextSamples(AbstractSamples):
 class ImageSamples(AbstractSamples):
     """Draws the first images of the validation split with their classes, predictions and probabilities.
 
-    Writes `samples/STEP.png`. Logs no numbers; on W&B the picture, `samples/images`. It costs the
-    drawing, a second or so; training is bit for bit the same with and without this callback.
+    Writes `samples/STEP.png`, in about a second. Logs no numbers; on W&B the picture, `samples/images`. Training is bit
+    for bit the same without it.
 
     Assumes what `ClassificationReport` does.
 

@@ -55,7 +55,6 @@ class RunProgress(ProgressBar):
         self._bar: _TwoLineBar | None = None
         self._last_line = -float("inf")
         self._enabled = True
-        self._evaluated = 0
 
     def disable(self) -> None:  # Lightning asks for it on all ranks but the first
         self._enabled = False

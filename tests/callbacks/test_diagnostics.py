@@ -58,7 +58,7 @@ def test_a_model_without_equilibrium_is_measured_too(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("option", "words"),
     [
-        ("gradient_error_every_n_steps=-1", "gradient_error_every_n_steps must not be negative, got -1"),
+        ("gradient_error_every_n_steps=-1", "gradient_error_every_n_steps must be at least 0, got -1"),
         ("certificate=ignore", "certificate"),
         ("peak_flops=0", "peak_flops must be in (0, inf), got 0"),
         ("contraction_every_steps=1", "did you mean diagnostics.contraction_every_n_steps?"),
