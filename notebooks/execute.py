@@ -1,8 +1,8 @@
 """Execute notebooks from top to bottom: `python notebooks/execute.py [--small] [NOTEBOOK ...]`.
 
-Their outputs are kept in the files, without anything that names this machine. `--small` sets REVDEQ_NOTEBOOK_SMALL, by
-which notebooks compute less, and leaves the files alone. An error in a cell, a warning or another message on standard
-error, or an output with a path of this machine ends with exit code 1.
+The outputs are saved in the files and contain no paths of this machine. `--small` sets REVDEQ_NOTEBOOK_SMALL, which
+makes notebooks use smaller sizes, and does not change the files. The exit code is 1 after an error in a cell, a
+warning or other message on standard error, or an output that contains a path of this machine.
 """
 
 import argparse
@@ -23,10 +23,10 @@ CELL_SECONDS = 600
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Execute all notebooks of this folder, or those that are named."""
+    """Execute the given notebooks, by default all of this folder."""
     parser = argparse.ArgumentParser(description="Execute notebooks from top to bottom.", allow_abbrev=False)
     parser.add_argument("notebooks", nargs="*", type=Path, default=sorted(FOLDER.glob("*.ipynb")))
-    parser.add_argument("--small", action="store_true", help="compute less, and leave the files alone")
+    parser.add_argument("--small", action="store_true", help="use smaller sizes and do not change the files")
     given = parser.parse_args(arguments)
     if given.small:
         os.environ["REVDEQ_NOTEBOOK_SMALL"] = "1"
@@ -42,16 +42,16 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def execute(path: Path) -> Any:
-    """The notebook with new, clean outputs; executed in an empty folder.
+    """Execute the notebook in an empty folder and return it with new, clean outputs.
 
     Raises:
         CellExecutionError: If a cell raises.
-        ValueError: If a cell writes to standard error, or an output names a folder of this machine.
+        ValueError: If a cell writes to standard error, or an output contains a path of this machine.
     """
     notebook = nbformat.read(path, as_version=4)
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as sockets:
         settings: dict[str, Any] = {"record_timing": False, "coalesce_streams": True}
-        # Sockets in a folder, not on the network.
+        # Use sockets in a folder instead of the network.
         settings["config"] = Config(KernelManager={"transport": "ipc", "ip": f"{sockets}/kernel"})
         settings["resources"] = {"metadata": {"path": folder}}
         NotebookClient(notebook, timeout=CELL_SECONDS, **settings).execute()
@@ -67,7 +67,7 @@ def execute(path: Path) -> Any:
             if output.get("name") == "stderr":
                 raise ValueError(f"a cell wrote to standard error: {text.strip()}\n{cell.source}")
             if named := next((name for name in private if name in text), None):
-                raise ValueError(f"an output names the folder {named} of this machine: {text.strip()[:500]}")
+                raise ValueError(f"an output contains the path {named} of this machine: {text.strip()[:500]}")
     return notebook
 
 
