@@ -24,24 +24,17 @@ class ImageCommandLine(AbstractCommandLine):
     }
 
     def link_sizes(self, parser: LightningArgumentParser) -> None:
-        for source, target in (
-            ("num_classes", "model.network.num_classes"),
-            ("num_channels", "model.network.num_channels"),
-        ):
-            parser.link_arguments(f"data.{source}", target, apply_on="instantiate")
+        for size in ("num_classes", "num_channels"):
+            parser.link_arguments(f"data.{size}", f"model.network.{size}", apply_on="instantiate")
 
     def task_callbacks(self) -> list[Any]:
-        """What a test writes into the run's folder, and sheets of images at validations."""
         every = self.diagnostics.samples_every_n_validations
         samples = [ImageSamples(folder=self.run_config.path, every_n_validations=every)] if every else []
         return [ClassificationReport(self.run_config.path), *samples]
 
     def closing_split(self) -> str | None:
-        """Without test images the validation images: the sheets and the depth sweep are for every run."""
+        # Without test images the validation images, so that every run has a sheet of images and a depth sweep.
         return next((split for split in ("test", "validation") if split in self.datamodule.splits), None)
-
-    def show(self, checkpoint: str) -> None:
-        """Nothing: the sheets of the test lie in the run's folder."""
 
 
 def run(subcommand: str, options: Sequence[str]) -> None:

@@ -1,13 +1,13 @@
-"""Commands that need a checkpoint alone, which holds settings, tokenizer or class names: text, classes, plain weights.
+"""Commands that need only a checkpoint, which holds settings, tokenizer and class names.
 
-Lightning is not imported, but for the preparation of images.
+They import Lightning only to prepare images.
 """
 
 import csv
 import json
 import os
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 
@@ -21,26 +21,20 @@ from revdeq_lightning.models.build import SolverConfig, build_image_classifier, 
 from revdeq_lightning.models.generation import continue_text
 
 
-class Trained(NamedTuple):
-    """A checkpoint's settings, weights (the averaged ones, where it has them) and what else `state` names."""
-
-    settings: dict[str, Any]
-    weights: dict[str, Any]
-    state: Any
-
-
-def read_trained(ckpt_path: str | Path, state: str, kind: str, folder: str) -> Trained:
-    """Read the checkpoint of a model of this kind.
+def read_trained(
+    ckpt_path: str | Path, state: str, kind: str, folder: str
+) -> tuple[dict[str, Any], dict[str, Any], Any]:
+    """Read settings, weights (averaged weights, if any) and the entry `state` of a model's checkpoint.
 
     Args:
         ckpt_path: Checkpoint of a training run.
-        state: Key of what such a model needs beside its weights.
+        state: Key of what such a model needs in addition to its weights.
         kind: What the model is, for the error.
         folder: Where training writes such runs, for the error.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        CheckpointError: If it is damaged, or something else.
+        CheckpointError: If it is damaged, or not a checkpoint of such a model.
     """
     if not Path(ckpt_path).exists():
         raise FileNotFoundError(f"no checkpoint {ckpt_path}: training writes it to {folder}/NAME/DATE/checkpoints")
@@ -49,17 +43,17 @@ def read_trained(ckpt_path: str | Path, state: str, kind: str, folder: str) -> T
         settings, weights, needed = (checkpoint[key] for key in ("hyper_parameters", "state_dict", state))
     except KeyError as error:
         raise CheckpointError(f"{ckpt_path} is not a checkpoint of {kind} (it has no {error})") from None
-    return Trained(settings, weights_of_model(weights), needed)
+    return settings, weights_of_model(weights), needed
 
 
 def weights_of_model(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """By their names in the model, without those of metrics."""
+    """The weights by their names in the model, without those of metrics."""
     prefix = "model."
     return {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint's content, of a file or of a sharded one's folder (without optimizers); no code in it is run."""
+    """Read a checkpoint file or, without optimizers, a sharded checkpoint's folder, without running code from it."""
     try:
         content = read_checkpoint(path)
         return content | read_whole(path, "state_dict") if is_sharded_checkpoint(path) else content
@@ -68,7 +62,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def load_language_model(ckpt_path: str | Path, device: str = "cpu") -> tuple[Any, AbstractTokenizer]:
-    """Model and tokenizer of a checkpoint; errors as of `read_trained`."""
+    """Load model and tokenizer of a checkpoint. Raises the errors of `read_trained`."""
     settings, weights, tokenizer = read_trained(ckpt_path, "tokenizer", "a language model", "runs/lm")
     model = build_language_model(TransformerConfig(**settings["network"]), SolverConfig(**settings["solver"]))
     model.load_state_dict(weights)
@@ -114,7 +108,7 @@ def generate_text(
 
 
 def load_classifier(ckpt_path: str | Path, device: str = "cpu") -> tuple[AbstractClassifier, dict[str, Any]]:
-    """Model of a checkpoint and the preparation of its images; see `read_trained`."""
+    """Load the model of a checkpoint and the preprocessing of its images. Raises the errors of `read_trained`."""
     settings, weights, state = read_trained(ckpt_path, "preprocessing", "an image classifier", "runs/image")
     model = build_image_classifier(ClassifierConfig(**settings["network"]), SolverConfig(**settings["solver"]))
     model.load_state_dict(weights)
@@ -139,9 +133,6 @@ def predict_images(
         batch_size: Images at a time.
         undecodable: What to do with a file that cannot be decoded: raise, or skip with a warning.
         device: cpu, cuda, ...
-
-    Returns:
-        One line for the user.
     """
     from revdeq_lightning.data.images.module import find_images, preprocess_files
 
@@ -168,7 +159,7 @@ def predict_images(
 
 
 def export_weights(ckpt_path: str, output: str | None = None) -> str:
-    """Write the model's weights (the averaged ones, where there are such) to one file, without optimizer and position.
+    """Write the model's weights (averaged weights, if any) to one safetensors file.
 
     The file's metadata hold the settings of the model as JSON, under `hyper_parameters`, and `global_step`.
 
@@ -176,12 +167,9 @@ def export_weights(ckpt_path: str, output: str | None = None) -> str:
         ckpt_path: Checkpoint of any task: a file, or the folder of a sharded one.
         output: File to write; null: beside the checkpoint, with the ending .safetensors.
 
-    Returns:
-        One line for the user.
-
     Raises:
-        CheckpointError: If the checkpoint is damaged, or something else.
-        OSError: If there is no checkpoint, or the file cannot be written; one that was there is left as it was.
+        CheckpointError: If the checkpoint is damaged, or of another kind.
+        OSError: If there is no checkpoint, or the file cannot be written; an existing file is left unchanged.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -195,11 +183,11 @@ def export_weights(ckpt_path: str, output: str | None = None) -> str:
     try:
         checkpoint = load_checkpoint(path)
         weights, settings, step = (checkpoint[key] for key in ("state_dict", "hyper_parameters", "global_step"))
-    except (ValueError, OSError):  # they say what is wrong
+    except (ValueError, OSError):  # their messages already say what is wrong
         raise
     except Exception as error:  # torch raises many kinds for what is not a checkpoint
         raise CheckpointError(f"{path} is not a checkpoint of a training run ({type(error).__name__})") from None
-    # Each with its own memory: tied weights are one tensor under two names.
+    # Copies, as safetensors does not allow tied weights to share memory.
     tensors = {name: w.clone().contiguous() for name, w in weights_of_model(weights).items()}
     beside = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:

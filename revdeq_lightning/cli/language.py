@@ -66,5 +66,5 @@ def run(subcommand: str, options: Sequence[str]) -> None:
 
 
 def vocab_size(data: TextDataModule) -> int:
-    """Vocabulary of the data, for the link."""
+    """Size of the data's vocabulary."""
     return data.vocab_size

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, cast
 
 from lightning import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from revdeq_lightning.callbacks.config import DiagnosticsConfig
@@ -19,10 +19,9 @@ from revdeq_lightning.callbacks.depth_sweep import DepthSweep
 from revdeq_lightning.checkpoints.best import BestCheckpoint
 from revdeq_lightning.checkpoints.files import Found, make_folder
 from revdeq_lightning.checkpoints.io import AtomicCheckpointIO
+from revdeq_lightning.checkpoints.last import LastCheckpoint
 from revdeq_lightning.checkpoints.names import is_sharded_checkpoint
 from revdeq_lightning.cli.errors import fail, run_errors, setting_errors
-from revdeq_lightning.cli.kept_checkpoints import best_or_last, last_checkpoint
-from revdeq_lightning.cli.loggers import run_loggers
 from revdeq_lightning.cli.parser import ReadableErrors, with_config_of_checkpoint
 from revdeq_lightning.cli.process_end import (
     children_ended,
@@ -38,9 +37,10 @@ from revdeq_lightning.cli.saved_config import SaveRunConfig
 from revdeq_lightning.distributed.strategies import is_fsdp2, register_strategies, require_meeting_place
 from revdeq_lightning.equilibrium import DivergenceError, equilibria
 from revdeq_lightning.errors import BlockError, CheckpointError
+from revdeq_lightning.loggers.csv_logger import ContinuedCSVLogger
 from revdeq_lightning.loggers.endurance import enduring
 from revdeq_lightning.loggers.progress import RunProgress
-from revdeq_lightning.loggers.wandb_logger import WandbCheckpoints
+from revdeq_lightning.loggers.wandb_logger import WandbCheckpoints, wandb_logger
 from revdeq_lightning.program import program
 from revdeq_lightning.report.at_end import RunReport, close_run
 from revdeq_lightning.runs.divergence import DivergedError, DivergenceGuard
@@ -56,6 +56,7 @@ from revdeq_lightning.runs.folder import (
 )
 from revdeq_lightning.runs.lock import LockedError, locked
 from revdeq_lightning.runs.random_state import ResumableRandomState
+from revdeq_lightning.runs.signals import STOP
 from revdeq_lightning.runs.stop_signal import SameStart, StopSignal
 from revdeq_lightning.tasks.recipe import deferred_weights
 
@@ -92,15 +93,11 @@ class AbstractCommandLine(LightningCLI):
         """Callbacks of this task alone."""
         return []
 
-    @abstractmethod
     def show(self, checkpoint: str) -> None:
-        """At the end of training: what the trained model does."""
+        """Show at the end of training what the trained model does."""
 
     def _parse_ckpt_path(self) -> None:
-        """Find checkpoint and run.
-
-        Lightning's own would put the settings in the checkpoint above those that the user gave.
-        """
+        """Find checkpoint and run, in place of Lightning, where the checkpoint's settings would override the user's."""
         config = self.config[self.config.subcommand]
         run = config.run
         files = config.get("config") or []
@@ -128,7 +125,7 @@ class AbstractCommandLine(LightningCLI):
         self.run_config.version = self.run_config.version or new_version()
 
     def _find_run_to_go_on_with(self, folder: Path | None) -> None:
-        """With `resume=auto` the run of this job; never a run that is there by chance.
+        """With `resume=auto`, continue the run of this job; otherwise refuse a folder that holds another run.
 
         Args:
             folder: Of the run whose checkpoint was given, if any.
@@ -167,9 +164,15 @@ class AbstractCommandLine(LightningCLI):
             if settings.get("enable_checkpointing") is not False:
                 if "validation" in self.datamodule.splits:
                     callbacks.append(BestCheckpoint())
-                callbacks.append(last_checkpoint(self.run_config))
-            own = settings.get("logger")
-            loggers = run_loggers(run, [] if own is True else as_list(own))
+                callbacks.append(
+                    LastCheckpoint(
+                        keep_last=run.keep_last,
+                        every_n_steps=run.checkpoint_every_n_steps,
+                        every_minutes=run.checkpoint_every_minutes,
+                        stop_signal=lambda: STOP.agreed,
+                    )
+                )
+            loggers = self._loggers(settings.get("logger"))
             if run.wandb_checkpoints:
                 callbacks.append(WandbCheckpoints(run.checkpoints))
         self.trainer_defaults = {"callbacks": callbacks}
@@ -178,40 +181,48 @@ class AbstractCommandLine(LightningCLI):
         require_meeting_place(trainer)
         return trainer
 
+    def _loggers(self, own: Any) -> list[Logger]:
+        """The CSV file of every run, the user's own loggers, and those that the run's settings ask for."""
+        run = self.run_config
+        loggers = [ContinuedCSVLogger(run.path), *as_list(None if own is True else own), *as_list(wandb_logger(run))]
+        if run.tensorboard:
+            loggers.append(TensorBoardLogger(run.path, name="tensorboard", version="", default_hp_metric=False))
+        return loggers
+
     def _check_settings(self, settings: Any) -> None:
-        """Refuse settings of the trainer with which a run would not keep what it promises."""
+        """Refuse trainer settings that would break a run's guarantees."""
         if settings.get("logger") is False:
             fail("trainer.logger=false: a run always has a folder with its metrics; choose where by run.folder")
         if (every := settings.get("log_every_n_steps")) is not None and every < 1:
             fail(
-                f"trainer.log_every_n_steps={every}: at logging steps a run certifies its gradients, and looks"
-                " whether a checkpoint is due; choose a large number for few of them"
+                f"trainer.log_every_n_steps={every}: at logging steps a run certifies its gradients and checks"
+                " whether a checkpoint is due; choose a large number to log rarely"
             )
         diagnostics = self.diagnostics
         asked = diagnostics.gradient_error_every_n_steps or diagnostics.contraction_every_n_steps
         if asked and is_fsdp2(settings.get("strategy")):
             fail(
                 "diagnostics.gradient_error_every_n_steps and contraction_every_n_steps need the whole model in"
-                " each process: trainer.strategy=ddp, not fsdp2"
+                " each process: use trainer.strategy=ddp, not fsdp2"
             )
         if any(isinstance(logger, WandbLogger) for logger in as_list(settings.get("logger"))):
-            fail("trainer.logger=WandbLogger would ask for a key, and wait: use run.wandb=auto, online or offline")
+            fail("trainer.logger=WandbLogger would wait for a key: use run.wandb=auto, online or offline")
         check_writable(self.run_config.path)
 
     @property
     def diagnostics(self) -> DiagnosticsConfig:
-        """What is measured."""
+        """The settings of what is measured."""
         return cast(DiagnosticsConfig, self._get(self.config_init, "diagnostics"))
 
     def instantiate_classes(self) -> None:
-        """Build data, model and trainer; find faults of the data here, where they can be told in one line."""
+        """Build data, model and trainer; set up the data here, where its errors are reported in one line."""
         strategy = self._get(self.config, "trainer").get("strategy")
         with setting_errors(), deferred_weights(is_fsdp2(strategy)):
             super().instantiate_classes()
             self.datamodule.setup(str(self.subcommand))
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Train in a folder, and test at the end, as the only program that does."""
+        """Run the command; training holds a lock on the run's folder until its closing test has ended."""
         trains = subcommand == "fit" and self.trainer.is_global_zero
         try:
             with locked(self.run_config.path) if trains else nullcontext():
@@ -235,8 +246,10 @@ class AbstractCommandLine(LightningCLI):
 
     @run_errors("the end of training")
     def after_fit(self) -> None:
-        """Test, show, and say how to go on."""
-        best = best_or_last(self.trainer)
+        """Test, show, and print the commands that continue the run."""
+        # The last one where there was no validation.
+        kept = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, BestCheckpoint | LastCheckpoint)]
+        best = next((str(callback.path) for callback in kept if callback.path.exists()), None)
         split = self.closing_split() if best and self.run_config.test else None
         if split:
             evaluate = self.trainer.test if split == "test" else self.trainer.validate
@@ -252,7 +265,7 @@ class AbstractCommandLine(LightningCLI):
             close_run(self.run_config.path, self.run_config)
 
     def closing_split(self) -> str | None:
-        """What the best checkpoint is evaluated on after training."""
+        """The split on which the best checkpoint is evaluated after training."""
         return "test" if "test" in self.datamodule.splits else None
 
     def validate(self, **kwargs: Any) -> None:
@@ -284,7 +297,7 @@ class AbstractCommandLine(LightningCLI):
 def run_command_line(
     command_line: type[AbstractCommandLine], task: type, data: type, subcommand: str, options: Sequence[str]
 ) -> None:
-    """Parse and run; what the user can fix is reported in one line."""
+    """Parse and run a command; report what the user can fix in one line."""
     quieten_lightning()
     register_strategies()
     with stop_signals_noted() if subcommand == "fit" else nullcontext(), finished_wandb(), children_ended():
@@ -305,7 +318,7 @@ def run_command_line(
 
 
 def check_writable(folder: Path) -> None:
-    """Raise OSError, before the run, if its folder cannot be written to; the first process's is that of all."""
+    """Raise OSError before the run if its folder cannot be written to; only the first process checks."""
     if cast(Any, rank_zero_only).rank:
         return
     probe = folder / f".probe.{os.getpid()}.part"
@@ -318,7 +331,7 @@ def check_writable(folder: Path) -> None:
 
 
 def chosen(found: Found) -> str:
-    """Path of the checkpoint that was found; says, once for all processes, which newer ones cannot be used."""
+    """Path of the checkpoint that was found; the first process warns of newer ones that cannot be used."""
     if cast(Any, rank_zero_only).rank == 0:
         for path, fault in found.faults.items():
             print(f"warning: {path} {fault}: going on from {found.path}", file=sys.stderr, flush=True)
@@ -326,5 +339,5 @@ def chosen(found: Found) -> str:
 
 
 def as_list(value: Any) -> list[Any]:
-    """A list of what a setting holds: nothing, one or several."""
+    """The value or values of a setting as a list."""
     return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
