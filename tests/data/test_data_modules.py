@@ -112,10 +112,10 @@ def test_a_command_line_builds_it_from_yaml(tmp_path, monkeypatch, kind):
             lambda: TextDataModule("huggingface", "a/b").prepare_data(),
             r"the dataset a/b .* path=FOLDER.*HF_HUB_OFFLINE",
         ),
-        (lambda: ImageDataModule("huggingface", "a/b").prepare_data(), "the dataset a/b from the hub .* path=FOLDER"),
+        (lambda: ImageDataModule("huggingface", "a/b").prepare_data(), "the dataset a/b from the Hub .* path=FOLDER"),
         (
             lambda: build_tokenizer("gpt2", bpe_vocab_size=300, training_text=str),
-            r"gpt2.* hub is not reachable .*tokenizer.json.* path",
+            r"gpt2.* Hub is not reachable .*tokenizer.json.* path",
         ),
     ],
 )

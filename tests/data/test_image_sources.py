@@ -177,7 +177,7 @@ def test_missing_folders_and_damaged_archives_are_told(module, tmp_path, folder)
         with tarfile.open(archive) as members:
             header = members.getmembers()[-1].offset
         archive.write_bytes(content[: header + 100 if suffix == ".tar" else len(content) // 2])
-        with pytest.raises(ValueError, match=rf"cut{suffix} cannot be read as a tar archive .*check that it is whole"):
+        with pytest.raises(ValueError, match=rf"cut{suffix} cannot be read as a tar archive .*check that it is complete"):
             module(archive).setup("fit")
 
 
@@ -187,7 +187,7 @@ def test_files_that_are_no_images_are_counted_and_named(module, tmp_path):
     (root / "train/ant/list.csv").write_text("1")
     (root / "train/ant/.hidden.jpg").write_text("1")
     with pytest.warns(
-        UserWarning, match=r"2 file\(s\) in \S+ are not images of a class and not used: README.txt, train/ant/l"
+        UserWarning, match=r"2 file\(s\) in \S+ are not images of a class and are ignored: README.txt, train/ant/l"
     ):
         module(root).setup("fit")
     assert module(root).num_images("train") == 30
@@ -335,10 +335,10 @@ def test_damaged_cifar_files_are_named(cifar, module):
     source, published, _, folder, archive = cifar
     file = folder / published.base_folder / published.test_list[0][0]
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=r"test\S* is damaged or another file \(its MD5 is not \w+\): remove"):
+    with pytest.raises(ValueError, match=r"test\S* is damaged or a different file \(its MD5 is not \w+\): remove"):
         module(folder, source=source).setup("fit")
     archive.write_bytes(archive.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=r"python.tar.gz is damaged or another file"):
+    with pytest.raises(ValueError, match=r"python.tar.gz is damaged or a different file"):
         module(archive, source=source).setup("fit")
 
 

@@ -307,7 +307,7 @@ def test_resuming_in_another_order_warns_and_with_other_classes_fails(module, tm
     with pytest.warns(UserWarning, match=changes):
         other.train_dataloader()
     animals = make_folder(tmp_path / "animals", {"train": 4}, classes=("ant", "bee", "cow"))
-    with pytest.raises(ValueError, match=r'other classes .*\(3 and 3; for example "cat" is in only one'):
+    with pytest.raises(ValueError, match=r'different classes .*\(3 and 3; for example "cat" is in only one'):
         module(animals).load_state_dict(state)
 
 

@@ -170,7 +170,7 @@ def test_damaged_tokens_are_noticed_and_built_anew(module, damage):
         content[-5] ^= 1
     damaged = {"truncated": content[:-100], "short": content[:3], "overwritten": b"\xff" * 500}.get(damage, content)
     file.write_bytes(damaged)
-    with pytest.warns(UserWarning, match="is damaged: it is built again"):
+    with pytest.warns(UserWarning, match="is damaged and will be rebuilt"):
         assert split_ids(module(), "train") == expected
     assert split_ids(module(), "train") == expected
 
@@ -386,7 +386,7 @@ def test_resuming_in_another_order_warns_and_in_another_vocabulary_fails(module)
     other.load_state_dict(state)
     with pytest.warns(UserWarning, match=r"seed 0 -> 7, global_batch_size 4 -> 2"):
         other.train_dataloader()
-    with pytest.raises(ValueError, match=r"another vocabulary .*tokenizer=\"characters\""):
+    with pytest.raises(ValueError, match=r"different vocabulary .*tokenizer=\"characters\""):
         module(tokenizer="characters").load_state_dict(state)
 
 

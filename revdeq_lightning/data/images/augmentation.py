@@ -1,4 +1,4 @@
-"""Augmentation of a whole batch on its device, with a decision of its own for every image."""
+"""Augment a batch on its device, with separate random decisions for every image."""
 
 import math
 from dataclasses import dataclass
@@ -15,22 +15,22 @@ from revdeq_lightning.equilibrium.validation import require_count, require_in_ra
 
 @dataclass
 class AugmentationConfig:
-    """What happens to training images, in this order; by default nothing.
+    """Augmentations of training images, applied in this order; none by default.
 
     Attributes:
-        crop_padding: Black pixels around the image before a random part of the original size is cut out (CIFAR: 4). Not
-            together with random_resized_crop.
-        random_resized_crop: Fractions of the area between which a random part is cut out and resized (ImageNet:
-            [0.08, 1]), its ratio of height to width between 3/4 and 4/3; null for none. Images that are decoded as they
-            are needed are cut from the original, prepared ones from their center square.
-        flip: Mirror every second image.
-        randaugment_ops: Operations of RandAugment for each image; 0 for none.
+        crop_padding: Pad the image with this many black pixels before a random crop of the original size (CIFAR: 4).
+            Not together with random_resized_crop.
+        random_resized_crop: Range of the area fraction of a random crop, which is then resized (ImageNet: [0.08, 1]),
+            with an aspect ratio between 3/4 and 4/3; null for none. Images decoded on demand are cropped from the
+            original, prepared ones from their center square.
+        flip: Mirror each image with probability 1/2.
+        randaugment_ops: Number of RandAugment operations per image; 0 for none.
         randaugment_magnitude: Their strength, 0 to 30.
-        erasing_probability: Fraction of the images of which a random rectangle, 2 to 33 % of the area, becomes the mean
+        erasing_probability: Fraction of images in which a random rectangle, 2 to 33 % of the area, is set to the mean
             color.
-        mixup_alpha: Above 0: mix each image with another, the share from Beta(alpha, alpha).
-        cutmix_alpha: Above 0: paste a part of another image, the area from Beta(alpha, alpha). With both, each image
-            is mixed one way or the other with equal probability.
+        mixup_alpha: Above 0: mix each image with another one, with a share from Beta(alpha, alpha).
+        cutmix_alpha: Above 0: paste a part of another image, with an area from Beta(alpha, alpha). With both, each
+            image uses one of the two with equal probability.
         mix_probability: Fraction of the images that are mixed, if any are.
     """
 
@@ -68,7 +68,7 @@ NO_AUGMENTATION = AugmentationConfig()
 
 
 class Mixed(NamedTuple):
-    """Images, the index of what was mixed into each, and the share of its own label, float32 `(batch,)`."""
+    """Images, the index of the image mixed into each, and the share of the original label, float32 `(batch,)`."""
 
     images: Tensor
     partners: Tensor
@@ -76,7 +76,7 @@ class Mixed(NamedTuple):
 
 
 def crop_and_flip(images: Tensor, config: AugmentationConfig, keys: Tensor, seed: int) -> Tensor:
-    """Cut out a random part and mirror every second image."""
+    """Crop at random, and mirror with probability 1/2."""
     size = images.shape[-1]
     if config.crop_padding:
         offsets = (uniform(keys, seed, "crop", 2) * (2 * config.crop_padding + 1)).long()
@@ -91,9 +91,9 @@ def crop_and_flip(images: Tensor, config: AugmentationConfig, keys: Tensor, seed
 
 
 def padded_crop(images: Tensor, padding: int, top: Tensor, left: Tensor) -> Tensor:
-    """Pad each image with black and cut out its own part, of the original size, at (top, left)."""
+    """Pad each image with black and crop it to the original size at its (top, left)."""
     height, width = images.shape[-2:]
-    windows = F.pad(images, (padding,) * 4).unfold(2, height, 1).unfold(3, width, 1)  # a view of all parts
+    windows = F.pad(images, (padding,) * 4).unfold(2, height, 1).unfold(3, width, 1)  # a view of all crops
     return windows[torch.arange(len(images), device=images.device), :, top, left]
 
 
@@ -111,13 +111,13 @@ def random_box(draws: Tensor, width: int, height: int, scale: tuple[float, float
 
 
 def _interval(squared_length: Tensor, draws: Tensor, side: int) -> tuple[Tensor, Tensor]:
-    """Start and length, in whole pixels, of a random part of a side."""
+    """Start and length, in whole pixels, of a random section of a side."""
     length = squared_length.sqrt().round().clamp(1, side)
     return (draws * (side - length + 1)).floor(), length
 
 
 def resized_crop(images: Tensor, boxes: Tensor) -> Tensor:
-    """Cut out each image's box (left, top, width, height) and enlarge it to the image's size, bilinearly."""
+    """Crop each image to its box (left, top, width, height) and resize it bilinearly to the image's size."""
     height, width = images.shape[-2:]
     left, top, box_width, box_height = boxes.to(torch.float32).unbind(-1)
     columns = _sampled(left, box_width, width)[:, None, :].expand(-1, height, -1)
@@ -127,13 +127,13 @@ def resized_crop(images: Tensor, boxes: Tensor) -> Tensor:
 
 
 def _sampled(start: Tensor, length: Tensor, count: int) -> Tensor:
-    """Where `count` pixels that cover (start, length) take their value, within the outermost pixels' centres."""
+    """Where `count` pixels that cover (start, length) take their value, within the centers of the outermost pixels."""
     places = start[:, None] + (torch.arange(count, device=start.device) + 0.5) * (length / count)[:, None]
     return torch.minimum(torch.maximum(places, start[:, None] + 0.5), (start + length)[:, None] - 0.5)
 
 
 def erase(images: Tensor, probability: float, keys: Tensor, seed: int) -> Tensor:
-    """Set a random rectangle of some normalized images to 0, the mean colour.
+    """Set a random rectangle of some normalized images to 0, the mean color.
 
     Its area is 2 to 33 % of the image's, its ratio log-uniform in 0.3 ... 3.3, its sides at most the image's.
 
@@ -152,7 +152,7 @@ def erase(images: Tensor, probability: float, keys: Tensor, seed: int) -> Tensor
 def mix(images: Tensor, config: AugmentationConfig, keys: Tensor, seed: int) -> Mixed:
     """Mix each image with its predecessor in the batch (the first with the last), by mixup or cutmix.
 
-    The order of training being random, so is the partner.
+    The partner is random because the training order is.
 
     Source: Zhang et al. 2017, arXiv:1710.09412; Yun et al. 2019, arXiv:1905.04899.
     """
@@ -162,7 +162,7 @@ def mix(images: Tensor, config: AugmentationConfig, keys: Tensor, seed: int) -> 
     draws = uniform(keys, seed, "mix", 7)
     mixes = draws[:, 0] < config.mix_probability
     cuts = draws[:, 1] < (config.cutmix_alpha > 0) * (0.5 if config.mixup_alpha else 1.0)
-    share = torch.ones_like(draws[:, 0])  # of the own image
+    share = torch.ones_like(draws[:, 0])  # share of the image itself
     if config.mixup_alpha:
         share = torch.where(mixes & ~cuts, symmetric_beta(draws[:, 2:4], config.mixup_alpha), share)
     weights = share
@@ -200,13 +200,13 @@ def _inside(top: Tensor, left: Tensor, bottom: Tensor, right: Tensor, height: in
 
 
 def augment_pixels(images: Tensor, config: AugmentationConfig, keys: Tensor, seed: int) -> Tensor:
-    """What happens before normalization: crop, flip, RandAugment; uint8 in and out.
+    """Augment before normalization: crop, flip, RandAugment; uint8 in and out.
 
     Args:
         images: `(batch, channels, height, width)`, square.
-        config: What to do.
-        keys: One for each image, int64 `(batch,)`; every random number is a function of key and `seed`.
-        seed: See keys.
+        config: Augmentations.
+        keys: One key per image, int64 `(batch,)`; every random number is a function of key and `seed`.
+        seed: Seed of the random numbers.
     """
     images = crop_and_flip(images, config, keys, seed)
     if config.randaugment_ops:
@@ -215,7 +215,7 @@ def augment_pixels(images: Tensor, config: AugmentationConfig, keys: Tensor, see
 
 
 def augment_normalized(images: Tensor, config: AugmentationConfig, keys: Tensor, seed: int) -> Mixed:
-    """What happens after normalization: random erasing, mixup, cutmix; float32 in and out."""
+    """Augment after normalization: random erasing, mixup, cutmix; float32 in and out."""
     if config.erasing_probability:
         images = erase(images, config.erasing_probability, keys, seed)
     if config.mixup_alpha or config.cutmix_alpha:

@@ -1,4 +1,4 @@
-"""Batches of images: prepared ones from a memory map, or decoded by workers as they are needed."""
+"""Batches of images, read from a memory map or decoded by workers on demand."""
 
 import os
 from typing import NamedTuple
@@ -30,11 +30,11 @@ class ImageBatch(NamedTuple):
     Attributes:
         images: `(batch, channels, height, width)`: uint8 from the loader, float32, augmented and normalized, after
             `ImageDataModule.on_after_batch_transfer`.
-        labels: int64 `(batch,)`; `IGNORE_INDEX` for an item that only fills up the batch.
-        partner_labels: int64 `(batch,)`: class of what was mixed in; `labels` without mixing.
+        labels: int64 `(batch,)`; `IGNORE_INDEX` for padding.
+        partner_labels: int64 `(batch,)`: class of the image mixed in; `labels` without mixing.
         weights: float32 `(batch,)`: share of `labels` in the mix; 1 without mixing.
-        keys: int64: `(batch, 1)` in training, `epoch * number of images + image`, from which all that is random
-            follows; `(batch, 0)` in evaluation, where nothing is.
+        keys: int64: `(batch, 1)` in training, `epoch * number of images + image`, which determines all random numbers;
+            `(batch, 0)` in evaluation, which is deterministic.
     """
 
     images: Tensor
@@ -45,7 +45,7 @@ class ImageBatch(NamedTuple):
 
 
 class PreparedImages(Dataset[ImageBatch]):
-    """Images that are decoded and of one size. Indices count on through the epochs if `training`."""
+    """Decoded images of one size. Indices continue through the epochs if `training`."""
 
     def __init__(self, images: StoredArray, labels: StoredArray, *, training: bool) -> None:
         self.images, self.labels, self.training = images, labels, training
@@ -61,15 +61,15 @@ class PreparedImages(Dataset[ImageBatch]):
 
 
 class DecodedImages(Dataset[ImageBatch]):
-    """Images that are decoded as they are needed. Indices count on through the epochs if `training`.
+    """Images that are decoded on demand. Indices continue through the epochs if `training`.
 
     Args:
         table: The images.
-        sizes: What each image becomes.
+        sizes: Target size of each image.
         training: Whether this is the training split.
-        crop_scale: In training: fractions of the area between which a random part is cut out; None: the center.
-        seed: Of the random part.
-        skip_undecodable: Whether an image that cannot be decoded becomes a black one with `IGNORE_INDEX`;
+        crop_scale: In training, range of the area fraction of a random crop; None: center crop.
+        seed: Seed of the random crop.
+        skip_undecodable: Whether an image that cannot be decoded is replaced by a black one with `IGNORE_INDEX`;
             `take_skipped` names it, also from worker processes.
     """
 

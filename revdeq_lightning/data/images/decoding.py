@@ -1,4 +1,4 @@
-"""From the bytes of an image to pixels: decoding, and how evaluation resizes and crops."""
+"""Decode images to pixels, and resize and crop them for evaluation."""
 
 import io
 import os
@@ -23,15 +23,15 @@ _MODES = {1: "L", 3: "RGB"}
 
 
 class UndecodableImageError(ValueError):
-    """An image that cannot be decoded; its message names it."""
+    """An image cannot be decoded; the message names it."""
 
     def __init__(self, message: str) -> None:
-        # A DataLoader raises a worker's error again, with the worker's traceback as its message: one line is enough.
+        # A DataLoader re-raises a worker's error with the worker's traceback as its message; keep one line.
         super().__init__(message.strip().rpartition("\n")[2].rpartition(f"{type(self).__name__}: ")[2])
 
 
 class ImageSizes(NamedTuple):
-    """What every image becomes: square, after its shorter side was resized to `resize`; gray (1 channel) or RGB (3)."""
+    """Target size: resize the shorter side to `resize`, crop to a square; gray (1 channel) or RGB (3)."""
 
     channels: int
     image_size: int
@@ -39,23 +39,23 @@ class ImageSizes(NamedTuple):
 
 
 class PreprocessedFiles(NamedTuple):
-    """The files that were decoded, and the model's input, float32 `(batch, channels, height, width)`."""
+    """The decoded files, and the model's input, float32 `(batch, channels, height, width)`."""
 
     paths: list[Path]
     images: Tensor
 
 
 def skipped_message(names: Sequence[str]) -> str:
-    """Count and name images that cannot be decoded."""
+    """Warn with number and names of images that cannot be decoded."""
     listed = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
     return f"{len(names)} image(s) that cannot be decoded are skipped: {listed}."
 
 
 def decode_image(content: bytes | NDArray[np.uint8], name: str, channels: int) -> Image.Image:
-    """Decode the bytes of a file, or pixels `(height, width, 1 or 3)`, of any mode to gray (1 channel) or RGB (3).
+    """Decode a file's bytes, or pixels `(height, width, 1 or 3)`, of any mode to gray (1 channel) or RGB (3).
 
-    The EXIF orientation is applied. Gray becomes RGB by repetition and RGB gray by luma; palette and CMYK are
-    converted; transparency is dropped; of 16-bit gray the upper 8 bits are kept; of an animation the first frame.
+    The EXIF orientation is applied. Gray is converted to RGB by repetition and RGB to gray by luma; palette and CMYK
+    are converted; transparency is dropped; 16-bit gray keeps the upper 8 bits; an animation its first frame.
 
     Raises:
         UndecodableImageError: If it is not an image, or damaged; the message names it.
@@ -108,7 +108,7 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
 
 
 def find_images(path: str | os.PathLike[str]) -> list[Path]:
-    """An image file, or those below a folder without the hidden ones, sorted by name.
+    """An image file, or the images in a folder and its subfolders without hidden ones, sorted by name.
 
     Raises:
         FileNotFoundError: If there are none.
@@ -131,8 +131,8 @@ def preprocess_files(
     """Decode files for prediction exactly as evaluation does.
 
     Args:
-        paths: Image files; as many as fit into a batch.
-        state: `ImageDataModule.preprocessing_state()`, which a checkpoint holds.
+        paths: Image files of one batch.
+        state: `ImageDataModule.preprocessing_state()`, which a checkpoint contains.
         undecodable: "raise" an error for a file that cannot be decoded, or "skip" it with a warning that names it.
     """
     pixels, files, skipped = [], [], []

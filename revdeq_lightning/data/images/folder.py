@@ -26,7 +26,7 @@ _SPLIT_FOLDERS = {"train": "train", "val": "validation", "validation": "validati
 
 
 def open_folder(path: Path) -> ImageSource:
-    """Images of `path`: a folder or a tar archive of one, with `train/CLASS/*` and so on, or `CLASS/*` alone."""
+    """Images of `path`, a folder or its tar archive, with `train/CLASS/*` and so on, or only `CLASS/*`."""
     if path.is_dir():
         return ImageSource(lambda: content_key(path, list_files(path)), partial(_list_folder, path))
     if not path.exists():
@@ -56,7 +56,7 @@ class _FileReader:
 
 @dataclass
 class _MemberReader:
-    """Reads members of an uncompressed tar archive; `temporary` is it if it was decompressed for this reader."""
+    """Read members of an uncompressed tar archive; `temporary` is the file if it was decompressed for this reader."""
 
     path: Path
     temporary: Any
@@ -73,13 +73,13 @@ def _list_archive(path: Path) -> ImageCollection:
         reader = _decompressed(path)
         with tarfile.open(reader.path, "r:") as archive:
             entries = archive.getmembers()
-            # tarfile takes a header that is cut off for the end.
+            # tarfile mistakes a truncated header for the end.
             stream: Any = archive.fileobj
             stream.seek(archive.offset)
             if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise EOFError("it ends before its end mark")
+                raise EOFError("it ends before its end marker")
     except (tarfile.TarError, lzma.LZMAError, zlib.error, OSError, EOFError) as error:
-        raise ValueError(f"{path} cannot be read as a tar archive ({error}): check that it is whole.") from None
+        raise ValueError(f"{path} cannot be read as a tar archive ({error}): check that it is complete.") from None
     members: dict[str, tuple[int, int]] = {}
     for entry in entries:
         name = "" if entry.name == "." else entry.name.removeprefix("./").strip("/")
@@ -97,7 +97,7 @@ def _decompressed(path: Path) -> _MemberReader:
         stream: Any = archive.fileobj
         if isinstance(stream, io.BufferedReader):
             return _MemberReader(path, None)
-        temporary = tempfile.NamedTemporaryFile(suffix=".tar")  # noqa: SIM115 (lives as long as the reader)
+        temporary = tempfile.NamedTemporaryFile(suffix=".tar")  # noqa: SIM115 (open as long as the reader)
         stream.seek(0)
         shutil.copyfileobj(stream, temporary)
         temporary.flush()
@@ -105,7 +105,7 @@ def _decompressed(path: Path) -> _MemberReader:
 
 
 def _without_wrapper(names: list[str]) -> tuple[str, list[str]]:
-    """The names without a folder that holds everything else, and that folder."""
+    """Names without a common top-level folder, and that folder."""
     prefix = ""
     while len(tops := {name.partition("/")[0] for name in names}) == 1:
         top = tops.pop() + "/"
@@ -124,7 +124,7 @@ def _is_image(name: str) -> bool:
 def _arrange(
     names: list[str], where: str, place: Callable[[str], Any], read: Callable[[Any], Content]
 ) -> ImageCollection:
-    """Find splits and classes; `place` tells where `read` finds an image."""
+    """Find splits and classes; `place` returns the location of an image for `read`."""
     tops = {name.partition("/")[0] for name in names if "/" in name}
     folders = {f"{top}/": _SPLIT_FOLDERS[top] for top in sorted(tops & set(_SPLIT_FOLDERS))} or {"": "train"}
     if "train" not in folders.values():
@@ -154,7 +154,7 @@ def _arrange(
             raise ValueError(f"{where} has a folder for {split} without class folders: fill it or remove it.")
     if ignored := sorted({name for name in names if not name.endswith("/")}.difference(*splits.values())):
         listed = ", ".join(ignored[:5]) + (", ..." if len(ignored) > 5 else "")
-        rank_zero_warn(f"{len(ignored)} file(s) in {where} are not images of a class and not used: {listed}.")
+        rank_zero_warn(f"{len(ignored)} file(s) in {where} are not images of a class and are ignored: {listed}.")
     label = {name: index for index, name in enumerate(class_names)}
     tables = {
         split: ImageTable(

@@ -1,4 +1,4 @@
-"""Images of a Hugging Face dataset: of the hub, or a local copy."""
+"""Images of a Hugging Face dataset, from the Hub or a local copy."""
 
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from revdeq_lightning.data.loading.files import huggingface_key, load_huggingfac
 
 
 def open_huggingface(path: str, name: str | None, image_column: str | None, label_column: str | None) -> ImageSource:
-    """The arguments are those of `ImageDataModule`."""
+    """Open the dataset, with the arguments of `ImageDataModule`."""
     columns = image_column, label_column
     return ImageSource(lambda: f"{huggingface_key(path, name)}:{columns}", partial(_open, path, name, *columns))
 
@@ -32,7 +32,7 @@ def _open(path: str, name: str | None, image_column: str | None, label_column: s
     class_names, labels = _number_classes(path, label_column, values, getattr(features[label_column], "names", None))
     if unused := sorted(set(loaded) - set(labels)):
         rank_zero_warn(
-            f"{path} has splits that are not used ({', '.join(unused)}): they have no labels, or other names than "
+            f"{path} has splits that are not used ({', '.join(unused)}): they have no labels, or names other than "
             f"{', '.join(SPLITS)}."
         )
     tables = {}
@@ -51,7 +51,7 @@ def _read(dataset: Any, column: str, row: np.int64) -> Content:
 def _number_classes(
     path: str, column: str, values: dict[str, NDArray[Any]], class_names: list[str] | None
 ) -> tuple[list[str], dict[str, NDArray[np.int64]]]:
-    """Names of the classes, and each split's labels; a split without any label (-1 throughout) is left out."""
+    """Names of the classes, and each split's labels; splits without labels (all -1) are omitted."""
     if class_names is not None:
         values = {split: labels for split, labels in values.items() if split == "train" or (labels != -1).any()}
     known = np.unique(values["train"]) if class_names is None else np.arange(len(class_names))
@@ -69,7 +69,7 @@ def _number_classes(
 
 
 def _column(path: str, features: Any, argument: str, name: str | None, kind: str) -> str:
-    """The column of that name; without one, the only column of that kind of feature."""
+    """The column of that name; without a name, the only column of that feature type."""
     if name is not None:
         if name not in features:
             raise ValueError(f'{path} has the columns {sorted(features)}, {argument} "{name}" is not among them.')

@@ -1,4 +1,4 @@
-"""Random numbers that are a pure function of a key: no state, the same on every device, worker and rank."""
+"""Random numbers that are a pure function of a key: stateless, identical on every device, worker, and rank."""
 
 import zlib
 
@@ -9,8 +9,8 @@ from torch import Tensor
 def uniform(keys: Tensor, seed: int, purpose: str, count: int) -> Tensor:
     """`count` uniform numbers in [0, 1) for each key, float32 `(batch, count)`.
 
-    SplitMix64, started from (seed, key, purpose): the numbers of an item do not depend on the rest of the batch, and
-    those of another purpose are independent.
+    SplitMix64 seeded with (seed, key, purpose): the numbers of an item do not depend on the rest of the batch, and
+    different purposes are independent.
 
     Source: Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators".
     """
@@ -22,7 +22,7 @@ def uniform(keys: Tensor, seed: int, purpose: str, count: int) -> Tensor:
 
 
 def _signed(value: int) -> int:
-    """The integer modulo 2^64 as int64 holds it."""
+    """The integer modulo 2^64 as a signed int64."""
     return (value + 2**63) % 2**64 - 2**63
 
 
@@ -31,7 +31,7 @@ _FACTORS = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
 
 
 def _shifted(value: Tensor, bits: int) -> Tensor:
-    """Logical shift to the right; that of int64 repeats the sign."""
+    """Logical right shift; the shift of int64 is arithmetic."""
     return (value >> bits) & ((1 << (64 - bits)) - 1)
 
 

@@ -1,4 +1,4 @@
-"""Images for classifiers: decoded once or by workers, augmented on the device, in a reproducible, resumable order."""
+"""Images for classifiers: decoded once or by workers, augmented on the device, in a resumable order."""
 
 import warnings
 from collections.abc import Mapping
@@ -41,13 +41,13 @@ __all__ = ["AugmentationConfig", "ImageBatch", "ImageDataModule", "find_images",
 class ImageDataModule(AbstractDataModule):
     """Images and their classes, as `ImageBatch`.
 
-    Evaluation resizes the shorter side to `image_size / crop_fraction` (bicubic, antialiased) and cuts out the center;
-    it uses every image exactly once and nothing random. Training images are augmented one by one on the device. Order
-    and augmentation are functions of (seed, epoch, image), except for the partner of mixup and cutmix, the neighbor in
+    Evaluation resizes the shorter side to `image_size / crop_fraction` (bicubic, antialiased) and crops the center; it
+    uses every image exactly once and is deterministic. Training images are augmented individually on the device. Order
+    and augmentation are functions of (seed, epoch, image), except for the partner in mixup and cutmix, the neighbor in
     the rank's batch. A run resumed from any checkpoint continues with the batch after the last trained one.
 
-    Images of at most 64 pixels are decoded once, as for evaluation, into a file under `cache_dir`, and read as a memory
-    map. Larger ones are decoded as they are needed: set `num_workers`.
+    Images of at most 64 pixels are decoded once, as for evaluation, into a file in `cache_dir`, and read as a memory
+    map. Larger ones are decoded on demand: set `num_workers`.
 
     Args:
         source: "digits" (scikit-learn's 1,797 gray digits of 8x8 pixels, of which 297 are the test split), "cifar10",
@@ -55,31 +55,30 @@ class ImageDataModule(AbstractDataModule):
         path: For "folder" a folder with `train/CLASS/*` (and `val/CLASS/*`, `test/CLASS/*`) or `CLASS/*`, or a tar
             archive of one, which is not unpacked. For "huggingface" the dataset, or a local folder with its parquet
             files or its `save_to_disk` copy. For CIFAR the folder (default: data) with the published archive or its
-            content, or into which to download it; or the archive.
+            content, or to download it to; or the archive.
         dataset_name: For "huggingface" the configuration.
         image_column: For "huggingface", if there is more than one column of images.
-        label_column: For "huggingface", if it is not clear which one.
-        image_size: Side of the square that the model sees.
-        crop_fraction: `image_size` over the shorter side that evaluation resizes to; null: 0.875 above 64 pixels (256
-            for 224), otherwise 1.
+        label_column: For "huggingface", if the choice is ambiguous.
+        image_size: Side of the model's square input.
+        crop_fraction: `image_size` divided by the shorter side that evaluation resizes to; null: 0.875 above 64 pixels
+            (256 for 224), otherwise 1.
         channels: 1 (gray) or 3 (RGB); null: the source's (digits 1, the others 3).
         batch_size: Images per rank and step.
-        augmentation: Of the training images.
-        mean: By channel, on the scale 0 ... 1; null: CIFAR's known ones, else computed from the prepared training
-            images, else ImageNet's.
-        std: Likewise.
-        validation_fraction: Of the training images, if the data has no validation split, of each class its share. 0: no
-            validation.
-        split_seed: Chooses them, together with the images' names; runs that differ only in `seed` share the split.
-        max_train_images: Cuts the training split to this many, of each class its share. None: all.
+        augmentation: Augmentation of the training images.
+        mean: Mean per channel on the scale 0 ... 1; null: CIFAR's known values, else computed from the prepared
+            training images, else ImageNet's.
+        std: Standard deviation, likewise.
+        validation_fraction: Fraction of the training images, stratified by class, to use for validation if the data has
+            no validation split. 0: no validation.
+        split_seed: Determines them, together with the images' names; runs that differ only in `seed` share the split.
+        max_train_images: Reduce the training split to this many images, stratified by class. None: all.
         max_eval_images: Likewise for validation and test, each.
-        num_workers: Processes per rank that load batches. 0 is fast enough for prepared images.
-        seed: Of order and augmentation, not negative.
-        undecodable: What to do with an image that cannot be decoded: "raise" an error that names it, or "skip" it with
-            a warning.
+        num_workers: Data-loading processes per rank. 0 is fast enough for prepared images.
+        seed: Seed of order and augmentation, not negative.
+        undecodable: For an image that cannot be decoded, "raise" an error that names it, or "skip" it with a warning.
         download: Whether CIFAR may be downloaded.
-        in_memory: Decode all images once, whatever their size (true) or never (false). Null: up to 64 pixels.
-        cache_dir: Folder of the prepared images.
+        in_memory: Decode all images once, regardless of size (true), or never (false). Null: up to 64 pixels.
+        cache_dir: Folder for prepared images.
 
     Raises:
         ValueError: If an argument is out of range or does not fit the images.
@@ -114,7 +113,7 @@ class ImageDataModule(AbstractDataModule):
         cache_dir: str = "data/cache",
     ) -> None:
         super().__init__()
-        if isinstance(augmentation, dict):  # a checkpoint gives plain containers
+        if isinstance(augmentation, dict):  # a checkpoint contains plain containers
             augmentation = AugmentationConfig(**augmentation)
         self.augmentation = replace(augmentation)  # a copy
         self.save_hyperparameters(ignore="augmentation")
@@ -165,7 +164,7 @@ class ImageDataModule(AbstractDataModule):
 
     @property
     def image_size(self) -> int:
-        """Side of the square that the model sees."""
+        """Side of the model's square input."""
         size: int = self.hparams["image_size"]
         return size
 
@@ -174,7 +173,7 @@ class ImageDataModule(AbstractDataModule):
         return len(self._dataset(split))
 
     def check_model(self, *, num_classes: int, num_channels: int) -> None:
-        """Raise a ValueError if the model was made for other images."""
+        """Raise a ValueError if the model was built for different images."""
         counts = {"class(es)": (self.num_classes, num_classes), "channel(s)": (self.num_channels, num_channels)}
         for name, (here, there) in counts.items():
             if here != there:
@@ -184,7 +183,7 @@ class ImageDataModule(AbstractDataModule):
                 )
 
     def preprocessing_state(self) -> dict[str, Any]:
-        """How an image becomes the model's input, and the classes' names, for `preprocess_files`; plain containers."""
+        """Preprocessing settings and class names for `preprocess_files`; plain containers."""
         data = self._prepared()
         return {
             "image_size": self.image_size,
@@ -207,7 +206,7 @@ class ImageDataModule(AbstractDataModule):
         data, config, seed = self._prepared(), self.augmentation, self.hparams["seed"]
         if not batch.keys.shape[1]:
             return batch._replace(images=normalize(batch.images, data.mean, data.std))
-        if isinstance(data.datasets["train"], DecodedImages):  # cropped where they were decoded
+        if isinstance(data.datasets["train"], DecodedImages):  # already cropped when decoded
             config = replace(config, random_resized_crop=None)
         pixels = augment_pixels(batch.images, config, batch.keys[:, 0], seed)
         mixed = augment_normalized(normalize(pixels, data.mean, data.std), config, batch.keys[:, 0], seed)
@@ -222,8 +221,8 @@ class ImageDataModule(AbstractDataModule):
         if then != now:
             other = [name for name in then if name not in now] or [name for name in now if name not in then] or then
             raise CheckpointError(
-                f"the checkpoint was trained on other classes than these images have ({len(then)} and {len(now)}; for "
-                f'example "{other[0]}" is in only one of them, or at another index): use the data of that run.'
+                f"the checkpoint was trained on different classes than those of these images ({len(then)} and {len(now)}; for "
+                f'example "{other[0]}" is in only one of them, or at a different index): use the data of that run.'
             )
         super().load_state_dict(state_dict)
 
@@ -287,5 +286,5 @@ _SPLITTING = ("validation_fraction", "split_seed", "max_train_images", "max_eval
 
 
 def _training_order(num_images: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Keys of the images, which count on through the epochs, so that a dataset knows the epoch."""
+    """Keys of the images, which continue through the epochs, so that a dataset can derive the epoch."""
     return epoch * num_images + shuffled(num_images, seed, epoch)

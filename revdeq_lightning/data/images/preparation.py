@@ -1,4 +1,4 @@
-"""From a source to datasets: decoded images in one file, and the statistics of the training images."""
+"""Prepare datasets from a source: decoded images in one file, and statistics of the training images."""
 
 import zlib
 from collections.abc import Callable
@@ -22,16 +22,15 @@ _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class ImageData(NamedTuple):
-    """Datasets by split, and what is known of them.
+    """Datasets by split, and their properties.
 
     Attributes:
-        class_names: In the order of their indices.
+        class_names: Names in the order of their indices.
         channels: 1 gray, 3 RGB.
-        mean: By channel.
-        std: By channel.
-        datasets: By split.
-        checksums: Of the training split's labels, and of its images, or of their names where images are decoded as they
-            are needed.
+        mean: Mean per channel.
+        std: Standard deviation per channel.
+        datasets: Datasets by split.
+        checksums: Checksums of the training split's labels and images (of their names if images are decoded on demand).
     """
 
     class_names: list[str]
@@ -51,15 +50,15 @@ def prepare_in_memory(
     *,
     skip_undecodable: bool,
 ) -> ImageData:
-    """Decode all images as evaluation does into a file, or find that it has been done.
+    """Decode all images for evaluation into a file, unless it exists.
 
     Args:
-        folder: Where the file lies.
-        name: Begins the file's name.
+        folder: Folder of the file.
+        name: Prefix of the file's name.
         key: Identifies source and splits; plain containers.
         collect: Lists the images of each split.
-        sizes: What each image becomes.
-        skip_undecodable: Whether to leave out, with a warning, what cannot be decoded.
+        sizes: Target size of each image.
+        skip_undecodable: Whether to skip images that cannot be decoded, with a warning.
     """
     content = digest([_CACHE_FORMAT, key, sizes._asdict(), skip_undecodable])
     path = folder / f"{name}-{sizes.image_size}px-{content}.safetensors"
@@ -83,7 +82,7 @@ def prepare_decoding(
     seed: int,
     skip_undecodable: bool,
 ) -> ImageData:
-    """Datasets that decode as they go, with ImageNet's statistics; the arguments are those of `DecodedImages`."""
+    """Datasets that decode on demand, with ImageNet's statistics and the arguments of `DecodedImages`."""
     class_names, tables = collection
     if getattr(tables["train"].read, "temporary", None):
         raise ValueError(
@@ -128,7 +127,7 @@ def _decode_all(
 
 
 def _statistics(images: NDArray[np.uint8]) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation by channel, on the scale 0 ... 1."""
+    """Mean and standard deviation per channel, on the scale 0 ... 1."""
     counts = np.zeros((images.shape[1], 256))
     for start in range(0, len(images), 1024):  # a count converts its input to int64
         for channel in range(images.shape[1]):
@@ -136,4 +135,4 @@ def _statistics(images: NDArray[np.uint8]) -> tuple[list[float], list[float]]:
     shares, values = counts / counts.sum(axis=1, keepdims=True), np.arange(256) / 255
     mean = shares @ values
     std = np.sqrt((shares * (values - mean[:, None]) ** 2).sum(axis=1))
-    return mean.tolist(), std.clip(min=1 / 255).tolist()  # images of one color have no spread
+    return mean.tolist(), std.clip(min=1 / 255).tolist()  # images of one color have zero deviation

@@ -1,4 +1,4 @@
-"""RandAugment (Cubuk et al. 2019, arXiv:1909.13719) with its 14 operations, drawn for every image."""
+"""RandAugment (Cubuk et al. 2019, arXiv:1909.13719) with its 14 operations, drawn per image."""
 
 import math
 
@@ -21,12 +21,12 @@ _SIGNED_COLORS = range(6, 10)
 def rand_augment(images: Tensor, num_ops: int, magnitude: int, keys: Tensor, seed: int) -> Tensor:
     """Apply `num_ops` operations, one after the other, to each image; uint8 `(batch, 1 or 3, height, width)`.
 
-    Operations are drawn independently and uniformly, as is the sign of those that have a direction. As in torchvision,
+    Operations are drawn independently and uniformly, and so are the signs of those with a direction. As in torchvision,
     `magnitude` 30 is shear 0.3, translation 45 % of the side, rotation 30 degrees, brightness, color, contrast and
     sharpness 0.9 either way, 4 bits, solarization above 0.
     """
     for number in range(num_ops):
-        draws = uniform(keys, seed, f"randaugment/{number}", 2).cpu()  # the one point where a GPU is waited for
+        draws = uniform(keys, seed, f"randaugment/{number}", 2).cpu()  # the only synchronization with a GPU
         operations = (draws[:, 0] * len(OPERATIONS)).long()
         signs = 1 - 2 * (draws[:, 1] < 0.5).to(torch.float32)
         images = apply_operations(images, operations, signs, magnitude)
@@ -34,7 +34,7 @@ def rand_augment(images: Tensor, num_ops: int, magnitude: int, keys: Tensor, see
 
 
 def apply_operations(images: Tensor, operations: Tensor, signs: Tensor, magnitude: int) -> Tensor:
-    """Apply to each image its own operation; `operations` (indices of `OPERATIONS`) and `signs` lie on the CPU."""
+    """Apply one operation per image; `operations` (indices of `OPERATIONS`) and `signs` are on the CPU."""
     images = images.clone()
     geometric = ((operations >= _GEOMETRIC.start) & (operations < _GEOMETRIC.stop)).nonzero().flatten()
     if len(geometric):
@@ -50,7 +50,7 @@ def apply_operations(images: Tensor, operations: Tensor, signs: Tensor, magnitud
 
 
 def affine(images: Tensor, matrices: Tensor) -> Tensor:
-    """Give each pixel p the value at M p, bilinearly, black outside; M `(batch, 2, 3)`, in pixels from the center."""
+    """Sample each pixel p at M p bilinearly, black outside; M `(batch, 2, 3)`, in pixels from the center."""
     height, width = images.shape[-2:]
     half = torch.tensor([width / 2, height / 2], device=images.device)
     relative = matrices * torch.cat([half, half.new_ones(1)]) / half[:, None]

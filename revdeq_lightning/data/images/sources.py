@@ -1,4 +1,4 @@
-"""The sources of labeled images; the embedded digits and CIFAR are read here."""
+"""Sources of labeled images, including the embedded digits and CIFAR."""
 
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ KNOWN_STATISTICS = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
 }
-"""Mean and standard deviation of the 50,000 training images, by channel, on the scale 0 ... 1."""
+"""Mean and standard deviation of the 50,000 training images per channel, on the scale 0 ... 1."""
 
 
 def open_image_source(
@@ -30,14 +30,14 @@ def open_image_source(
     label_column: str | None,
     download: bool,
 ) -> ImageSource:
-    """Open one of the `IMAGE_SOURCES`; the arguments are those of `ImageDataModule`."""
+    """Open one of the `IMAGE_SOURCES`, with the arguments of `ImageDataModule`."""
     if source == "digits":
         return ImageSource(lambda: "digits", _read_digits, channels=1)
     if source == "folder":
         return open_folder(Path(str(path)))
     if source == "huggingface":
         return open_huggingface(str(path), dataset_name, image_column, label_column)
-    # Checked against the published MD5, so the name alone identifies the content.
+    # The published MD5 is verified, so the name identifies the content.
     return ImageSource(lambda: source, partial(_read_cifar, source, Path(path or "data"), download))
 
 
@@ -49,7 +49,7 @@ def _pixels_table(prefix: str, pixels: Any, labels: Any) -> ImageTable:
 
 
 def _read_digits() -> ImageCollection:
-    """A sixth of the images, by a fixed permutation, is the test split."""
+    """Open the digits; a fixed permutation selects a sixth of them for the test split."""
     from sklearn.datasets import load_digits
 
     digits: Any = load_digits()
@@ -62,14 +62,14 @@ def _read_digits() -> ImageCollection:
 
 
 def published_cifar(source: str) -> Any:
-    """Torchvision's class, which holds the published names, address and checksums."""
+    """Torchvision's class, with the published names, URL, and checksums."""
     from torchvision.datasets import CIFAR10, CIFAR100
 
     return {"cifar10": CIFAR10, "cifar100": CIFAR100}[source]
 
 
 def _read_cifar(source: str, path: Path, download: bool) -> ImageCollection:
-    """From `path/cifar-10-batches-py`, that folder itself, the archive or its folder, else downloaded into `path`."""
+    """Find `path/cifar-10-batches-py`, that folder itself, the archive, or its folder; else download to `path`."""
     from torchvision.datasets.utils import check_integrity, download_url, extract_archive
 
     published = published_cifar(source)
@@ -93,7 +93,7 @@ def _read_cifar(source: str, path: Path, download: bool) -> ImageCollection:
             archive.with_name(f"{archive.name}.part").unlink(missing_ok=True)
             raise ConnectionError(f"cannot download {published.url} ({error}): {advice}") from None
     if not check_integrity(archive, published.tgz_md5):
-        raise ValueError(f"{archive} is damaged or another file (its MD5 is not {published.tgz_md5}): remove it.")
+        raise ValueError(f"{archive} is damaged or a different file (its MD5 is not {published.tgz_md5}): remove it.")
     with TemporaryDirectory() as folder:
         extract_archive(str(archive), folder)
         return _unpacked_cifar(source, Path(folder))
@@ -105,10 +105,10 @@ def _unpacked_cifar(source: str, root: Path) -> ImageCollection:
     published = published_cifar(source)
     try:
         splits = {"train": published(root, train=True), "test": published(root, train=False)}
-    except RuntimeError:  # of a wrong checksum
+    except RuntimeError:  # wrong checksum
         files = [*published.train_list, *published.test_list, (published.meta["filename"], published.meta["md5"])]
         paths = {root / published.base_folder / name: md5 for name, md5 in files}
         path, md5 = next(item for item in paths.items() if not check_integrity(*item))
-        raise ValueError(f"{path} is damaged or another file (its MD5 is not {md5}): remove it.") from None
+        raise ValueError(f"{path} is damaged or a different file (its MD5 is not {md5}): remove it.") from None
     tables = {split: _pixels_table(f"{source}/{split}", part.data, part.targets) for split, part in splits.items()}
     return ImageCollection(list(splits["train"].classes), tables)

@@ -1,4 +1,4 @@
-"""Tables of labeled images, the form that every source of images gives, and their splits."""
+"""Tables of labeled images, the common output of all image sources, and their splits."""
 
 import hashlib
 from collections.abc import Callable
@@ -15,10 +15,10 @@ class ImageTable(NamedTuple):
     """Labeled images of one split: image i is `read(places[i])`.
 
     Attributes:
-        names: Bytes, the same wherever the data lies; they decide in which split an image falls.
+        names: Bytes, independent of the location of the data; they determine the split of an image.
         labels: Classes, int64.
-        places: Where `read` finds the images.
-        read: Returns one image. Pickles, so that worker processes can read.
+        places: Locations for `read`.
+        read: Returns one image. Picklable, so that worker processes can read.
     """
 
     names: NDArray[np.bytes_]
@@ -30,7 +30,7 @@ class ImageTable(NamedTuple):
         return len(self.labels)
 
     def take(self, indices: NDArray[np.int64]) -> "ImageTable":
-        """Those images only."""
+        """The table of only these images."""
         return ImageTable(self.names[indices], self.labels[indices], self.places[indices], self.read)
 
 
@@ -42,12 +42,12 @@ class ImageCollection(NamedTuple):
 
 
 class ImageSource(NamedTuple):
-    """Images that have not been looked at yet.
+    """Images that have not been listed yet.
 
     Attributes:
-        key: Computes what identifies the content; may read all of it.
+        key: Computes an identifier of the content; may read all of it.
         open: Lists the images.
-        channels: Of the images: 1 gray, 3 RGB.
+        channels: 1 gray, 3 RGB.
     """
 
     key: Callable[[], str]
@@ -56,7 +56,7 @@ class ImageSource(NamedTuple):
 
 
 def numbered_names(prefix: str, count: int, digits: int) -> NDArray[np.bytes_]:
-    """Names of images that have none: `prefix/000...`."""
+    """Names for unnamed images: `prefix/000...`."""
     return np.array([f"{prefix}/{number:0{digits}d}".encode() for number in range(count)])
 
 
@@ -68,9 +68,9 @@ def split_images(
     max_train_images: int | None,
     max_eval_images: int | None,
 ) -> dict[str, ImageTable]:
-    """Split off a validation part of the training images if there is none, then cut to the given sizes.
+    """Split validation images from the training images if there are none, then reduce to the given sizes.
 
-    Both keep the classes' shares and depend on names and `split_seed` alone.
+    Both are stratified by class and depend only on names and `split_seed`.
     """
     tables = dict(tables)
     train = tables["train"]
@@ -91,9 +91,9 @@ def split_images(
 
 
 def stratified_subset(table: ImageTable, count: int, seed: int) -> NDArray[np.int64]:
-    """Indices of exactly `count` images, of each class as close to its share as that allows, ascending.
+    """Indices of exactly `count` images, stratified by class, in ascending order.
 
-    Within a class, those whose names have the smallest hashes.
+    Selects the images of a class whose names have the smallest hashes.
     """
     sizes = np.bincount(table.labels)
     shares = sizes * count / max(1, len(table))

@@ -1,1 +1,1 @@
-"""What text and images share: batches in a resumable order, sources of files, and arrays cached on disk."""
+"""Common code for text and images: batches in a resumable order, file sources, and arrays cached on disk."""

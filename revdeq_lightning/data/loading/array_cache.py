@@ -17,7 +17,7 @@ _DTYPES = {"U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "I64": np.int64}
 
 
 class StoredArray:
-    """A memory map that is opened at first use, so that it pickles as a path."""
+    """A memory map that is opened on first use and pickles as a path."""
 
     def __init__(self, path: Path, dtype: str, offset: int, shape: tuple[int, ...]) -> None:
         self.path, self.dtype, self.offset, self.shape = path, dtype, offset, shape
@@ -38,7 +38,7 @@ class StoredArray:
 
 
 class ArrayCache(NamedTuple):
-    """Arrays by name, and plain containers that were stored with them."""
+    """Arrays by name, and the plain containers stored with them."""
 
     arrays: dict[str, StoredArray]
     metadata: dict[str, Any]
@@ -51,12 +51,12 @@ class ArrayCache(NamedTuple):
 def load_or_build(path: Path, build: Callable[[], tuple[dict[str, NDArray[Any]], dict[str, Any]]]) -> ArrayCache:
     """Read the arrays from `path`, or build and store them there.
 
-    One process builds while the others wait. The file appears whole or not at all (written beside, synced, renamed); a
-    damaged one is reported and built again.
+    One process builds while the others wait. The file is written atomically (to a temporary file, synced, renamed); a
+    damaged file is reported and rebuilt.
 
     Args:
-        path: The file. Its name must identify the content.
-        build: Returns the arrays (uint8, uint16, uint32 or int64) and metadata that JSON can hold.
+        path: Path of the file, whose name must identify the content.
+        build: Returns the arrays (uint8, uint16, uint32, or int64) and JSON-serializable metadata.
     """
     if (cache := _read(path)) is None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +65,7 @@ def load_or_build(path: Path, build: Callable[[], tuple[dict[str, NDArray[Any]],
                 _write(path, *build())
                 cache = _read(path)
     if cache is None:
-        raise OSError(f"{path} cannot be read back after writing: check the disk, or set cache_dir to another one.")
+        raise OSError(f"{path} cannot be read back after writing: check the disk, or set cache_dir to a different one.")
     return cache
 
 
@@ -78,14 +78,14 @@ def _write(path: Path, arrays: dict[str, NDArray[Any]], metadata: dict[str, Any]
         save_file(arrays, temporary, metadata={"json": json.dumps(metadata | {"checksums": checksums})})
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o644)  # safetensors lets only the owner read
+        temporary.chmod(0o644)  # safetensors makes the file readable only by the owner
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def _read(path: Path, quiet: bool = False) -> ArrayCache | None:
-    """The stored arrays, or None if there are none or they are damaged."""
+    """The stored arrays, or None if they are missing or damaged."""
     if not path.is_file():
         return None
     try:
@@ -102,5 +102,5 @@ def _read(path: Path, quiet: bool = False) -> ArrayCache | None:
     except (ValueError, KeyError, TypeError, OSError):
         pass
     if not quiet:
-        warnings.warn(f"the stored data {path} is damaged: it is built again.", stacklevel=3)
+        warnings.warn(f"the stored data {path} is damaged and will be rebuilt.", stacklevel=3)
     return None

@@ -1,4 +1,4 @@
-"""The base of all data modules: loaders in a reproducible order, and a position to resume from."""
+"""Base class of all data modules: loaders in a reproducible order, with a position to resume from."""
 
 import hashlib
 import json
@@ -19,13 +19,13 @@ Split = TypeVar("Split")
 
 
 class AbstractDataModule(LightningDataModule):
-    """Loaders split over the ranks; a checkpoint holds the position of the first batch not yet trained.
+    """Provide loaders split over the ranks; a checkpoint stores the position of the first batch not yet trained.
 
-    Needs the hyperparameters `batch_size` and `num_workers`.
+    Requires the hyperparameters `batch_size` and `num_workers`.
     """
 
     _items: str
-    """What a batch is made of, for messages."""
+    """Name of the items of a batch, for messages."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,21 +36,21 @@ class AbstractDataModule(LightningDataModule):
 
     @abstractmethod
     def _prepared(self) -> Any:
-        """The data: prepared by the first call, found by later ones."""
+        """The data, prepared by the first call and cached."""
 
     @abstractmethod
     def _by_split(self) -> Mapping[str, Any]:
-        """The prepared data of the splits that exist."""
+        """Prepare the data and return the existing splits."""
 
     @abstractmethod
     def _evaluation_loader(self, split: str) -> ResumableLoader:
-        """All of a split once, in order."""
+        """The complete split once, in order."""
 
     @abstractmethod
     def _order_settings(self) -> dict[str, Any]:
-        """What the training order depends on besides the global batch size, and checksums of the training data.
+        """Settings that determine the training order besides the global batch size, and checksums of the data.
 
-        Plain containers; only checksums that need no further pass over the data.
+        Plain containers; only checksums that require no extra pass over the data.
         """
 
     def prepare_data(self) -> None:
@@ -71,23 +71,23 @@ class AbstractDataModule(LightningDataModule):
     def teardown(self, stage: str) -> None:
         self._close_loaders()
 
-    def on_exception(self, exception: BaseException) -> None:  # Lightning does not call `teardown` then
+    def on_exception(self, exception: BaseException) -> None:  # Lightning does not call `teardown` in that case
         self._close_loaders()
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """The splits that exist, of "train", "validation" and "test". Prepares the data if necessary."""
+        """Existing splits among "train", "validation", and "test". Prepares the data if necessary."""
         return tuple(split for split in SPLITS if split in self._by_split())
 
     def state_dict(self) -> dict[str, Any]:
-        """Position of the first batch not yet trained, and what the order depends on; plain containers."""
+        """Position of the first batch not yet trained, and the settings of the order; plain containers."""
         position = self._train_loader.state_dict() if self._train_loader else self._resumed.get("position")
         world_size = self._rank_and_world_size()[1]
         order = self._order_settings() | {"global_batch_size": self._batch_size * world_size}
         return {"position": position, "order": order, "world_size": world_size}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue at this position. Another number of processes shares the same global batches.
+        """Continue at this position. A different number of processes shares the same global batches.
 
         Raises:
             CheckpointError: If the number of processes does not divide the global batch.
@@ -99,7 +99,7 @@ class AbstractDataModule(LightningDataModule):
                 self._train_loader.load_state_dict(self._resumed["position"])
 
     def __str__(self) -> str:
-        # Lightning's own would run through every batch of a loader that is not a DataLoader.
+        # Lightning's version iterates over every batch of a loader that is not a DataLoader.
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.hparams.items())})"
 
     def _of_split(self, by_split: Mapping[str, Split], split: str, advice: str) -> Split:
@@ -107,12 +107,12 @@ class AbstractDataModule(LightningDataModule):
         if split not in by_split:
             raise ValueError(
                 f"the data (source {self.hparams['source']!r}, path {self.hparams['path']!r}) has no {split} split: "
-                f"{advice}, or do without (trainer.limit_val_batches=0 trains without validation)."
+                f"{advice}, or omit it (trainer.limit_val_batches=0 trains without validation)."
             )
         return by_split[split]
 
     def _training_loader(self, dataset: Dataset[Any], num_items: int, order: Callable[..., Any]) -> ResumableLoader:
-        """Only whole batches, from the position that was loaded."""
+        """Loader of complete batches, from the loaded position."""
         self._train_loader = self._loader(dataset, num_items, order, drop_last=True)
         if self._resumed:
             self._train_loader.load_state_dict(self._resumed["position"])
@@ -142,15 +142,15 @@ class AbstractDataModule(LightningDataModule):
 
     @property
     def _batch_size(self) -> int:
-        """Items of a training batch on each process."""
+        """Items of a training batch per process."""
         return int(self._shared_batch_size or self.hparams["batch_size"])
 
     def _keep_global_batch(self, state: dict[str, Any]) -> None:
-        """Change the batch of each process if nothing but the number of processes changed."""
+        """Adapt the batch size per process if only the number of processes changed."""
         world_size, then = self._rank_and_world_size()[1], state.get("world_size")
         global_batch_size, own = state["order"]["global_batch_size"], self.hparams["batch_size"]
         if then in (None, world_size) or own * then != global_batch_size:
-            return  # as before, or with another batch_size, of which `_warn_if_other_order` warns
+            return  # as before, or with another batch_size, which `_warn_if_other_order` reports
         share, rest = divmod(global_batch_size, world_size)
         if rest:
             raise CheckpointError(
@@ -161,13 +161,13 @@ class AbstractDataModule(LightningDataModule):
         if self._train_loader and share != self._batch_size:
             raise CheckpointError(
                 f"the checkpoint was trained on {then} processes, these are {world_size}: with this strategy the batch "
-                f"must be shared by hand, data.batch_size={share}"
+                f"must be set manually, data.batch_size={share}"
             )
         self._shared_batch_size = share
         rank_zero_warn(
             f"the checkpoint was trained on {then} process(es) with {own} {self._items} each, now {world_size} take "
-            f"{share} each: the batches stay the same; no longer identical are the processes' random numbers "
-            "(dropout) and the rounding of sums over the processes."
+            f"{share} each: the batches stay the same; the processes' random numbers "
+            "(dropout) and the rounding of sums over the processes are no longer identical."
         )
 
     def _rank_and_world_size(self) -> tuple[int, int]:
@@ -176,7 +176,7 @@ class AbstractDataModule(LightningDataModule):
 
     def _warn_if_other_order(self) -> None:
         now, then = self.state_dict()["order"], self._resumed["order"]
-        # What older checkpoints do not have cannot be compared.
+        # Older checkpoints lack some keys, which cannot be compared.
         changed = [f"{name} {then[name]} -> {now[name]}" for name in now if name in then and now[name] != then[name]]
         if changed:
             rank_zero_warn(
@@ -187,5 +187,5 @@ class AbstractDataModule(LightningDataModule):
 
 
 def digest(content: Any) -> str:
-    """A name for plain containers, the same in every process."""
+    """Name of plain containers, identical in every process."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]

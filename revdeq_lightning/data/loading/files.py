@@ -1,4 +1,4 @@
-"""Files below folders, and datasets of the Hugging Face hub or a local copy."""
+"""Files in folders, and datasets of the Hugging Face Hub or a local copy."""
 
 import hashlib
 import os
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def list_files(root: Path) -> list[str]:
-    """Names of the files below a folder, relative to it and sorted; hidden files and folders are left out."""
+    """Names of the files in a folder and its subfolders, relative and sorted, without hidden ones."""
     names = []
     for folder, subfolders, files in os.walk(root, followlinks=True):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
@@ -26,7 +26,7 @@ def content_key(root: Path, names: Iterable[str]) -> str:
 
 
 def hub_is_reachable() -> bool:
-    """One quick request: the hub's own client needs 23 s of retries to find that there is no network."""
+    """Check with one quick request: the client of the Hub retries for 23 s if there is no network."""
     import huggingface_hub
     from huggingface_hub import constants
 
@@ -34,22 +34,22 @@ def hub_is_reachable() -> bool:
         return False
     try:
         huggingface_hub.get_session().head(constants.ENDPOINT, timeout=5)
-    except Exception:  # whatever the HTTP library raises, there was no answer
+    except Exception:  # whatever the HTTP library raises, there was no response
         return False
     return True
 
 
 def huggingface_key(path: str, name: str | None) -> str:
-    """Identify a local copy by its content, a dataset of the hub by its name: once prepared it needs no hub."""
+    """Identify a local copy by its content and a dataset of the Hub by its name, which needs no network later."""
     folder = Path(path)
     return f"{content_key(folder, list_files(folder)) if folder.is_dir() else f'hub:{path}'}:{name}"
 
 
 def load_huggingface(path: str, name: str | None) -> dict[str, Any]:
-    """The splits ("train" at least) of a Hugging Face dataset: of the folder `path` if it exists, else of the hub.
+    """Load the splits ("train" at least) of a Hugging Face dataset from the folder `path` if it exists, else the Hub.
 
     Raises:
-        ConnectionError: If the hub cannot be reached.
+        ConnectionError: If the Hub cannot be reached.
         ValueError: If there is no training split.
     """
     import datasets
@@ -66,7 +66,7 @@ def load_huggingface(path: str, name: str | None) -> dict[str, Any]:
             loaded = datasets.load_dataset(path, name)
         except ConnectionError as error:
             raise ConnectionError(
-                f"cannot fetch the dataset {path} from the hub ({error}): give path=FOLDER with its parquet files or "
+                f"cannot fetch the dataset {path} from the Hub ({error}): give path=FOLDER with its parquet files or "
                 "its save_to_disk copy, set HF_HUB_OFFLINE=1 if it was downloaded before, or use the embedded data, "
                 "which needs no network."
             ) from None

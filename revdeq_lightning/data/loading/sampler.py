@@ -1,4 +1,4 @@
-"""Batches in an order that is a function of seed and epoch, from any position on."""
+"""Batches in an order that is a function of seed and epoch, starting at any position."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,16 +12,16 @@ from revdeq_lightning.data.loading.workers import leave_signals_to_main_process
 from revdeq_lightning.equilibrium.validation import require_count, require_in_range
 
 PADDING = -1
-"""Index that stands for no item: the dataset answers it with an item that losses and metrics ignore."""
+"""Index of a padding item, which losses and metrics ignore."""
 
 IGNORE_INDEX = -100
-"""Target of a position or an item that has none: no loss and no metric counts it."""
+"""Target of positions or items without a target; losses and metrics ignore it."""
 
 
 def random_bits(count: int, seed: int, epoch: int) -> NDArray[np.uint64]:
-    """`count` random integers of 64 bits, a pure function of (seed, epoch).
+    """Draw `count` random 64-bit integers, a pure function of (seed, epoch).
 
-    Raw bits of the generator: the one stream that NumPy promises never to change, so a run resumed under another
+    Uses raw bits of the generator, the only stream that NumPy guarantees not to change, so a run resumed with another
     version of NumPy keeps its order.
     """
     return np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(count)
@@ -33,19 +33,19 @@ def shuffled(num_items: int, seed: int, epoch: int) -> NDArray[np.int64]:
 
 
 class ResumableBatchSampler(Sampler[list[int]]):
-    """Yields the batches `b, b + 1, ...` of one epoch as lists of indices, this rank's share of each.
+    """Yield this rank's share of the batches `b, b + 1, ...` of one epoch as lists of indices.
 
     Global batch b is `order(epoch)[b * G : (b + 1) * G]` with `G = batch_size * world_size`; the ranks take
-    consecutive shares of it. So the ranks never share an item, and one process with batch G sees the same batches.
+    consecutive shares of it. The ranks never share an item, and one process with batch size G sees the same batches.
 
     Args:
-        num_items: Items of an epoch, the length of `order(epoch)`.
+        num_items: Number of items per epoch, the length of `order(epoch)`.
         batch_size: Items per rank.
         order: Indices of one epoch, a pure function of the epoch. None: `0 ... num_items - 1`.
-        rank: This process.
-        world_size: Processes that share the items.
-        drop_last: True (training): only whole global batches. False (evaluation): every item exactly once; the last
-            batch may be smaller, and is filled with `PADDING` until it divides among the ranks. Never wraps around.
+        rank: Rank of this process.
+        world_size: Number of processes that share the items.
+        drop_last: True (training): only complete global batches. False (evaluation): every item exactly once; the last
+            batch may be smaller and is padded with `PADDING` to a multiple of the number of ranks. Never wraps around.
     """
 
     def __init__(
@@ -71,11 +71,11 @@ class ResumableBatchSampler(Sampler[list[int]]):
         self.epoch, self.start_batch = 0, 0
 
     def set_position(self, epoch: int, batch: int) -> None:
-        """Let the next iteration begin with batch `batch` of epoch `epoch`."""
+        """Start the next iteration at batch `batch` of epoch `epoch`."""
         self.epoch, self.start_batch = epoch, batch
 
     def __len__(self) -> int:
-        """Batches of a whole epoch, wherever the next iteration begins (what Lightning expects of a resumed loader)."""
+        """Number of batches of a complete epoch, also if the next iteration starts later, as Lightning expects."""
         size = self.batch_size * self.world_size
         return self.num_items // size if self.drop_last else -(-self.num_items // size)
 
@@ -92,8 +92,8 @@ class ResumableBatchSampler(Sampler[list[int]]):
 def training_position(trainer: Any) -> tuple[int, int]:
     """(epoch, batch) of the first batch that `trainer.fit` has not trained yet.
 
-    Derived from Lightning's count of all trained batches, which leaves out batches that workers fetched ahead and one
-    whose step failed. Lightning's epoch counter skips an epoch when a run with `max_steps` resumes from a checkpoint
+    Derived from Lightning's count of all trained batches, which excludes prefetched batches and one whose step
+    failed. Lightning's epoch counter skips an epoch when a run with `max_steps` resumes from a checkpoint
     saved in `on_train_epoch_end`.
     """
     num_trained = trainer.fit_loop.epoch_loop.batch_progress.total.processed
@@ -102,21 +102,21 @@ def training_position(trainer: Any) -> tuple[int, int]:
 
 
 class ResumableLoader:
-    """A DataLoader whose next iteration begins at a saved position.
+    """A DataLoader whose next iteration starts at a saved position.
 
     Not a `DataLoader` itself, so that Lightning neither replaces its sampler under DDP nor calls `set_epoch`.
 
-    During `trainer.fit` the position follows from Lightning's own counters (`training_position`), so that it can never
-    disagree with them. Outside, each whole iteration advances the epoch by one.
+    During `trainer.fit`, the position follows from Lightning's counters (`training_position`), so that it always agrees
+    with them. Otherwise, each complete iteration advances the epoch by one.
 
-    No iteration draws from the global random state, so that restoring that state in mid-epoch is exact.
+    Iterations do not draw from the global random state, so restoring that state in the middle of an epoch is exact.
 
     Args:
-        dataset: `dataset[list of indices]` is a batch; the indices may hold `PADDING`.
-        batch_sampler: Which indices, in which order.
-        num_workers: Processes that make batches ahead of time, until `close`.
+        dataset: `dataset[list of indices]` is a batch; the indices may include `PADDING`.
+        batch_sampler: Indices of each batch, in order.
+        num_workers: Number of processes that prefetch batches, until `close`.
         pin_memory: Put batches into page-locked memory (for CUDA).
-        trainer: Where to read the position in training. None for evaluation.
+        trainer: Trainer that determines the position in training. None for evaluation.
     """
 
     def __init__(
@@ -133,7 +133,7 @@ class ResumableLoader:
         self._loader = DataLoader(
             dataset,
             sampler=batch_sampler,
-            batch_size=None,  # the sampler's lists of indices go to the dataset as they are
+            batch_size=None,  # pass the sampler's lists of indices to the dataset unchanged
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             pin_memory=pin_memory,
@@ -143,14 +143,14 @@ class ResumableLoader:
 
     @property
     def fitting(self) -> bool:
-        """Whether Lightning trains with this loader, or last did (an interrupted fit still saves checkpoints)."""
+        """Whether Lightning is training with this loader, or was last (an interrupted fit still saves checkpoints)."""
         return self.trainer is not None and self.trainer.state.fn == "fit"
 
     def __len__(self) -> int:
         return len(self.batch_sampler)
 
     def __iter__(self) -> Iterator[Any]:
-        # A generator: it runs at the first `next`, when Lightning's counters stand where training (re)starts. Lightning
+        # A generator runs at the first `next`, when Lightning's counters are where training (re)starts. Lightning
         # itself calls `iter` earlier than that.
         if self.fitting:
             self.epoch, self.start_batch = training_position(self.trainer)
@@ -169,13 +169,13 @@ class ResumableLoader:
         return {"epoch": epoch, "batch": batch}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Begin the next iteration at this position."""
+        """Start the next iteration at this position."""
         whole_epochs, self.start_batch = divmod(state["batch"], len(self))
         self.epoch, self.next_batch = state["epoch"] + whole_epochs, self.start_batch
 
     def close(self) -> None:
         """End the workers; the next iteration starts new ones."""
-        # Lightning does this to a DataLoader at the end of a fit; PyTorch has no public way.
+        # As Lightning does for a DataLoader at the end of a fit; PyTorch has no public API for it.
         iterator: Any = self._loader._iterator
         self._loader._iterator = None
         if hasattr(iterator, "_shutdown_workers"):

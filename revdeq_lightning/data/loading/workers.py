@@ -1,4 +1,4 @@
-"""Data-loading processes leave signals to the process that trains."""
+"""Signal handling of data-loading processes."""
 
 import os
 import signal
@@ -6,13 +6,13 @@ import threading
 
 
 def leave_signals_to_main_process(worker: int) -> None:
-    """Ignore the signals that a scheduler or Ctrl-C sends to every process: the last step still needs the data.
+    """Ignore signals that a scheduler or Ctrl-C sends to every process, because the last step still needs data.
 
-    A worker ends when the training process ends it, also by a SIGTERM of its own.
+    A worker ends when the training process ends it, including by SIGTERM.
     """
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # macOS does not tell who sent a signal: there SIGTERM ends a worker at once
+    if hasattr(signal, "sigwaitinfo"):  # macOS lacks it: there SIGTERM ends a worker immediately
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
 

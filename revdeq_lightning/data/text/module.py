@@ -27,12 +27,12 @@ _CACHE_FORMAT = 1
 
 
 class SplitStatistics(NamedTuple):
-    """What the evaluation of a whole split predicts: everything but its first token.
+    """Size of what the evaluation of a complete split predicts, which is all but its first token.
 
     Attributes:
         num_tokens: Predicted tokens.
         num_bytes: UTF-8 bytes of the predicted text.
-        num_words: As WikiText counts them: parts between white space, and one end-of-line token per newline.
+        num_words: Words as counted by WikiText: separated by white space, plus one end-of-line token per newline.
     """
 
     num_tokens: int
@@ -43,31 +43,31 @@ class SplitStatistics(NamedTuple):
 class TextDataModule(AbstractDataModule):
     """Next-token prediction on text: (tokens, targets) of shape `(batch, context_length)`, targets shifted by one.
 
-    The training order is a function of seed and epoch alone, split over the ranks without overlap; a run resumed from
-    any checkpoint continues with the batch after the last trained one. Evaluation predicts every token of a split but
-    the first exactly once; with several ranks some windows, or a whole batch, hold nothing but `IGNORE_INDEX`.
+    The training order is a function of seed and epoch only, split over the ranks without overlap; a run resumed from
+    any checkpoint continues with the batch after the last trained one. Evaluation predicts every token of a split
+    except the first exactly once; with several ranks, some windows or batches contain only `IGNORE_INDEX`.
 
     Args:
         source: "python" (source code of this Python's standard library, about 12 MB), "files" or "huggingface".
         path: For "files" a text file, a folder, or a list of them, in UTF-8, concatenated. For "huggingface" the
             dataset (`Salesforce/wikitext`), or a local folder with its parquet files or its `save_to_disk` copy.
         dataset_name: For "huggingface" the configuration (`wikitext-103-v1`).
-        validation_path: For "files" the validation text. With it or `test_path` the fractions are not used.
+        validation_path: For "files" the validation text. If it or `test_path` is given, the fractions are not used.
         test_path: For "files" the test text.
         tokenizer: "bytes", "characters", "bpe" (byte-level, learned here), "gpt2", or the path of a tokenizer.json.
         bpe_vocab_size: Tokens that "bpe" learns (fewer if the text has no more), including the 256 bytes.
-        pad_vocab_size_to_multiple: Rounds `vocab_size` up (64: GPT-2's 50257 becomes 50304). Padding ids mean no text.
-        context_length: Tokens that a window predicts.
-        batch_size: Windows per rank and step.
+        pad_vocab_size_to_multiple: Rounds `vocab_size` up (64: GPT-2's 50257 becomes 50304). Padding ids have no text.
+        context_length: Number of tokens that a window predicts.
+        batch_size: Number of windows per rank and step.
         window_order: "shuffled" (each token about once an epoch) or "random" (independent positions, as in nanoGPT).
-        validation_fraction: Of a text in one piece, the part before the test part (0.1 with `test_fraction` 0: the
-            last tenth). Of "python", the approximate fraction of the files. 0: no such split.
+        validation_fraction: Fraction of a text without splits, taken before the test part (0.1 with `test_fraction` 0:
+            the last tenth). For "python", the approximate fraction of the files. 0: no such split.
         test_fraction: Likewise, the last part.
-        max_train_bytes: Cuts the training text after this many bytes. None: all of it.
+        max_train_bytes: Truncate the training text to this many bytes. None: all of it.
         max_eval_bytes: Likewise for validation and test, each.
-        num_workers: Processes per rank that load batches. 0 is fast enough for text.
-        seed: Of the training order, not negative.
-        cache_dir: Folder of the tokenized texts.
+        num_workers: Data-loading processes per rank. 0 is fast enough for text.
+        seed: Seed of the training order, not negative.
+        cache_dir: Folder for tokenized texts.
 
     Raises:
         ValueError: If an argument is out of range or does not fit the text.
@@ -141,12 +141,12 @@ class TextDataModule(AbstractDataModule):
         return -(-self.tokenizer.vocab_size // multiple) * multiple
 
     def split_statistics(self, split: str) -> SplitStatistics:
-        """Tokens, bytes and words that the evaluation of the split predicts."""
+        """Tokens, bytes, and words that the evaluation of the split predicts."""
         self._tokens(split, at_least=2)
         return SplitStatistics(**self._prepared().metadata["statistics"][split])
 
     def setup(self, stage: str) -> None:
-        # A text that is too short fails here, not at the first evaluation.
+        # Fail here, not at the first evaluation, if a text is too short.
         self._tokens("train", at_least=self.hparams["context_length"] + 1)
         for split in self.splits:
             self._tokens(split, at_least=2)
@@ -164,7 +164,7 @@ class TextDataModule(AbstractDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict["tokenizer"] != digest(self.tokenizer_state()):
             raise CheckpointError(
-                "the checkpoint was trained with another vocabulary than this data's "
+                "the checkpoint was trained with a different vocabulary than this data "
                 f'(tokenizer="{self.hparams["tokenizer"]}", {self.tokenizer.vocab_size} tokens): use the data settings '
                 "of that run, or store its tokenizer_state() as JSON and give the file's path as tokenizer."
             )

@@ -36,7 +36,7 @@ def open_source(
     validation_fraction: float,
     test_fraction: float,
 ) -> TextSource:
-    """Open one of the `SOURCES`; the arguments are those of `TextDataModule`."""
+    """Open one of the `SOURCES`, with the arguments of `TextDataModule`."""
     fractions = validation_fraction, test_fraction
     if source == "huggingface":
         return TextSource(
@@ -59,7 +59,7 @@ def open_source(
 
 
 def _cut_if_whole(texts: dict[str, str], validation_fraction: float, test_fraction: float) -> dict[str, str]:
-    """Cut a text without splits: first the training text, then validation, then test."""
+    """Split a text into training, validation, and test text, in this order."""
     if list(texts) != ["train"]:
         return texts
     text = texts["train"]
@@ -70,9 +70,9 @@ def _cut_if_whole(texts: dict[str, str], validation_fraction: float, test_fracti
 
 
 def _read_python(validation_fraction: float, test_fraction: float) -> dict[str, str]:
-    """A file's split and place follow from the hash of its name: the same everywhere, similar over versions.
+    """Assign a file's split and position by the hash of its name: identical everywhere, similar across versions.
 
-    In the order of hashes a byte cap on the split takes files from all over the library.
+    In this order, a byte limit on the split selects files from the entire library.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     files = []
@@ -88,7 +88,7 @@ def _read_python(validation_fraction: float, test_fraction: float) -> dict[str, 
     for name_hash, file in sorted(files):
         try:
             text = file.read_bytes().decode("utf-8")
-        except UnicodeDecodeError:  # a file that declares another encoding
+        except UnicodeDecodeError:  # the file declares another encoding
             continue
         place = int.from_bytes(name_hash[:8], "big") / 2**64
         is_validation = place < test_fraction + validation_fraction
@@ -125,6 +125,6 @@ def _read_huggingface(path: str, name: str | None) -> dict[str, str]:
         if split in dataset:
             if "text" not in dataset[split].column_names:
                 raise ValueError(f'{path} has the columns {dataset[split].column_names}, "text" is not among them.')
-            # Every row is a line or a document and ends its line. WikiText's blank lines come as empty rows.
+            # Every row is a line or a document and gets a line end. WikiText's blank lines are empty rows.
             texts[split] = "".join(row if row.endswith("\n") else row + "\n" for row in dataset[split]["text"])
     return texts

@@ -1,4 +1,4 @@
-"""Tokenizers, each described by plain containers; `decode(encode(text)) == text` for every text that one accepts."""
+"""Tokenizers described by plain containers, with `decode(encode(text)) == text` for every accepted text."""
 
 import json
 import os
@@ -29,11 +29,11 @@ class AbstractTokenizer(ABC):
 
     @abstractmethod
     def decode_bytes(self, ids: Sequence[int] | NDArray[np.int64]) -> bytes:
-        """The UTF-8 bytes that the tokens stand for (a token may end within a character)."""
+        """UTF-8 bytes of the tokens (a token may end within a character)."""
 
     @abstractmethod
     def state(self) -> dict[str, str]:
-        """All that `tokenizer_from_state` needs, in plain containers."""
+        """State for `tokenizer_from_state`, in plain containers."""
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`."""
@@ -41,7 +41,7 @@ class AbstractTokenizer(ABC):
         return ids
 
     def decode(self, ids: Sequence[int] | NDArray[np.int64]) -> str:
-        """Text of the tokens; bytes that are not UTF-8 (a character cut in two) become U+FFFD."""
+        """Text of the tokens; invalid UTF-8 (such as a split character) becomes U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def _checked(self, ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
@@ -74,7 +74,7 @@ class ByteTokenizer(AbstractTokenizer):
 
 
 class CharacterTokenizer(AbstractTokenizer):
-    """One token per Unicode character; characters that the training text does not have are an error in `encode`."""
+    """One token per Unicode character; `encode` rejects characters that are not in the training text."""
 
     def __init__(self, characters: str) -> None:
         self.characters = "".join(sorted(set(characters)))
@@ -118,7 +118,7 @@ class BytePairTokenizer(AbstractTokenizer):
 
         try:
             self._tokenizer = Tokenizer.from_str(definition)
-        except Exception as error:  # the library raises bare Exceptions
+        except Exception as error:  # the library raises plain Exceptions
             raise ValueError(f"not the JSON of the tokenizers library ({error}): give a tokenizer.json.") from None
         self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
         added = self._tokenizer.get_added_tokens_decoder()
@@ -164,7 +164,7 @@ class BytePairTokenizer(AbstractTokenizer):
 
 
 def tokenizer_from_state(state: dict[str, str]) -> AbstractTokenizer:
-    """The tokenizer that `state()` described."""
+    """Create the tokenizer described by `state()`."""
     match state:
         case {"kind": "bytes"}:
             return ByteTokenizer()
@@ -176,11 +176,11 @@ def tokenizer_from_state(state: dict[str, str]) -> AbstractTokenizer:
 
 
 def build_tokenizer(name: str, *, bpe_vocab_size: int, training_text: Callable[[], str]) -> AbstractTokenizer:
-    """Build the tokenizer that a configuration names.
+    """Build a tokenizer by name.
 
     Args:
-        name: "bytes", "characters" or "bpe" (both learned from the training text), "gpt2" (from the hub or its
-            cache), or the path of a `tokenizer.json`, or of a folder with it or with `vocab.json` and `merges.txt`.
+        name: "bytes", "characters" or "bpe" (both learned from the training text), "gpt2" (from the Hub or its
+            cache), the path of a `tokenizer.json`, or of a folder with it or with `vocab.json` and `merges.txt`.
         bpe_vocab_size: Tokens that "bpe" learns, including the 256 bytes.
         training_text: Returns the text of the training split.
     """
@@ -204,7 +204,7 @@ def check_tokenizer_name(name: str) -> None:
 
 
 def tokenizer_key(name: str) -> str:
-    """Distinguishes tokenizers of the same name: the content of the files, if `name` is a path."""
+    """Key that distinguishes tokenizers of the same name by the content of the files, if `name` is a path."""
     if name in TOKENIZERS:
         return name
     path = Path(name)
@@ -222,8 +222,8 @@ def _download_gpt2() -> str:
         if hub_is_reachable():
             return huggingface_hub.hf_hub_download(_GPT2_REPOSITORY, "tokenizer.json")
     raise ConnectionError(
-        f'tokenizer "gpt2" is not stored here and the hub is not reachable ({_GPT2_REPOSITORY}/tokenizer.json): '
-        'fetch that file where there is a network and give its path as tokenizer, or use tokenizer="bpe".'
+        f'tokenizer "gpt2" is not cached and the Hub is not reachable ({_GPT2_REPOSITORY}/tokenizer.json): '
+        'download that file elsewhere and pass its path as tokenizer, or use tokenizer="bpe".'
     )
 
 
@@ -257,7 +257,7 @@ def _code_points(text: str) -> NDArray[np.uint32]:
     return np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
 
 
-# Every byte-level pre-tokenizer cuts between a letter or digit and a line end, so cutting there changes no token.
+# Every byte-level pre-tokenizer splits between a letter or digit and a line end, so splitting there changes no token.
 _CUT = re.compile(r"(?<=[^\W_])(?=\n)")
 
 
@@ -271,7 +271,7 @@ def _pieces(text: str, min_characters: int = 1 << 18) -> Iterator[str]:
 
 
 def _byte_characters() -> dict[str, int]:
-    """GPT-2's table: printable bytes are their own characters, the others those from U+0100 on."""
+    """GPT-2's table: printable bytes map to themselves, the others to characters from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
@@ -279,8 +279,8 @@ def _byte_characters() -> dict[str, int]:
 
 _BYTE_OF = _byte_characters()
 _ALL_KINDS = " Some  words, 12 \n\n\tÄe\u0301\u00a0\u6f22\U0001f642 \r\n"
-# The library's threads do not survive a fork: a forked child must tokenize without them or it hangs. The library
-# ensures that itself, but with a warning in each DataLoader worker, although those never tokenize.
+# The library's threads do not survive a fork: a forked child must tokenize without them, or it hangs. The library
+# handles this, but warns in each DataLoader worker, although workers never tokenize.
 if "TOKENIZERS_PARALLELISM" not in os.environ and hasattr(os, "register_at_fork"):
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     os.register_at_fork(after_in_child=lambda: os.environ.update(TOKENIZERS_PARALLELISM="false"))

@@ -1,4 +1,4 @@
-"""Windows of tokens: which ones an epoch takes, and how they become batches."""
+"""Windows of tokens: their selection in an epoch, and batches of them."""
 
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ class TextBatch(NamedTuple):
 
 
 class TokenWindows(Dataset[TextBatch]):
-    """Maps a list of first positions to a batch of windows; positions outside the text are not predicted."""
+    """Map a list of start positions to a batch of windows; positions outside the text are not predicted."""
 
     def __init__(self, tokens: StoredArray, context_length: int) -> None:
         self.tokens, self.context_length = tokens, context_length
@@ -41,12 +41,12 @@ class TokenWindows(Dataset[TextBatch]):
 
 
 def count_windows(num_tokens: int, context_length: int) -> int:
-    """Training windows per epoch: as many as fit behind any offset up to `context_length`, at least one."""
+    """Number of training windows per epoch: as many as fit after any offset up to `context_length`, at least one."""
     return max(1, (num_tokens - context_length) // context_length)
 
 
 def window_starts(epoch: int, *, num_tokens: int, context_length: int, seed: int, order: str) -> NDArray[np.int64]:
-    """First positions of the training windows of one epoch, a pure function of its arguments.
+    """Start positions of the training windows of one epoch, a pure function of the arguments.
 
     Args:
         epoch: From 0.
@@ -59,6 +59,6 @@ def window_starts(epoch: int, *, num_tokens: int, context_length: int, seed: int
     count = count_windows(num_tokens, context_length)
     if order == "random":
         return (random_bits(count, seed, epoch) % np.uint64(num_tokens - context_length)).astype(np.int64)
-    num_offsets = num_tokens - count * context_length  # all that leave room for the windows
+    num_offsets = num_tokens - count * context_length  # all offsets that leave room for the windows
     offset = int(random_bits(count + 1, seed, epoch)[-1] % np.uint64(num_offsets))
     return offset + context_length * shuffled(count, seed, epoch)
