@@ -1,4 +1,4 @@
-"""Metrics, each named with its unit."""
+"""Metrics, named with their units."""
 
 from typing import TYPE_CHECKING
 

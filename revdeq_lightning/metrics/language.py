@@ -1,6 +1,6 @@
-"""How well a language model predicts a split of a text, each figure with its unit.
+"""Metrics of a language model on a split of a text, with units.
 
-With `S` nats for the whole split, and its numbers of tokens, words and bytes (facts of the text and the tokenizer):
+With `S` nats for the complete split, and its numbers of tokens, words, and bytes (properties of text and tokenizer):
 
     loss             = S / num_tokens                nats per token
     token_perplexity = exp(S / num_tokens)           per token: comparable between models of one tokenizer only
@@ -17,7 +17,7 @@ from torchmetrics import Metric
 
 
 class SplitCounts(Protocol):
-    """What the figures need to know of a split: the sizes of the text that its targets cover."""
+    """Sizes of the text covered by the targets of a split."""
 
     @property
     def num_tokens(self) -> int:
@@ -29,17 +29,17 @@ class SplitCounts(Protocol):
 
     @property
     def num_words(self) -> int:
-        """Words of their text, ends of lines included."""
+        """Words of their text, including line ends."""
 
 
 class LanguageMetrics(Metric):
-    """Sums of nats and tokens over a split, in float64 and over all processes; every token weighs the same.
+    """Sums of nats and tokens over a split, in float64 and over all processes; every token has the same weight.
 
     Keys: `loss` (nats per token), `token_perplexity`, `word_perplexity`, `bits_per_byte`.
 
-    Assumes that each target is seen once. Of a split that was seen in part (a limit on batches, a sanity check), words
-    and bytes are taken in proportion to the tokens; a split seen more than once (a sampler that wraps around) is an
-    error.
+    Assumes that each target is seen once. If only a part of the split was seen (a limit on batches, a sanity check),
+    words and bytes are scaled in proportion to the tokens; seeing a split more than once (a sampler that wraps around)
+    is an error.
 
     Example:
         metrics = LanguageMetrics()
@@ -56,7 +56,7 @@ class LanguageMetrics(Metric):
     num_tokens: Tensor
 
     def __init__(self, **kwargs: Any) -> None:
-        # A cached result would outlive a change of the statistics that compute() is given.
+        # A cached result would ignore a change of the statistics passed to compute().
         super().__init__(compute_with_cache=False, **kwargs)
         self.add_state("total_nats", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("num_tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")

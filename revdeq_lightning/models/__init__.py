@@ -1,4 +1,4 @@
-"""Models: the equilibrium language model, its explicit baseline, the image classifiers, and what they share."""
+"""Models: the equilibrium language model, its explicit baseline, the image classifiers, and shared parts."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""The settings of a task as plain data, and the models they describe; no Lightning in here."""
+"""Settings of a task as plain data, and the models they describe. Independent of Lightning."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
@@ -89,7 +89,7 @@ class SolverConfig(_Settings):  # type: ignore[misc]
         return {"num_losses": self.num_losses, "loss_decay": 0.8 if self.loss_decay is None else self.loss_decay}
 
     def build_solver(self) -> AbstractSolver:
-        """The solver; ValueError if a setting is out of range or one that it does not have."""
+        """The solver; ValueError if a setting is out of range or unknown to the solver."""
         given = self._given(_SOLVER_OPTIONS)
         for name, value in given.items():
             if self.solver not in _SOLVER_OPTIONS[name].arguments:
@@ -98,7 +98,7 @@ class SolverConfig(_Settings):  # type: ignore[misc]
         return SOLVERS[self.solver](**shared | given)
 
     def build_adjoint(self) -> AbstractAdjoint:
-        """The adjoint; ValueError if a setting is out of range or of another adjoint, or it does not fit the solver."""
+        """The adjoint; ValueError if a setting is out of range or of another adjoint, or the solver does not fit."""
         adjoint = self.adjoint or SOLVERS[self.solver].default_adjoint
         given = self._given(_ADJOINT_OPTIONS)
         for name, value in given.items():
@@ -168,5 +168,5 @@ def build_image_classifier(network: ClassifierConfig, solver: SolverConfig) -> A
 
 
 def plain(**settings: Any) -> dict[str, dict[str, Any]]:
-    """Dataclasses as plain containers, which a checkpoint holds without code (`weights_only=True`)."""
+    """Dataclasses as plain containers, which load from a checkpoint with `weights_only=True`."""
     return {name: asdict(value) for name, value in settings.items()}

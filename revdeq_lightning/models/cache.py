@@ -1,9 +1,8 @@
 """Keys and values of earlier tokens, kept for every evaluation of f.
 
-A solve with a fixed number of steps is a deep causal network whose layers share their weights: the state of a token,
-after each evaluation, depends on earlier tokens only, through their keys and values in that same evaluation. So a cache
-with one slot per attention in each evaluation is exact, and a new token costs a solve over one token, however long the
-prompt.
+A solve with a fixed number of steps is a deep causal network with shared weights: after each evaluation, the state of a
+token depends only on earlier tokens, through their keys and values in the same evaluation. A cache with one slot per
+attention and evaluation is therefore exact, and a new token costs a solve over one token, for any length of the prompt.
 """
 
 from collections.abc import Callable
@@ -13,11 +12,11 @@ from torch import Tensor
 
 
 class KeyValueCache:
-    """Keys, values and whatever else the tokens seen so far left behind, one slot per call of `extend` in a pass.
+    """Keys, values, and other cached tensors of the tokens so far, one slot per call of `extend` in a pass.
 
     A pass is one run of the model over new tokens. Every pass makes the same calls in the same order (the layers of
-    evaluation 1, those of evaluation 2, ...), so that slots need no names. Memory is that of `context_length` tokens
-    from the start: nothing is copied as the text grows.
+    evaluation 1, those of evaluation 2, ...), so slots need no names. Memory for `context_length` tokens is
+    allocated at the start, so nothing is copied as the text grows.
 
     Attributes:
         length: Number of tokens in the cache: the position of the next one.
@@ -30,7 +29,7 @@ class KeyValueCache:
         self._next_slot = 0
 
     def extend(self, *new: Tensor) -> tuple[Tensor, ...]:
-        """Append to the next slot, along dimension -2, and return views of all that it holds."""
+        """Append to the next slot along dimension -2 and return views of its contents."""
         num_new = new[0].shape[-2]
         if num_new > 1 and self.length:
             raise ValueError(f"a cache that holds tokens takes one at a time, got {num_new}")
@@ -49,7 +48,7 @@ class KeyValueCache:
         return tuple(stored[..., :end, :] for stored in slot)
 
     def bind(self, f: Callable[..., Any]) -> Callable[[Any, Any], Any]:
-        """`f(z, x)` whose evaluations use the cache in turn."""
+        """`f(z, x)` whose evaluations use the slots of the cache in turn."""
         return lambda z, x: f(z, x, self)
 
     def end_pass(self, num_new: int) -> None:

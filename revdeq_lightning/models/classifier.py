@@ -1,10 +1,11 @@
-"""Image classifiers: one equilibrium a resolution, or one equilibrium over all resolutions, and a linear readout.
+"""Image classifiers: one equilibrium per resolution, or one over all resolutions, and a linear readout.
 
     x_1 = stem(images),    z_i = f_i(z_i, x_i) by a solver from 0,    x_{i+1} = down_i(x_i + z_i)
     logits = head(mean(x_n + z_n))
 
-`PaperSingleClassifier` and `PaperStagesClassifier` are the released architectures of arXiv:2509.12917, weight for
-weight, `StagesClassifier` is ours, and `JointClassifier` solves all resolutions as one state, as multiscale DEQ (MDEQ).
+`PaperSingleClassifier` and `PaperStagesClassifier` are the released architectures of arXiv:2509.12917 (same
+parameters), `StagesClassifier` is ours, and `JointClassifier` solves all resolutions as one state, like multiscale DEQ
+(MDEQ).
 
 Shape suffixes: B batch, C channels, H height, W width, V classes.
 """
@@ -29,25 +30,25 @@ PAPER_GROUP_SIZE, PAPER_POOL_SIZE, PAPER_BATCH_NORM_MOMENTUM = 16, 4, 0.01
 
 
 class ClassifierOutput(NamedTuple):
-    """Logits, and how each equilibrium was reached (none without a solver)."""
+    """Logits, and statistics of each solve (none without a solver)."""
 
     logits_BV: Tensor
     stats: tuple[SolverStats, ...]
 
 
 def stage_solvers(config: ClassifierConfig, solver: Any) -> list[Any]:
-    """The solver of each stage: with the steps of `config.steps`, where it has them."""
+    """The solver of each stage, with the steps of `config.steps` if given."""
     steps = config.steps or [solver.max_steps] * len(config.channels)
     return [dataclasses.replace(solver, max_steps=n) for n in steps]
 
 
 def conv3x3(num_in: int, num_out: int, stride: int = 1) -> nn.Conv2d:
-    """3x3 convolution without bias that keeps the size (but for the stride)."""
+    """3x3 convolution without bias that keeps the size (except for the stride)."""
     return nn.Conv2d(num_in, num_out, 3, stride, padding=1, bias=False)
 
 
 def group_norm(channels: int, group_size: int = PAPER_GROUP_SIZE) -> nn.GroupNorm:
-    """Groups of this size, or one of all channels (size 0, or fewer): no running statistics, f stays one map."""
+    """GroupNorm with this group size, or one group (size 0, or few channels); without running statistics."""
     return nn.GroupNorm(max(1, channels // (group_size or channels)), channels)
 
 
@@ -76,9 +77,9 @@ class PaperConvBlock(nn.Module):
 
 
 class ModernConvBlock(nn.Module):
-    """`f(z, x) = norm3(h + conv2(silu(norm2(conv1(silu(norm1(h)))))))`, `h = z + x`; conv2 starts at zero.
+    """`f(z, x) = norm3(h + conv2(silu(norm2(conv1(silu(norm1(h)))))))`, `h = z + x`; conv2 is initialized to zero.
 
-    The last norm keeps the state at unit scale, so that it contracts. Dropout has one mask a solve.
+    The last norm keeps the state at unit scale, so that it contracts. Dropout uses one mask per solve.
     """
 
     def __init__(self, channels: int, width: int, dropout: float, group_size: int) -> None:
@@ -97,7 +98,7 @@ class ModernConvBlock(nn.Module):
 
 
 def make_block(config: ClassifierConfig, stage: int) -> nn.Module:
-    """The f of one resolution of our classifiers."""
+    """Build f for one resolution of our classifiers."""
     channels, width = config.channels[stage], config.widths[stage]
     if config.block == "paper":
         return PaperConvBlock(channels, width)
@@ -129,7 +130,7 @@ class Downsample(nn.Sequential):
 
 
 class AbstractClassifier(nn.Module):
-    """Readout and interface, around whatever maps images to features."""
+    """Readout and interface around a map from images to features."""
 
     head: nn.Linear
 
@@ -183,7 +184,7 @@ class PaperSingleClassifier(AbstractClassifier):
 
 
 class AbstractStagesClassifier(AbstractClassifier):
-    """One equilibrium a resolution, `x = x + z`, and a downsampling between them."""
+    """One equilibrium per resolution, `x = x + z`, with downsampling in between."""
 
     stem: nn.Module
     equilibria: nn.ModuleList
@@ -221,7 +222,7 @@ class PaperStagesClassifier(AbstractStagesClassifier):
 
 
 class StagesClassifier(AbstractStagesClassifier):
-    """Ours, for images of any size: `stem_stride` 1 or 2 for 32x32, 4 for 224x224."""
+    """Our classifier for images of any size: `stem_stride` 1 or 2 for 32x32, 4 for 224x224."""
 
     def __init__(self, config: ClassifierConfig, solver: Any, adjoint: Any) -> None:
         super().__init__(config)
@@ -238,7 +239,7 @@ class StagesClassifier(AbstractStagesClassifier):
 
 
 def modern_stem(config: ClassifierConfig) -> nn.Module:
-    """A convolution whose kernel overlaps its neighbours: 3x3 for stride 1 and 2, 7x7 for stride 4."""
+    """A convolution with overlapping kernels: 3x3 for stride 1 and 2, 7x7 for stride 4."""
     size = 3 if config.stem_stride < 4 else 2 * config.stem_stride - 1
     convolution = nn.Conv2d(
         config.num_channels, config.channels[0], size, config.stem_stride, padding=size // 2, bias=False
@@ -247,7 +248,7 @@ def modern_stem(config: ClassifierConfig) -> nn.Module:
 
 
 class JointBlock(nn.Module):
-    """All resolutions at once: a residual block in each, then each is the normed sum of all, resampled to it.
+    """All resolutions at once: a residual block in each, then the normalized sum of all, resampled to each.
 
         h_i = block_i(z_i, x_i),    f(z, x)_i = norm_i(sum_j resample_ji(h_j))
 
@@ -274,13 +275,13 @@ class JointBlock(nn.Module):
         out = []
         for i, norm in enumerate(self.norms):
             others = [self.resample[f"{j}to{i}"](h[j]) for j in range(len(h)) if j != i]
-            # A finer neighbour of odd size is doubled to one row and column too many.
+            # If the finer resolution has an odd size, doubling gives one row and column too many.
             out.append(norm(h[i] + sum(other[..., : h[i].shape[-2], : h[i].shape[-1]] for other in others)))
         return tuple(out)
 
 
 def resampling(num_in: int, num_out: int, halvings: int, group_size: int) -> nn.Module:
-    """Halve the resolution by convolutions of stride 2, or (negative) double it by repeating pixels."""
+    """Halve the resolution by stride-2 convolutions, or (negative) double it by repeating pixels."""
     if halvings < 0:
         upsample = nn.Upsample(scale_factor=2**-halvings, mode="nearest")
         return nn.Sequential(nn.Conv2d(num_in, num_out, 1, bias=False), group_norm(num_out, group_size), upsample)
@@ -289,7 +290,7 @@ def resampling(num_in: int, num_out: int, halvings: int, group_size: int) -> nn.
 
 
 class JointClassifier(AbstractClassifier):
-    """One equilibrium whose state holds all resolutions: the state is a tuple of tensors."""
+    """One equilibrium whose state is a tuple with a tensor per resolution."""
 
     def __init__(self, config: ClassifierConfig, solver: Any, adjoint: Any) -> None:
         super().__init__(config)
@@ -301,7 +302,7 @@ class JointClassifier(AbstractClassifier):
         self.head = nn.Linear(sum(channels), config.num_classes)
 
     def features(self, images_BCHW: Tensor) -> tuple[Tensor, tuple[SolverStats, ...]]:
-        """Means of all resolutions, joined."""
+        """Concatenated means of all resolutions."""
         x = [self.stem(images_BCHW)]
         for downsample in self.downsamples:
             x.append(downsample(x[-1]))
@@ -319,7 +320,7 @@ CLASSIFIERS: dict[str, Any] = {
 
 
 def build_classifier(config: ClassifierConfig, solver: Any, adjoint: Any) -> AbstractClassifier:
-    """The classifier that `config.architecture` names.
+    """Build the classifier selected by `config.architecture`.
 
     Args:
         config: Sizes and architecture.

@@ -17,7 +17,7 @@ ARCHITECTURES_WITH = {
     "stochastic_depth": ("stages",),
     "stem_stride": ("stages", "joint", "resnet"),
 }
-"""Options that not all classifiers have."""
+"""Options that only some classifiers have."""
 BLOCKS_WITH = {
     "num_heads": BLOCKS,
     "num_layers": BLOCKS,
@@ -28,7 +28,7 @@ BLOCKS_WITH = {
     "group_size": ("modern",),
     "dropout": ("modern",),
 }
-"""Options that not all blocks have."""
+"""Options that only some blocks have."""
 
 
 @dataclass
@@ -42,15 +42,15 @@ class TransformerConfig:
         num_heads: Attention heads; divides `d_model`. Required by `modern` and `paper`.
         block: `modern`, `paper`, or the import path of your own `nn.Module`, such as `my_package.MyBlock`: f is
             `MyBlock(d_model, **block_options)` and maps `z` and `x` of shape `(batch, tokens, d_model)` to a new `z`,
-            each token from itself and earlier ones. Embedded tokens then hold a learned position, and generation
-            has no cache.
+            each token from itself and earlier ones. Embedded tokens then include a learned position, and
+            generation has no cache.
         block_options: Keyword arguments of your own block.
         num_layers: Layers in one evaluation of f (the paper's f has one).
         d_mlp: Width of the MLP; 0 for `4 * d_model`.
         double_projection: Paper block only: project q, k, v twice, as the released code does.
-        rope_base: Modern block only: the slowest rotation is about `1 / rope_base` radians a token.
-        num_taps: Modern block only: tokens that the short convolution over the embedding reaches; 1 for none.
-        loss_chunk_size: Tokens of which the logits exist at once in `loss`.
+        rope_base: Modern block only: the slowest rotation is about `1 / rope_base` radians per token.
+        num_taps: Modern block only: width in tokens of the short convolution over the embedding; 1 for none.
+        loss_chunk_size: Number of tokens whose logits exist at the same time in `loss`.
     """
 
     vocab_size: int
@@ -117,20 +117,20 @@ class ClassifierConfig:
     Attributes:
         num_classes: Number of classes.
         num_channels: Channels of the images.
-        architecture: `stages` (one equilibrium a resolution), `joint` (one equilibrium over all resolutions), or the
+        architecture: `stages` (one equilibrium per resolution), `joint` (one equilibrium over all resolutions), or the
             released `paper_single` and `paper_stages`; or `resnet`, the baseline without equilibrium.
         channels: Channels of each stage; the resolution halves from stage to stage.
-        widths: Channels inside f over those of the state, for each stage; empty for 1 in each.
+        widths: Ratio of the channels inside f to those of the state, for each stage; empty for 1 in each.
         steps: Solver steps of each stage; empty for the solver's `max_steps` in each.
-        blocks: Of `resnet`, residual blocks of each stage; empty for 2 in each.
+        blocks: For `resnet`, residual blocks of each stage; empty for 2 in each.
         block: f of `stages` and `joint`: `modern`, `paper`, or the import path of your own `nn.Module`, such as
             `my_package.MyBlock`: f of a stage is `MyBlock(channels, **block_options)` and maps `z` and `x` of shape
             `(batch, channels, height, width)` to a new `z`.
         block_options: Keyword arguments of your own block.
         group_size: Modern block only: channels that GroupNorm normalizes together; 0 for all.
-        stem_stride: Pixels from one position of the first stage to the next: 1 or 2 for images of 32x32, 4 for 224x224.
-        dropout: Fraction of the channels inside f that are dropped in training, one mask a solve.
-        stochastic_depth: Of `stages`, probability that a sample skips an equilibrium in training.
+        stem_stride: Total stride of the first stage: 1 or 2 for images of 32x32, 4 for 224x224.
+        dropout: Fraction of the channels inside f that are dropped in training, with one mask per solve.
+        stochastic_depth: For `stages`, probability that a sample skips an equilibrium in training.
     """
 
     num_classes: int
@@ -191,7 +191,7 @@ def _check_block(config: Any) -> None:
 
 
 def _require_owner(config: Any, name: str, kind: str, owners: tuple[str, ...]) -> None:
-    """Raise ValueError where an option is set that this architecture or block does not have."""
+    """Raise ValueError if an option is set that this architecture or block does not have."""
     (option,) = (f for f in fields(config) if f.name == name)
     default = option.default if option.default_factory is MISSING else option.default_factory()
     value, owner = getattr(config, name), getattr(config, kind)

@@ -1,7 +1,7 @@
-"""Cross-entropy of a linear head, in chunks: the logits of a whole batch never exist.
+"""Cross-entropy of a linear head in chunks, without storing the logits of a complete batch.
 
-At 4,096 tokens and 50,304 words the logits and their gradient are 1.6 GB in float32. Here one chunk of tokens at a time
-goes through the head, and its gradient is taken at once, in the forward pass: nothing is evaluated twice.
+At 4,096 tokens and 50,304 words, the logits and their gradient take 1.6 GB in float32. Here the head processes one
+chunk of tokens at a time and computes its gradient immediately, in the forward pass, without evaluating anything twice.
 """
 
 from typing import Any
@@ -19,23 +19,23 @@ def chunked_cross_entropy(
 ) -> Tensor:
     """Mean of `-log softmax(hidden @ weight.T)[target]` over the targets that are not `ignore_index`.
 
-    The products with the head run in the dtype of an active autocast, or else of the inputs; softmax, logarithm and
-    every sum in float32 or better. The result is a sum divided by a count: `chunk_size` changes its rounding only.
+    The products with the head use the dtype of an active autocast or of the inputs; softmax, logarithm, and all sums
+    use float32 or better. The result is a sum divided by a count, so `chunk_size` changes only its rounding.
     There is no second derivative.
 
     Args:
         hidden_ND: Inputs of the head.
         weight_VD: Weight of the head, without bias.
         targets_N: Class of each row, int64, in `[0, V)` or `ignore_index`.
-        chunk_size: Rows of which the logits exist at once; memory is about `3 * chunk_size * V` numbers.
-        ignore_index: Rows with this target do not count. A batch of nothing else gives 0 and zero gradients.
+        chunk_size: Number of rows whose logits exist at the same time; memory is about `3 * chunk_size * V` numbers.
+        ignore_index: Ignore rows with this target. If all rows are ignored, loss and gradients are 0.
 
     Returns:
         The loss in nats per target, 0-dim, float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: If shapes do not fit, `chunk_size` is below 1, or (on CPU) a target is no class. On CUDA, where
-            looking would wait for the device in every step, the kernels stop on such a target.
+        ValueError: If shapes do not match, `chunk_size` is below 1, or (on CPU) a target is not a class. On CUDA, where
+            a check would synchronize in every step, the kernels assert instead.
     """
     if hidden_ND.shape != (len(targets_N), weight_VD.shape[1]) or targets_N.dim() != 1:
         shapes = ", ".join(str(tuple(t.shape)) for t in (hidden_ND, weight_VD, targets_N))
@@ -53,9 +53,9 @@ def chunked_cross_entropy(
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Gradients of the SUM are taken chunk by chunk in forward; backward scales them by `grad / number of targets`.
+    """Compute gradients of the SUM per chunk in forward; scale them by `grad / number of targets` in backward.
 
-    Scaling last keeps them of the order of 1, which float16 and bfloat16 hold better than 1 / N.
+    Scaling last keeps them of the order of 1, which float16 and bfloat16 represent better than 1 / N.
     """
 
     @staticmethod
@@ -81,7 +81,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 total -= (log_probs_nV.gather(1, class_n1) * valid_n1).sum()
                 if not (needs_hidden or needs_weight):
                     continue
-                # d(sum)/d(logits) = softmax - onehot, zero in the rows that are ignored
+                # d(sum)/d(logits) = softmax - onehot, zero in ignored rows
                 grad_nV = log_probs_nV.exp_()
                 grad_nV.scatter_add_(1, class_n1, grad_nV.new_full((1, 1), -1.0).expand_as(class_n1)).mul_(valid_n1)
                 grad_nV = grad_nV.to(product_dtype)

@@ -1,4 +1,4 @@
-"""The baseline without an equilibrium: a stack of the same layers, each with its own weights."""
+"""The baseline without an equilibrium: a stack of the same layers with separate weights."""
 
 from torch import Tensor, nn
 
@@ -11,7 +11,7 @@ from revdeq_lightning.models.transformer import AbstractLanguageModel, ModernBlo
 class ExplicitTransformerLM(AbstractLanguageModel):
     """`config.num_layers` modern layers, evaluated once: `h = f(0, x)`.
 
-    Same embedding, layers, readout and interface as `TransformerLM` with `block="modern"`; the statistics are None.
+    Same embedding, layers, readout, and interface as `TransformerLM` with `block="modern"`; the statistics are None.
     """
 
     def __init__(self, config: TransformerConfig) -> None:

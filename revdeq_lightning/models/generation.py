@@ -1,4 +1,4 @@
-"""Text from a language model, with a key-value cache for every evaluation of f, or without."""
+"""Generate text with a language model, with or without a key-value cache for every evaluation of f."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -28,28 +28,28 @@ def generate(
 ) -> Tensor:
     """Continue a text.
 
-    When the context is full, the model goes on from the later half of it, which is read anew: one pass over half a
-    context every half a context, a constant cost per token.
+    When the context is full, the model continues from its second half, which it reads again: one pass over half a
+    context per half a context, a constant cost per token.
 
     Args:
         model: The language model, evaluated in eval mode.
-        tokens_BT: Prompts of one length, at least one token.
-        max_new_tokens: How many tokens to add.
+        tokens_BT: Prompts of equal length, at least one token.
+        max_new_tokens: Number of tokens to add.
         temperature: Divides the logits; 0 takes the most likely token.
         top_k: Draw from the k most likely tokens.
-        top_p: Draw from the fewest most likely tokens that have this probability together.
-        generator: Source of randomness, on the device of the model; the default one if None.
-        use_cache: False reads the whole context for each token: slow, for any solver.
-        warm_start: Without the cache, start each solve from the last one's states, a new token from that of the token
-            before it. Earlier tokens do not see later ones: their states are solved already, and evaluations saved.
+        top_p: Draw from the smallest set of most likely tokens with at least this total probability.
+        generator: Random generator on the device of the model; None for the default generator.
+        use_cache: False reads the complete context for each token: slow, but works with any solver.
+        warm_start: Without the cache, start each solve from the states of the last one, and a new token from the state
+            of the previous token. Earlier tokens do not depend on later ones, so their states are already solved.
 
     Returns:
         Prompt and continuation, shape `(B, T + max_new_tokens)`.
 
     Raises:
-        ValueError: If an argument is out of its range, the prompt is empty, longer than the context or not of the
-            vocabulary, or the solver stops by a tolerance: a cache is exact only with a fixed number of evaluations;
-            or has none, with a warm start: the text would be another one.
+        ValueError: If an argument is out of range; if the prompt is empty, longer than the context, or not in the
+            vocabulary; if the solver has a tolerance, because a cache is exact only with a fixed number of evaluations;
+            or if it has none with a warm start, which would change the text.
     """
     _check_sampling(max_new_tokens, temperature, top_k, top_p)
     context_length = model.config.context_length
@@ -94,7 +94,7 @@ def sample(
         probs_BV[:, top_k:] = 0
         probs_BV /= probs_BV.sum(-1, keepdim=True)
     if top_p is not None:
-        # A token stays if those before it fall short of top_p: the first always does.
+        # Keep a token if the previous ones do not reach top_p, so always the first.
         probs_BV[probs_BV.cumsum(-1) - probs_BV >= top_p] = 0
     return tokens_BV.gather(-1, torch.multinomial(probs_BV, 1, generator=generator))
 
@@ -131,7 +131,7 @@ def _check_warm_start(model: AbstractLanguageModel, use_cache: bool) -> None:
 
 @contextmanager
 def _warm_started(model: Any) -> Iterator[None]:
-    """Within, each solve of the model starts where the last one ended."""
+    """Context in which each solve of the model starts where the last one ended."""
     states: list[Tensor] = []
 
     def start(layer: Any, args: Any) -> Any:
@@ -163,9 +163,9 @@ def _eval_mode(model: AbstractLanguageModel) -> Iterator[None]:
 
 
 def continue_text(model: Any, tokenizer: Any, prompt: str, *, seed: int = 0, **sampling: Any) -> str:
-    """Prompt and continuation; of a prompt longer than the context only the end is read.
+    """Return prompt and continuation; only the end of a prompt longer than the context is read.
 
-    A solver with a tolerance generates without the cache, which is exact only for a fixed number of evaluations.
+    Solvers with a tolerance generate without the cache, which is exact only for a fixed number of evaluations.
     """
     ids = tokenizer.encode(prompt)
     if not ids:
@@ -176,9 +176,9 @@ def continue_text(model: Any, tokenizer: Any, prompt: str, *, seed: int = 0, **s
     solver = getattr(getattr(model, "equilibrium", None), "solver", None)
     generator = torch.Generator(device).manual_seed(seed)
     use_cache = model.config.has_cache and (solver is None or not solver.has_tolerance)
-    # With the cache f is evaluated outside of its layer, for which alone FSDP2 gathers parameters.
+    # The cache evaluates f outside its layer, but FSDP2 gathers parameters only for the layer.
     use_cache = use_cache and not any(map(is_sharded, model.parameters()))
     new = generate(model, tokens_BT, generator=generator, use_cache=use_cache, **sampling)[0, tokens_BT.shape[1] :]
-    # A vocabulary padded to a round size has ids that mean no text; an untrained model may draw them.
+    # A padded vocabulary has ids without text, which an untrained model may draw.
     text: str = tokenizer.decode([i for i in new.tolist() if i < tokenizer.vocab_size])
     return prompt + text

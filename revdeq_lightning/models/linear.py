@@ -1,7 +1,8 @@
-"""Linear layers that are not slow on processors with AVX-512 that are not Intel's.
+"""Linear layers that are fast on processors with AVX-512 of other vendors than Intel.
 
-There PyTorch's float32 products run in MKL, which keeps AVX-512 for Intel's own; oneDNN, which PyTorch brings too, does
-not (AMD EPYC, one core, 1024 x 1024 x 1024: 105 and 223 GFLOP/s). Everywhere else these are plain `nn.Linear`.
+There, PyTorch's float32 products run in MKL, which uses AVX-512 only on Intel processors; oneDNN, which PyTorch also
+includes, uses it on all (AMD EPYC, one core, 1024 x 1024 x 1024: 105 and 223 GFLOP/s). Elsewhere, these are plain
+`nn.Linear`.
 """
 
 import functools
@@ -16,7 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 
 class Linear(nn.Linear):
-    """`x @ weight.T + bias`; parameters, initialisation and gradients are those of `nn.Linear`."""
+    """`x @ weight.T + bias`; parameters, initialization, and gradients are those of `nn.Linear`."""
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
@@ -32,7 +33,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 @functools.cache
 def mkl_is_slow() -> bool:
-    """Whether this processor has AVX-512, PyTorch both libraries, and MKL will not use it."""
+    """Whether this processor has AVX-512 that MKL does not use, and PyTorch includes both libraries."""
     if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):  # type: ignore[no-untyped-call]
         return False
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
@@ -45,13 +46,13 @@ def mkl_is_slow() -> bool:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Float32 numbers in the CPU's memory: no subclass that stands for something else, such as a DTensor."""
+    """Whether this is a plain float32 tensor on the CPU, not a subclass such as a DTensor."""
     is_plain = type(tensor) is Tensor or type(tensor) is nn.Parameter
     return is_plain and tensor.dtype == torch.float32 and tensor.device.type == "cpu" and tensor.numel() > 0
 
 
 def _is_transformed() -> bool:
-    """Whether the product is not to be computed as it stands, which the operator knows nothing of."""
+    """Whether a mode or transform intercepts the product, which the operator does not support."""
     return (
         torch.compiler.is_compiling()
         or torch.is_autocast_enabled("cpu")
@@ -61,7 +62,7 @@ def _is_transformed() -> bool:
 
 
 class _OneDNNLinear(torch.autograd.Function):
-    """The backward pass is made of the same function, so that it has every further derivative."""
+    """The backward pass uses the same function, so that higher derivatives exist."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -84,5 +85,5 @@ if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
 
     @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
     def _num_flops(x_shape: tuple[int, ...], weight_shape: tuple[int, ...], *_: Any, **__: Any) -> int:
-        """What PyTorch's counter is to count: it knows only its own products."""
+        """Register a FLOP formula with PyTorch's counter, which only knows PyTorch's products."""
         return 2 * prod(x_shape) * weight_shape[0]

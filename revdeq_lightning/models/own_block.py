@@ -1,4 +1,4 @@
-"""A block of the user's own as f, by its import path: `model.network.block: my_package.MyBlock`."""
+"""User-defined blocks as f, by import path: `model.network.block: my_package.MyBlock`."""
 
 import importlib
 from collections.abc import Mapping
@@ -10,9 +10,9 @@ from revdeq_lightning.errors import BlockError
 
 
 def own_block(path: str, width: int, options: Mapping[str, Any]) -> nn.Module:
-    """`MyBlock(width, **options)`.
+    """Create `MyBlock(width, **options)`.
 
-    Importing the module runs its code, also where a checkpoint names it.
+    Importing the module runs its code, also if the path comes from a checkpoint.
 
     Args:
         path: Module and class, joined by a dot.
@@ -20,8 +20,8 @@ def own_block(path: str, width: int, options: Mapping[str, Any]) -> nn.Module:
         options: Keyword arguments of the class.
 
     Raises:
-        BlockError: If there is no such module or class, it is no `nn.Module`, or it does not take these arguments;
-            in a call, if the block does not keep the shape of z.
+        BlockError: If there is no such module or class, it is not an `nn.Module`, or it does not accept these
+            arguments; in a call, if the block does not keep the shape of z.
     """
     module, _, name = path.rpartition(".")
     try:

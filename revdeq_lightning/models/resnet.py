@@ -1,4 +1,4 @@
-"""The baseline without an equilibrium: a residual network with the stem, sizes and readout of the classifiers."""
+"""The baseline without an equilibrium: a residual network with the stem, sizes, and readout of the classifiers."""
 
 import itertools
 
@@ -30,7 +30,7 @@ class BasicBlock(nn.Module):
 
 
 class ResNet(AbstractClassifier):
-    """`config.blocks` basic blocks in each stage; with channels 64, 128, 256, 512 and 2 each it is ResNet-18."""
+    """`config.blocks` basic blocks per stage; with channels 64, 128, 256, 512 and 2 blocks each, it is ResNet-18."""
 
     def __init__(self, config: ClassifierConfig) -> None:
         super().__init__(config)

@@ -2,7 +2,7 @@
 
     x = embedding(tokens),    z = f(z, x) by a solver from z_0 = 0,    logits = head(norm(z))
 
-f is `paper`, the released block of arXiv:2509.12917 weight for weight, `modern`, ours, or a block of the user's own.
+f is `paper`, the released block of arXiv:2509.12917 (same parameters), our `modern` block, or a user-defined block.
 
 Shape suffixes: B batch, T tokens, D d_model, H heads, K size of a head (half of it in the tables of rotations), J taps,
 V vocabulary.
@@ -30,14 +30,14 @@ PAPER_NORM_EPS, MODERN_NORM_EPS = 1e-5, 1e-6
 
 
 class LMOutput(NamedTuple):
-    """Logits of every position and how the fixed point was reached (None without a solver)."""
+    """Logits of every position, and statistics of the solve (None without a solver)."""
 
     logits_BTV: Tensor
     stats: SolverStats | None
 
 
 class LMLoss(NamedTuple):
-    """Mean nats per target, the number of targets, and how the fixed point was reached (None without a solver)."""
+    """Mean nats per target, the number of targets, and statistics of the solve (None without a solver)."""
 
     loss: Tensor
     num_targets: Tensor
@@ -51,15 +51,15 @@ def split_heads(x_BTD: Tensor, num_heads: int) -> Tensor:
 
 
 def rms_norm(x: Tensor) -> Tensor:
-    """Root mean square 1 over the last dimension."""
+    """Normalize to root mean square 1 over the last dimension."""
     return F.rms_norm(x, x.shape[-1:], eps=MODERN_NORM_EPS)
 
 
 def causal_attention(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, cache: KeyValueCache | None) -> Tensor:
-    """Attend to this and earlier tokens, those in the cache included; `(B, T, D)`."""
+    """Attend to this and earlier tokens, including cached ones; `(B, T, D)`."""
     if cache is not None:
         k_BHTK, v_BHTK = cache.extend(k_BHTK, v_BHTK)
-    # A single new token may see everything; the mask is for whole sequences, which begin at an empty cache.
+    # A single new token may attend to all; only complete sequences, with an empty cache, need the mask.
     is_causal = q_BHTK.shape[-2] > 1
     return F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, is_causal=is_causal).transpose(-3, -2).flatten(-2)
 
@@ -106,7 +106,7 @@ class PaperBlock(nn.Module):
 
 
 class ModernAttention(nn.Module):
-    """Attention with normed, rotated queries and keys, no biases, and an output that starts at zero."""
+    """Attention with normalized, rotated queries and keys, no biases, and an output initialized to zero."""
 
     cos_TK: Tensor
     sin_TK: Tensor
@@ -139,7 +139,7 @@ class ModernAttention(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """`down(silu(gate(h)) * up(h))`, zero at the start."""
+    """`down(silu(gate(h)) * up(h))`, zero at initialization."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -190,7 +190,7 @@ class ModernBlock(nn.Module):
 
 
 class ShortConvolution(nn.Module):
-    """`sum_j taps[j] * x[t - j]` for each channel; the identity at the start."""
+    """`sum_j taps[j] * x[t - j]` per channel; the identity at initialization."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -203,7 +203,7 @@ class ShortConvolution(nn.Module):
         recent_BTD = x_BTD[:, -(num_new + num_taps - 1) :]
         recent_BTD = F.pad(recent_BTD, (0, 0, num_new + num_taps - 1 - recent_BTD.shape[1], 0))
         windows_BTDJ = recent_BTD.unfold(1, num_taps, 1)
-        # Not as a convolution or einsum: autocast would take x, the input of every evaluation, to half precision.
+        # Not a convolution or einsum: autocast would round x, the input of every evaluation, to half precision.
         return (windows_BTDJ * self.taps_JD.flip(0).T).sum(-1)
 
 
@@ -223,12 +223,12 @@ class PaperEmbedding(nn.Module):
 
 
 class ModernEmbedding(nn.Module):
-    """A short convolution over normed tokens."""
+    """A short convolution over normalized tokens."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.token = nn.Embedding(config.vocab_size, config.d_model)
-        nn.init.normal_(self.token.weight, std=0.02)  # the norm takes its scale away; it sets how fast Adam turns it
+        nn.init.normal_(self.token.weight, std=0.02)  # the norm removes it; sets Adam's effective step
         self.convolution = ShortConvolution(config)
 
     def forward(self, tokens_BT: Tensor, cache: KeyValueCache | None = None) -> Tensor:
@@ -238,7 +238,7 @@ class ModernEmbedding(nn.Module):
 
 
 class AbstractLanguageModel(nn.Module):
-    """Embedding, readout and loss, around whatever maps embedded tokens to hidden states."""
+    """Embedding, readout, and loss around a map from embedded tokens to hidden states."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -252,14 +252,14 @@ class AbstractLanguageModel(nn.Module):
 
     @abstractmethod
     def transform(self, x_BTD: Tensor, cache: KeyValueCache | None) -> tuple[Tensor, SolverStats | None]:
-        """Map embedded tokens to hidden states; with a cache, of tokens that follow those in it."""
+        """Map embedded tokens to hidden states; with a cache, of the tokens after the cached ones."""
 
     def embed(self, tokens_BT: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """Input injection x.
 
         Raises:
-            ValueError: If the tokens reach beyond the context, or (on CPU) beyond the vocabulary. On CUDA, where
-                looking would wait for the device in every step, the embedding's kernel stops on such a token.
+            ValueError: If the tokens exceed the context or (on CPU) the vocabulary. On CUDA, where a check would
+                synchronize in every step, the embedding's kernel asserts instead.
         """
         if tokens_BT.dim() != 2 or tokens_BT.is_floating_point():
             raise ValueError(
@@ -274,7 +274,7 @@ class AbstractLanguageModel(nn.Module):
         return x_BTD
 
     def hidden(self, tokens_BT: Tensor, cache: KeyValueCache | None = None) -> tuple[Tensor, SolverStats | None]:
-        """Input of the output projection and statistics; with a cache, of tokens that follow those in it."""
+        """Input of the output projection, and statistics; with a cache, of the tokens after the cached ones."""
         h_BTD, stats = self.transform(self.embed(tokens_BT, cache), cache)
         if cache is not None:
             cache.end_pass(tokens_BT.shape[1])
@@ -286,24 +286,24 @@ class AbstractLanguageModel(nn.Module):
         return self.head.weight
 
     def forward(self, tokens_BT: Tensor, cache: KeyValueCache | None = None) -> LMOutput:
-        """Logits of the token that follows each token."""
+        """Logits of the next token at each position."""
         h_BTD, stats = self.hidden(tokens_BT, cache)
         return LMOutput(self.head(h_BTD), stats)
 
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> LMLoss:
-        """Mean nats per target that is not -100, without the logits of all tokens at once."""
+        """Mean nats per target other than -100, without storing the logits of all tokens."""
         h_BTD, stats = self.hidden(tokens_BT)
         return LMLoss(self.nats(h_BTD, targets_BT), (targets_BT != IGNORE_INDEX).sum(), stats)
 
     def nats(self, h_BTD: Tensor, targets_BT: Tensor) -> Tensor:
-        """Mean nats per target, of inputs of the output projection."""
+        """Mean nats per target, from the inputs of the output projection."""
         return chunked_cross_entropy(
             h_BTD.flatten(0, 1), self.output_weight_VD, targets_BT.flatten(), chunk_size=self.config.loss_chunk_size
         )
 
 
 def make_block(config: TransformerConfig) -> nn.Module:
-    """The f that `config.block` names."""
+    """Build f as selected by `config.block`."""
     if config.block == "paper":
         return PaperBlock(config)
     if config.block == "modern":
@@ -318,9 +318,9 @@ class TransformerLM(AbstractLanguageModel):
         config: Sizes and block.
         solver: Solver of the fixed point, such as `ReversibleSolver(beta=0.8, max_steps=8)`.
         adjoint: Gradient rule, such as `ReversibleAdjoint()`.
-        num_losses: Fixed-point correction: the solve is made in so many parts, in evaluation too, and in training the
-            loss is the weighted mean of those at the ends of all parts; 1 for none.
-        loss_decay: Weight of each part's loss over that of the next one, in (0, 1].
+        num_losses: Fixed-point correction: split the solve into this number of parts, also in evaluation; in training,
+            the loss is the weighted mean over the ends of all parts. 1 for none.
+        loss_decay: Ratio of the weight of each part's loss to that of the next, in (0, 1].
     """
 
     def __init__(
@@ -332,7 +332,7 @@ class TransformerLM(AbstractLanguageModel):
         self.equilibrium = EquilibriumLayer(make_block(config), solver=solver, adjoint=adjoint, num_parts=num_losses)
 
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor) -> LMLoss:
-        """In training with correction, the weighted mean over the parts of the solve."""
+        """Compute the loss; in training with correction, the weighted mean over the parts of the solve."""
         if self.equilibrium.num_parts == 1 or not self.training:
             return super().loss(tokens_BT, targets_BT)
         last = self.equilibrium(self.embed(tokens_BT))
@@ -347,7 +347,7 @@ class TransformerLM(AbstractLanguageModel):
         if cache is None:
             solution = self.equilibrium(x_BTD)
         else:
-            # Not through a compiled f: it would be compiled anew for every length.
+            # Not with a compiled f, which would be recompiled for every length.
             f = cache.bind(getattr(self.equilibrium.f, "_orig_mod", self.equilibrium.f).forward)
             solution = self.equilibrium.solve(f, torch.zeros_like(x_BTD), x_BTD, adjoint=BackpropAdjoint())
         return solution.value, solution.stats

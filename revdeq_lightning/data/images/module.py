@@ -221,8 +221,8 @@ class ImageDataModule(AbstractDataModule):
         if then != now:
             other = [name for name in then if name not in now] or [name for name in now if name not in then] or then
             raise CheckpointError(
-                f"the checkpoint was trained on different classes than those of these images ({len(then)} and {len(now)}; for "
-                f'example "{other[0]}" is in only one of them, or at a different index): use the data of that run.'
+                f"the checkpoint was trained on different classes than these images have ({len(then)} and {len(now)}; "
+                f'for example "{other[0]}" is in only one of them, or at a different index): use the data of that run.'
             )
         super().load_state_dict(state_dict)
 
