@@ -22,16 +22,16 @@ class DiagnosticsConfig:
     Attributes:
         certificate: What to do at the first logging step after a gradient that is not exact: warn, raise, or stop with
             a checkpoint. (model.solver.mismatch acts in the backward pass itself.)
-        gradient_error_every_n_steps: Optimizer steps between two comparisons of the gradient with BPTT and with that at
-            the converged fixed point; 0 for none.
+        gradient_error_every_n_steps: Optimizer steps between two comparisons of the gradient with BPTT and with the
+            gradient at the converged fixed point; 0 for none.
         gradient_error_num_samples: Samples of each of these comparisons.
-        gradient_error_float64: Whether their references are computed in float64.
+        gradient_error_float64: Whether to compute their references in float64.
         contraction_every_n_steps: Optimizer steps between two estimates of the spectral radius of df/dz; 0 for none.
         residual_curve_every_n_steps: Optimizer steps between two residual curves along the iteration; 0 for none.
         depth_sweep_every_n_validations: Validations between two sweeps over the solver's steps; 0 for none.
         depth_sweep_num_batches: Batches of each of these sweeps, which cost about eight times their evaluation.
         samples_every_n_validations: Validations between two samples, text or a sheet of images; 0 for none.
-        peak_flops: Peak of one device in operations a second, for model FLOP utilization; null: from a table of GPUs.
+        peak_flops: Peak operations per second of one device, for model FLOP utilization; null: from a table of GPUs.
     """
 
     certificate: Literal["warn", "raise", "stop"] = "warn"

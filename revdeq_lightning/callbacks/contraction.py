@@ -1,4 +1,4 @@
-"""Whether f contracts where the solver ends."""
+"""Whether f contracts at the state that the solver returns."""
 
 import warnings
 from typing import Any
@@ -19,23 +19,23 @@ class ContractionWarning(UserWarning):
 class Contraction(AbstractProbing):
     """Estimates the spectral radius of df/dz at the state that the solver returns, by the power method.
 
-    Below 1 f contracts there, and plain iteration converges at this rate. From 1 on a solver with a fixed number of
-    steps still returns something, and its gradient is still exact, but the residual no longer falls with more steps,
-    and a state that nothing bounds begins to grow: the warning comes before a `DivergenceError`. A relaxation `beta`
-    below 1 converges a little beyond, if the largest eigenvalue is not positive.
+    Below 1, f contracts there and plain iteration converges at this rate. From 1 on, a solver with a fixed number of
+    steps still has an exact gradient, but the residual no longer falls with more steps and an unbounded state begins to
+    grow: the warning comes before a `DivergenceError`. A relaxation `beta` below 1 converges a little beyond 1 if the
+    largest eigenvalue is not positive.
 
     It costs a forward pass on some samples, and one evaluation of f and `num_iterations` vector-Jacobian products for
-    each equilibrium. What it assumes and raises: see `AbstractProbing`.
+    each equilibrium. For assumptions and errors see `AbstractProbing`.
 
-    Keys, logged for every such step alone, over the samples of all processes: `equilibrium/spectral_radius` (the
-    largest) and, with several equilibria, that of each, `equilibrium/1/spectral_radius` ... in the order of the calls.
+    Keys, logged at these steps only, over the samples of all processes: `equilibrium/spectral_radius` (the largest)
+    and, with several equilibria, `equilibrium/1/spectral_radius` ... in the order of the calls.
 
     Args:
         every_n_steps: Optimizer steps from one estimate to the next.
         num_samples: Samples of each process; at least 2 where BatchNorm trains.
-        num_iterations: Power iterations; the estimate is from below, good to a few percent.
-        warn_at: Radius from which it warns; once, and again after the radius was below.
-        loss: `(module, batch) -> loss` whose solves are looked at; None: the training step.
+        num_iterations: Power iterations. The estimate is from below, accurate to a few percent.
+        warn_at: Radius from which it warns: once, and again after the radius was below.
+        loss: `(module, batch) -> loss` with the solves to examine; None: the training step.
     """
 
     def __init__(

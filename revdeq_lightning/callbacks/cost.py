@@ -16,16 +16,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from revdeq_lightning.callbacks.abstract import AbstractWatching
-from revdeq_lightning.equilibrium import (
-    AbstractAdjoint,
-    AbstractSolver,
-    BackpropAdjoint,
-    EquilibriumLayer,
-    ReversibleAdjoint,
-    equilibria,
-)
+from revdeq_lightning.equilibrium import BackpropAdjoint, EquilibriumLayer, ReversibleAdjoint, equilibria
 from revdeq_lightning.equilibrium.validation import require_in_range
-from revdeq_lightning.runs.probe import Loss, Probe, batch_size, first_samples, reason_against
+from revdeq_lightning.runs.probe import Choice, Loss, Probe, batch_size, first_samples, reason_against
 from revdeq_lightning.tasks.training_step import is_logging_step, made_step
 
 LOGGED_PHASES = ("data", "forward", "backward", "optimizer", "other")
@@ -44,11 +37,11 @@ class Cost(AbstractWatching):
     * `seconds_per_step`, of an optimizer step, and its parts: `data_seconds` (loggers, waiting for the loader,
       transfer), `forward_seconds`, `backward_seconds` (with the exchange of gradients), `optimizer_seconds` (with
       clipping), `other_seconds` (callbacks, checkpoints).
-    * `peak_memory_bytes`: of the tensors on the GPU, else resident memory of the process; since the start.
+    * `peak_memory_bytes`: since the start, of the tensors on the GPU, otherwise of the process.
     * `evaluations_per_second`: of f, forward and backward passes.
-    * `model_flop_utilization`: floating-point operations that the iteration and its derivative need, without those of
-      evaluating f again to save memory, as a fraction of the device's peak in the precision of training. Only where the
-      peak is known, the module is not sharded, and the adjoint differentiates the iteration (reversible, backprop).
+    * `model_flop_utilization`: floating-point operations of the iteration and its derivative, without evaluations of f
+      repeated to save memory, as a fraction of the device's peak in the precision of training. Only if the peak is
+      known, the module is not sharded, and the adjoint differentiates the iteration (reversible, backprop).
 
     The operations are counted once, before the first batch, with one and two solver steps on two samples, and scaled to
     the evaluations and samples of each batch. Counting does not change the run.
@@ -100,7 +93,7 @@ class Cost(AbstractWatching):
             self._can_count = False
             try:
                 self.flops = count_flops(trainer, pl_module, batch, self.loss)
-            except Exception as error:  # whatever the module's step cannot do with two samples: training continues
+            except Exception as error:  # the module's step may not work with two samples
                 warnings.warn(f"no model FLOP utilization: the operations cannot be counted: {error!r}", stacklevel=2)
         self._mark("forward")
 
@@ -174,7 +167,7 @@ class FlopCount:
     of_evaluation: list[float]
 
     def of_sample(self, nfe: Sequence[float]) -> float | None:
-        """Operations with so many evaluations in each solve; None if the solves do not belong to one layer each."""
+        """Operations for these evaluations of each solve; None if the solves do not match the layers."""
         if len(self.of_evaluation) == 1 and nfe:  # one layer, perhaps called several times
             nfe = [sum(nfe) / len(nfe)]
         if len(nfe) != len(self.of_evaluation):
@@ -183,15 +176,15 @@ class FlopCount:
 
 
 def count_flops(trainer: Trainer, module: LightningModule, batch: Any, loss: Loss | None = None) -> FlopCount:
-    """Count the operations of the iteration and its derivative (BPTT), on the side.
+    """Count the operations of the iteration and its derivative (BPTT), without changing the run.
 
-    They are linear in the evaluations of each layer: with one step in each, and with two in one after the other.
+    They are linear in the evaluations of each layer: count with one step in each layer, then with two in one of them.
     """
     samples = first_samples(batch, 2)
     probe = Probe(trainer, module, samples, loss)
 
     def count(twice: EquilibriumLayer | None = None) -> float:
-        def choose(layer: EquilibriumLayer) -> tuple[AbstractSolver, AbstractAdjoint]:
+        def choose(layer: EquilibriumLayer) -> Choice:
             steps = 2 if layer is twice else 1
             return dataclasses.replace(layer.solver, max_steps=steps, rtol=0.0, atol=0.0), BackpropAdjoint()
 

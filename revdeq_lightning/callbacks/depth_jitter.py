@@ -14,12 +14,11 @@ from revdeq_lightning.runs.probe import chosen_solvers
 
 
 class DepthJitter(Callback):
-    """Draws the solver's steps and its beta for each batch from lists, so that the model is good at other depths too.
+    """Draws the solver's steps and its beta for each batch from lists, so that the model also works at other depths.
 
-    What is drawn is a function of (seed, batch of the run): all ranks draw the same, and a resumed run continues with
-    the same draws. Evaluation uses the solver as given. Logs no keys (`equilibrium/forward_nfe` shows the evaluations).
-
-    Assumes that every equilibrium of the module is an `EquilibriumLayer` and that all are to make the same steps.
+    The draw depends only on the seed and the number of the batch in the run: all ranks draw the same values, and a
+    resumed run continues with the same draws. All equilibria get the same values. Evaluation uses the solver as given.
+    Logs no keys (`equilibrium/forward_nfe` shows the evaluations).
 
     Args:
         steps: Numbers of solver steps to draw from; empty: the solver's own.

@@ -11,18 +11,12 @@ from lightning import LightningModule, Trainer
 from torch import Tensor, nn
 
 from revdeq_lightning.callbacks.abstract import AbstractAtValidations
-from revdeq_lightning.equilibrium import (
-    AbstractAdjoint,
-    AbstractSolver,
-    EquilibriumLayer,
-    deferred_divergence,
-    equilibria,
-)
+from revdeq_lightning.equilibrium import EquilibriumLayer, deferred_divergence, equilibria
 from revdeq_lightning.equilibrium.validation import require_count
 from revdeq_lightning.loggers.media import log_curves, log_table, step_of
 from revdeq_lightning.loggers.plots import Table, by_step, save_png, sweep_plots
 from revdeq_lightning.loggers.step_rows import append_rows, rewind_rows, write_rows
-from revdeq_lightning.runs.probe import chosen_solvers
+from revdeq_lightning.runs.probe import Choice, chosen_solvers
 from revdeq_lightning.runs.random_state import untouched_random_state
 
 Sums = Callable[[LightningModule, Any], dict[str, Tensor]]
@@ -180,7 +174,7 @@ def solver_steps(module: nn.Module, steps: int) -> AbstractContextManager[None]:
     """Let the deepest solver make so many steps, and the others the same fraction of theirs, at least one."""
     most = most_steps(module)
 
-    def choose(layer: EquilibriumLayer) -> tuple[AbstractSolver, AbstractAdjoint]:
+    def choose(layer: EquilibriumLayer) -> Choice:
         scaled = max(1, round(layer.solver.max_steps * steps / most))
         return dataclasses.replace(layer.solver, max_steps=scaled), layer.adjoint
 

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from revdeq_lightning.callbacks.abstract import AbstractProbing
 from revdeq_lightning.equilibrium import (
-    AbstractAdjoint,
-    AbstractSolver,
     AndersonSolver,
     BackpropAdjoint,
     DivergenceError,
@@ -21,7 +19,7 @@ from revdeq_lightning.equilibrium import (
     ImplicitAdjoint,
 )
 from revdeq_lightning.equilibrium.validation import require_count
-from revdeq_lightning.runs.probe import Gradients, Loss, Probe, first_samples
+from revdeq_lightning.runs.probe import Choice, Gradients, Loss, Probe, first_samples
 
 REFERENCES = ("bptt", "converged")
 
@@ -29,35 +27,34 @@ REFERENCES = ("bptt", "converged")
 class GradientError(AbstractProbing):
     """Compares the gradient of the active adjoint with two references, on the first samples of a batch.
 
-    * `bptt`: the same iteration, differentiated by back-propagation. What the adjoint does wrong.
+    * `bptt`: the same iteration, differentiated by back-propagation. The difference is the error of the adjoint.
     * `converged`: the gradient at the fixed point, by the implicit function theorem, after the same solver has
-      continued to a tolerance. What is lost by stopping early: not an error of the adjoint.
+      continued to a tolerance. The difference is what stopping early costs, not an error of the adjoint.
 
-    It needs the memory of the iterates of some samples and of the parameters' gradients twice, with `float64` of the
-    parameters once more. On a CPU, at the sizes of configs/lm/default.yaml and configs/cifar10/cpu.yaml, a comparison
-    took 0.2 to 0.8 of a training step, with `float64` 0.8 to 2.9, most where f hardly contracts: at the default
-    interval below 0.2 % and 0.6 % of the time. What it assumes and raises: see `AbstractProbing`.
+    It needs memory for the iterates of the samples and for the parameters' gradients twice, with `float64` also for a
+    copy of the parameters. On a CPU, at the sizes of configs/lm/default.yaml and configs/cifar10/cpu.yaml, a comparison
+    took 0.2 to 0.8 training steps, with `float64` 0.8 to 2.9: at the default interval less than 0.2 % and 0.6 % of the
+    time. For assumptions and errors see `AbstractProbing`.
 
-    Keys, logged for every such step alone, over the samples of all processes; REFERENCE is `bptt` or `converged`:
+    Keys, logged at these steps only, over the samples of all processes; REFERENCE is `bptt` or `converged`:
 
     * `gradient_error/REFERENCE/relative_l2`: `norm(g - reference) / norm(reference)`, over all parameters.
     * `gradient_error/REFERENCE/cosine`: of the angle between them.
-    * `gradient_error/REFERENCE/GROUP/relative_l2` and `.../cosine`: of a group of parameters.
-    * `gradient_error/converged/relative_residual`: the largest that is left in the solves of that reference, forward
-      and backward: it says how far the reference is to be trusted.
+    * `gradient_error/REFERENCE/GROUP/relative_l2` and `.../cosine`: the same for a group of parameters.
+    * `gradient_error/converged/relative_residual`: the largest residual at the end of that reference's solves, forward
+      and backward. It shows how far the reference can be trusted.
 
-    A group whose reference is 0 is left out, and `converged` where its solves diverge (with one warning).
+    A group whose reference is 0 is left out, as is `converged` where its solves diverge (with one warning).
 
     Args:
         every_n_steps: Optimizer steps from one comparison to the next.
         num_samples: Samples of each process; at least 2 where BatchNorm trains.
-        references: Which of the two.
-        float64: Whether the references are computed in float64, of the same parameters and without autocast, and
-            dropout is off in all gradients, as its masks would differ.
-        max_steps: Most steps of the solvers of `converged`.
+        references: One or both of them.
+        float64: Whether to compute the references in float64, from the same parameters and without autocast. Dropout is
+            then off in all gradients, as its masks would differ.
+        max_steps: Largest number of steps of the solvers of `converged`.
         rtol: Their tolerance; None: 1e-5, and 1e-9 with `float64`.
-        group: Name of a parameter's group from the parameter's name; None: the equilibrium layer that it belongs to,
-            or else the first module below the model.
+        group: Maps a parameter's name to the name of its group; None: `default_group`.
         loss: `(module, batch) -> loss`; None: that of the training step.
     """
 
@@ -103,7 +100,7 @@ class GradientError(AbstractProbing):
     def _sums_and_residual(
         self, probe: Probe, active: Gradients, reference: str, group: Callable[[str], str]
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Sums for each group, NaN if the reference diverges; largest residual of its solves."""
+        """Sums of each group, NaN if the reference diverges, and the largest residual of its solves."""
         try:
             choose = self._backprop if reference == "bptt" else self._converged
             gradients = probe.gradients(choose, float64=self.float64)
@@ -119,19 +116,19 @@ class GradientError(AbstractProbing):
         largest = torch.stack([r.max().float() for r in residuals if r is not None]).max()
         return _sums(active, gradients, group), largest
 
-    def _backprop(self, layer: EquilibriumLayer) -> tuple[AbstractSolver, AbstractAdjoint]:
+    def _backprop(self, layer: EquilibriumLayer) -> Choice:
         return layer.solver, BackpropAdjoint(checkpoint=True)
 
-    def _converged(self, layer: EquilibriumLayer) -> tuple[AbstractSolver, AbstractAdjoint]:
+    def _converged(self, layer: EquilibriumLayer) -> Choice:
         backward = AndersonSolver(max_steps=self.max_steps, rtol=self.rtol)
         solver = dataclasses.replace(layer.solver, max_steps=self.max_steps, rtol=self.rtol, atol=0.0)
         return solver, ImplicitAdjoint(solver=backward, unconverged="ignore")
 
 
 def default_group(module: LightningModule) -> Callable[[str], str]:
-    """The equilibrium layer that a parameter belongs to, or else the first module below the model."""
+    """Group parameters by their equilibrium layer, or otherwise by the first module below the model."""
     layers = [name for name, m in module.named_modules() if isinstance(m, EquilibriumLayer)]
-    # A task whose only parameters are its model's: `model.head.weight` belongs to `head`.
+    # If all parameters are those of one attribute, `model.head.weight` belongs to `head`.
     tops = {name.split(".")[0] for name, _ in module.named_parameters()}
     prefix = f"{tops.pop()}." if len(tops) == 1 else ""
 

@@ -19,11 +19,11 @@ INEXACT = "inexact.ckpt"
 
 
 class ReconstructionCertificate(AbstractWatching):
-    """Adds up the reconstruction mismatches of every backward pass, and says at the end how many gradients are exact.
+    """Adds up the reconstruction mismatches of every backward pass and reports how many gradients are exact.
 
-    A gradient is the backward pass of one batch on one process, through all equilibria of the model; it is certified
-    exact if every state came back to its start bit for bit. At the end of training the first process prints
-    "N of N gradients certified exact". The counts stay on the device until a logging step, and are kept in checkpoints.
+    A gradient is the backward pass of one batch on one process, through all equilibria of the model. It is certified
+    exact if every initial state was reconstructed bit for bit. At the end of training the first process prints
+    "N of N gradients certified exact". The counts stay on the device until a logging step and are kept in checkpoints.
 
     Keys, at each logging step and at the end, sums over the run and all processes: `equilibrium/num_gradients`,
     `equilibrium/num_certified_gradients`, `equilibrium/total_reconstruction_mismatch` (elements).
@@ -35,7 +35,7 @@ class ReconstructionCertificate(AbstractWatching):
     Args:
         policy: What to do at the first logging step after a gradient that is not exact: "warn" (once), "raise", or
             "stop": save `inexact.ckpt` and end the training.
-        folder: Where that checkpoint goes; None: the folder `checkpoints` in the run's.
+        folder: Folder of that checkpoint; None: `checkpoints` in the run's folder.
 
     Raises:
         ReconstructionError: During training, if a gradient is not exact and the policy is "raise".
@@ -86,7 +86,7 @@ class ReconstructionCertificate(AbstractWatching):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         super().on_exception(trainer, pl_module, exception)
-        # Other processes and the device may be gone: neither is asked.
+        # Otherwise the device or the other processes may not respond.
         if trainer.world_size == 1 and isinstance(exception, KeyboardInterrupt | Stopped):
             self._gather(trainer)
         if self.num_gradients and trainer.is_global_zero:

@@ -11,13 +11,13 @@ from revdeq_lightning.errors import CheckpointError, ParallelismError
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
-    """Print one line and exit."""
+    """Print a one-line error and exit."""
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
-    """A hint at the valid word that looks most like this one, or nothing."""
+    """Suggest the valid word that is most similar, if there is one."""
     matches = difflib.get_close_matches(word, list(words), n=1, cutoff=0.6)
     return f" (did you mean {matches[0]}?)" if matches else ""
 
@@ -31,21 +31,20 @@ def setting_errors() -> Iterator[None]:
         yield
     except (ValueError, TypeError, OSError, MisconfigurationException) as error:
         reason: BaseException = error
-        while reason.__cause__ is not None:  # what the parser wraps in the names of its functions
+        while reason.__cause__ is not None:  # the parser wraps the original error
             reason = reason.__cause__
         fail(" ".join(str(reason).split()))
 
 
 @contextmanager
 def run_errors(what: str, lost_peer: Callable[[Exception], str | None] = lambda _: None) -> Iterator[None]:
-    """Report in one line what ends training or an evaluation from outside; a bug keeps its traceback.
+    """Report causes outside the program in one line: checkpoints, memory, lost processes, files or workers.
 
-    That is a checkpoint that cannot be used, what does not fit the devices, and the loss of another process, a file,
-    the disk or a worker.
+    Other errors are bugs and keep their traceback.
 
     Args:
         what: What ends: "training", "the test".
-        lost_peer: Describes the loss of another process; None for other errors.
+        lost_peer: Describes the loss of another process; returns None for other errors.
     """
     import torch
     from lightning.pytorch.utilities import rank_zero_only
@@ -55,7 +54,7 @@ def run_errors(what: str, lost_peer: Callable[[Exception], str | None] = lambda 
         yield
     except CheckpointError as error:
         fail(str(error))
-    except ParallelismError as error:  # all processes find the same
+    except ParallelismError as error:  # raised on all processes
         if rank:
             sys.exit(2)
         fail(str(error))
@@ -75,15 +74,15 @@ def run_errors(what: str, lost_peer: Callable[[Exception], str | None] = lambda 
 
 
 def lost_resource(error: Exception, what: str) -> str | None:
-    """One line on a file, disk or worker that training or a test (`what`) lost; None for other errors."""
-    *_, text = str(error).strip().splitlines() or [type(error).__name__]  # a worker's begins with its traceback
+    """Describe the loss of a file, disk or worker in one line; None for other errors."""
+    *_, text = str(error).strip().splitlines() or [type(error).__name__]  # a worker's message starts with its traceback
     if caught := re.match(r"Caught (\w+) in DataLoader worker", str(error)):
-        # One of another class could not be made again in this process: those of network libraries.
+        # Exceptions of network libraries cannot be recreated in this process, and arrive as another class.
         is_resource = isinstance(error, OSError) or caught[1] != type(error).__name__
         return f"{what} cannot go on: {text}" if is_resource else None
     if "DataLoader timed out" in text:
         return f"{what} cannot go on: a process that loads data does not answer: {text}"
-    # A worker that dies while it hands a batch over is a broken or unanswered connection.
+    # A worker that dies while it sends a batch causes a connection error.
     if isinstance(error, ConnectionError | EOFError) or re.search(r"DataLoader worker \(pid", text):
         return f"{what} cannot go on: a process that loads data is gone: {text} Is memory short? Try data.num_workers"
     if isinstance(error, OSError):

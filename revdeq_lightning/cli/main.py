@@ -1,6 +1,6 @@
 """The command line: `revdeq fit|validate|test|predict|generate ...`.
 
-Lightning is imported only where a command needs it: help and the errors that can be found without it come at once.
+Lightning is imported only where a command needs it, so that help and early errors are immediate.
 """
 
 import importlib
@@ -40,7 +40,7 @@ EXAMPLES = {
     "fit --config configs/lm/default.yaml": "train",
     "fit --config FILE --trainer.max_steps=100": "with another value",
     "fit --config FILE --config OTHER": "with settings of another file laid over it",
-    "fit --ckpt_path RUN/checkpoints/last.ckpt": "go on",
+    "fit --ckpt_path RUN/checkpoints/last.ckpt": "continue",
     "generate --ckpt_path CHECKPOINT --prompt TEXT": "continue a text",
     "image fit --config configs/cifar10/modern.yaml": "train a classifier",
     "image predict --ckpt_path CHECKPOINT --images FOLDER": "class probabilities of images",
@@ -63,7 +63,7 @@ def overview() -> str:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run one command; exit with a code other than 0 and one readable line if it cannot be run."""
+    """Run one command; if it cannot run, print one readable line and exit with a nonzero code."""
     arguments = list(sys.argv[1:] if args is None else args)
     task = arguments.pop(0) if arguments and arguments[0] in TASKS else "lm"
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -98,12 +98,20 @@ def main(args: Sequence[str] | None = None) -> None:
 def _report(options: Sequence[str]) -> None:
     import argparse
 
-    from revdeq_lightning.report import report
+    from revdeq_lightning.report import write_report
 
     class Parser(ReadableErrors, argparse.ArgumentParser):
         """Errors of one line."""
 
+    parser = Parser(
+        prog=f"{program()} report",
+        description="Write the page of a run, or of several runs beside each other.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run: it holds metrics.csv")
+    parser.add_argument("--output", metavar="FILE", help="default: RUN/report.html, or comparison.html above the runs")
+    given = parser.parse_args(list(options))
     try:
-        print(report(options, Parser))
+        print(f"Report in {write_report(given.runs, given.output)}")
     except (ValueError, OSError) as error:
         fail(str(error))

@@ -1,4 +1,4 @@
-"""What is read from the command line: parsers with one-line errors, files that options name, settings of old runs."""
+"""Command-line parsing: one-line errors, files given as options, and settings of old runs."""
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -9,14 +9,14 @@ from revdeq_lightning.cli.errors import fail, nearest
 from revdeq_lightning.program import program
 
 REMOVED_SETTINGS = (("", "divergence"), ("run", "keep_every_hours"), ("run", "async_checkpoints"))
-"""Group and name of settings in the configuration of runs of version 0.1.0.dev0, without effect on what is trained."""
+"""Group and name of settings that version 0.1.0.dev0 had; they did not affect training."""
 
 
 class ReadableErrors:
-    """For a parser: reports what is wrong in one line, without the usage of two hundred options."""
+    """A parser mixin that reports errors in one line with the nearest valid key, without the usage of 200 options."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Name the key, and the nearest valid one."""
+        """Print the error and exit."""
         text = " ".join(message.split())
         hint = ""
         if "unrecognized" in text or "not accept" in text:
@@ -38,7 +38,7 @@ def _options_of(parser: Any) -> Iterator[str]:
 
 
 def call_with_options(function: Callable[..., str], command: str, options: Sequence[str]) -> str:
-    """Call a function with arguments from the command line; what the user can fix is one line."""
+    """Call a function with arguments from the command line; report what the user can fix in one line."""
     from jsonargparse import ArgumentParser
 
     class Parser(ReadableErrors, ArgumentParser):
@@ -61,7 +61,7 @@ def given_files(options: Sequence[str], *names: str) -> list[Path]:
 
 
 def with_config_of_checkpoint(options: Sequence[str]) -> list[str]:
-    """Without a `--config` that describes a run, the one of the checkpoint's run applies."""
+    """Add the configuration of the checkpoint's run, unless a given `--config` describes a run."""
     from revdeq_lightning.runs.folder import describes_run, run_of_checkpoint
 
     runs = [run_of_checkpoint(path) for path in given_files(options, "--ckpt_path")]
@@ -71,7 +71,7 @@ def with_config_of_checkpoint(options: Sequence[str]) -> list[str]:
 
 
 def _config_of_run(folder: Path) -> str:
-    """Path of a run's configuration; its text without the removed settings, where it has some."""
+    """Path of a run's configuration, or its text without the removed settings if it has some."""
     import yaml
 
     from revdeq_lightning.runs.folder import CONFIG

@@ -1,4 +1,4 @@
-"""How a training process ends: asked to by a signal, left by another process, or in order with all of them."""
+"""How a training process ends: by a signal, after the loss of another process, or together with all of them."""
 
 import os
 import re
@@ -22,11 +22,11 @@ NETWORK = (
     r"pair closure|pair is not connected|socket closed|peer (disconnected|closed)|broken pipe"
     r"|connection (closed|reset|refused)|(socket|connect) timeout|timed out|unreachable|no route to host"
 )
-# gloo raises plain RuntimeErrors, NCCL and the store those of torch.distributed.
+# gloo raises plain RuntimeErrors; NCCL and the store raise those of torch.distributed.
 LOST = re.compile(f"gloo|nccl|{NETWORK}", re.IGNORECASE)
 SOURCE_LINE = re.compile(r"^\[[^]]*\]\s*|(?<=NCCL error) in: [^,]*")
 NO_PEER = re.compile("invalid (usage|argument)|unhandled (system|cuda) error|internal error")
-"""What NCCL says of this process or machine."""
+"""NCCL's messages about faults of this process or machine."""
 
 
 @contextmanager
@@ -54,7 +54,7 @@ def let_sigterm_end_the_wait(trainer: Trainer) -> None:
 
 @contextmanager
 def finished_wandb() -> Iterator[None]:
-    """End the W&B runs of the command with its exit code: a later run in this process would go on with them."""
+    """Finish the W&B runs of the command with its exit code; a later run in this process would continue them."""
     code = 1
     try:
         yield
@@ -68,9 +68,9 @@ def finished_wandb() -> Iterator[None]:
 
 @contextmanager
 def children_ended() -> Iterator[None]:
-    """Where this process ends by an error, end those that Lightning started from it.
+    """If this process ends by an error, end the processes that Lightning started from it.
 
-    They would wait for it: with NCCL for the strategy's `timeout_seconds`, and keep their GPUs.
+    They would wait for it and keep their GPUs, with NCCL for the strategy's `timeout_seconds`.
     """
     try:
         yield
@@ -81,7 +81,7 @@ def children_ended() -> Iterator[None]:
 
 
 def end_after_interrupt(trainer: Trainer, stop: SystemExit) -> NoReturn:
-    """Exit, in the place of Lightning, whose code after an interrupt is 1."""
+    """Exit in place of Lightning, whose exit code after an interrupt is 1."""
     if isinstance(stop, Stopped):
         end_process_group()
         sys.exit(STOP.exit_code)
@@ -89,15 +89,15 @@ def end_after_interrupt(trainer: Trainer, stop: SystemExit) -> NoReturn:
 
 
 def lost_peer(error: Exception, trainer: Trainer) -> str | None:
-    """What happened, in one line, if the error says that the processes cannot exchange data any more; else None.
+    """Describe in one line an error that means that the processes can no longer exchange data; None for other errors.
 
-    Another process ended or does not answer; or NCCL failed by itself, and would again.
+    Either another process ended or does not respond, or NCCL failed on this machine and would fail again.
     """
     if trainer.world_size == 1 or loading(error):
         return None
     if not isinstance(error, dist.DistError) and not LOST.search(str(error)):
         return None
-    text, _, last = str(error).partition("Last error:")  # of NCCL's lines the one that helps
+    text, _, last = str(error).partition("Last error:")  # the informative line of NCCL's message
     reason, last = SOURCE_LINE.sub("", (text.splitlines() or [""])[0]), " ".join(last.split())
     told = f"{reason}: {last}" if last else reason
     if isinstance(error, dist.DistBackendError) and NO_PEER.search(reason) and not re.search(NETWORK, last, re.I):
@@ -109,15 +109,15 @@ def lost_peer(error: Exception, trainer: Trainer) -> str | None:
 
 
 def loading(error: Exception) -> bool:
-    """Whether it comes from a DataLoader, whose connections and timeouts are to this process's own workers."""
+    """Whether the error comes from a DataLoader, whose connections are to this process's own workers."""
     frames = traceback.walk_tb(error.__traceback__)
     return any(frame.f_globals.get("__name__") == "torch.utils.data.dataloader" for frame, _ in frames)
 
 
 def end_process_group() -> None:
-    """Part in order, where all processes have come to the end.
+    """Leave the process group once all processes have come to the end.
 
-    They wait for the first one, which has more to do: schedulers end what is left soon after a process has ended.
+    They wait for the first one, which has more to do, as schedulers soon end the others after a process has ended.
     """
     if dist.is_available() and dist.is_initialized():
         dist.barrier()
@@ -126,10 +126,10 @@ def end_process_group() -> None:
 
 
 def released_children() -> list[Popen[bytes]]:
-    """The processes that Lightning started from this one, from now on left to themselves.
+    """Return the processes that Lightning started from this one, which it no longer watches.
 
-    Lightning watches them, and kills this process within seconds of one's end with another code than 0: also where all
-    end for the same reason, and this one has not sent its last figures to W&B.
+    Otherwise Lightning kills this process seconds after one of them ends with a nonzero code, even if all end for the
+    same reason and this one has not sent its last figures to W&B yet.
     """
     watches = [cast(Any, t)._child_processes for t in threading.enumerate() if isinstance(t, _ChildProcessObserver)]
     children = [child for watched in watches for child in watched]

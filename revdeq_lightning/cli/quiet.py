@@ -1,20 +1,19 @@
-"""What Lightning says on the command line, less what concerns nobody."""
+"""Filters messages of Lightning that a user of the command line cannot act on."""
 
 import logging
 import os
 import warnings
 
-# What Lightning says to everybody and what nobody who starts a run from here can or need act on.
 QUIET_INFO = (
     *("GPU available", "TPU available", "HPU available", "💡 Tip", "Seed set to", "`Trainer.fit` stopped"),
     *("Restored all states", "Restoring states", "Loaded model weights", "`weights_only` was not set"),
     *("Detected KeyboardInterrupt", "to estimate number of stepping batches"),
 )
 QUIET_WARNINGS = (
-    r"Be aware that when using `ckpt_path`",  # evaluation needs none of the callbacks of training
+    r"Be aware that when using `ckpt_path`",  # evaluation does not need the callbacks of training
     r"LightningCLI's args parameter",  # the arguments are those of the command line, less the task
     r".*does not have many workers",  # text comes from a memory map: 0 workers is fast enough
-    r".*Checkpoint directory .* exists and is not empty",  # a resumed run goes on in its folder
+    r".*Checkpoint directory .* exists and is not empty",  # a resumed run continues in its folder
     r"The `srun` command is available",  # one process on a machine with SLURM is no mistake; `make submit` uses srun
     r".*`isinstance\(treespec, LeafSpec\)` is deprecated",  # between Lightning and PyTorch
 )

@@ -1,4 +1,4 @@
-"""The configuration of a run, as it was resolved, in the run's folder."""
+"""Saves the resolved configuration in the run's folder."""
 
 from typing import Any
 
@@ -11,10 +11,9 @@ from revdeq_lightning.tasks.training_step import run_folder
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """The resolved configuration in the folder of a training run, and in its W&B run."""
+    """Saves the resolved configuration and the environment of a training run in its folder, and sends them to W&B."""
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Save for training only."""
         if stage == "fit":
             self.config.ckpt_path = self.config.run.version = None  # a relaunch from this file is a new run
             self.config.run.resume = RunConfig.resume
@@ -24,10 +23,9 @@ class SaveRunConfig(SaveConfigCallback):
             self.config_filename = name
             part = self.folder / f".{CONFIG}.part"
             if trainer.is_global_zero and part.is_file():
-                part.replace(part.with_name(name))  # a kill leaves the old file whole
+                part.replace(part.with_name(name))  # atomic: a kill leaves the old file intact
 
     def save_config(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Hand the configuration to the loggers, and write down with what the run is made."""
         environment = describe_environment(trainer.world_size)
         write_environment(self.folder / ENVIRONMENT, environment)
         for logger in trainer.loggers:

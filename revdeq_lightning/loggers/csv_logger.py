@@ -1,4 +1,4 @@
-"""Metrics as one CSV file a run, which a resumed run continues."""
+"""Logs the metrics of a run to one CSV file, which a resumed run continues."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,15 +13,12 @@ from revdeq_lightning.loggers.step_rows import append_rows, rewind_rows
 
 
 class ContinuedCSVLogger(Logger):
-    """Writes `FOLDER/metrics.csv` at every logging step and continues a file that is there already.
+    """Writes `FOLDER/metrics.csv` at every logging step and continues an existing file.
 
-    A write that fails, on a full disk for instance, leaves the file as it was; its rows are written with the next ones.
-
-    Args:
-        folder: Folder of the run.
+    A write that fails, for instance on a full disk, leaves the file unchanged; its rows are written with the next ones.
     """
 
-    name = version = ""  # the folder is the run's: nothing is appended to it
+    name = version = ""  # nothing is appended to the run's folder
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__()
@@ -37,7 +34,7 @@ class ContinuedCSVLogger(Logger):
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         row = {key: value.item() if isinstance(value, Tensor) else value for key, value in metrics.items()}
         row = dict(sorted({**row, "step": step}.items()))
-        if repr(row) != self._last:  # a checkpoint in the middle of a step logs the step before again
+        if repr(row) != self._last:  # a checkpoint within a step logs the step before again
             self._last = repr(row)
             self._waiting.append(row)
             self.save()
@@ -48,11 +45,11 @@ class ContinuedCSVLogger(Logger):
             self._waiting = []
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the run's folder holds the whole configuration."""
+        """Do nothing, as the run's folder holds the configuration."""
 
     @rank_zero_only
     def rewind(self, step: int) -> None:
-        """Drop what was logged at this step or later: the run continues from an earlier checkpoint."""
+        """Drop what was logged at this step or later, as the run continues from an earlier checkpoint."""
         self._last = ""
         remove_leftovers(self.path.parent)
         rewind_rows(self.path, step)

@@ -1,4 +1,4 @@
-"""What only records a run must not end it: a failure is reported once, and training continues."""
+"""Keeps failures of what only records a run from ending it: they are reported once, and training continues."""
 
 import warnings
 from contextlib import AbstractContextManager, nullcontext
@@ -13,11 +13,7 @@ from revdeq_lightning.errors import RecordWarning
 
 
 class Survives:
-    """`with survives:` continues after an `Exception` within, and warns at the first one.
-
-    Args:
-        what: What fails, for the warning.
-    """
+    """A context that suppresses every `Exception` within, and warns of the first one that `what` failed."""
 
     def __init__(self, what: str) -> None:
         self.what = what
@@ -41,8 +37,8 @@ class Survives:
 class Enduring:
     """Delegates to a logger whose failures are reported once and do not end the training.
 
-    A logger is tried again at each call, as a disk may be emptied. One whose `experiment` cannot even begin is given up
-    for good: some wait minutes for a network that is not there. `isinstance` takes the wrapper for the logger, so that
+    A logger is tried again at each call, as a full disk may get space again. A logger whose `experiment` cannot begin
+    is given up, as some wait minutes for a network. `isinstance` sees the class of the wrapped logger, so that
     callbacks find the logger that they know.
     """
 
@@ -85,5 +81,5 @@ def enduring(logger: Logger) -> Logger:
 
 
 def survival(logger: Logger) -> AbstractContextManager[Any]:
-    """Context in which to use the logger's `experiment` itself; of a logger that is not enduring errors are errors."""
+    """A context for direct use of the logger's `experiment`: it suppresses errors only if the logger is enduring."""
     return getattr(logger, "survives", nullcontext())

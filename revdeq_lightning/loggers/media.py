@@ -1,4 +1,4 @@
-"""What is no number, for W&B: tables, curves, pictures, histograms."""
+"""Logs tables, curves, pictures and histograms to W&B."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ def log_table(trainer: Trainer, key: str, rows: Sequence[Mapping[str, Any]]) -> 
 
 
 def log_curves(trainer: Trainer, key: str, title: str, plots: Sequence[Plot]) -> None:
-    """Log the curves of some panels as one custom chart, which W&B draws from a table."""
+    """Log the curves of several panels as one custom chart."""
     lines = [(line, f", {i}" if len(plots) > 1 else "") for i, plot in enumerate(plots, 1) for line in plot.lines]
     xs, ys = [line.x.tolist() for line, _ in lines], [line.y.tolist() for line, _ in lines]
     names = [f"{line.label}{number}" for line, number in lines]
@@ -38,7 +38,7 @@ def log_histogram(trainer: Trainer, key: str, counts: Any, edges: Any) -> None:
 
 
 def step_of(trainer: Trainer) -> int:
-    """Number of the newest optimizer step, counted from 0, as Lightning logs metrics under it."""
+    """The newest optimizer step, counted from 0 as in Lightning's metrics."""
     return max(0, trainer.global_step - 1)
 
 

@@ -28,7 +28,7 @@ SHOWN_AFTER_VALIDATION = (
 
 
 class _TwoLineBar(Progress):
-    """A bar with a line of figures below: both fit a terminal of 80 columns."""
+    """A bar with a line of figures below it, which both fit a terminal of 80 columns."""
 
     figures = ""
 
@@ -41,11 +41,12 @@ class _TwoLineBar(Progress):
 class RunProgress(ProgressBar):
     """Shows loss, throughput, evaluations of f and residual, read from the device at logging steps only.
 
-    In a terminal a bar over all optimizer steps of the run; else a line now and then. Validations leave a line in both.
+    In a terminal it is a bar over all optimizer steps of the run, otherwise a line every few seconds. Each validation
+    adds a line.
 
     Args:
-        seconds_between_lines: Least time between two lines without a terminal; 0 for a line every logging step.
-        console: Where to write; standard output by default.
+        seconds_between_lines: Minimum time between two lines without a terminal; 0 for a line every logging step.
+        console: Where to write; None: standard output.
     """
 
     def __init__(self, seconds_between_lines: float = 10.0, console: Console | None = None) -> None:

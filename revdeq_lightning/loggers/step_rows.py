@@ -1,4 +1,4 @@
-"""Files of rows that carry their optimizer step; a resumed run drops what came after its checkpoint."""
+"""Files of rows with their optimizer step; a resumed run drops the rows after its checkpoint."""
 
 import csv
 import io
@@ -15,9 +15,9 @@ from revdeq_lightning.errors import RecordWarning
 
 
 def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Append to a CSV file, whose columns may grow, or to one of JSON objects, a line each (`.jsonl`).
+    """Append to a CSV file, adding columns where needed, or to a `.jsonl` file with a JSON object per line.
 
-    An append that fails, on a full disk for instance, leaves the file as it was.
+    If it fails, for instance on a full disk, the file is left unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     columns: list[str] = []
@@ -33,12 +33,12 @@ def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
             file.write(_text(path, columns, rows))
     except OSError:
         if path.is_file():
-            os.truncate(path, size)  # no half of a row
+            os.truncate(path, size)  # remove a partial row
         raise
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """What was appended, of a CSV file as text; nothing without the file."""
+    """Read all rows, those of a CSV file as text; none without the file."""
     if not path.is_file():
         return []
     with path.open(newline="", encoding="utf-8") as file:
@@ -47,7 +47,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def read_table(path: Path) -> list[dict[str, float]]:
-    """The rows of a CSV file of numbers; NaN where a field is empty.
+    """Read the rows of a CSV file of numbers; an empty field is NaN.
 
     Raises:
         ValueError: If a field is not a number.
@@ -59,7 +59,7 @@ def read_table(path: Path) -> list[dict[str, float]]:
 
 
 def rewind_rows(path: Path, step: int) -> None:
-    """Drop the rows of this step and later ones. A damaged file is moved aside, with a warning."""
+    """Drop the rows of this step and later ones. A damaged file is moved aside with a warning."""
     try:
         rows = read_rows(path)
         if any(None in row or None in row.values() for row in rows):
@@ -69,7 +69,7 @@ def rewind_rows(path: Path, step: int) -> None:
         names = (path.with_name(f"{path.stem}.damaged-{n}{path.suffix}") for n in itertools.count(1))
         aside = next(name for name in names if not name.exists())
         path.replace(aside)
-        text = f"{path} is damaged ({error!r}): moved to {aside.name}, and a new file is begun"
+        text = f"{path} is damaged ({error!r}): moved to {aside.name}, and a new file is started"
         warnings.warn(text, RecordWarning, stacklevel=2)
         return
     if kept:
@@ -79,7 +79,7 @@ def rewind_rows(path: Path, step: int) -> None:
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write a file of these rows, whole or not at all."""
+    """Write a file of these rows atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.part")
     columns = list(dict.fromkeys(key for row in rows for key in row))

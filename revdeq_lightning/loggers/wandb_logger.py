@@ -1,4 +1,4 @@
-"""Weights & Biases, its mode always chosen explicitly."""
+"""Weights & Biases, with a mode that is always explicit."""
 
 import netrc
 import os
@@ -22,30 +22,30 @@ from revdeq_lightning.runs.folder import RunConfig
 
 X_AXIS = "trainer/global_step"
 PREFIXES = ("train", "val", "test", "equilibrium", "gradient_error", "system", "samples", "depth_sweep")
-"""Each is a section of its own; all are drawn over the optimizer steps."""
+"""Each is a section of W&B's page; all are drawn over the optimizer steps."""
 SUMMARIES = {"val/loss": "min", "val/bits_per_byte": "min", "val/accuracy": "max"}
-"""What a run's summary keeps of these, where others keep the newest value."""
+"""What a run's summary keeps; for other keys it is the newest value."""
 FINISH_SECONDS = 600.0
-"""How long the end waits for a slow network; what was not sent lies in the run's folder."""
+"""How long the end of a run waits for a slow network; unsent data stays in the run's folder."""
 _begun: list["RunWandbLogger"] = []
-"""Those of this process whose run is not finished."""
+"""Loggers of this process whose run is not finished."""
 
 
 class RunWandbLogger(WandbLogger):
-    """Logs to W&B; where W&B does not answer at the beginning, the run is kept offline.
+    """Logs to W&B; if W&B does not respond at the start, the run is kept offline.
 
     Args:
-        folder: Where W&B keeps its files, in a folder `wandb` of its own.
+        folder: W&B keeps its files in `FOLDER/wandb`.
         mode: "online" or "offline".
-        settings: Of `wandb.init`.
+        settings: Arguments of `wandb.init`.
     """
 
     def __init__(self, folder: Path, mode: str, **settings: Any) -> None:
         super().__init__(save_dir=folder, **settings)
-        self._wandb_init.pop("anonymous", None)  # W&B warns of it, though it is not set
+        self._wandb_init.pop("anonymous", None)  # W&B warns of it even if it is not set
         self._folder, self._mode = folder, mode
         self.survives = Survives(type(self).__name__)
-        """Also of the end, when nobody holds the `Enduring` around this logger."""
+        """Also needed by `finish_wandb`, which does not have the `Enduring` around this logger."""
 
     @property
     @rank_zero_experiment
@@ -54,13 +54,13 @@ class RunWandbLogger(WandbLogger):
             self._folder.mkdir(parents=True, exist_ok=True)
             try:
                 run = self._begin()
-            except Exception as error:  # W&B has many for a network that is not there
+            except Exception as error:  # W&B raises many types if there is no network
                 if self._mode == "offline":
                     raise
                 self._mode = "offline"
                 reason = " ".join(str(error).split())
                 warnings.warn(f"W&B cannot be reached ({reason}). {offline_line(self._folder)}", RecordWarning, 2)
-                end_service()  # which holds the run that failed
+                end_service()  # it still holds the run that failed
                 run = self._begin()
             for prefix in PREFIXES:
                 run.define_metric(f"{prefix}/*", step_metric=X_AXIS)
@@ -73,28 +73,24 @@ class RunWandbLogger(WandbLogger):
         import wandb
 
         seconds = float(os.environ.get("WANDB_FINISH_TIMEOUT", FINISH_SECONDS))
-        silent = {"silent": True} if self._mode == "offline" else {}
-        # Offline all that there is to say was said in one line.
+        silent = {"silent": True} if self._mode == "offline" else {}  # `offline_line` said everything
         settings = wandb.Settings(finish_timeout=seconds, **silent)  # type: ignore[arg-type]
         self._wandb_init |= {"mode": self._mode, "settings": settings}
         return cast(Any, WandbLogger.experiment).fget(self)
 
 
 class WandbCheckpoints(Callback):
-    """Hands the checkpoints to W&B at the end of training, also after an interruption.
+    """Sends the checkpoints in a folder to W&B at the end of training, also after an interruption.
 
-    One artifact `model-RUN` of type `model` with `best.ckpt` and `last.ckpt`; the versions of a resumed run follow each
-    other. An offline run keeps a copy, which `wandb sync` sends. Logs no keys; does nothing without a `WandbLogger`.
-
-    Args:
-        folder: Where the checkpoints lie.
+    They are one artifact `model-RUN` of type `model` with `best.ckpt` and `last.ckpt`; a resumed run adds versions. An
+    offline run keeps a copy, which `wandb sync` sends. Logs no keys; does nothing without a `WandbLogger`.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._send(trainer)  # here, as the last checkpoint is written in `on_train_end`
+        self._send(trainer)  # the last checkpoint is written in `on_train_end`
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._send(trainer)
@@ -114,9 +110,9 @@ class WandbCheckpoints(Callback):
 
 
 def wandb_logger(run: RunConfig) -> RunWandbLogger | None:
-    """A logger for the run, or None where W&B is off; the same W&B run goes on when the run is resumed.
+    """Return a logger for the run, or None if W&B is off; a resumed run continues its W&B run.
 
-    Without an explicit mode W&B asks on a terminal, fails without one, and waits for a network that is not there.
+    Without an explicit mode, W&B would ask for a key on a terminal, fail without one, and wait for a missing network.
 
     Raises:
         ValueError: If `online` is asked for and there is no key.
@@ -127,14 +123,14 @@ def wandb_logger(run: RunConfig) -> RunWandbLogger | None:
     if mode == "offline" and cast(Any, rank_zero_only).rank == 0:
         print(offline_line(run.path))
     name = f"{run.name}-{run.version}"
-    identity = re.sub(r"[/\\#?%:\s]", "-", name)  # what W&B does not allow
+    identity = re.sub(r"[/\\#?%:\s]", "-", name)  # not allowed by W&B
     return RunWandbLogger(
         run.path, mode, project=run.wandb_project, name=name, id=identity, resume="allow", group=group_of(run)
     )
 
 
 def chosen_mode(run: RunConfig) -> str:
-    """off, online or offline; `auto` means what the variable WANDB_MODE says, else online if there is a key."""
+    """Return off, online or offline. `auto` is the value of WANDB_MODE, otherwise online if there is a key."""
     mode = os.environ.get("WANDB_MODE", "auto") if run.wandb == "auto" else run.wandb
     mode = {"disabled": "off", "dryrun": "offline", "run": "online"}.get(mode, mode)
     has_key = stored_key() is not None
@@ -146,19 +142,19 @@ def chosen_mode(run: RunConfig) -> str:
 
 
 def offline_line(folder: Path) -> str:
-    """Where an offline run lies, and the command that sends it."""
+    """Say where an offline run is and which command sends it."""
     path = folder / "wandb"
     return f"W&B is offline: the run lies in {path}; to send it: wandb sync {path}/offline-run-*"
 
 
 def group_of(run: RunConfig) -> str | None:
-    """What the runs of one sweep share: as set, as in the environment, or the number of a SLURM job array."""
+    """The group of a sweep's runs: as set, from the environment, or the number of a SLURM job array."""
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
     return run.wandb_group or os.environ.get("WANDB_RUN_GROUP") or (f"slurm-{array}" if array else None)
 
 
 def finish_wandb(exit_code: int) -> None:
-    """End the W&B runs that this process began, within a bounded time."""
+    """Finish the W&B runs of this process within a bounded time."""
     while _begun:
         logger = _begun.pop()
         with logger.survives:
@@ -170,9 +166,9 @@ def finish_wandb(exit_code: int) -> None:
 
 
 def end_service() -> None:
-    """End W&B's process and forget its run, whatever state they are in.
+    """End W&B's process and forget its run, whatever their state.
 
-    A broken one would be told again at the interpreter's end, in thirty lines, and be taken up by the next run.
+    Otherwise W&B reports a broken run again when the interpreter exits, in thirty lines, and the next run continues it.
     """
     import wandb
 
@@ -182,7 +178,7 @@ def end_service() -> None:
 
 
 def stored_key() -> str | None:
-    """The key from the environment or where `wandb login` puts it, without asking or connecting."""
+    """The key from the environment or from `wandb login`, without a prompt or a connection."""
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
     login = None
     with suppress(OSError, netrc.NetrcParseError):

@@ -7,6 +7,6 @@ from revdeq_lightning.lazy import lazy_exports
 if TYPE_CHECKING:
     from revdeq_lightning.report.at_end import RunReport as RunReport
     from revdeq_lightning.report.classification import ClassificationReport as ClassificationReport
-    from revdeq_lightning.report.page import report as report, write_report as write_report
+    from revdeq_lightning.report.page import write_report as write_report
 
 __getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)

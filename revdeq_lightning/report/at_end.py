@@ -1,4 +1,4 @@
-"""What a run says at its beginning and its end, and its page."""
+"""Prints what a run trains when it starts; at its end writes its page and prints how to continue."""
 
 import warnings
 from pathlib import Path
@@ -8,7 +8,7 @@ from lightning import Callback, LightningModule, Trainer
 
 from revdeq_lightning.checkpoints.files import Found, newest_good
 from revdeq_lightning.checkpoints.names import BEST, CHECKPOINTS, LAST
-from revdeq_lightning.equilibrium import EquilibriumLayer
+from revdeq_lightning.equilibrium import equilibria
 from revdeq_lightning.loggers.csv_logger import ContinuedCSVLogger
 from revdeq_lightning.report.page import write_report
 from revdeq_lightning.runs.folder import CONFIG, METRICS, REPORT, RunConfig, command
@@ -16,18 +16,14 @@ from revdeq_lightning.runs.signals import Stopped
 
 
 class RunReport(Callback):
-    """Says what is trained and where; after Ctrl-C or an error writes the page and says how to go on.
-
-    Args:
-        run: The run, for the commands to go on.
-    """
+    """Prints what is trained and where; after Ctrl-C or an error writes the page and prints how to continue."""
 
     def __init__(self, run: RunConfig) -> None:
         self.run = run
         self.folder: Path | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit":  # later not all processes ask at once
+        if stage == "fit":  # all processes must ask for `log_dir`, and only here do they do so together
             self.folder = Path(str(trainer.log_dir))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -45,7 +41,7 @@ class RunReport(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if self.folder and trainer.is_global_zero:
-            # PyTorch raises a dead worker's end again when any other child process ends, until its loader is closed.
+            # PyTorch raises a dead worker's error again when any other child process ends, until its loader is closed.
             if (data := cast(Any, trainer).datamodule) is not None:
                 data.on_exception(exception)
             for logger in trainer.loggers:
@@ -56,8 +52,8 @@ class RunReport(Callback):
 
 
 def describe_solver(model: Any) -> str:
-    """Solvers and evaluations of f in words."""
-    layers = [module for module in model.modules() if isinstance(module, EquilibriumLayer)]
+    """Describe solvers and evaluations of f in words."""
+    layers = equilibria(model)
     if not layers:
         return "an explicit stack of layers without equilibrium"
     num_f = sum(p.numel() for layer in layers for p in layer.f.parameters())
@@ -68,11 +64,11 @@ def describe_solver(model: Any) -> str:
 
 
 def close_run(folder: Path, run: RunConfig) -> None:
-    """Write the run's page; say where things lie and how to go on, for what is there."""
+    """Write the run's page and print its files and the commands that continue it."""
     if (folder / METRICS).is_file():
         try:
             write_report([folder])
-        except Exception as error:  # the run is over and saved: its page can be written again by hand
+        except Exception as error:  # the run is complete and saved; its page can be written again by hand
             warnings.warn(f"no page of the run in {folder}: {error!r}", stacklevel=2)
     best, last = (folder / CHECKPOINTS / name for name in (BEST, LAST))
     found = Found(last, {}) if last.exists() else newest_good(folder / CHECKPOINTS)

@@ -1,4 +1,4 @@
-"""What a classifier confuses: its confusion matrix, and the images that it is most sure of and wrong about."""
+"""A classifier's confusion matrix and its most confident mistakes."""
 
 import csv
 from pathlib import Path
@@ -11,7 +11,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 from revdeq_lightning.loggers.pictures import ClassifiedImage, classified_images, draw_matrix, draw_sheet
 
 MAX_CLASSES = 1000
-"""With more classes no matrix: it would be larger than the model."""
+"""With more classes there is no matrix, as it could be larger than the model."""
 
 
 class ClassificationReport(Callback):
@@ -27,9 +27,6 @@ class ClassificationReport(Callback):
     Args:
         folder: Where to write.
         num_images: Images on the sheet.
-
-    Example:
-        `Trainer(callbacks=[ClassificationReport("runs/mine")]).test(task, data)`
     """
 
     def __init__(self, folder: str | Path, num_images: int = 40) -> None:

@@ -1,15 +1,13 @@
 """The page: what the template shows, and where it is written."""
 
-import argparse
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from revdeq_lightning import __version__
 from revdeq_lightning.loggers.plots import NUM_COLORS, number
-from revdeq_lightning.program import program
 from revdeq_lightning.report import panels
 from revdeq_lightning.report.figures import figures
 from revdeq_lightning.report.run_folder import Run, read_runs
@@ -48,19 +46,6 @@ def write_report(folders: Sequence[str | Path], output: str | Path | None = None
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(render(runs, path.parent), encoding="utf-8")
     return path
-
-
-def report(options: Sequence[str], parser_class: Callable[..., argparse.ArgumentParser]) -> str:
-    """The command `report RUN [RUN ...] [--output FILE]`; returns what it says."""
-    parser = parser_class(
-        prog=f"{program()} report",
-        description="Write the page of a run, or of several runs beside each other.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run: it holds metrics.csv")
-    parser.add_argument("--output", metavar="FILE", help="default: RUN/report.html, or comparison.html above the runs")
-    given = parser.parse_args(list(options))
-    return f"Report in {write_report(given.runs, given.output)}"
 
 
 def render(runs: Sequence[Run], folder: Path) -> str:

@@ -22,6 +22,8 @@ from revdeq_lightning.tasks.training_step import StepStatistics
 
 Loss = Callable[[LightningModule, Any], Tensor]
 Gradients = dict[str, Tensor]
+Choice = tuple[AbstractSolver, AbstractAdjoint]
+"""What a layer solves with."""
 
 OWN_STATE = (Metric, MetricCollection)
 """Modules that hold more state than their buffers."""
@@ -53,7 +55,7 @@ class Probe:
 
     def gradients(
         self,
-        choose: Callable[[EquilibriumLayer], tuple[AbstractSolver, AbstractAdjoint]] | None = None,
+        choose: Callable[[EquilibriumLayer], Choice] | None = None,
         *,
         float64: bool = False,
     ) -> Gradients:
@@ -188,9 +190,7 @@ def reason_against(module: LightningModule, loss: Loss | None) -> str | None:
 
 
 @contextmanager
-def chosen_solvers(
-    module: nn.Module, choose: Callable[[EquilibriumLayer], tuple[AbstractSolver, AbstractAdjoint]] | None
-) -> Iterator[None]:
+def chosen_solvers(module: nn.Module, choose: Callable[[EquilibriumLayer], Choice] | None) -> Iterator[None]:
     """Within, every layer has the solver and the adjoint that are chosen for it."""
     layers = equilibria(module)
     own = [(layer.solver, layer.adjoint) for layer in layers]
