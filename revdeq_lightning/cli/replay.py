@@ -1,4 +1,4 @@
-"""The batch that made training diverge, once more: which numbers are not finite, and where."""
+"""Repeats the step that made training diverge and reports which numbers are not finite."""
 
 import contextlib
 from pathlib import Path
@@ -26,7 +26,7 @@ WHOLE = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch
 
 
 def replay(file: str, device: str = "cpu") -> str:
-    """Run the batches of a step that diverged once more, with its weights, random numbers and precision.
+    """Repeat the batches of a step that diverged, with its weights, random numbers and precision.
 
     Args:
         file: `RUN/diverged/step-N/process-R.ckpt`, which a run that diverges writes.

@@ -1,4 +1,4 @@
-"""Pictures of what a classifier says."""
+"""Pictures of a classifier's predictions."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class ClassifiedImage(NamedTuple):
-    """An image with its class, the prediction and its probability."""
+    """An image with its true class, the predicted class and its probability."""
 
     image_CHW: Tensor
     label: int
@@ -19,7 +19,7 @@ class ClassifiedImage(NamedTuple):
 
 
 def classified_images(batch: Any, logits_BV: Tensor, indices: Tensor) -> list[ClassifiedImage]:
-    """Some images of a batch, on the CPU."""
+    """Move the images at these indices to the CPU, with their predictions."""
     probabilities_B, predictions_B = logits_BV.softmax(-1).max(-1)
     return [
         ClassifiedImage(
@@ -30,7 +30,7 @@ def classified_images(batch: Any, logits_BV: Tensor, indices: Tensor) -> list[Cl
 
 
 def draw_matrix(counts: np.ndarray, names: Sequence[str], path: Path) -> None:
-    """Fractions of each true class; numbers where they can be read."""
+    """Draw a confusion matrix as fractions of each true class, with numbers if there are few classes."""
     from matplotlib.figure import Figure
 
     fractions = counts / np.maximum(counts.sum(1, keepdims=True), 1)
@@ -50,13 +50,13 @@ def draw_matrix(counts: np.ndarray, names: Sequence[str], path: Path) -> None:
 
 
 def draw_sheet(images: Sequence[ClassifiedImage], data: Any, path: Path, title: str) -> None:
-    """Images with their true class, the prediction and its probability; wrong predictions are in bold.
+    """Draw images with their true class, the prediction and its probability; wrong predictions are in bold.
 
     Args:
         images: At least one.
-        data: Where they come from: gives `class_names` and `preprocessing_state()`.
+        data: Data module with `class_names` and `preprocessing_state()`.
         path: PNG file to write.
-        title: Above the sheet.
+        title: Title of the sheet.
     """
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""Plots of curves: PNG files in a run's folder, and SVG for its page, whose colors are variables of the style sheet."""
+"""Plots of curves: PNG files for a run's folder, and SVG for its page with colors from the style sheet."""
 
 import html
 import io
@@ -16,11 +16,11 @@ Table = Sequence[Mapping[str, float]]
 NUM_COLORS = 8
 STYLES = ("-", "--", ":", "-.")
 DASHES = ("", "5 3", "1.5 2.5", "6 2 1.5 2")
-"""Of the legend, one for each style."""
+"""Dashes of the legend for each style."""
 MAX_POINTS = 600
-"""More are averaged: a line has no more pixels."""
+"""Longer curves are averaged, as a line has no more pixels."""
 
-# Matplotlib writes colors as they are given: these stand for variables of the style sheet.
+# Placeholders that `_for_page` replaces with variables of the style sheet.
 TEXT, GRID = "#fe0100", "#fe0101"
 SERIES = [f"#fe00{i:02x}" for i in range(NUM_COLORS)]
 VARIABLES = {TEXT: "var(--muted)", GRID: "var(--grid)"} | {c: f"var(--series-{i})" for i, c in enumerate(SERIES)}
@@ -45,7 +45,7 @@ PAGE: dict[str, Any] = {
 
 @dataclass
 class Line:
-    """A curve: its name, its points, and the numbers of its color and style."""
+    """A curve: its name, its points, and the indices of its color and style."""
 
     label: str
     x: np.ndarray
@@ -55,7 +55,7 @@ class Line:
 
     @property
     def swatch(self) -> dict[str, str]:
-        """How the legend of the page shows it."""
+        """Color and dashes in the legend of the page."""
         return {"color": f"var(--series-{self.color % NUM_COLORS})", "dashes": DASHES[self.style % len(DASHES)]}
 
 
@@ -66,13 +66,13 @@ class Plot:
     Attributes:
         title: What is drawn, with its unit.
         lines: Curves with at least one finite value.
-        scale: "log" where the values span more than one decade, "zero" from zero on, "range" of the values, or
-            "focus" on all but the highest.
-        xlabel: Of the horizontal axis.
-        powers: Whether that is logarithmic to base 2.
-        mark: Where a horizontal line is drawn.
-        at: Where a vertical one is.
-        notes: What the drawing leaves out, once it is drawn.
+        scale: Vertical axis: "log" if the values span more than one decade, "zero" to start at zero, "range" for the
+            range of the values, or "focus" to leave out the highest.
+        xlabel: Label of the horizontal axis.
+        powers: Whether that axis is logarithmic with base 2.
+        mark: Position of a horizontal line.
+        at: Position of a vertical line.
+        notes: What the drawing leaves out; filled in when it is drawn.
     """
 
     title: str
@@ -89,7 +89,7 @@ class Plot:
 
     @cached_property
     def svg(self) -> str:
-        """The drawing as an element of the page."""
+        """The drawing as an SVG element."""
         import matplotlib
         from matplotlib.figure import Figure
 
@@ -141,7 +141,7 @@ class Plot:
         axis.plot(x, y, color=color, linestyle=style, marker="o", markevery=list(marked), label=line.label)
 
     def _scale(self, axis: Any) -> None:
-        """The vertical axis: what is of interest fills it."""
+        """Set the scale of the vertical axis."""
         from matplotlib.ticker import LogLocator
 
         values = np.concatenate([line.y[np.isfinite(line.y)] for line in self.lines])
@@ -149,7 +149,7 @@ class Plot:
         low, high = values.min(), values.max()
         positive = values[values > 0]
         if self.scale == "log" and low >= 0 and positive.size and high > 10 * positive.min():
-            if low == 0:  # has its place below the smallest value
+            if low == 0:  # drawn below the smallest positive value
                 axis.set_yscale("symlog", linthresh=positive.min(), linscale=0.5)
                 first, last = math.ceil(math.log10(3 * positive.min())), math.floor(math.log10(high))
                 axis.set_yticks([0, *10.0 ** np.arange(first, last + 1, max(1, (last - first) // 4))])
@@ -165,12 +165,12 @@ class Plot:
             axis.set_ylim(low - 0.06 * (high - low or 1), high + 0.1 * (high - low or 1))
         elif self.scale in ("zero", "log"):
             top = 1.1 * max(high, 0.0) or 1
-            axis.set_ylim(min(-0.03 * top, 1.1 * low), top)  # a curve at zero is not half behind the frame
+            axis.set_ylim(min(-0.03 * top, 1.1 * low), top)  # leave room for a curve at zero
         axis.yaxis.set_major_formatter(lambda y, _: number(y))
 
 
 def save_png(plots: Sequence[Plot], path: Path) -> None:
-    """Draw panels beside each other; the colors of their lines go from dark to light. No file of no panel."""
+    """Draw panels side by side, with lines from dark to light. Without panels, no file is written."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -186,7 +186,7 @@ def save_png(plots: Sequence[Plot], path: Path) -> None:
 
 
 def residual_plots(curves: Sequence[tuple[str, Table]]) -> list[Plot]:
-    """Residual along the iteration, a panel for each equilibrium; a curve is a label and the rows of one step."""
+    """Plot the residual along the iteration, a panel for each equilibrium; a curve is a label and a step's rows."""
     solves = sorted({row["solve"] for _, rows in curves for row in rows})
     plots = []
     for solve in solves:
@@ -198,12 +198,12 @@ def residual_plots(curves: Sequence[tuple[str, Table]]) -> list[Plot]:
 
 
 def sweep_plots(sweeps: Sequence[tuple[str, Table]], at: float | None = None, item: str = "") -> dict[str, Plot]:
-    """Each figure of depth sweeps over the evaluations of f; a sweep is a label and its rows.
+    """Plot each figure of depth sweeps over the evaluations of f.
 
     Args:
-        sweeps: Of one model at several times, or of several models.
+        sweeps: Label and rows of each sweep, of one model at several steps or of several models.
         at: Evaluations in training.
-        item: What the loss is a mean over, if that is known.
+        item: What the loss is a mean over, if known.
     """
     xlabel = "evaluations of f" + (" (dashed: as trained)" if at else "")
     names = dict.fromkeys(name for _, rows in sweeps for row in rows[:1] for name in row)
@@ -216,7 +216,7 @@ def sweep_plots(sweeps: Sequence[tuple[str, Table]], at: float | None = None, it
 
 
 def by_step(table: Table) -> list[tuple[str, Table]]:
-    """A label and the rows of each step, in order."""
+    """Group the rows by step, each with a label, in order."""
     steps = sorted({int(row["step"]) for row in table})
     return [(f"step {step + 1:,}", [row for row in table if row["step"] == step]) for step in steps]
 
@@ -237,7 +237,7 @@ def _for_page(svg: str, title: str) -> str:
 
 
 def number(value: float) -> str:
-    """A number to read: four digits, thousands separated, powers of ten where it is far from one."""
+    """Format a number with four digits, separated thousands, and powers of ten if it is very large or small."""
     if not math.isfinite(value):
         return "not finite"
     size = abs(value)

@@ -1,4 +1,4 @@
-"""What a run shows at its end: its HTML page, and what a classifier confuses."""
+"""The HTML page of a run, and the pictures of a classifier's mistakes."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""What a run came to, in a few figures."""
+"""The main figures of a run."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from revdeq_lightning.report.run_folder import Run
 
 
 class Figure(NamedTuple):
-    """A figure on top of the page: what it is, its value, what belongs to it, and whether that is bad news."""
+    """A figure at the top of the page; `is_bad` highlights it."""
 
     name: str
     value: str
@@ -19,13 +19,13 @@ class Figure(NamedTuple):
 
 
 def figures(run: Run) -> dict[str, Figure]:
-    """All that the run's files tell by name, the result first."""
+    """All figures of the run's files by name, the result first."""
     found = (_result(run), _certificate(run), _evaluations(run), _time(run), _gradient_error(run), _contraction(run))
     return {figure.name: figure for figure in found if figure}
 
 
 def _result(run: Run) -> Figure | None:
-    """Of the test split, else of validation, else the newest loss of training."""
+    """The figures of the test, otherwise of the newest validation, otherwise of training."""
     forms = {
         "bits_per_byte": ("bits per byte", number),
         "accuracy": ("accuracy", "{:.2%}".format),
@@ -79,7 +79,7 @@ def _evaluations(run: Run) -> Figure | None:
 
 
 def _time(run: Run) -> Figure | None:
-    """Time of training, without evaluation; throughput and memory."""
+    """Training time without evaluation, throughput and memory."""
     rates = {unit: run[f"system/{unit}_per_second"].finite for unit in ("tokens", "images", "samples")}
     parts = [f"{number(float(np.median(rate)))} {unit} a second" for unit, rate in rates.items() if rate.size]
     if (memory := run["system/peak_memory_bytes"].last) is not None:
@@ -115,7 +115,7 @@ def _contraction(run: Run) -> Figure | None:
 
 
 def duration(seconds: float) -> str:
-    """Hours, minutes and seconds; the two largest."""
+    """Format a duration with its two largest units."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

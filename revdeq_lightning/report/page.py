@@ -1,4 +1,4 @@
-"""The page: what the template shows, and where it is written."""
+"""Renders and writes the page of a run."""
 
 import json
 import os
@@ -14,23 +14,23 @@ from revdeq_lightning.report.run_folder import Run, read_runs
 from revdeq_lightning.runs.folder import REPORT
 
 MAX_RUNS = NUM_COLORS
-"""Of a comparison: one color each."""
+"""In a comparison, each run has its own color."""
 
 
 def write_report(folders: Sequence[str | Path], output: str | Path | None = None) -> Path:
-    """Write the page of a run, or of several beside each other.
+    """Write the page of a run, or of several runs side by side.
 
     Args:
         folders: Folders of runs of one task.
         output: File to write; None: `report.html` in the run's folder, or `comparison.html` in the nearest folder that
-            holds all runs.
+            contains all runs.
 
     Returns:
-        The file. It needs no other to be shown; links to checkpoints and tables are relative to it.
+        The file. It is self-contained; links to checkpoints and tables are relative to it.
 
     Raises:
         FileNotFoundError: If a folder holds no run.
-        ValueError: If the runs cannot be compared, or a file is not what its name says.
+        ValueError: If the runs cannot be compared, or a file is invalid.
     """
     paths = [Path(folder) for folder in folders]
     if not 1 <= len(paths) <= MAX_RUNS:
@@ -49,7 +49,7 @@ def write_report(folders: Sequence[str | Path], output: str | Path | None = None
 
 
 def render(runs: Sequence[Run], folder: Path) -> str:
-    """The page's text, for a file in this folder."""
+    """Render the page for a file in this folder."""
     import jinja2
 
     loader = jinja2.PackageLoader("revdeq_lightning.report", ".")
@@ -72,7 +72,7 @@ def render(runs: Sequence[Run], folder: Path) -> str:
 
 
 def main_settings(run: Run) -> str:
-    """Solver and training in one line, without what was left at its default."""
+    """The solver's settings that are set and not zero, in one line."""
     keys = ("solver", "max_steps", "beta", "momentum", "rtol", "atol", "arithmetic", "adjoint")
     given = {key: run.config.get(f"model.solver.{key}") for key in keys}
     return ", ".join(f"{key} {setting(value)}" for key, value in given.items() if value not in (None, 0, 0.0))
@@ -86,7 +86,7 @@ def differences(settings: Sequence[dict[str, Any]]) -> list[tuple[str, list[Any]
 
 
 def setting(value: Any) -> str:
-    """A setting as in the configuration's file."""
+    """Format a setting as in the configuration file."""
     if isinstance(value, list):
         return f"[{', '.join(map(setting, value))}]"
     return json.dumps(value) if value is None or isinstance(value, bool) or value == "" else str(value)

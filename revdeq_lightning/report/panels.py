@@ -1,4 +1,4 @@
-"""Which curves a page shows, of one run or of several beside each other."""
+"""The curves on a page, of one run or of several runs side by side."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -8,7 +8,7 @@ from revdeq_lightning.report.run_folder import NOT_CERTIFIED, Run
 
 
 class Panel(NamedTuple):
-    """Curves of one kind by their keys and names; which of them a comparison shows if not all; how they are drawn."""
+    """Keys and names of the curves of one plot; `compared` are the keys in a comparison, if not all."""
 
     title: str
     keys: Mapping[str, str]
@@ -52,11 +52,11 @@ TOLD_ELSEWHERE = (
     *("equilibrium/total_reconstruction_mismatch", "equilibrium/reconstruction_mismatch"),
     *("val/token_perplexity", "val/word_perplexity"),
 )
-"""Keys without a panel: in the figures on top, in the table of all keys, or another unit of what is drawn."""
+"""Keys without a panel: they are in the figures at the top or in another unit of a panel."""
 
 
 def curves(runs: Sequence[Run]) -> list[Plot]:
-    """The panels of which at least one run has a value."""
+    """The panels for which at least one run has a value."""
     plots = []
     for panel in PANELS:
         keys = dict.fromkeys(panel.compared, "") if len(runs) > 1 and panel.compared else panel.keys
@@ -66,7 +66,7 @@ def curves(runs: Sequence[Run]) -> list[Plot]:
 
 
 def other_curves(runs: Sequence[Run]) -> list[Plot]:
-    """What else was logged, one panel a key; keys that differ in one word before the last share one."""
+    """Panels of the other keys, one each; keys that differ only in the second-to-last word share a panel."""
     shown = {key for panel in PANELS for key in panel.keys} | set(TOLD_ELSEWHERE)
     keys = dict.fromkeys(key for run in runs for key in run.series if key not in shown and not key.startswith("test/"))
     groups: dict[str, dict[str, str]] = {}
@@ -79,7 +79,7 @@ def other_curves(runs: Sequence[Run]) -> list[Plot]:
 
 
 def equilibrium_plots(runs: Sequence[Run]) -> list[Plot]:
-    """Residuals along the iteration, the first and the newest of a run, the newest of several; the depth sweeps."""
+    """Residual curves (the first and the newest of one run, or the newest of several) and the depth sweeps."""
     residuals: list[tuple[str, Table]] = []
     for run in runs:
         steps = by_step(run.residual_curve)
@@ -93,7 +93,7 @@ def equilibrium_plots(runs: Sequence[Run]) -> list[Plot]:
 
 
 def _lines(runs: Sequence[Run], keys: Mapping[str, str], factor: float = 1) -> list[Line]:
-    """A line for each run and key: one run tells keys by color, several tell runs by color and keys by style."""
+    """A line for each run and key: color distinguishes the keys of one run, or several runs (and style the keys)."""
     lines = []
     for i, run in enumerate(runs):
         there = [key for key in keys if run[key].steps.size]

@@ -1,4 +1,4 @@
-"""What a run left in its folder, read back: every file may be missing."""
+"""Reads a run's folder, in which every file but `metrics.csv` may be missing."""
 
 import base64
 import json
@@ -17,7 +17,7 @@ from revdeq_lightning.loggers.step_rows import read_rows, read_table
 from revdeq_lightning.runs.folder import CONFIG, ENVIRONMENT, METRICS
 
 NOT_CERTIFIED = "gradients not certified"
-"""Key of what is derived: gradients less those certified exact."""
+"""Derived key: the number of gradients minus those certified exact."""
 
 
 @dataclass
@@ -45,11 +45,11 @@ class Run:
 
     Attributes:
         folder: The folder.
-        label: Short name, different for each run of a page.
-        series: Of each key with at least one value.
-        notes: What a reader of the page must know about the files.
-        config: Settings, as `model.solver.max_steps`.
-        environment: What it ran on, flat as the settings.
+        label: Short name, unique on a page.
+        series: Values of each key with at least one value.
+        notes: Remarks on the files for the reader of the page.
+        config: Settings with flat names, such as `model.solver.max_steps`.
+        environment: Software and hardware, with flat names.
         sweep: Rows of the depth sweep after training.
         validation_sweep: Rows of the sweeps in training.
         residual_curve: Rows of the residual along the iteration.
@@ -77,7 +77,7 @@ class Run:
 
     @property
     def task(self) -> str | None:
-        """What was trained, as far as the keys say."""
+        """The task, inferred from the keys."""
         names = {key.rsplit("/", 1)[-1] for key in self.series}
         if names & {"token_perplexity", "bits_per_byte", "tokens_per_second"}:
             return "language model"
@@ -95,13 +95,13 @@ class Run:
 
     @property
     def trained_nfe(self) -> float | None:
-        """Evaluations of f in a forward pass of training, if all steps made as many."""
+        """Evaluations of f in a forward pass of training, if the same in all steps."""
         values = set(self["equilibrium/forward_nfe"].finite.tolist())
         return values.pop() if len(values) == 1 else None
 
     @property
     def images(self) -> list[tuple[str, str]]:
-        """Names and content of the pictures that are not drawn again from their table; the newest samples first."""
+        """Names and contents of the pictures that the page does not draw itself, the newest samples first."""
         drawn = {"depth_sweep.png", "residual_curve.png"}
         paths = [path for path in sorted(self.folder.glob("*.png")) if path.name not in drawn]
         paths[:0] = sorted(self.folder.glob("samples/*.png"))[-1:]
@@ -109,17 +109,17 @@ class Run:
 
     @property
     def files(self) -> list[Path]:
-        """What lies in the folder, checkpoints first; no pages, nothing hidden."""
+        """The files in the folder, checkpoints first, without pages and hidden files."""
         found = [*sorted(self.folder.glob("checkpoints/*")), *sorted(self.folder.iterdir())]
         return [p for p in found if p.name != "checkpoints" and p.suffix != ".html" and not p.name.startswith(".")]
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """The runs in these folders, labelled by what differs in their paths.
+    """Read the runs in these folders, labeled by the parts of their paths that differ.
 
     Raises:
         FileNotFoundError: If a folder holds no run.
-        ValueError: If a file cannot be read as what it should be, or a folder is given twice.
+        ValueError: If a file is invalid, or a folder is given twice.
     """
     paths = [folder.resolve() for folder in folders]
     if twice := next((given for given, path in zip(folders, paths, strict=True) if paths.count(path) > 1), None):
@@ -129,7 +129,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def read_run(folder: Path, label: str) -> Run:
-    """The run in a folder."""
+    """Read the run in a folder."""
     if not (folder / METRICS).is_file():
         below = sorted(folder.glob(f"**/{METRICS}"), key=lambda path: path.stat().st_mtime) if folder.is_dir() else []
         hint = f" (the newest run below it: {below[-1].parent})" if below else ""
@@ -152,7 +152,7 @@ def read_run(folder: Path, label: str) -> Run:
 
 
 def read_metrics(path: Path, notes: list[str]) -> dict[str, Series]:
-    """Series of each key that was logged; steps counted from 1. What is amiss is added to the notes."""
+    """Read the series of each key, with steps counted from 1. Problems are added to the notes."""
     points: dict[str, list[tuple[int, float]]] = {}
     left_out: Counter[str] = Counter()
     for row in read_rows(path):
@@ -178,7 +178,7 @@ def read_metrics(path: Path, notes: list[str]) -> dict[str, Series]:
 
 
 def flat(settings: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dots in the names."""
+    """Flatten nested mappings, with dots in the names."""
     if not isinstance(settings, dict):
         return {prefix: settings} if prefix else {}
     items: dict[str, Any] = {}
@@ -188,7 +188,7 @@ def flat(settings: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _load(path: Path, parse: Any) -> Any:
-    """Parsed text of a file, None without the file."""
+    """Parse a file; None without the file."""
     if not path.is_file():
         return None
     try:

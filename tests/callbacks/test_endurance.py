@@ -8,10 +8,11 @@ import resource
 import signal
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from lightning import Callback
-from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from strangers import StepByStep, Stranger, loader, trainer
 
 from revdeq_lightning.callbacks.function_evaluations import FunctionEvaluations
@@ -19,6 +20,7 @@ from revdeq_lightning.callbacks.residual_curve import ResidualCurve
 from revdeq_lightning.errors import RecordWarning
 from revdeq_lightning.loggers.csv_logger import ContinuedCSVLogger
 from revdeq_lightning.loggers.endurance import Enduring, Survives, enduring
+from revdeq_lightning.loggers.media import log_picture
 
 
 class Failing(Logger):
@@ -81,6 +83,21 @@ def test_whatever_fails_is_told_once_and_the_run_goes_on(tmp_path, method):
         assert logger.calls > 5  # it is tried again, as a disk may be emptied
     if method == "experiment":
         assert logger.calls == 1  # who cannot begin is not asked again
+
+
+def test_a_picture_that_cannot_be_read_is_told_once_and_the_run_goes_on(tmp_path):
+    class Pictures(WandbLogger):
+        def __init__(self):
+            pass
+
+    logger = enduring(Pictures())
+    run = SimpleNamespace(loggers=[logger, logger], is_global_zero=True, global_step=1)
+    with pytest.warns(RecordWarning, match=r"Pictures failed \(FileNotFoundError") as caught:
+        log_picture(run, "samples/images", tmp_path / "missing.png", "caption")
+    assert len(caught) == 1
+    run.loggers = [Pictures()]
+    with pytest.raises(FileNotFoundError):
+        log_picture(run, "samples/images", tmp_path / "missing.png", "caption")
 
 
 def test_without_endurance_the_training_ends(tmp_path):
