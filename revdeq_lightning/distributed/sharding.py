@@ -1,4 +1,4 @@
-"""FSDP2 for models with equilibria, and tensors of which each process holds a part; no Lightning in here."""
+"""FSDP2 for models with equilibria, and sharded tensors. Independent of Lightning."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,23 +11,23 @@ from revdeq_lightning.equilibrium import EquilibriumLayer
 from revdeq_lightning.errors import ParallelismError
 
 FORWARD_METHODS = ("loss",)
-"""Methods of our models that are called in the place of `forward`."""
+"""Methods of our models that are called instead of `forward`."""
 
 
 def shard_equilibria(
     model: nn.Module, mesh: Any, *, reshard_after_forward: bool = True, gather_dtype: torch.dtype | None = None
 ) -> None:
-    """Apply `fully_shard` to each equilibrium layer, and to the model as a whole for the rest.
+    """Apply `fully_shard` to each equilibrium layer, and to the model for the rest.
 
-    A solve calls f many times, but its layer once: so the parameters are gathered once for all evaluations. A second
-    call changes nothing.
+    A solve calls f many times but its layer once, so the parameters are gathered once for all evaluations. A second
+    call has no effect.
 
     Args:
         model: Model whose forward pass includes all of its equilibria.
         mesh: One-dimensional device mesh.
-        reshard_after_forward: Give a layer's parameters back after its solve.
-        gather_dtype: In what the layers' parameters are sent and used; None for their own. The rest of the model, x
-            and the state stay as they are, and gradients are averaged in float32.
+        reshard_after_forward: Free a layer's gathered parameters after its solve.
+        gather_dtype: Dtype in which the layers' parameters are sent and used; None for their own. The rest of the
+            model, x, and the state keep their dtype, and gradients are averaged in float32.
 
     Raises:
         ParallelismError: If a part of a layer is sharded already.
@@ -53,7 +53,7 @@ def shard_equilibria(
     for layer in layers.values():
         fully_shard(layer, mesh=mesh, reshard_after_forward=reshard_after_forward, mp_policy=policy)
     if "" not in layers:
-        # Not in that dtype: an embedding rounded to bfloat16 would make x, the input of every evaluation, bfloat16.
+        # Not in `gather_dtype`: a bfloat16 embedding would make x, the input of every evaluation, bfloat16.
         fully_shard(model, mesh=mesh)
     for method in FORWARD_METHODS:
         if hasattr(model, method):
@@ -61,12 +61,12 @@ def shard_equilibria(
 
 
 def fill_from_first_process(model: nn.Module, rebuild: Callable[[], nn.Module], device: torch.device) -> None:
-    """Give a sharded model on the meta device its weights; all processes must call it.
+    """Initialize a sharded model on the meta device; all processes must call it.
 
     Args:
-        model: Gets memory on the device, and each process its share of what the first one makes.
-        rebuild: Makes the same model with weights, on the CPU.
-        device: Of this process.
+        model: Model to allocate on the device and fill with the shards of the first process's weights.
+        rebuild: Builds the same model with weights on the CPU.
+        device: Device of this process.
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 

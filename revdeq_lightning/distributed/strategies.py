@@ -1,10 +1,10 @@
-"""What DDP and FSDP2 need to know of an equilibrium layer: Lightning's strategies with defaults that fit, checked.
+"""DDP and FSDP2 for equilibrium layers: Lightning's strategies with suitable defaults and checks.
 
-    ddp     every process holds the whole model; gradients are averaged once a step
-    fsdp2   every process holds a share of parameters, gradients and optimizer state; an EquilibriumLayer is gathered
+    ddp     every process holds the whole model; gradients are averaged once per step
+    fsdp2   every process holds a shard of parameters, gradients and optimizer state; an EquilibriumLayer is gathered
             once before its solve and once before its backward pass, however many evaluations of f they make
 
-Both exchange as many bytes as for an explicit model with the same parameters.
+Both exchange as many bytes as with an explicit model of the same parameters.
 """
 
 import os
@@ -48,13 +48,13 @@ from revdeq_lightning.processes import gathered
 
 
 class CheckedProcesses:
-    """Beside a strategy of Lightning: checks timeout, NCCL and GPUs as the processes meet; shares the buffers."""
+    """Mixin for strategies: check timeout, NCCL, and GPUs when the processes connect, and synchronize buffers."""
 
     allow_mixed_gpus: bool
 
     def setup_environment(self: Any) -> None:
         timeout = self._timeout.total_seconds()
-        if timeout < 1:  # PyTorch would report a lost connection
+        if timeout < 1:  # PyTorch would only report a lost connection
             raise ParallelismError(
                 f"timeout_seconds={timeout:g} of the strategy: so long a process waits for another, which"
                 " may be saving; 1 or more, the default is 1800"
@@ -85,12 +85,12 @@ class CheckedProcesses:
 
 
 class EquilibriumDDP(CheckedProcesses, DDPStrategy):
-    """DDP: no search for unused parameters, and gradients that are views into what is exchanged.
+    """DDP without search for unused parameters, and with gradients as views into the communication buckets.
 
     Args:
-        compress_gradients: Exchange gradients in bfloat16, half of the bytes; the average is rounded to 8 bits.
+        compress_gradients: Exchange gradients in bfloat16, half the bytes; the average is rounded to 8 bits.
         allow_mixed_gpus: Train on GPUs of different kinds together, at the pace of the slowest.
-        timeout_seconds: Time after which the other processes give up on one that does not answer.
+        timeout_seconds: Time after which the other processes give up on one that does not respond.
         start_method: How the processes of one machine are started; popen runs the command again for each.
     """
 
@@ -112,26 +112,26 @@ class EquilibriumDDP(CheckedProcesses, DDPStrategy):
     def configure_ddp(self) -> None:
         super().configure_ddp()
         if self.compress_gradients:
-            # Lightning itself registers hooks on CUDA alone, and drops them elsewhere.
+            # Lightning registers hooks only on CUDA and ignores them elsewhere.
             assert isinstance(self.model, DistributedDataParallel)
             self.model.register_comm_hook(None, bf16_compress_hook)
 
 
 class EquilibriumFSDP2(CheckedProcesses, ModelParallelStrategy):
-    """FSDP2: parameters, gradients and optimizer state are sharded over all processes.
+    """FSDP2: shard parameters, gradients, and optimizer state over all processes.
 
     The units are the equilibrium layers, each with its f, and the rest of the model. Precision `32-true` or
     `bf16-mixed`: the state is never rounded to bfloat16.
 
     Args:
-        reshard_after_forward: Give the parameters of a layer back after its solve, and gather them once more for the
-            backward pass: half of the communication more, and only one layer at a time in memory.
-        gather_dtype: Send the layers' parameters as float32, or as bfloat16: half of the bytes; for bf16-mixed, whose
+        reshard_after_forward: Free the parameters of a layer after its solve and gather them again for the backward
+            pass: 50 % more communication, but only one layer at a time in memory.
+        gather_dtype: Send the layers' parameters as float32, or as bfloat16 in half the bytes; for bf16-mixed, whose
             products round them anyway. Their gradients are rounded to bfloat16 once, then averaged in float32.
-        sharded_checkpoints: Write a folder with a file for each process, readable on any number of processes, instead
-            of one file, for which the first process gathers all.
+        sharded_checkpoints: Write a folder with one file per process, readable on any number of processes, instead of
+            one file, for which the first process gathers everything.
         allow_mixed_gpus: Train on GPUs of different kinds together, at the pace of the slowest.
-        timeout_seconds: Time after which the other processes give up on one that does not answer.
+        timeout_seconds: Time after which the other processes give up on one that does not respond.
     """
 
     def __init__(
@@ -168,11 +168,11 @@ class EquilibriumFSDP2(CheckedProcesses, ModelParallelStrategy):
         """Shard a model; call this in `configure_model`.
 
         Args:
-            model: Its equilibrium layers become units of their own.
-            rebuild: Makes the model with its weights where it is on the meta device: the first process calls it, and
-                sends each process its share.
+            model: Model whose equilibrium layers become separate units.
+            rebuild: Builds the model with its weights if it is on the meta device: the first process calls it and
+                sends each process its shard.
         """
-        if self._layer_sync is not None:  # Lightning does so under DDP alone
+        if self._layer_sync is not None:  # Lightning does this only for DDP
             self._layer_sync.apply(model)
         # FSDP2 does not accept weights in channels_last memory format; the images keep it.
         model.to(memory_format=torch.contiguous_format)
@@ -185,9 +185,9 @@ class EquilibriumFSDP2(CheckedProcesses, ModelParallelStrategy):
             fill_from_first_process(model, rebuild, self.root_device)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Write a file, or a folder that is in its place only when it is whole."""
+        """Write a file, or a folder that appears only when it is complete."""
         if not self._save_distributed_checkpoint:
-            # Not Lightning's: each of its processes would first remove a folder of this name.
+            # Not Lightning's implementation, in which each process first removes a folder of this name.
             return Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
         target = Path(self.broadcast(str(filepath)))
         fault = write_folder(checkpoint, target)
@@ -199,7 +199,7 @@ class EquilibriumFSDP2(CheckedProcesses, ModelParallelStrategy):
         return None
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """State of an optimizer, keyed by names in a folder; in a file by numbers, as any other strategy reads it."""
+        """State of an optimizer, keyed by names in a folder, and by numbers, as for other strategies, in a file."""
         options = StateDictOptions(full_state_dict=not self._save_distributed_checkpoint, cpu_offload=True)
         state: Any = get_optimizer_state_dict(self._module, optimizer, options=options)
         if self._save_distributed_checkpoint or not self.is_global_zero:
@@ -208,7 +208,7 @@ class EquilibriumFSDP2(CheckedProcesses, ModelParallelStrategy):
         return renamed(state, {name: i for i, name in enumerate(names)})
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Load model and optimizers from a file or a folder, written on any number of processes; return all else."""
+        """Load model and optimizers from a file or folder written on any number of processes; return the rest."""
         path = Path(self.broadcast(str(checkpoint_path)))
         return self._load_folder(path) if is_sharded_checkpoint(path) else self._load_file(path, weights_only)
 
@@ -250,13 +250,13 @@ class EquilibriumFSDP2(CheckedProcesses, ModelParallelStrategy):
 
 
 def renamed(state: Mapping[str, Any], new: Mapping[Any, Any]) -> dict[str, Any]:
-    """An optimizer's state with other keys for its parameters."""
+    """An optimizer's state with renamed keys of its parameters."""
     groups = [{**group, "params": [new[key] for key in group["params"]]} for group in state["param_groups"]]
     return {"state": {new[key]: value for key, value in state["state"].items()}, "param_groups": groups}
 
 
 def require_meeting_place(trainer: Trainer) -> None:
-    """Raise ParallelismError if several machines are to train and nothing says where they meet: each would wait."""
+    """Raise ParallelismError if there are several machines without a meeting point, for which each would wait."""
     alone = isinstance(getattr(trainer.strategy, "cluster_environment", None), LightningEnvironment)
     if trainer.num_nodes > 1 and alone and "MASTER_ADDR" not in os.environ:
         raise ParallelismError(
@@ -267,13 +267,13 @@ def require_meeting_place(trainer: Trainer) -> None:
 
 
 def register_strategies() -> None:
-    """Make `ddp` and `fsdp2` names of `trainer.strategy`; `ddp` then is ours."""
+    """Register `ddp` (replacing Lightning's) and `fsdp2` as names of `trainer.strategy`."""
     for name, strategy in {"ddp": EquilibriumDDP, "fsdp2": EquilibriumFSDP2}.items():
         StrategyRegistry.register(name, strategy, description=str(strategy.__doc__).split("\n")[0], override=True)
 
 
 def is_fsdp2(setting: Any) -> bool:
-    """Whether the configuration's `trainer.strategy` is ours of FSDP2, by its name or as a class."""
+    """Whether the configuration's `trainer.strategy` is our FSDP2, by name or class."""
     if isinstance(setting, str):
         return setting == "fsdp2"
     return str(getattr(setting, "class_path", "")).rpartition(".")[2] == EquilibriumFSDP2.__name__

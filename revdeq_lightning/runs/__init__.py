@@ -1,4 +1,4 @@
-"""A run's folder, environment, signals, lock, divergence guard and random state."""
+"""A run's folder, environment, signals, lock, divergence guard, and random state."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""A loss, state or gradient that is not finite: no optimizer step, the batch kept, the run ended."""
+"""Stop a run with a non-finite loss, state, or gradient before the optimizer step, and save the batch."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -22,22 +22,22 @@ from revdeq_lightning.tasks.training_step import run_folder
 DIVERGED = "diverged"
 WEIGHTS = "weights.ckpt"
 MOST_FILES = 8
-"""If no process can tell that it was its batch, the batches of so many processes are kept."""
+"""Number of processes whose batches are saved if none can tell that its batch was the cause."""
 
 
 class DivergedError(RuntimeError):
-    """Training cannot go on from here; the message is one line."""
+    """Training cannot continue; the message is one line."""
 
 
 class DivergenceGuard(Callback):
-    """Looks at loss and gradient before each optimizer step, and at the weights before each validation and checkpoint.
+    """Check loss and gradient before each optimizer step, and the weights before each validation and checkpoint.
 
-    If they are not finite, it raises `DivergedError` on all processes, with the weights as they were before the step.
-    The batches of the step, their random states and the weights are kept in the run's folder for `revdeq replay`. An
+    If they are not finite, it raises `DivergedError` on all processes, with the weights from before the step. The
+    batches of the step, their random states, and the weights are saved in the run's folder for `revdeq replay`. An
     equilibrium that diverges on one process returns NaN there (`deferred_divergence`), which reaches the other
     processes with the gradient.
 
-    Costs one read of the gradient and one host synchronization per step. With a gradient scaler (16-mixed), which
+    It costs one read of the gradient and one host synchronization per step. With a gradient scaler (16-mixed), which
     skips overflowing steps by itself, only the loss is checked. Must come after callbacks that call `training_step`.
 
     Args:
@@ -61,7 +61,7 @@ class DivergenceGuard(Callback):
         def guarded(step: Callable[..., Any], errors: list[DivergenceError], is_training: bool) -> Callable[..., Any]:
             @functools.wraps(step)
             def guarded_step(*args: Any, **kwargs: Any) -> Any:
-                if is_training and not self._in_step:  # another callback asks, and can be told at once
+                if is_training and not self._in_step:  # called by another callback: raise immediately
                     return step(*args, **kwargs)
                 with deferred_divergence(errors):
                     return step(*args, **kwargs)
@@ -78,7 +78,7 @@ class DivergenceGuard(Callback):
             for kept in (self._batches, self._losses, self._errors):
                 kept.clear()
         solvers = [asdict(cast(Any, layer.solver)) for layer in equilibria(pl_module)]
-        # Named tuples as dictionaries: a checkpoint holds no classes.
+        # Named tuples become dictionaries, because a checkpoint contains no classes.
         plain = batch._asdict() if hasattr(batch, "_asdict") else batch
         self._batches.append({"batch": plain, "random_state": random_state(), "solvers": solvers})
         self._begins, self._in_step = False, True
@@ -110,7 +110,7 @@ class DivergenceGuard(Callback):
             self._check_weights(trainer, pl_module)
 
     def _check_weights(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """An update may overflow though its gradient does not."""
+        """Check the weights: an update may overflow although its gradient does not."""
         finite = all_finite(norms(p.detach() for p in pl_module.parameters()))
         if trainer.strategy.reduce_boolean_decision(not finite, all=False):
             self._raise(trainer, "the weights are not finite: the last update overflowed")
@@ -143,7 +143,7 @@ class DivergenceGuard(Callback):
         raise DivergedError(f"training diverged in step {step}: {reason}. No step was made with it{kept}")
 
     def _keep(self, trainer: Trainer, pl_module: LightningModule, reason: str | None) -> str:
-        """Write the weights (first process) and, with a reason, this process's batches; say it to the user."""
+        """Write the weights (first process) and, with a reason, this process's batches, and report them."""
         folder = self._path / DIVERGED / f"step-{trainer.global_step + 1}"
         state = {name: whole(value) for name, value in pl_module.state_dict().items()}
         path = folder / f"process-{trainer.global_rank}.ckpt"
@@ -167,7 +167,7 @@ class DivergenceGuard(Callback):
 
 @torch.no_grad()
 def norms(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """The norm of each tensor's part on this process; finite if all values are finite and below 1e19."""
+    """The norm of each tensor's local part; finite if all values are finite and below 1e19."""
     parts = [part for part in map(local, tensors) if part.numel()]
     return list(torch._foreach_norm(parts)) if parts else []
 

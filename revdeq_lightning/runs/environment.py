@@ -1,4 +1,4 @@
-"""Where and with what a run was made: commit, versions, hardware, command; no PyTorch needed to read it."""
+"""Environment of a run: commit, versions, hardware, command. Readable without PyTorch."""
 
 import json
 import os
@@ -16,16 +16,16 @@ PACKAGES = (
     *("torch", "torchvision", "lightning", "torchmetrics", "numpy", "wandb", "datasets", "tokenizers"),
     *("jsonargparse", "omegaconf", "safetensors", "scikit-learn", "pillow", "matplotlib", "tensorboard"),
 )
-"""Packages whose versions are kept."""
+"""Packages whose versions are recorded."""
 
 
 def describe_environment(num_processes: int = 1) -> dict[str, Any]:
-    """The environment in plain containers, for `environment.json` and the configuration of a W&B run."""
+    """Environment in plain containers, for `environment.json` and the configuration of a W&B run."""
     import torch
 
     from revdeq_lightning import __version__
 
-    # An installed package may lie in a folder of somebody else's repository.
+    # An installed package may be inside an unrelated repository.
     is_tracked = bool(git("ls-files", Path(__file__).name))
     versions = {"revdeq-lightning": __version__}
     for name in PACKAGES:
@@ -52,7 +52,7 @@ def describe_environment(num_processes: int = 1) -> dict[str, Any]:
 
 
 def write_environment(path: Path, environment: dict[str, Any]) -> None:
-    """Write the environment; that of earlier starts of a resumed run moves to `earlier_starts`."""
+    """Write the environment; those of earlier starts of a resumed run move to `earlier_starts`."""
     earlier: list[dict[str, Any]] = []
     if path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))

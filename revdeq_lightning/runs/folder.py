@@ -1,4 +1,4 @@
-"""A run's folder: where it lies, how a checkpoint or a command line names it."""
+"""A run's folder: its location, and how checkpoints and command lines refer to it."""
 
 import os
 import shlex

@@ -1,4 +1,4 @@
-"""A lock on a run's folder: no second process trains in it."""
+"""A lock on a run's folder that prevents a second process from training in it."""
 
 import fcntl
 import os
@@ -16,16 +16,16 @@ class LockedError(RuntimeError):
 
 LOCK = ".lock"
 PATIENCE = 120.0
-"""Seconds to wait for another machine's lock: of one that died a network's file system gives it up late (NFS: 90 s)."""
+"""Seconds to wait for another machine's lock, which network file systems release late if it died (NFS: 90 s)."""
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Within, this process alone trains in the folder; where another one does, that is a `LockedError`.
+    """Context in which only this process trains in the folder; raises `LockedError` if another one does.
 
-    The lock is the kernel's and ends with the process, however that ends; the file stays and says whose it is. A record
-    lock (`lockf`) is for this process alone: those that load data, and may outlive it, do not inherit it as they would
-    one of `flock`, and the process does not lock itself out. Where there are no locks it goes on without.
+    The kernel releases the lock when the process ends for any reason; the file remains and names the owner. A record
+    lock (`lockf`) belongs to this process only: unlike with `flock`, data-loading processes, which may outlive it, do
+    not inherit it, and the process cannot lock itself out. On file systems without locks, continue without one.
     """
     descriptor = None
     with suppress(OSError):  # another user's file

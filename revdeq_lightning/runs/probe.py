@@ -1,4 +1,4 @@
-"""Runs the training step on the side: a question to the model that leaves no trace in the run."""
+"""Run the training step without side effects on the run."""
 
 import copy
 import dataclasses
@@ -26,22 +26,22 @@ Choice = tuple[AbstractSolver, AbstractAdjoint]
 """What a layer solves with."""
 
 OWN_STATE = (Metric, MetricCollection)
-"""Modules that hold more state than their buffers."""
+"""Modules with more state than their buffers."""
 
 
 @dataclasses.dataclass
 class Probe:
-    """The loss of some samples and its gradients, on the side.
+    """Loss and gradients of some samples, without side effects.
 
-    Afterwards the generators of random numbers, buffers, `.grad`, training modes, solvers and adjoints are as they
-    were; nothing is logged, no metric of torchmetrics is updated, and DDP does not hear of it. The parameters' own
-    storage is read, not copied. Compiled functions run eagerly: other sizes would have them compiled anew.
+    Afterwards, random generators, buffers, `.grad`, training modes, solvers, and adjoints are restored; nothing is
+    logged, no torchmetrics metric is updated, and DDP is not involved. Parameters are read in place, not copied.
+    Compiled functions run eagerly, because other sizes would cause recompilation.
 
     Attributes:
-        trainer: Its precision applies.
+        trainer: Trainer whose precision applies.
         module: The model.
         batch: Samples, as the training step takes them.
-        loss: `(module, batch) -> loss`; None: that of `training_step`.
+        loss: `(module, batch) -> loss`; None for that of `training_step`.
         dropout: Whether dropout stays on.
     """
 
@@ -59,12 +59,12 @@ class Probe:
         *,
         float64: bool = False,
     ) -> Gradients:
-        """Gradient of the loss in every parameter that has one, by name; all calls draw the same random numbers.
+        """Gradient of the loss for every parameter that has one, by name; all calls draw the same random numbers.
 
         Args:
-            choose: Solver and adjoint of each layer; None: its own.
-            float64: Whether all floating-point numbers are float64, also where the model asks for float32, without
-                autocast.
+            choose: Solver and adjoint of each layer; None for its own.
+            float64: Whether all floating-point numbers are float64, without autocast, even if the model requests
+                float32.
         """
 
         def run() -> Gradients:
@@ -72,7 +72,7 @@ class Probe:
             found = torch.autograd.grad(self._loss(float64), [parameters[n] for n in names], allow_unused=True)
             return {n: torch.zeros_like(parameters[n]) if g is None else g for n, g in zip(names, found, strict=True)}
 
-        # Leaves of their own: the gradient reaches neither `.grad` nor the hooks of the true ones.
+        # Separate leaves: the gradient reaches neither `.grad` nor the hooks of the original parameters.
         parameters = {
             name: _cast(p.detach(), float64).requires_grad_(p.requires_grad)
             for name, p in self.module.named_parameters()
@@ -90,7 +90,7 @@ class Probe:
 
     @torch.no_grad()
     def solutions(self) -> list[tuple[EquilibriumLayer, Any, Any]]:
-        """Each layer with the x that it received and the state that it returned, in the order of the calls."""
+        """Each layer with its input x and returned state, in order of the calls."""
         seen: list[tuple[EquilibriumLayer, Any, Any]] = []
 
         def note(layer: Any, args: Any, kwargs: Any, solution: Any) -> None:
@@ -132,7 +132,7 @@ class Probe:
 
     @contextmanager
     def untraced(self) -> Iterator[None]:
-        """What is asked of the module within leaves no trace."""
+        """Context in which calls of the module have no side effects."""
         state = random_state()
         modules = list(self.module.modules())
         metrics = [(m, name, c) for m in modules for name, c in m.named_children() if isinstance(c, OWN_STATE)]
@@ -168,13 +168,13 @@ def batch_size(batch: Any) -> int:
 
 
 def first_samples(batch: Any, num_samples: int) -> Any:
-    """The first samples of a batch of tensors with a common first size; tensors of another size stay as they are."""
+    """The first samples of a batch of tensors with a common first size; tensors of other sizes are unchanged."""
     size = batch_size(batch)
     return apply_to_collection(batch, Tensor, lambda t: t[:num_samples] if t.dim() and len(t) == size else t)
 
 
 def reason_against(module: LightningModule, loss: Loss | None) -> str | None:
-    """Why the module cannot be asked on the side, or None."""
+    """Reason why the module cannot be probed, or None."""
     if loss is None and not module.automatic_optimization:
         return (
             f"the training_step of {type(module).__name__} steps the optimizer itself (automatic_optimization=False):"
@@ -191,7 +191,7 @@ def reason_against(module: LightningModule, loss: Loss | None) -> str | None:
 
 @contextmanager
 def chosen_solvers(module: nn.Module, choose: Callable[[EquilibriumLayer], Choice] | None) -> Iterator[None]:
-    """Within, every layer has the solver and the adjoint that are chosen for it."""
+    """Context in which every layer has the chosen solver and adjoint."""
     layers = equilibria(module)
     own = [(layer.solver, layer.adjoint) for layer in layers]
     try:
@@ -208,7 +208,7 @@ def _cast(tensor: Tensor, float64: bool) -> Tensor:
 
 
 class _Float64(TorchFunctionMode):
-    """Whoever asks for float32 gets float64: a loss that is computed in float32 would be no reference."""
+    """Replace float32 by float64, because a loss computed in float32 could not serve as a reference."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.float:

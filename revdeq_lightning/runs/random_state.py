@@ -1,4 +1,4 @@
-"""The random states of every process in the checkpoint: a resumed run draws what the whole run would have drawn."""
+"""Random states of every process in the checkpoint: a resumed run draws the same numbers as an uninterrupted one."""
 
 import random
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from revdeq_lightning.processes import gathered
 
 
 class ResumableRandomState(Callback):
-    """Stores the states of Python's, NumPy's and PyTorch's global generators for each process.
+    """Store the states of Python's, NumPy's, and PyTorch's global generators for each process.
 
     They are restored when training starts, unless the number of processes has changed.
     """
@@ -48,7 +48,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Set what `random_state` gave."""
+    """Restore a state returned by `random_state`."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, *rest = state["numpy"]
@@ -60,7 +60,7 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 @contextmanager
 def untouched_random_state() -> Iterator[None]:
-    """Restore the global generators afterwards."""
+    """Context that restores the global generators at its end."""
     state = random_state()
     try:
         yield

@@ -1,8 +1,8 @@
-"""SIGTERM and SIGUSR1, "end soon": noted, never obeyed in the midst of something.
+"""Record SIGTERM and SIGUSR1 and act on them between two training steps.
 
-A scheduler sends them before it takes a machine away. Whoever trains looks at `STOP.received` between two steps. This
-imports only the standard library, so that the signals are noted from the first line of the program on: the imports of a
-training take seconds, from a network's file system minutes, and the default action of both signals is to kill.
+A scheduler sends them before it takes a machine away. Training checks `STOP.received` between two steps. This module
+imports only the standard library, so that signals are recorded from the first line of the program: importing everything
+takes seconds, or minutes from a network file system, and both signals kill a process by default.
 """
 
 import os
@@ -18,23 +18,23 @@ from typing import Any
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 AGAIN = 75
-"""Exit code (EX_TEMPFAIL, "try again later") of a training that SIGTERM or SIGUSR1 ended, and that can go on."""
+"""Exit code (EX_TEMPFAIL, "try again later") after SIGTERM or SIGUSR1 ended a training that can be resumed."""
 
 
 class Stopped(SystemExit):
-    """Training ends on all its processes after the same step, asked to by a signal.
+    """A signal ends training on all processes after the same step.
 
-    Not Lightning's way to shut down, KeyboardInterrupt: there the first process kills those that it started, and
-    PyTorch 2.11 takes that of a forked one for an end in good order, and waits for its result for ever.
+    Not KeyboardInterrupt, with which Lightning's first process kills the ones that it started; PyTorch 2.11 considers
+    that of a forked process a regular end and waits for its result forever.
     """
 
 
 class StopSignals:
-    """Notes which signal asked to end.
+    """Record which signal requested the end.
 
     Attributes:
-        received: Number of the signal that this process received, 0 if there was none.
-        agreed: Number of the signal that all processes of the training agreed to end by.
+        received: Number of the signal that this process received, 0 if none.
+        agreed: Number of the signal that all processes agreed on.
     """
 
     def __init__(self) -> None:
@@ -44,11 +44,11 @@ class StopSignals:
 
     @property
     def exit_code(self) -> int:
-        """Of a process that ended by the signal agreed on."""
+        """Exit code of a process that ended by the agreed signal."""
         return 128 + signal.SIGINT if self.agreed == signal.SIGINT else AGAIN
 
     def take(self) -> bool:
-        """Note the signals from now on; whether that is new. In other threads than the main one Python cannot."""
+        """Start recording signals; return whether this is new. Only possible in the main thread."""
         if threading.current_thread() is not threading.main_thread():
             return False
         self._wait_no_more()
@@ -58,13 +58,13 @@ class StopSignals:
         return True
 
     def end_while_waiting(self, kill_children: Callable[[], None]) -> None:
-        """Until `take`: SIGTERM ends this process at once, as nothing is lost before the first step.
+        """Let SIGTERM end this process immediately until `take`, because nothing is lost before the first step.
 
-        Processes that wait for each other do so in C++, for as long as their timeout, where Python's own handlers do
-        not run: but it writes the signal's number to a file at once, which a thread can read.
+        Processes wait for each other in C++, up to their timeout, and Python's handlers do not run there. Python writes
+        the signal's number to a file immediately, however, which a thread can read.
 
         Args:
-            kill_children: Ends the processes of the training that this one started.
+            kill_children: Ends the training processes that this one started.
         """
         if self.received == signal.SIGTERM:
             sys.exit(AGAIN)
@@ -82,14 +82,14 @@ class StopSignals:
             self._wakeup = None
 
     def give_back(self) -> None:
-        """Let the signals do again what they did before, and forget what was received."""
+        """Restore the previous handlers and forget received signals."""
         self._wait_no_more()
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous, self.received, self.agreed = {}, 0, 0
 
     def ignore(self) -> None:
-        """For a program at its end: while it ends Python would let the signals kill again, and spoil the exit code."""
+        """Ignore the signals at the end of the program, where they would kill it and change the exit code."""
         for number in self._previous:
             signal.signal(number, signal.SIG_IGN)
 
@@ -98,14 +98,14 @@ class StopSignals:
 
 
 STOP = StopSignals()
-"""Signals are the process's, so there is one."""
+"""The only instance, because signals belong to the process."""
 
 
 @contextmanager
 def no_failure_to_torchrun() -> Iterator[None]:
-    """End with 0 where it was asked for, with the exit code in the file that `configs/cluster/torchrun.sh` names.
+    """After a requested end, exit with 0 and write the exit code to the file given by `configs/cluster/torchrun.sh`.
 
-    torchrun begins all processes again when one ends with another code.
+    torchrun restarts all processes if one exits with a different code.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Tasks: what is trained, on which loss, with which optimizer."""
+"""Tasks: models with their losses and optimizers."""
 
 from typing import TYPE_CHECKING
 

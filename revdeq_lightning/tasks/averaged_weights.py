@@ -10,11 +10,11 @@ from revdeq_lightning.processes import is_sharded, local, shared_out_like, whole
 
 
 class AveragedWeights(Callback):
-    """Keeps `average = d * average + (1 - d) * weights`, updated at each optimizer step, and validates with it.
+    """Keep `average = d * average + (1 - d) * weights`, updated at each optimizer step, and validate with it.
 
-    `d = min(decay, step / (step + 9))`, so that the start of the run is forgotten. A checkpoint's `state_dict` holds
-    the average, so that whatever loads it evaluates the average; the weights in training lie under `trained_weights`,
-    and a resumed fit goes on with them. Floating-point buffers that belong to the state, the running statistics of
+    `d = min(decay, step / (step + 9))`, so that the initial weights are forgotten. A checkpoint's `state_dict`
+    contains the average, which is evaluated when it is loaded; the weights in training are stored as `trained_weights`,
+    from which a resumed fit continues. Floating-point buffers in the state, such as the running statistics of
     BatchNorm, are averaged like weights.
 
     Args:
@@ -46,7 +46,7 @@ class AveragedWeights(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self.average:
-            self._update(trainer, pl_module)  # a callback that saves may come before this one
+            self._update(trainer, pl_module)  # a callback that saves may run before this one
             weights = checkpoint["state_dict"]
             checkpoint["trained_weights"] = {name: weights[name] for name in self.average if name in weights}
             checkpoint["state_dict"] = {**weights, **self._average_as(weights)}
@@ -55,7 +55,7 @@ class AveragedWeights(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Resume: the average from `state_dict`, the weights from `trained_weights`, if there is an average.
 
-        An evaluation, also that at the end of a fit, keeps the average, which is in `state_dict`.
+        Evaluations, including those at the end of a fit, use the average in `state_dict`.
         """
         if "trained_weights" not in checkpoint or trainer.state.fn != "fit":
             return
@@ -74,14 +74,14 @@ class AveragedWeights(Callback):
 
     @torch.no_grad()
     def _swap(self, pl_module: LightningModule) -> None:
-        # By value: FSDP2 gathers from the memory that a parameter had at first, whatever its `data` is set to.
+        # Copy values: FSDP2 gathers from a parameter's original memory, regardless of its `data`.
         for name, p in averaged_tensors(pl_module).items() if self.average else ():
             held = p.detach().clone()
             p.copy_(self.average[name])
             self.average[name].copy_(held)
 
     def _average_as(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The average in the form in which the strategy saves the weights: sharded, or whole on the first process."""
+        """The average as the strategy saves the weights: sharded, or complete on the first process."""
         if not any(map(is_sharded, self.average.values())):
             return self.average
         if any(map(is_sharded, weights.values())):
@@ -95,7 +95,7 @@ class AveragedWeights(Callback):
 
 
 def averaged_tensors(module: LightningModule) -> dict[str, Tensor]:
-    """Parameters and the floating-point buffers of the state, by their names in it."""
+    """Parameters and floating-point buffers of the state, by name."""
     state = module.state_dict().keys()
     buffers = {name: b for name, b in module.named_buffers() if name in state and b.is_floating_point()}
     return {**dict(module.named_parameters()), **buffers}

@@ -1,4 +1,4 @@
-"""What every task shares: optimizer, schedule and averaged weights from one dataclass, and the Jacobian penalty."""
+"""Base class of tasks: optimizer, schedule, and averaged weights from one dataclass, and the Jacobian penalty."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
@@ -20,11 +20,11 @@ from revdeq_lightning.tasks.recipe import Recipe, refuse_foreign
 
 
 class TrainingOutput(NamedTuple):
-    """What a training step hands to callbacks beside the loss, under the key `step`.
+    """Output of a training step for callbacks, under the key `step`.
 
     Attributes:
-        stats: How each equilibrium of the model was reached, in their order; empty without a solver.
-        num_items: What this process trained on in this step, in units of `unit`.
+        stats: Statistics of each solve, in order of the equilibria; empty without a solver.
+        num_items: Number of items that this process trained on in this step, in units of `unit`.
         unit: "tokens" or "images".
     """
 
@@ -34,12 +34,12 @@ class TrainingOutput(NamedTuple):
 
 
 class AbstractTask(LightningModule):
-    """A model, its loss and its optimizer.
+    """A model with its loss and optimizer.
 
     Args:
         optimizer: Optimizer, schedule, averaging of the weights.
-        jacobian_weight: Above 0: this times the mean of `jacobian_regularization` over the equilibria, at their
-            solutions, is added to the loss that is trained on. It costs an evaluation of f with a double backward.
+        jacobian_weight: If above 0, add this times the mean of `jacobian_regularization` over the equilibria, at their
+            solutions, to the training loss. It costs one evaluation of f with a double backward pass.
 
     Raises:
         ValueError: If the weight is negative or not finite.
@@ -54,7 +54,7 @@ class AbstractTask(LightningModule):
         self.jacobian_weight = jacobian_weight
 
     def check_penalty(self) -> None:
-        """Ask this once the model is built.
+        """Check the penalty once the model is built.
 
         Raises:
             ValueError: If the penalty has a weight but the model has no equilibrium, or a compiled one.
@@ -70,7 +70,7 @@ class AbstractTask(LightningModule):
 
     @contextmanager
     def penalized(self) -> Iterator[list[Tensor]]:
-        """Within, the Jacobian penalty of every solve is added to the list, where it has a weight."""
+        """Context in which the Jacobian penalty of every solve is added to the list, if it has a weight."""
         penalties: list[Tensor] = []
 
         def add(layer: Any, args: Any, kwargs: Any, solution: Any) -> None:
@@ -86,7 +86,7 @@ class AbstractTask(LightningModule):
                 handle.remove()
 
     def with_penalty(self, loss: Tensor, penalties: list[Tensor]) -> Tensor:
-        """The loss that is trained on; logs the mean penalty, without its weight, as `train/jacobian_penalty`."""
+        """Return the training loss, and log the mean penalty without its weight as `train/jacobian_penalty`."""
         if not penalties:
             return loss
         penalty = torch.stack(penalties).mean()
@@ -95,11 +95,11 @@ class AbstractTask(LightningModule):
 
     @abstractmethod
     def _add_to(self, split: str, batch: Any) -> Any:
-        """Add a batch to the sums over a split, "val" or "test"; what is returned is for callbacks."""
+        """Add a batch to the sums over a split, "val" or "test"; the return value is for callbacks."""
 
     @abstractmethod
     def _log_figures(self, split: str) -> None:
-        """Log the figures of a whole split."""
+        """Log the metrics of a complete split."""
 
     def validation_step(self, batch: Any, batch_idx: int) -> Any:
         return self._add_to("val", batch)
@@ -114,13 +114,13 @@ class AbstractTask(LightningModule):
         self._log_figures("test")
 
     def make_model(self, build: Callable[[], nn.Module]) -> None:
-        """Make `self.model`; within `deferred_weights()` without weights, which it gets when it is sharded."""
+        """Build `self.model`; within `deferred_weights()` without weights, which are set when it is sharded."""
         self._recipe = Recipe(build)
         self.model = self._recipe.model()
 
     def configure_model(self) -> None:
-        """Share the model out, where the strategy asks for it."""
-        if self._trainer is None:  # loaded from a checkpoint, to be used alone
+        """Shard the model if the strategy does so."""
+        if self._trainer is None:  # loaded from a checkpoint without a trainer
             return
         strategy = self.trainer.strategy
         if shard := getattr(strategy, "shard_model", None):  # `EquilibriumFSDP2`
@@ -145,7 +145,7 @@ class AbstractTask(LightningModule):
             return optimizer
         schedule: dict[str, Any] = {"scheduler": scheduler, "interval": "step"}
         if isinstance(scheduler, WindowedPlateau):
-            # Lightning's turn for it comes after a step's checkpoint, in which it would be missing.
+            # Lightning would do it after the checkpoint of the step, which would then miss it.
             schedule["reduce_on_plateau"] = False
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
@@ -155,7 +155,7 @@ class AbstractTask(LightningModule):
         super().lr_scheduler_step(scheduler, metric)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if "state_dict" not in checkpoint:  # of shards, which are compared as they are read
+        if "state_dict" not in checkpoint:  # sharded checkpoints are checked when they are read
             return
         there = checkpoint.get("hyper_parameters", {})
         changed = changed_settings(there, dict(self.hparams))

@@ -1,4 +1,4 @@
-"""Whether a checkpoint fits the model and the optimizer of this run, told in one line."""
+"""Check that a checkpoint fits the model and the optimizer of this run, with one-line errors."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,14 +8,14 @@ from lightning.pytorch.utilities import rank_zero_warn
 from revdeq_lightning.errors import CheckpointError
 
 Changes = dict[str, tuple[Any, Any]]
-"""Settings that differ, by their dotted names: in the checkpoint, in this run."""
+"""Settings that differ, by dotted name: in the checkpoint, in this run."""
 
 KEPT_BY_OPTIMIZER = ("lr", "embedding_lr", "muon_lr", "betas", "eps", "muon_momentum", "weight_decay", "readout_decay")
-"""What an optimizer stores in its state: resuming brings the checkpoint's values back."""
+"""Settings stored in an optimizer's state; resuming restores the checkpoint's values."""
 
 
 def changed_settings(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> Changes:
-    """Settings that differ, where both have them."""
+    """Settings that differ, among those that both have."""
     changes: Changes = {}
     for key in there.keys() & here.keys():
         then, now = there[key], here[key]
@@ -30,7 +30,7 @@ def check_weights(there: Mapping[str, Any], here: Mapping[str, Any], changed: Ch
     """Compare names and shapes.
 
     Raises:
-        CheckpointError: If they differ; names the first, and the settings that may be the reason.
+        CheckpointError: If they differ; names the first difference and the settings that may cause it.
     """
     faults = [f"{name} is missing in the checkpoint" for name in here if name not in there]
     faults += [f"{name} of the checkpoint is not in the model" for name in there if name not in here]

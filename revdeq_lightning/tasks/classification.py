@@ -1,4 +1,4 @@
-"""Image classification: the loss of training, with mixed images, and the figures of evaluation."""
+"""Image classification: training loss, also for mixed images, and evaluation metrics."""
 
 from functools import partial
 from typing import Any, cast
@@ -24,8 +24,8 @@ class ClassificationTask(AbstractTask):
     """Train and evaluate an image classifier.
 
     Logs `train/loss` and, over whole splits, `val/` and `test/`: `loss` (nats per image, without label smoothing),
-    `accuracy` and, with more than 5 classes, `top5_accuracy`. Checkpoints hold settings, class names and the
-    preparation of the images, so that they classify files alone.
+    `accuracy` and, with more than 5 classes, `top5_accuracy`. Checkpoints contain settings, class names, and the
+    preprocessing of the images, and suffice to classify files.
 
     Args:
         network: Sizes and architecture; classes and channels come from the data.
@@ -49,7 +49,7 @@ class ClassificationTask(AbstractTask):
         compile: bool = False,
         jacobian_weight: float = 0.0,
     ) -> None:
-        # A checkpoint gives plain containers.
+        # A checkpoint contains plain containers.
         network = ClassifierConfig(**network) if isinstance(network, dict) else network
         solver = SolverConfig(**solver) if isinstance(solver, dict) else solver
         optimizer = OptimizerConfig(**optimizer) if isinstance(optimizer, dict) else optimizer
@@ -76,7 +76,7 @@ class ClassificationTask(AbstractTask):
         return self.model(images_BCHW.contiguous(memory_format=self.memory_format))
 
     def training_step(self, batch: ImageBatch, batch_idx: int) -> dict[str, Any]:
-        """Mean nats per image; of a mixed image, those of both labels by their shares."""
+        """Mean nats per image, weighted by the shares of both labels for mixed images."""
         with self.penalized() as penalties:
             output = self(batch.images)
         logits_BV = output.logits_BV.float()
@@ -130,18 +130,18 @@ def build_in_order(network: ClassifierConfig, solver: SolverConfig, memory_forma
 
 
 def targets(batch: ImageBatch) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Labels and their shares in each image: its own, and of what was mixed in."""
+    """Labels and their shares: the original and the mixed-in image."""
     return (batch.labels, batch.weights), (batch.partner_labels, 1 - batch.weights)
 
 
 def num_images(batch: ImageBatch) -> Tensor:
-    """Images of the batch without those that could not be decoded; at least 1."""
+    """Number of images of the batch that could be decoded; at least 1."""
     shares = [weights_B @ (labels_B != IGNORE_INDEX).float() for labels_B, weights_B in targets(batch)]
     return sum(shares, torch.zeros((), device=batch.labels.device)).clamp(min=1)
 
 
 def figures(num_classes: int) -> MetricCollection:
-    """Figures of an evaluation, and the sums that its loss is made of: an item that only fills a batch adds nothing."""
+    """Metrics of an evaluation, and the sums of its loss; padding items do not count."""
 
     def accuracy(top_k: int) -> MulticlassAccuracy:
         return MulticlassAccuracy(num_classes, top_k=top_k, average="micro", ignore_index=IGNORE_INDEX)

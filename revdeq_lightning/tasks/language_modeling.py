@@ -1,4 +1,4 @@
-"""Predicting the next token: the loss of training, and the figures of evaluation with their units."""
+"""Language modeling: training loss, and evaluation metrics with units."""
 
 from contextlib import nullcontext
 from functools import partial
@@ -24,8 +24,8 @@ class LanguageModelingTask(AbstractTask):
     """Train and evaluate a language model.
 
     Logs `train/loss` (without the penalty) and, over whole splits, `val/` and `test/`: `loss` (nats per token),
-    `token_perplexity`, `word_perplexity`, `bits_per_byte`. Checkpoints hold settings and tokenizer, so
-    that they generate text alone.
+    `token_perplexity`, `word_perplexity`, `bits_per_byte`. Checkpoints contain settings and
+    tokenizer, and suffice to generate text.
 
     Args:
         network: Sizes and block; vocabulary and context length come from the data.
@@ -45,7 +45,7 @@ class LanguageModelingTask(AbstractTask):
         compile: bool = False,
         jacobian_weight: float = 0.0,
     ) -> None:
-        # A checkpoint gives plain containers.
+        # A checkpoint contains plain containers.
         network = TransformerConfig(**network) if isinstance(network, dict) else network
         solver = SolverConfig(**solver) if isinstance(solver, dict) else solver
         optimizer = OptimizerConfig(**optimizer) if isinstance(optimizer, dict) else optimizer
@@ -68,7 +68,7 @@ class LanguageModelingTask(AbstractTask):
         return {"loss": loss, "step": TrainingOutput(stats, batch.tokens.numel(), "tokens")}
 
     def predict_step(self, batch: TextBatch, batch_idx: int) -> Tensor:
-        """Nats of each target of the batch, in the order of the text."""
+        """Nats of each target of the batch, in text order."""
         logits_BTV = self.model(batch.tokens).logits_BTV
         nats_N = nn.functional.cross_entropy(
             logits_BTV.flatten(0, 1).float(), batch.targets.flatten(), reduction="none"
@@ -91,7 +91,7 @@ class LanguageModelingTask(AbstractTask):
     def sample_text(self, prompt: str, *, max_new_tokens: int, temperature: float) -> str:
         """A continuation of the prompt, for `TextSamples`; the same random numbers each time."""
         sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
-        # Compiled for the shapes of training: for those of generation it would be compiled anew.
+        # Compiled for the shapes of training; those of generation would cause recompilation.
         with torch.compiler.set_stance("force_eager") if is_compiled(self.model) else nullcontext():
             return continue_text(self.model, self._data.tokenizer, prompt, **sampling)[len(prompt) :]
 
@@ -104,6 +104,6 @@ class LanguageModelingTask(AbstractTask):
         metric = cast(LanguageMetrics, self.metrics[name])
         figures = metric.compute(self._data.split_statistics(SPLITS[name]))
         metric.reset()
-        # The same on all processes already; Lightning wants to be told.
+        # Already the same on all processes, but Lightning requires the flag.
         values = {f"{name}/{key}": value.to(torch.float32) for key, value in figures.items()}
         self.log_dict(values, sync_dist=True)

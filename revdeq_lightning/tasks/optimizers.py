@@ -17,29 +17,29 @@ from revdeq_lightning.processes import shared_out_like, whole
 
 @dataclass
 class OptimizerConfig:
-    """Optimizer, schedule and averaging of the weights; gradient clipping is `trainer.gradient_clip_val`.
+    """Optimizer, schedule, and averaging of the weights; for gradient clipping use `trainer.gradient_clip_val`.
 
     Attributes:
         optimizer: adamw, or muon: Muon for the matrices and kernels inside the model, AdamW for embedding, readout and
             vectors.
         lr: Peak learning rate of AdamW.
-        embedding_lr: That of the embeddings; null for `lr`.
+        embedding_lr: Peak learning rate of the embeddings; null for `lr`.
         muon_lr: Peak learning rate of Muon.
-        betas: Of AdamW.
-        eps: Of AdamW.
-        muon_momentum: Of Muon.
-        weight_decay: Decoupled, times the learning rate; of the matrices and kernels, with either optimizer.
-        readout_decay: That of the readout.
+        betas: Betas of AdamW.
+        eps: Epsilon of AdamW.
+        muon_momentum: Momentum of Muon.
+        weight_decay: Decoupled weight decay of matrices and kernels, times the learning rate, with either optimizer.
+        readout_decay: Weight decay of the readout.
         schedule: After the warm-up: constant, linear or cosine decay over the whole run, or plateau: multiply by
             plateau_factor when the training loss, averaged over plateau_window steps, has not improved for
             plateau_patience such windows.
         warmup_steps: Steps over which the learning rate rises linearly from 0. None with plateau.
-        final_lr_fraction: What linear and cosine decay to, as a fraction of the peak.
+        final_lr_fraction: Final learning rate of linear and cosine decay, as a fraction of the peak.
         plateau_factor: See schedule.
         plateau_patience: See schedule.
         plateau_window: See schedule.
-        ema_decay: Above 0: an exponential moving average of the weights, with this decay a step, is what validation,
-            test and generation use.
+        ema_decay: If above 0, validation, test, and generation use an exponential moving average of the weights with
+            this decay per step.
     """
 
     optimizer: Literal["adamw", "muon"] = "adamw"
@@ -81,9 +81,10 @@ class MuonAdamW(Optimizer):
 
     Muon moves each matrix by its orthogonalized (Nesterov) momentum; a kernel is the matrix
     `(out, in * height * width)`, and a matrix with more rows than columns moves `sqrt(rows / columns)` times as far.
-    `torch.optim.Muon` takes no kernels and computes in bfloat16 everywhere: on a CPU without instructions for it that
-    is 30 times slower, and slower than the model. Here CPUs compute in float32. Matrices sharded over processes (FSDP2)
-    are gathered one by one on every process, which sends as many bytes again as the gradients have.
+    `torch.optim.Muon` does not support kernels and always computes in bfloat16, which is 30 times slower on a CPU
+    without instructions for it, and slower than the model. Here CPUs compute in float32. Matrices sharded over
+    processes (FSDP2) are gathered one at a time on every process, which sends as many additional bytes as the
+    gradients.
 
     Args:
         groups: Parameter groups, with `lr`, `momentum` and `weight_decay` for Muon, or with `lr`, `betas`, `eps` and
@@ -93,7 +94,7 @@ class MuonAdamW(Optimizer):
     """
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
-        # Both kinds of groups have the keys that earlier versions stored, one optimizer of PyTorch for each.
+        # Both kinds of groups keep the keys of earlier versions, which used two PyTorch optimizers.
         super().__init__([group if "momentum" in group else group | {"fused": True} for group in groups], {})
         vectors = [tuple(p.shape) for group in groups if "momentum" in group for p in group["params"] if p.dim() < 2]
         if vectors:
@@ -118,7 +119,7 @@ class MuonAdamW(Optimizer):
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(grad)
             buffer = state["momentum_buffer"].lerp_(grad, 1 - group["momentum"])
-            # A sharded matrix is gathered: its directions are not those of its parts.
+            # Gather a sharded matrix, because orthogonalization needs all of it.
             update = whole(grad.lerp(buffer, group["momentum"])).flatten(1)
             if not p.is_cpu:
                 update = update.bfloat16()
@@ -155,10 +156,10 @@ def orthogonalize(g: Tensor) -> Tensor:
 
 
 class WindowedPlateau(ReduceLROnPlateau):
-    """`ReduceLROnPlateau` on the mean of `window` values (over all processes); the host waits for it once a window."""
+    """`ReduceLROnPlateau` on the mean of `window` values (over all processes); synchronizes once per window."""
 
     def __init__(self, optimizer: Optimizer, *, factor: float, patience: int, window: int) -> None:
-        # Ours reduces at the patience-th window without improvement, PyTorch's at the one after `patience` of them.
+        # Ours reduces at the patience-th window without improvement, PyTorch's one window later.
         super().__init__(optimizer, factor=factor, patience=patience - 1)
         self.window, self.num_values, self.total = window, 0, torch.zeros(())
 
@@ -185,7 +186,7 @@ class ParameterGroups(NamedTuple):
     readout: list[nn.Parameter]
     """The model's `output_weight_VD`, unless it is the embedding."""
     others: list[nn.Parameter]
-    """All that is small."""
+    """All small parameters."""
 
 
 def group_parameters(model: nn.Module) -> ParameterGroups:
@@ -220,7 +221,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
 
 
 def build_scheduler(optimizer: Optimizer, config: OptimizerConfig, total_steps: float) -> LRScheduler | None:
-    """The schedule over `total_steps` optimizer steps, to be stepped after each of them; None for a constant rate.
+    """Build the schedule over `total_steps` optimizer steps, to be stepped after each; None for a constant rate.
 
     Raises:
         ValueError: If the schedule decays over the run and the run has no end.

@@ -1,4 +1,4 @@
-"""Models that are made now, or without weights, to be made where they are sharded."""
+"""Build models now, or without weights, to initialize them when they are sharded."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,9 +15,9 @@ _is_deferred: ContextVar[bool] = ContextVar("weights_deferred", default=False)
 
 @contextmanager
 def deferred_weights(enabled: bool = True) -> Iterator[None]:
-    """Within, tasks make their models on the meta device: shapes without weights, which come where FSDP2 shards them.
+    """Context in which tasks build models on the meta device, without weights, until FSDP2 shards them.
 
-    No process then ever holds the whole model, but for the first, in the CPU's memory, once.
+    Only the first process then ever holds the complete model, once, in CPU memory.
     """
     token = _is_deferred.set(enabled)
     try:
@@ -27,10 +27,10 @@ def deferred_weights(enabled: bool = True) -> Iterator[None]:
 
 
 class Recipe:
-    """Makes a model, now or later, with the same random numbers.
+    """Build a model now or later, with the same random numbers.
 
     Args:
-        build: Makes the model.
+        build: Builds the model.
     """
 
     def __init__(self, build: Callable[[], nn.Module]) -> None:
@@ -44,16 +44,16 @@ class Recipe:
             return self.build()
 
     def __call__(self) -> nn.Module:
-        """The model with the weights that it would have had at first; the generator then stands behind them."""
+        """Build the model with its original initial weights, and advance the generator past them."""
         torch.set_rng_state(self.random_state)
         return self.build()
 
 
 def refuse_foreign(strategy: Strategy) -> None:
-    """Raise for strategies that shard without knowing of equilibria.
+    """Reject strategies that shard without support for equilibria.
 
     Raises:
-        ParallelismError: If this is one.
+        ParallelismError: If the strategy is one of them.
     """
     if isinstance(strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
         raise ParallelismError(
