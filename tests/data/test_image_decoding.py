@@ -51,24 +51,24 @@ def test_large_images_are_resized_by_seven_eighths(module):
     assert module(source="digits", image_size=64).preprocessing_state()["resize"] == 64
 
 
-GREY = Image.fromarray(pixels(2)).convert("L")
+GRAY = Image.fromarray(pixels(2)).convert("L")
 RGB = Image.fromarray(pixels(2))
 TRANSPARENT = RGB.convert("RGBA")
 TRANSPARENT.putalpha(100)
 PALETTE = RGB.quantize(16)
-DEEP = Image.fromarray(np.asarray(GREY).astype(np.uint16) * 256 + 7)
+DEEP = Image.fromarray(np.asarray(GRAY).astype(np.uint16) * 256 + 7)
 MODES = {
-    "grey": (encoded(GREY, "png"), GREY.convert("RGB")),
+    "gray": (encoded(GRAY, "png"), GRAY.convert("RGB")),
     "rgb": (encoded(RGB, "png"), RGB),
     "transparent": (encoded(TRANSPARENT, "png"), RGB),
-    "grey and transparent": (encoded(TRANSPARENT.convert("LA"), "png"), GREY.convert("RGB")),
+    "gray and transparent": (encoded(TRANSPARENT.convert("LA"), "png"), GRAY.convert("RGB")),
     "palette": (encoded(PALETTE, "png"), PALETTE.convert("RGB")),
-    "palette with a transparent colour": (
+    "palette with a transparent color": (
         encoded(PALETTE, "png", transparency=bytes([9] * 16)),
         PALETTE.convert("RGB"),
     ),
     "cmyk": (encoded(RGB.convert("CMYK"), "tif"), RGB),
-    "16 bits": (encoded(DEEP, "png"), GREY.convert("RGB")),
+    "16 bits": (encoded(DEEP, "png"), GRAY.convert("RGB")),
     "one bit": (encoded(RGB.convert("1"), "png"), RGB.convert("1").convert("RGB")),
     "turned by EXIF": (encoded(RGB.transpose(Image.Transpose.ROTATE_90), "png", exif={}), RGB),
 }
@@ -91,10 +91,10 @@ def test_every_mode_becomes_rgb(tmp_path, mode):
 def test_grey_channels_of_a_colour_folder(module):
     data = module(channels=1)
     images, _ = split(data, "test")
-    colour, _ = split(module(), "test")
+    color, _ = split(module(), "test")
     luma = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
     assert images.shape[1:] == (1, 16, 16)
-    assert ((colour * luma).sum(1, keepdim=True) - images).abs().max() <= 4  # luma before instead of after the resize
+    assert ((color * luma).sum(1, keepdim=True) - images).abs().max() <= 4  # luma before instead of after the resize
 
 
 def test_prediction_prepares_files_as_evaluation_does(module, folder):

@@ -10,7 +10,7 @@ CLASSES = ("blue", "green", "red")
 
 
 def image_folder(folder: Path, *, splits=("train", "test"), num_images=16, size=20) -> Path:
-    """JPEG files of noise around one colour a class: `SPLIT/CLASS/NN.jpg`."""
+    """JPEG files of noise around one color a class: `SPLIT/CLASS/NN.jpg`."""
     root = folder / "images"
     if not root.exists():
         generator = np.random.default_rng(0)

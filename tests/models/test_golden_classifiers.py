@@ -150,7 +150,7 @@ def first_relu_subgradients(golden):
     """How much the gradients of the biases of norm1 may exceed ours: (least, most) for each channel.
 
     In the first evaluation z = 0, so that relu(norm1(conv1(z))) = relu(bias) is at its kink where the bias is 0, as
-    after initialisation. Ours has the derivative 0 there, as has JAX's. The released adjoint reconstructs z = 0 only up
+    after initialization. Ours has the derivative 0 there, as has JAX's. The released adjoint reconstructs z = 0 only up
     to 1e-17 of noise, which norm1 raises to 1e-15: its derivative is 0 or 1 by the sign of that noise, in each element.
     """
     model = golden.model(ReversibleSolver(beta=golden.beta, max_steps=1, arithmetic="float64"), BackpropAdjoint())

@@ -74,6 +74,6 @@ def test_a_run_is_shown_whole(tmp_path, width, dark):
         assert right - left > 0.25 * width, title
         pixels = picture[top:bottom, left:right]
         colored = sum(int((np.abs(pixels - curve).max(-1) < 25).sum()) for curve in curves)
-        assert colored > 40, f"{title} is empty: {colored} pixels of a curve's colour"
+        assert colored > 40, f"{title} is empty: {colored} pixels of a curve's color"
         background = picture[top + 1, left + 1]
         assert (np.abs(pixels - background).max(-1) > 100).sum() > 150, f"{title} has no text that can be read"

@@ -7,7 +7,7 @@ from revdeq_lightning.loggers.plots import Line, Plot, number
 
 
 def drawn(svg: str, color: int = 0) -> list[np.ndarray]:
-    """The pieces of the curve in a colour, as points of the picture."""
+    """The pieces of the curve in a color, as points of the picture."""
     paths = re.findall(rf'<path d="([^"]*)"[^>]*style="fill: none; stroke: var\(--series-{color}\)', svg)
     pieces = re.split("M ", paths[0])[1:]
     return [np.array(re.findall(r"([\d.]+) ([\d.]+)", piece), dtype=float) for piece in pieces]
