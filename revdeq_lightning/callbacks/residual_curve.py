@@ -80,10 +80,10 @@ class ResidualCurve(AbstractWatching):
         super().on_train_end(trainer, pl_module)
         if trainer.is_global_zero:
             with self._survives:
-                # A few steps, spread evenly from the first to the newest.
-                steps = by_step(read_table(self._path))
-                chosen = sorted({round(i * (len(steps) - 1) / (NUM_DRAWN - 1)) for i in range(NUM_DRAWN)})
-                save_png(residual_plots([steps[i] for i in chosen if steps]), self._path.with_suffix(".png"))
+                if steps := by_step(read_table(self._path)):  # none either if it ended before the first step
+                    # A few, spread evenly from the first to the newest.
+                    chosen = sorted({round(i * (len(steps) - 1) / (NUM_DRAWN - 1)) for i in range(NUM_DRAWN)})
+                    save_png(residual_plots([steps[i] for i in chosen]), self._path.with_suffix(".png"))
 
 
 def curve_rows(stats: Sequence[SolverStats], step: int) -> list[dict[str, float]]:

@@ -3,6 +3,7 @@
 import csv
 import math
 
+import process_groups
 import pytest
 import torch
 import yaml
@@ -139,9 +140,9 @@ def test_all_processes_end_where_one_diverges(tmp_path, strategy, what, adjoint,
     """The second process diverges in its forward or in the midst of its backward pass; the first waits for it."""
     poison = {"what": what, "step": 4, "rank": 1}
     config = poisoned_config(tmp_path, poison, devices=2, strategy=strategy, accumulate_grad_batches=2)
-    words = ["-m", "revdeq_lightning", "image", "fit", "--config", config]
-    words += IMPLICIT if adjoint == "implicit" else []
-    out, err = run_python(*words, seconds=120, code=1)
+    options = IMPLICIT if adjoint == "implicit" else []
+    command = (process_groups.__file__, 2, "image", "fit", "--config", config, *options)
+    out, err = run_python(*command, seconds=120, code=1)
     assert all(f"process {rank}: weights unchanged" in out for rank in (0, 1))  # both may print at once
     folder = tmp_path / "runs/tiny/v"
     file = folder / "diverged/step-4/process-1.ckpt"

@@ -7,8 +7,10 @@ import sys
 import time
 from pathlib import Path
 
+import process_groups
 import pytest
 import torch
+from scripts import run_python
 from tiny_command import tiny_config
 from tiny_runs import assert_equal
 from two_machines import Machine, namespaces_are_missing, two_machines
@@ -17,8 +19,9 @@ pytestmark = pytest.mark.slow
 
 SCRIPT = Path("configs/cluster/torchrun.sh").resolve()
 EXACT = ("state_dict", "trained_weights", "optimizer_states", "lr_schedulers", "random_states", "TextDataModule")
+OPTIONS = ("--run.test=false", "--run.sample_tokens=0")
 TIMEOUT = 15
-SAVED, MAX_STEPS = 50, 600
+SAVED, MAX_STEPS = 30, 150
 
 # Begun again, rank 0 comes last: the other one must not take what the ended process left for its address.
 SLOW_RESTART = """
@@ -36,6 +39,14 @@ def machines():
         yield machines
 
 
+def config(folder: Path) -> Path:
+    strategy = {
+        "class_path": "revdeq_lightning.distributed.strategies.EquilibriumDDP",
+        "init_args": {"timeout_seconds": TIMEOUT},
+    }
+    return tiny_config(folder, max_steps=MAX_STEPS, val_check_interval=SAVED, strategy=strategy)
+
+
 class Job:
     """The script on both machines, for one run."""
 
@@ -45,12 +56,6 @@ class Job:
         self.processes = [self.start(machine) for machine in machines]
 
     def start(self, machine: Machine):
-        strategy = {
-            "class_path": "revdeq_lightning.distributed.strategies.EquilibriumDDP",
-            "init_args": {"timeout_seconds": TIMEOUT},
-        }
-        settings = {"max_steps": MAX_STEPS, "val_check_interval": SAVED, "strategy": strategy}
-        config = tiny_config(self.folder, **settings)
         variables = {
             "RUN": self.run,
             "NODES": "2",
@@ -61,8 +66,7 @@ class Job:
             "PYTHON": sys.executable,
             "PYTHONPATH": f"{self.folder}:{os.getcwd()}",
         }
-        options = ("--run.test=false", "--run.sample_tokens=0", f"--run.folder={self.folder}/runs")
-        command = ("bash", SCRIPT, "fit", "--config", config, *options)
+        command = ("bash", SCRIPT, "fit", "--config", config(self.folder), *OPTIONS)
         return machine.start(self.log(machine), self.folder, *command, **variables)
 
     def log(self, machine: Machine) -> Path:
@@ -97,11 +101,12 @@ class Job:
 
 
 @pytest.fixture(scope="module")
-def whole(machines, tmp_path_factory):
-    """The end of the undisturbed run."""
-    job = Job(machines, tmp_path_factory.mktemp("whole"), "whole")
-    assert job.end() == [0, 0], job.text()
-    return job.checkpoint()
+def whole(tmp_path_factory):
+    """The end of the undisturbed run, of two processes of one machine."""
+    folder = tmp_path_factory.mktemp("whole")
+    own = ("--run.version=whole", "--trainer.devices=2")
+    run_python(process_groups.__file__, 2, "fit", "--config", config(folder), *OPTIONS, *own)
+    return torch.load(folder / "runs/tiny/whole/checkpoints/last.ckpt", weights_only=True)
 
 
 def assert_ended_like(whole: dict, job: Job) -> None:

@@ -6,7 +6,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -85,9 +84,7 @@ def test_a_full_disk_is_a_warning_and_the_next_save_tries_again(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("moment", "step"), [("aside", 1), ("removed", 2)])
 def test_a_run_killed_while_a_folder_is_replaced_goes_on_from_a_whole_one(tmp_path, moment, step):
-    command = [sys.executable, "-W", "ignore", sharded_run.__file__, tmp_path, "killed", moment]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    assert subprocess.run(command, env=environment, capture_output=True, check=False).returncode == -signal.SIGKILL
+    run_python(sharded_run.__file__, tmp_path, "killed", moment, code=-signal.SIGKILL)
     said = run_python(sharded_run.__file__, tmp_path, "none")
     assert f"resumed at step {step}" in said.out
     checkpoints = tmp_path / "runs/tiny/v/checkpoints"

@@ -1,4 +1,7 @@
-"""Groups of processes as torchrun makes them, forked: a script imports Lightning once for all of them."""
+"""Groups of processes as torchrun makes them, forked: a script imports Lightning once for all of them.
+
+As a script, `process_groups.py RANKS ARGUMENTS`: the command line on so many processes.
+"""
 
 import multiprocessing
 import os
@@ -55,3 +58,9 @@ def _member(rank: int, world_size: int, port: int, function: Callable[..., Any],
     function(*args)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    from revdeq_lightning.cli.main import main
+
+    run_group(int(sys.argv[1]), main, sys.argv[2:])

@@ -1,38 +1,33 @@
-"""Several gloo processes on this machine."""
+"""Several gloo processes on this machine; as a script, the inside of `run_on_ranks`."""
 
-import time
+import pickle
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from process_groups import run_group
+from scripts import run_python
 
 
 def run_on_ranks(
     worker: Callable[..., Any], world_size: int, folder: Path, *args: Any, seconds: float = 100
 ) -> list[Any]:
     """What `worker(rank, *args)` returns on every rank of a gloo group; `worker` must be a module's own function."""
-    context = mp.spawn(_main, (world_size, folder, worker, args), nprocs=world_size, join=False)
-    end = time.monotonic() + seconds
-    try:
-        while not context.join(timeout=max(0.0, end - time.monotonic())):
-            if time.monotonic() >= end:
-                raise TimeoutError(f"{worker.__name__} took more than {seconds} s on {world_size} processes")
-    finally:
-        for process in context.processes:
-            process.kill()
+    (folder / "worker.pickle").write_bytes(pickle.dumps((worker, args)))
+    run_python(__file__, world_size, folder, seconds=seconds)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
 
 
-def _main(rank: int, world_size: int, folder: Path, worker: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
-    # A file, not a port: nobody else can take it.
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
-    try:
-        result = worker(rank, *args)
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
-    torch.save(result, folder / f"{rank}.pt")
+def _main(folder: Path, worker: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    dist.init_process_group("gloo")
+    result = worker(dist.get_rank(), *args)
+    dist.barrier()
+    torch.save(result, folder / f"{dist.get_rank()}.pt")
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[2])
+    run_group(int(sys.argv[1]), _main, folder, *pickle.loads((folder / "worker.pickle").read_bytes()))
