@@ -28,12 +28,12 @@ def lazy_exports(package: str, file: str) -> tuple[Callable[[str], Any], Callabl
     """
     blocks = [node for node in ast.parse(Path(file).read_text(encoding="utf-8")).body if isinstance(node, ast.If)]
     imports = [node for block in blocks for node in block.body if isinstance(node, ast.ImportFrom)]
-    modules = {alias.name: str(node.module) for node in imports for alias in node.names}
+    modules = {alias.name: "." * node.level + str(node.module) for node in imports for alias in node.names}
 
     def __getattr__(name: str) -> Any:
         if name not in modules:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return getattr(importlib.import_module(modules[name]), name)
+        return getattr(importlib.import_module(modules[name], package), name)
 
     def __dir__() -> list[str]:
         return sorted({*vars(importlib.import_module(package)), *modules})

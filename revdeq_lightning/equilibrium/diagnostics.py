@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 from .adjoints.backprop import BackpropAdjoint
 from .adjoints.base import AbstractAdjoint
 from .function import EquilibriumFunction, evaluate_recorded, named_parameters, vector_jacobian_products
-from .norms import Leaves, Map, broadcast_to_leaf, join
+from .norms import Leaves, Map, join, scaled
 from .solve import solve_fixed_point
 from .solvers.base import AbstractSolver
 from .validation import require_count
@@ -81,8 +81,7 @@ def spectral_radius(
         vector, growths = _random_like(value, seed), []
         for _ in range(num_iterations):
             norm = _norm(vector, per_sample)
-            scale = torch.where(norm > 0, 1 / norm, 0.0)
-            unit = [v * broadcast_to_leaf(scale.to(v.dtype), v) for v in vector]
+            unit = scaled(vector, torch.where(norm > 0, 1 / norm, 0.0))
             products = vector_jacobian_products(value, state, unit, retain_graph=True)
             vector = [torch.zeros_like(v) if p is None else p for v, p in zip(vector, products, strict=True)]
             growths.append(_norm(vector, per_sample))
@@ -122,11 +121,8 @@ def gradient_error(
         adjoint: The one to judge.
         reference: The one to compare with; `BackpropAdjoint()` by default, the exact gradient of the iteration.
         reference_dtype: For example float64: the reference then is a run of a copy of f in that precision, so the error
-            includes what the lower precision changes in the iterates. None: the precision of f.
+            includes what the lower precision changes in the iterates; f must be a module. None: the precision of f.
         cotangent: dL/dz, structure of z0; random by default, always the same.
-
-    Raises:
-        ValueError: If `reference_dtype` is given and f is no module, or there is nothing to differentiate.
     """
     if reference_dtype is not None and not isinstance(f, nn.Module):
         raise ValueError(f"reference_dtype={reference_dtype} needs an f that is an nn.Module, got {type(f).__name__}")

@@ -25,7 +25,7 @@ class EquilibriumFunction:
     def __init__(self, f: Map, z_leaves: Sequence[Tensor], z_spec: TreeSpec, x: Any) -> None:
         self.f, self.z_spec = f, z_spec
         self.x, self.x_spec = tree_flatten(x)
-        self.expected = [(z.shape, z.dtype, z.device) for z in z_leaves]
+        self.expected = [_kind(z) for z in z_leaves]
         device = z_leaves[0].device
         self.device_type = device.type
         self.autocast_enabled = torch.is_autocast_enabled(device.type)
@@ -57,12 +57,11 @@ class EquilibriumFunction:
     def _checked(self, leaf: Any, i: int) -> Tensor:
         if not isinstance(leaf, Tensor):
             raise ValueError(f"f must return tensors like the state; leaf {i} is a {type(leaf).__name__}")
-        shape, dtype, device = self.expected[i]
-        if self.autocast_enabled and leaf.dtype != dtype and leaf.is_floating_point():
-            leaf = leaf.to(dtype)  # exact if the state is the wider one
-        received_and_wanted = (tuple(leaf.shape), tuple(shape)), (leaf.dtype, dtype), (leaf.device, device)
-        for name, (received, wanted) in zip(("shape", "dtype", "device"), received_and_wanted, strict=True):
-            if received != wanted:
+        expected = self.expected[i]
+        if self.autocast_enabled and leaf.is_floating_point():
+            leaf = leaf.to(expected["dtype"])  # exact if the state is the wider one
+        for name, received in _kind(leaf).items():
+            if received != (wanted := expected[name]):
                 raise ValueError(
                     f"f must keep the state's {name}: it received {wanted} and returned {received} (leaf {i});"
                     f" change f, or give z0 that {name}"
@@ -71,15 +70,14 @@ class EquilibriumFunction:
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         # Without the cache: a weight cast under no_grad would be handed to a later call that needs its gradient.
-        if self.autocast_enabled:
-            return torch.autocast(
-                self.device_type,
-                dtype=self.autocast_dtype,
-                cache_enabled=torch.is_grad_enabled() and torch.is_autocast_cache_enabled(),
-            )
-        if torch.is_autocast_enabled(self.device_type):
-            return torch.autocast(self.device_type, enabled=False)
-        return contextlib.nullcontext()
+        if not self.autocast_enabled and not torch.is_autocast_enabled(self.device_type):
+            return contextlib.nullcontext()
+        cache = torch.is_grad_enabled() and torch.is_autocast_cache_enabled()
+        return torch.autocast(self.device_type, self.autocast_dtype, self.autocast_enabled, cache_enabled=cache)
+
+
+def _kind(tensor: Tensor) -> dict[str, Any]:
+    return {"shape": tuple(tensor.shape), "dtype": tensor.dtype, "device": tensor.device}
 
 
 class _Randomness:
@@ -127,24 +125,14 @@ def is_compiled(f: Map) -> bool:
     )
 
 
-class _WithParameters(nn.Module):
-    """Runs a callable while the parameters of f are exchanged: `functional_call` needs a module around both."""
-
-    def __init__(self, f: nn.Module) -> None:
-        super().__init__()
-        self.f = f
-
-    def forward(self, run: Callable[[], Any]) -> Any:
-        return run()
-
-
 def call_with_parameters(f: Map, parameters: dict[str, Tensor], run: Callable[[], Any]) -> Any:
     """`run()` with these tensors in place of f's parameters."""
     if not parameters:
         return run()
     assert isinstance(f, nn.Module)
-    exchanged = {f"f.{name}": tensor for name, tensor in parameters.items()}
-    return torch.func.functional_call(_WithParameters(f), exchanged, (run,))
+    around = nn.Module()  # `functional_call` runs a module: one that owns f, and runs
+    around.f, around.forward = f, run
+    return torch.func.functional_call(around, {f"f.{name}": tensor for name, tensor in parameters.items()}, ())
 
 
 def evaluate_recorded(f: EquilibriumFunction, z: Leaves) -> tuple[Leaves, Leaves]:

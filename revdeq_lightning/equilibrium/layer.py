@@ -8,9 +8,8 @@ from torch import Tensor, nn
 from .adjoints.base import AbstractAdjoint
 from .adjoints.reversible import ReversibleAdjoint
 from .norms import Map
-from .parts import solve_in_parts
 from .solution import FixedPointSolution
-from .solve import require_solver_and_adjoint
+from .solve import require_solver_and_adjoint, solve_in_parts
 from .solvers.base import AbstractSolver
 from .validation import require_count
 

@@ -29,10 +29,8 @@ def iterate_to_fixed_point(
 ) -> Iteration:
     """Run the solver from z0; `reversible` keeps what is needed to undo the steps.
 
-    Calls f `max_steps * evaluations_per_step` times, with a tolerance at most once more.
-
-    Raises:
-        DivergenceError: If an iterate is not finite or beyond the solver's limit.
+    Calls f `max_steps * evaluations_per_step` times, with a tolerance at most once more. Raises DivergenceError if an
+    iterate is not finite or beyond the solver's limit.
     """
     state = solver.init(z0, reversible=reversible)
     watch = _Watch(solver, f)
@@ -128,7 +126,8 @@ class DivergenceError(RuntimeError):
 
 
 _records_residuals: ContextVar[bool] = ContextVar("records_residuals", default=False)
-_deferred: ContextVar[list[DivergenceError] | None] = ContextVar("deferred", default=None)
+deferred_errors: ContextVar[list[DivergenceError] | None] = ContextVar("deferred_errors", default=None)
+"""The list of `deferred_divergence`, None outside of it."""
 
 
 @contextmanager
@@ -151,9 +150,4 @@ def deferred_divergence(errors: list[DivergenceError]) -> AbstractContextManager
     For several processes that work together: if one raised, the others would wait for it forever. NaN reaches all of
     them through the collective operations; whoever opened this context must then look at the list and raise.
     """
-    return _within(_deferred, errors)
-
-
-def divergence_errors() -> list[DivergenceError] | None:
-    """The list of `deferred_divergence`, None outside of it."""
-    return _deferred.get()
+    return _within(deferred_errors, errors)

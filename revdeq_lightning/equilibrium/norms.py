@@ -11,6 +11,9 @@ Leaves = list[Tensor]
 Map = Callable[[Any, Any], Any]
 """`f(z, x)`, on pytrees of tensors."""
 
+Mask = Tensor | None
+"""The samples that still move, shape `(batch,)`; None: all."""
+
 EPSILON = 1e-5
 """Keeps the relative residual finite where f vanishes (value of the paper's released code)."""
 
@@ -42,8 +45,13 @@ def broadcast_to_leaf(mask: Tensor, leaf: Tensor) -> Tensor:
     return mask.view(-1, *(1,) * (leaf.ndim - 1))
 
 
-def select(active: Tensor | None, new: Leaves, old: Leaves) -> Leaves:
-    """The new values of the active samples (None: of all), the old ones of the others."""
+def scaled(leaves: Leaves, factors: Tensor) -> Leaves:
+    """Each sample times its factor, `(batch,)`."""
+    return [leaf * broadcast_to_leaf(factors.to(leaf.dtype), leaf) for leaf in leaves]
+
+
+def select(active: Mask, new: Leaves, old: Leaves) -> Leaves:
+    """The new values of the active samples, the old ones of the others."""
     if active is None:
         return new
     return [torch.where(broadcast_to_leaf(active, a), a, b) for a, b in zip(new, old, strict=True)]

@@ -1,17 +1,10 @@
 """Range checks. Every error shows the value received: "beta must be in (0, 2), got 2.5"."""
 
-from collections.abc import Iterable
+from collections.abc import Collection
 
 
 def require_in_range(name: str, value: object, interval: str, advice: str = "") -> None:
-    """Raise ValueError unless `value` is a number within `interval`.
-
-    Args:
-        name: Of the setting.
-        value: Booleans and NaN are no numbers.
-        interval: Written as in mathematics: "(0, 2)", "[0, 1)", "(0, inf)".
-        advice: What to do, appended to the message.
-    """
+    """Raise ValueError unless `value` is a number, not a boolean, in an interval such as "[0, 1)" or "(0, inf)"."""
     low, high = map(float, interval[1:-1].split(","))
     if (
         isinstance(value, bool)
@@ -30,9 +23,8 @@ def require_count(name: str, value: object, *, at_least: int = 1, advice: str = 
         raise ValueError(_message(name, f"at least {at_least}", value, advice))
 
 
-def require_choice(name: str, value: object, choices: Iterable[object], advice: str = "") -> None:
+def require_choice(name: str, value: object, choices: Collection[object], advice: str = "") -> None:
     """Raise ValueError unless `value` is one of `choices`."""
-    choices = list(choices)
     if value not in choices:
         raise ValueError(_message(name, f"one of {', '.join(map(repr, choices))}", value, advice))
 

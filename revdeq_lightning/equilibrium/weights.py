@@ -48,7 +48,7 @@ class ComputedWeights:
 
 
 def normalize_weights(f: nn.Module, kind: NormalizationKind = "spectral", *, norm: float | None = None) -> nn.Module:
-    """Normalize the weight of every linear map and convolution in f, in place, so that training keeps f from expanding.
+    """Normalize the weight of every linear map and convolution in f, in place, to keep f from expanding in training.
 
     The weights are computed once per solve and are differentiated with any adjoint. So is every other parametrization:
     on single layers use PyTorch's own functions, `torch.nn.utils.parametrizations.spectral_norm(f.linear)`.
@@ -59,9 +59,6 @@ def normalize_weights(f: nn.Module, kind: NormalizationKind = "spectral", *, nor
             "spectral": each weight matrix (of a kernel, `(out, in * height * width)`) has a fixed largest singular
             value, by one power iteration per solve in training mode.
         norm: Spectral only: that value; None for 1. It bounds each layer, not f: a residual connection adds its 1.
-
-    Returns:
-        f.
 
     Raises:
         ValueError: If there is nothing to normalize, or a weight is 0 or has a parametrization already.

@@ -9,7 +9,7 @@ from hypothesis import given, settings, strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from revdeq_lightning.equilibrium.exact.arithmetic import ExactArithmetic, Recurrence
-from revdeq_lightning.equilibrium.exact.remainders import Remainders, digits_per_group, digits_per_word
+from revdeq_lightning.equilibrium.exact.remainders import WORD_LIMIT, Remainders, digits_per_group, most_digits
 from revdeq_lightning.equilibrium.solvers.reversible import MAX_DENOMINATOR
 
 SEEDS = st.integers(0, 2**31 - 1)
@@ -52,7 +52,7 @@ def test_digits_come_back_in_reverse_order(radix, num_digits, masked, seed):
         active = torch.rand(shape[0], generator=generator) < 0.6 if masked else None
         pushed.append((digits.clone(), active))
         stack.push_(digits, active)
-    per_word, (per_group, _) = digits_per_word(radix), digits_per_group(radix)
+    per_word, (per_group, _) = most_digits(radix, WORD_LIMIT), digits_per_group(radix)
     assert len(stack.spilled) == sum(
         max(0, math.ceil((n - per_word) / per_group)) for n in (num_digits // 2, num_digits - num_digits // 2)
     )
@@ -66,7 +66,7 @@ def test_digits_come_back_in_reverse_order(radix, num_digits, masked, seed):
 
 @given(radix=radices)
 def test_a_full_word_is_a_whole_number_of_float64(radix):
-    digits = digits_per_word(radix)
+    digits = most_digits(radix, WORD_LIMIT)
     assert radix**digits <= 2**52 < radix ** (digits + 1)
 
 
@@ -74,7 +74,7 @@ def test_a_full_word_is_a_whole_number_of_float64(radix):
 def test_a_group_of_digits_fits_its_integer(radix):
     digits, dtype = digits_per_group(radix)
     assert radix**digits <= torch.iinfo(dtype).max + 1
-    assert digits < digits_per_word(radix)
+    assert digits < most_digits(radix, WORD_LIMIT)
 
 
 @pytest.mark.parametrize("radix", [2, 3, 5, 7, 8, 10, 16, 20, 25, 100])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..function import EquilibriumFunction, evaluate_recorded, graph_leaves, vector_jacobian_products
 from ..loop import iterate_to_fixed_point
-from ..norms import Leaves, broadcast_to_leaf, join
+from ..norms import Leaves, join, scaled
 from ..solution import SolverStats
 from ..solvers.base import AbstractSolver
 
@@ -57,23 +57,19 @@ class AdjointSystem:
         wide = [g.to(torch.promote_types(g.dtype, torch.float32)) for g in grads]
         norms = torch.linalg.vector_norm(join(wide), dim=1)
         self.norms = torch.where(norms > 0, norms, 1.0)
-        self.cotangent = _scaled(wide, 1 / self.norms)
+        self.cotangent = scaled(wide, 1 / self.norms)
         return self.cotangent
 
     def __call__(self, w: Leaves) -> Leaves:
         self.num_products += 1
-        weights = [a.to(v.dtype) for a, v in zip(_scaled(w, self.norms), self.value, strict=True)]
+        weights = [a.to(v.dtype) for a, v in zip(scaled(w, self.norms), self.value, strict=True)]
         products = vector_jacobian_products(self.value, self.state, weights, retain_graph=True)
         filled = [torch.zeros_like(a) if p is None else p.to(a.dtype) for a, p in zip(w, products, strict=True)]
-        return [p + g for p, g in zip(_scaled(filled, 1 / self.norms), self.cotangent, strict=True)]
+        return [p + g for p, g in zip(scaled(filled, 1 / self.norms), self.cotangent, strict=True)]
 
     def end(self, w: Leaves) -> Leaves:
         """The solution in the scale and dtype of g."""
-        return [a.to(dtype) for a, dtype in zip(_scaled(w, self.norms), self.dtypes, strict=True)]
-
-
-def _scaled(leaves: Leaves, factors: Tensor) -> Leaves:
-    return [leaf * broadcast_to_leaf(factors.to(leaf.dtype), leaf) for leaf in leaves]
+        return [a.to(dtype) for a, dtype in zip(scaled(w, self.norms), self.dtypes, strict=True)]
 
 
 def attach(value: Leaves, carrier: Leaves, z0: Leaves, cotangents: Callable[[Leaves], Leaves]) -> Leaves:

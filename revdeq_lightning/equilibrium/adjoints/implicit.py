@@ -13,7 +13,7 @@ from typing import get_args
 import torch
 
 from ..function import EquilibriumFunction
-from ..loop import DivergenceError, divergence_errors, iterate_to_fixed_point
+from ..loop import DivergenceError, deferred_errors, iterate_to_fixed_point
 from ..norms import Leaves
 from ..solution import SolverStats
 from ..solvers.anderson import AndersonSolver
@@ -68,35 +68,30 @@ class ImplicitAdjoint(AbstractAdjoint):
         require_choice("unconverged", self.unconverged, get_args(Policy))
 
     def solve(self, f: EquilibriumFunction, z0: Leaves, solver: AbstractSolver) -> tuple[Leaves, SolverStats]:
-        errors = divergence_errors()  # asked here: the backward pass may run in another thread
+        errors = deferred_errors.get()  # asked here: the backward pass may run in another thread
 
         def cotangents(system: AdjointSystem, stats: SolverStats, grads: Leaves) -> Leaves:
+            self.refuse_double_backward()
+            start = system.begin(grads)
             try:
-                return self._cotangents(system, stats, grads, solver)
+                solution = iterate_to_fixed_point(self.solver, system, start)
             except DivergenceError as error:
+                diverged = DivergenceError(
+                    "the linear system of ImplicitAdjoint's backward pass diverged: df/dz at the result expands too"
+                    f" much for its solver, or is not finite. Forward solver: {solver}. In the linear solve, {error}"
+                )
                 if errors is None:
-                    raise
-                errors.append(error)
+                    raise diverged from error
+                errors.append(diverged)
                 return [torch.full_like(g, math.nan) for g in grads]
+            stats.backward_nfe = 0
+            stats.backward_num_products = system.num_products
+            stats.backward_relative_residual = solution.stats.relative_residual
+            if self.unconverged != "ignore":
+                self._report(solution.stats, solver, stats)
+            return system.end(solution.value)
 
         return solve_with_cotangents(f, z0, solver, cotangents)
-
-    def _cotangents(self, system: AdjointSystem, stats: SolverStats, grads: Leaves, solver: AbstractSolver) -> Leaves:
-        self.refuse_double_backward()
-        start = system.begin(grads)
-        try:
-            solution = iterate_to_fixed_point(self.solver, system, start)
-        except DivergenceError as error:
-            raise DivergenceError(
-                "the linear system of ImplicitAdjoint's backward pass diverged: df/dz at the result expands too much"
-                f" for its solver, or is not finite. Forward solver: {solver}. In the linear solve, {error}"
-            ) from error
-        stats.backward_nfe = 0
-        stats.backward_num_products = system.num_products
-        stats.backward_relative_residual = solution.stats.relative_residual
-        if self.unconverged != "ignore":
-            self._report(solution.stats, solver, stats)
-        return system.end(solution.value)
 
     def _report(self, backward: SolverStats, solver: AbstractSolver, stats: SolverStats) -> None:
         solves = [

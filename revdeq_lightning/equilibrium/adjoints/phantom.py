@@ -59,8 +59,6 @@ class PhantomAdjoint(AbstractAdjoint):
         for _ in range(self.num_steps):
             h = [(1 - self.beta) * a + self.beta * b for a, b in zip(h, f(h), strict=True)]
         stats.forward_nfe = f.nfe
-        if not any(leaf.requires_grad for leaf in (*h, *z0)):
-            return value, stats
         return attach(value, h, z0, lambda grads: grads), stats
 
     def _cotangents(self, system: AdjointSystem, stats: SolverStats, grads: Leaves) -> Leaves:

@@ -10,7 +10,7 @@ z_0.
 """
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -105,12 +105,10 @@ class _Solve:
     """Without its state, of which autograd saves the tensors, and its value."""
     is_consumed: bool = False
 
-    def run_with(self, inputs: Sequence[Tensor], run: Callable[[], Any], *, parameters: bool) -> Any:
-        """`run()` with x, and if asked with the parameters and the computed weights, from the flat inputs."""
+    def run_with(self, inputs: Sequence[Tensor], run: Callable[[], Any]) -> Any:
+        """`run()` with x, the parameters and the computed weights from the flat inputs."""
         rest = iter(inputs[self.num_leaves :])
-        x = _joined(rest, self.f.x)
-        if not parameters:
-            return self.f.run_with(x, {}, self.f.weights.values, run)
+        x = [next(rest) if leaf is _TENSOR else leaf for leaf in self.f.x]
         return self.f.run_with(x, {name: next(rest) for name in self.names}, list(rest), run)
 
 
@@ -124,27 +122,21 @@ def _separated(leaves: Sequence[Any]) -> tuple[Leaves, list[Any]]:
     return tensors, [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
 
-def _joined(tensors: Iterator[Tensor], rest: Sequence[Any]) -> list[Any]:
-    return [next(tensors) if leaf is _TENSOR else leaf for leaf in rest]
-
-
 class _ReversibleFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, solve: _Solve, *inputs: Tensor) -> tuple[Tensor, ...]:
         f, z0, with_grad = solve.f, list(inputs[: solve.num_leaves]), solve.adjoint.forward_with_grad
-        evaluate: Callable[[Leaves], Leaves] = f
-        if recorded := is_compiled(f.f) if with_grad is None else with_grad:
-            # As the backward pass will, with autograd recording, the record dropped.
-            inputs_as_leaves = _as_leaves(inputs, ctx.needs_input_grad[1:])
-            evaluate = lambda z: [v.detach() for v in evaluate_recorded(f, z)[1]]  # noqa: E731
+        recorded = is_compiled(f.f) if with_grad is None else with_grad
+
+        def evaluate(z: Leaves) -> Leaves:  # recorded as in the backward pass, and the record dropped
+            return [v.detach() for v in evaluate_recorded(f, z)[1]] if recorded else f(z)
+
         iteration = solve.run_with(
-            inputs_as_leaves if recorded else inputs,
+            _as_leaves(inputs, ctx.needs_input_grad[1:]) if recorded else inputs,
             lambda: iterate_to_fixed_point(solve.solver, evaluate, z0, reversible=True),
-            parameters=recorded,
         )
-        state, spec = tree_flatten(iteration.state)
-        state_tensors, state_rest = _separated(state)
-        ctx.solve, ctx.state = solve, (state_rest, spec)
+        state_tensors, ctx.state_spec = tree_flatten(iteration.state._replace(dtypes=[]))
+        ctx.solve = solve
         solve.iteration = iteration._replace(state=None, value=[])
         # Everything large goes through autograd's own saving: so saved-tensor hooks (checkpoint, offloading) see it,
         # and an input that is changed in place before the backward pass is noticed.
@@ -164,11 +156,11 @@ class _ReversibleFunction(torch.autograd.Function):
         solve.is_consumed = True
         needs_grad = ctx.needs_input_grad[1:]
         inputs = _as_leaves(saved[: len(needs_grad)], needs_grad)
-        state_rest, spec = ctx.state
-        state = tree_unflatten(_joined(iter(saved[len(needs_grad) :]), state_rest), spec)
+        state = tree_unflatten(saved[len(needs_grad) :], ctx.state_spec)
+        state = state._replace(dtypes=[z.dtype for z in inputs[: solve.num_leaves]])
         with solve.f.randomness.untouched():
             backward = _BackwardPass(solve, state, inputs, grads)
-            return None, *solve.run_with(inputs, backward.run, parameters=True)
+            return None, *solve.run_with(inputs, backward.run)
 
 
 class _BackwardPass:

@@ -13,8 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..norms import Mask
 from . import kernels
 from .remainders import Remainders, divisor
+
+Kept = Remainders | None
+"""What the updates destroy; None where nothing is kept, and no update is to be undone."""
 
 
 class Recurrence(NamedTuple):
@@ -49,23 +53,19 @@ class AbstractArithmetic(abc.ABC):
         return state.to(wide, copy=True).mul_(1 / self.scale).to(dtype)
 
     @abc.abstractmethod
-    def advance_(
-        self, u_before: Tensor, u: Tensor, v: Tensor, remainders: Remainders | None = None, active: Tensor | None = None
-    ) -> Tensor:
+    def advance_(self, u_before: Tensor, u: Tensor, v: Tensor, kept: Kept = None, active: Mask = None) -> Tensor:
         """u_{k+1} from u_{k-1}, u_k and v, in the memory of `u_before`."""
 
     @abc.abstractmethod
-    def invert_(
-        self, u_next: Tensor, u: Tensor, v: Tensor, remainders: Remainders | None = None, active: Tensor | None = None
-    ) -> Tensor:
+    def invert_(self, u_next: Tensor, u: Tensor, v: Tensor, kept: Kept = None, active: Mask = None) -> Tensor:
         """u_{k-1} from u_{k+1}, u_k and v, in the memory of `u_next`."""
 
     def limit(self) -> float:
         """Magnitude that a state must stay below."""
         return float("inf")
 
-    def remainders(self, state: Tensor) -> Remainders | None:
-        """Empty storage for what the updates of `state` destroy; None if nothing is kept."""
+    def remainders(self, state: Tensor) -> Kept:
+        """Empty storage for what the updates of `state` destroy."""
         return None
 
 
@@ -85,9 +85,7 @@ class ExactArithmetic(AbstractArithmetic):
     All is exact while `max(|p|, q) * |U| < 2^52`: one bit less than float64 holds, so that the rounded quotient never
     reaches the next whole number. float64 rather than int64, because integer division does not vectorize on CPUs.
 
-    Args:
-        recurrence: Its coefficients.
-        compiled: Whether the updates are compiled; with a tolerance, where samples stop one by one, they never are.
+    With `compiled` the updates are compiled, except with a tolerance, where samples stop one by one.
     """
 
     dtype = torch.float64
@@ -101,34 +99,31 @@ class ExactArithmetic(AbstractArithmetic):
 
     def encode(self, u: Tensor) -> Tensor:
         if torch.is_grad_enabled() and u.requires_grad:
-            return _Round.apply(u.to(torch.float64) * self.scale)  # type: ignore[no-any-return]
+            scaled = u.to(torch.float64) * self.scale
+            return scaled.detach().round() + (scaled - scaled.detach())  # rounded, with the derivative of the scaling
         return u.to(torch.float64, copy=True).mul_(self.scale).round_()
 
-    def advance_(
-        self, u_before: Tensor, u: Tensor, v: Tensor, remainders: Remainders | None = None, active: Tensor | None = None
-    ) -> Tensor:
-        if self.compiled and remainders is not None and active is None:
-            kernels.run(kernels.advance_, u_before, u, v, remainders.begin_push(), *self.coefficients)
+    def advance_(self, u_before: Tensor, u: Tensor, v: Tensor, kept: Kept = None, active: Mask = None) -> Tensor:
+        if self.compiled and kept is not None and active is None:
+            kernels.run(kernels.advance_, u_before, u, v, kept.begin_push(), *self.coefficients)
             return u_before
         if self.p != 1:
             u_before.mul_(self.p)
-        scratch = torch.empty_like(u_before) if remainders is None else remainders.scratch
+        scratch = torch.empty_like(u_before) if kept is None else kept.scratch
         quotient = torch.div(u_before, divisor(self.q, u_before), out=scratch).floor_()
-        if remainders is not None:
-            remainders.push_(u_before.sub_(quotient, alpha=self.q), active)
+        if kept is not None:
+            kept.push_(u_before.sub_(quotient, alpha=self.q), active)
         return self._increment(u, v, out=u_before).add_(quotient)
 
-    def invert_(
-        self, u_next: Tensor, u: Tensor, v: Tensor, remainders: Remainders | None = None, active: Tensor | None = None
-    ) -> Tensor:
-        assert remainders is not None, "the exact state is invertible only with its remainders"
+    def invert_(self, u_next: Tensor, u: Tensor, v: Tensor, kept: Kept = None, active: Mask = None) -> Tensor:
+        assert kept is not None, "the exact state is invertible only with its remainders"
         if self.compiled and active is None:
-            word = remainders.words[remainders.begin_pop()]
+            word = kept.words[kept.begin_pop()]
             kernels.run(kernels.invert_, u_next, u, v, word, *self.coefficients)
-            remainders.end_pop()
+            kept.end_pop()
             return u_next
-        u_next.sub_(self._increment(u, v, out=remainders.scratch))
-        torch.add(remainders.pop_(active), u_next, alpha=self.q, out=u_next)
+        u_next.sub_(self._increment(u, v, out=kept.scratch))
+        torch.add(kept.pop_(active), u_next, alpha=self.q, out=u_next)
         return u_next if self.p == 1 else u_next.div_(divisor(self.p, u_next))
 
     def _increment(self, u: Tensor, v: Tensor, out: Tensor) -> Tensor:
@@ -154,34 +149,20 @@ class FloatArithmetic(AbstractArithmetic):
         super().__init__(recurrence)
         self.dtype = dtype
 
-    def advance_(
-        self, u_before: Tensor, u: Tensor, v: Tensor, remainders: Remainders | None = None, active: Tensor | None = None
-    ) -> Tensor:
+    def advance_(self, u_before: Tensor, u: Tensor, v: Tensor, kept: Kept = None, active: Mask = None) -> Tensor:
         a, c, b = self.recurrence
         u_before.mul_(float(a)).add_(v.to(self.dtype), alpha=b)
         return u_before.add_(u, alpha=c) if c else u_before
 
-    def invert_(
-        self, u_next: Tensor, u: Tensor, v: Tensor, remainders: Remainders | None = None, active: Tensor | None = None
-    ) -> Tensor:
+    def invert_(self, u_next: Tensor, u: Tensor, v: Tensor, kept: Kept = None, active: Mask = None) -> Tensor:
         a, c, b = self.recurrence
         u_next.sub_(v.to(self.dtype), alpha=b)
         return (u_next.sub_(u, alpha=c) if c else u_next).div_(float(a))
 
 
-class _Round(torch.autograd.Function):
-    """Rounding to whole numbers with the derivative of the identity."""
+class AdvanceWithGradient(torch.autograd.Function):
+    """The bits of `advance_` with the linear recurrence's gradient, for BPTT; overwrites nothing."""
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        return x.round()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad
-
-
-class _Advance(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, arithmetic: AbstractArithmetic, u_before: Tensor, u: Tensor, v: Tensor) -> Tensor:
         ctx.recurrence, ctx.scale, ctx.dtype = arithmetic.recurrence, arithmetic.scale, v.dtype
@@ -191,8 +172,3 @@ class _Advance(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor, Tensor]:
         a, c, b = ctx.recurrence
         return None, float(a) * grad, c * grad, (b * ctx.scale * grad).to(ctx.dtype)
-
-
-def advance_with_gradient(arithmetic: AbstractArithmetic, u_before: Tensor, u: Tensor, v: Tensor) -> Tensor:
-    """The bits of `advance_` with the linear recurrence's gradient, for BPTT; overwrites nothing."""
-    return _Advance.apply(arithmetic, u_before, u, v)  # type: ignore[no-any-return]

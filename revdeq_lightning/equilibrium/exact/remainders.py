@@ -1,14 +1,16 @@
 """Storage for the remainders of the exact state: as many digits in radix q as evaluations were made."""
 
 from collections.abc import Iterable
+from functools import cached_property
 from math import log2
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import register_pytree_node
 
-from ..norms import broadcast_to_leaf
+from ..norms import Mask, broadcast_to_leaf
 
+WORD_LIMIT = 2**52
 _GROUP_TYPES = ((torch.uint8, 2**8), (torch.int16, 2**15), (torch.int32, 2**31))
 
 
@@ -23,8 +25,7 @@ class Remainders:
 
     def __init__(self, words: Iterable[Tensor], spilled: Iterable[Tensor], radix: int, count: int) -> None:
         self.words, self.spilled, self.radix, self.count = list(words), list(spilled), radix, count
-        self._scratch: Tensor | None = None
-        self.digits_per_word = digits_per_word(radix)
+        self.digits_per_word = most_digits(radix, WORD_LIMIT)
         self.digits_per_group, self.group_type = digits_per_group(radix)
         self.group_unit = radix ** (self.digits_per_word - self.digits_per_group)
         """Weight in a full word of the youngest digit of the group that is put aside."""
@@ -34,12 +35,10 @@ class Remainders:
         """An empty stack for a state of this shape."""
         return cls([torch.zeros_like(state), torch.zeros_like(state)], [], radix, 0)
 
-    @property
+    @cached_property
     def scratch(self) -> Tensor:
         """Working memory for the update, kept so that no evaluation allocates."""
-        if self._scratch is None:
-            self._scratch = torch.empty_like(self.words[0])
-        return self._scratch
+        return torch.empty_like(self.words[0])
 
     def begin_push(self) -> Tensor:
         """The word on which the next digit goes, with room for it."""
@@ -62,22 +61,22 @@ class Remainders:
         if self._word_is_full(depth):
             self.words[index].add_(self.spilled.pop(), alpha=self.group_unit)
 
-    def push_(self, digits: Tensor, active: Tensor | None = None) -> None:
-        """Put one digit on every element's stack; with `active`, shape `(batch,)`, on the active samples' only."""
+    def push_(self, digits: Tensor, active: Mask = None) -> None:
+        """Put one digit on the stack of every element of the active samples."""
         word = self.begin_push()
         if active is None:
             torch.add(digits, word, alpha=self.radix, out=word)
         else:
             torch.where(broadcast_to_leaf(active, word), digits.add(word, alpha=self.radix), word, out=word)
 
-    def pop_(self, active: Tensor | None = None) -> Tensor:
+    def pop_(self, active: Mask = None) -> Tensor:
         """Take the newest digit of every element off its stack; inactive samples have none, and return 0."""
         index = self.begin_pop()
         word = self.words[index]
         shifted = torch.div(word, divisor(self.radix, word), out=self.scratch).floor_()
         if active is None:
             digits = word.sub_(shifted, alpha=self.radix)
-            self.words[index], self._scratch = shifted, word
+            self.words[index], self.scratch = shifted, word
         else:
             mask = broadcast_to_leaf(active, word)
             digits = torch.where(mask, word.sub(shifted, alpha=self.radix), 0.0)
@@ -95,21 +94,16 @@ def divisor(number: int, dividend: Tensor) -> Tensor:
     return dividend.new_full((), number)
 
 
-def digits_per_word(radix: int) -> int:
-    """How many digits one word holds: `radix ** digits <= 2^52`."""
-    return _most_digits(radix, 2**52)
-
-
 def digits_per_group(radix: int) -> tuple[int, torch.dtype]:
     """How many digits are put aside together, and as what: the smallest integer that wastes no more than a fifth."""
-    groups = [(_most_digits(radix, limit), dtype) for dtype, limit in _GROUP_TYPES if limit >= radix]
+    groups = [(most_digits(radix, limit), dtype) for dtype, limit in _GROUP_TYPES if limit >= radix]
     wasteful = [8 * dtype.itemsize / (digits * log2(radix)) for digits, dtype in groups]
     frugal = [group for group, waste in zip(groups, wasteful, strict=True) if waste <= 1.25]
     return frugal[0] if frugal else groups[wasteful.index(min(wasteful))]
 
 
-def _most_digits(radix: int, limit: int) -> int:
-    """The largest power of the radix that is not above `limit`."""
+def most_digits(radix: int, limit: int) -> int:
+    """How many digits a whole number up to `limit` holds: the largest power of the radix that is not above it."""
     digits = 1
     while radix ** (digits + 1) <= limit:
         digits += 1

@@ -1,15 +1,11 @@
 """Solvers, one file each, and `SOLVERS`, their registry: a new solver is a file and a line in it."""
 
-from .anderson import AndersonSolver as AndersonSolver
-from .base import AbstractSolver as AbstractSolver
-from .broyden import BroydenSolver as BroydenSolver
-from .picard import PicardSolver as PicardSolver
-from .relaxed import RelaxedSolver as RelaxedSolver
-from .reversible import (
-    AbstractTwoStepSolver as AbstractTwoStepSolver,
-    MomentumSolver as MomentumSolver,
-    ReversibleSolver as ReversibleSolver,
-)
+from .anderson import AndersonSolver
+from .base import AbstractSolver
+from .broyden import BroydenSolver
+from .picard import PicardSolver
+from .relaxed import RelaxedSolver
+from .reversible import MomentumSolver, ReversibleSolver
 
 SOLVERS: dict[str, type[AbstractSolver]] = {
     "momentum": MomentumSolver,

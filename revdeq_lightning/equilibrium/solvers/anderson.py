@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from ..norms import Leaves, inner, join, rounding, select, split, weighted_sum
+from ..norms import Leaves, Mask, inner, join, rounding, select, split, weighted_sum
 from ..validation import require_choice, require_count, require_in_range
 from .base import AbstractSolver
 
@@ -67,7 +67,7 @@ class AndersonSolver(AbstractSolver):
     def iterate(self, state: AndersonState) -> Leaves:
         return state.iterate
 
-    def advance(self, state: AndersonState, value: Leaves, active: Tensor | None) -> AndersonState:
+    def advance(self, state: AndersonState, value: Leaves, active: Mask) -> AndersonState:
         z = join(state.iterate)
         g = join(value) - z
         first = 1 if len(state.residuals) > self.memory else 0

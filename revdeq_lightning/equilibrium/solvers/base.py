@@ -4,9 +4,7 @@ import abc
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
-from ..norms import Leaves
+from ..norms import Leaves, Mask
 from ..validation import require_count, require_in_range
 
 State = Any
@@ -53,8 +51,8 @@ class AbstractSolver(abc.ABC):
         return state  # type: ignore[no-any-return]
 
     @abc.abstractmethod
-    def advance(self, state: State, value: Leaves, active: Tensor | None) -> State:
-        """State after one evaluation, `value = f(iterate)`; samples not in `active`, `(batch,)`, stay as they are."""
+    def advance(self, state: State, value: Leaves, active: Mask) -> State:
+        """State after one evaluation, `value = f(iterate)`; samples that are not active stay as they are."""
 
     def limit(self) -> float:
         """Magnitude that the iterates must stay below."""

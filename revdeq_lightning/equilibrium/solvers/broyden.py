@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..norms import Leaves, inner, join, rounding, select, split, weighted_sum
+from ..norms import Leaves, Mask, inner, join, rounding, select, split, weighted_sum
 from ..validation import require_count, require_in_range
 from .base import AbstractSolver
 
@@ -70,7 +70,7 @@ class BroydenSolver(AbstractSolver):
     def iterate(self, state: BroydenState) -> Leaves:
         return state.iterate
 
-    def advance(self, state: BroydenState, value: Leaves, active: Tensor | None) -> BroydenState:
+    def advance(self, state: BroydenState, value: Leaves, active: Mask) -> BroydenState:
         z = join(state.iterate)
         g = join(value) - z
         length = torch.ones_like(state.length)
@@ -78,32 +78,27 @@ class BroydenSolver(AbstractSolver):
         if state.residual is None:
             direction = self.beta * g
         else:
-            accepted = self._is_accepted(state, g)
-            if accepted is not None:
-                # A refused trial is as if it had not been made: no move, and the same direction, half as far.
-                z, g = torch.where(accepted, z, state.base), torch.where(accepted, g, state.residual)
-                length = torch.where(accepted[:, 0], length, state.length / 2)
+            accepted = self._is_accepted(state.length, g, state.residual)
+            # A refused trial is as if it had not been made: no move, and the same direction, half as far.
+            z, g = torch.where(accepted, z, state.base), torch.where(accepted, g, state.residual)
+            length = torch.where(accepted[:, 0], length, state.length / 2)
             # Each pair was made for the sum of those before it: without the oldest one the rest is no inverse Jacobian.
             # Affine maps with norm 0.95 and a memory of 8 were so not solved in 150 steps, anew in 40.
             pairs = [] if len(pairs) == self.memory else pairs
             pair, direction = self._updated(pairs, z - state.base, g - state.residual, g, rounding(value))
             pairs = [*pairs, pair]
-            if accepted is not None:
-                direction = torch.where(accepted, direction, state.direction)
+            direction = torch.where(accepted, direction, state.direction)
         iterate = split(torch.addcmul(z, direction, length[:, None]), value)
         return BroydenState(select(active, iterate, state.iterate), z, g, direction, length, pairs)
 
-    def _is_accepted(self, state: BroydenState, g: Tensor) -> Tensor | None:
-        """Whether each sample's step is taken, `(batch, 1)`; None: all of them."""
-        if self.max_halvings == 0:
-            return None
-        assert state.residual is not None
-        with torch.no_grad():
-            norm, before = (torch.linalg.vector_norm(r, dim=1) for r in (g, state.residual))
-            # A residual that is not finite is let through, so that it is reported and not searched around.
-            is_unavoidable = (state.length <= 2.0**-self.max_halvings) | ~norm.isfinite()
-            is_accepted: Tensor = (norm <= (1 - SUFFICIENT_DECREASE * state.length) * before) | is_unavoidable
-            return is_accepted[:, None]
+    @torch.no_grad()
+    def _is_accepted(self, length: Tensor, g: Tensor, g_before: Tensor) -> Tensor:
+        """Whether each sample's step is taken, `(batch, 1)`; without a line search the shortest length is 1."""
+        norm, before = (torch.linalg.vector_norm(r, dim=1) for r in (g, g_before))
+        # A residual that is not finite is let through, so that it is reported and not searched around.
+        is_unavoidable = (length <= 2.0**-self.max_halvings) | ~norm.isfinite()
+        is_accepted: Tensor = (norm <= (1 - SUFFICIENT_DECREASE * length) * before) | is_unavoidable
+        return is_accepted[:, None]
 
     def _updated(
         self, pairs: list[tuple[Tensor, Tensor]], dz: Tensor, dg: Tensor, g: Tensor, noise: Tensor

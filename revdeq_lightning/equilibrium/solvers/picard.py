@@ -2,9 +2,7 @@
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from ..norms import Leaves, select
+from ..norms import Leaves, Mask, select
 from .base import AbstractSolver
 
 
@@ -12,5 +10,5 @@ from .base import AbstractSolver
 class PicardSolver(AbstractSolver):
     """`z_{n+1} = f(z_n, x)`, 1 evaluation of f a step."""
 
-    def advance(self, state: Leaves, value: Leaves, active: Tensor | None) -> Leaves:
+    def advance(self, state: Leaves, value: Leaves, active: Mask) -> Leaves:
         return select(active, value, state)

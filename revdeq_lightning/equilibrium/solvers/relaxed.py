@@ -2,9 +2,7 @@
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
-from ..norms import Leaves, select
+from ..norms import Leaves, Mask, select
 from ..validation import require_in_range
 from .base import AbstractSolver
 
@@ -23,6 +21,6 @@ class RelaxedSolver(AbstractSolver):
         super().__post_init__()
         require_in_range("beta", self.beta, "(0, 2)")
 
-    def advance(self, state: Leaves, value: Leaves, active: Tensor | None) -> Leaves:
+    def advance(self, state: Leaves, value: Leaves, active: Mask) -> Leaves:
         relaxed = [(1 - self.beta) * z + self.beta * f for z, f in zip(state, value, strict=True)]
         return select(active, relaxed, state)

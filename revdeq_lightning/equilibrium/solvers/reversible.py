@@ -19,9 +19,9 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from ..exact.arithmetic import AbstractArithmetic, ExactArithmetic, FloatArithmetic, Recurrence, advance_with_gradient
+from ..exact.arithmetic import AbstractArithmetic, AdvanceWithGradient, ExactArithmetic, FloatArithmetic, Recurrence
 from ..exact.remainders import Remainders
-from ..norms import Leaves, select
+from ..norms import Leaves, Mask, select
 from ..validation import require_choice, require_in_range
 from .base import AbstractSolver
 
@@ -97,18 +97,18 @@ class AbstractTwoStepSolver(AbstractSolver):
     def iterate(self, state: TwoStepState) -> Leaves:
         return self._decode(state.current, state)
 
-    def iterate_before(self, state: TwoStepState, active: Tensor | None) -> Leaves:
+    def iterate_before(self, state: TwoStepState, active: Mask) -> Leaves:
         """The iterate at which f was evaluated to make this state."""
         return self._decode(select(active, state.previous, state.current), state)
 
-    def advance(self, state: TwoStepState, value: Leaves, active: Tensor | None) -> TwoStepState:
+    def advance(self, state: TwoStepState, value: Leaves, active: Mask) -> TwoStepState:
         arithmetic = self.state_arithmetic
         inputs = (*state.current, *state.previous, *value)
         differentiated = torch.is_grad_enabled() and any(u.requires_grad for u in inputs)
         following = []
         for u_before, u, v, remainders in zip(state.previous, state.current, value, state.remainders, strict=True):
             if differentiated:
-                following.append(advance_with_gradient(arithmetic, u_before, u, v))
+                following.append(AdvanceWithGradient.apply(arithmetic, u_before, u, v))
             else:
                 memory = u_before if active is None else u_before.clone()
                 following.append(arithmetic.advance_(memory, u, v, remainders, active))
@@ -116,7 +116,7 @@ class AbstractTwoStepSolver(AbstractSolver):
             previous=select(active, state.current, state.previous), current=select(active, following, state.current)
         )
 
-    def invert_step(self, state: TwoStepState, value: Leaves, active: Tensor | None) -> TwoStepState:
+    def invert_step(self, state: TwoStepState, value: Leaves, active: Mask) -> TwoStepState:
         """Undo `advance` with the same evaluation, `value = f(iterate_before(state))`."""
         before = []
         for u, u_next, v, remainders in zip(state.previous, state.current, value, state.remainders, strict=True):
@@ -144,10 +144,8 @@ class ReversibleSolver(AbstractTwoStepSolver):
         z_{n+1} = (1 - beta) * z_n + beta * f(y_{n+1}, x)
 
     Args:
-        beta: Relaxation parameter, the weight of the new evaluation, in (0, 2) but not 1.
-
-    Raises:
-        ValueError: If "exact" cannot hold `1 - beta` (see `ExactArithmetic`).
+        beta: Relaxation parameter, the weight of the new evaluation, in (0, 2) but not 1; with arithmetic "exact" a
+            fraction with a denominator up to 4096.
 
     Source: McCallum et al. 2025, arXiv:2509.12917, section 3.
     """
@@ -179,10 +177,8 @@ class MomentumSolver(AbstractTwoStepSolver):
 
     Args:
         beta: Relaxation parameter, the weight of the new evaluation, in (0, 2).
-        momentum: Weight of the last move, in (-1, 1) but not 0.
-
-    Raises:
-        ValueError: If "exact" cannot hold the momentum (see `ExactArithmetic`).
+        momentum: Weight of the last move, in (-1, 1) but not 0; with arithmetic "exact" a fraction with a denominator
+            up to 4096.
 
     Source: reversibility by momentum: Sander et al. 2021, arXiv:2102.07870.
     """
