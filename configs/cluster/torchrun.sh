@@ -64,8 +64,15 @@ set +m
 asked=  # the exit code, after a signal
 ended=
 end() { if kill "-$1" "$torchrun" 2>/dev/null; then ended=yes; fi; }
+idle=0  # how often in a row there was no training process to tell
 tell() {  # the training processes, or torchrun if there are none yet: it is waiting for other machines
-    pkill "-$1" -P "$torchrun" || [ -s "$REVDEQ_STOPPED" ] || end TERM
+    if pkill "-$1" -P "$torchrun"; then
+        idle=0
+    elif [ ! -s "$REVDEQ_STOPPED" ]; then
+        idle=$((idle + 1))
+        # Not at once: it may be restarting a process, and logs a traceback if it is interrupted.
+        if [ "$1" = INT ] || [ "$idle" -gt 2 ]; then end TERM; fi
+    fi
 }
 interrupt() {  # a second Ctrl-C ends immediately
     if [ "$asked" = 130 ]; then end INT; else asked=130 && tell INT; fi

@@ -56,6 +56,10 @@ class Script:
     def text(self) -> str:
         return self.log.read_text()
 
+    def own_text(self) -> str:
+        """Without what torchrun logs, of a signal that interrupted it too."""
+        return re.sub(r"^[IWE]\d{4} .* torch/distributed/elastic/.*\n", "", self.text(), flags=re.MULTILINE)
+
     def end(self) -> int:
         try:
             return self.process.wait(timeout=90)
@@ -110,7 +114,7 @@ def test_a_signal_before_the_first_step_is_heeded_at_it(tmp_path):
         script.process.send_signal(signal.SIGTERM)
         assert script.end() == 75, script.text()
         assert "Stopped by SIGUSR1 after step 0." in script.text()
-        assert "Traceback" not in script.text()
+        assert "Traceback" not in script.own_text()
 
 
 def test_a_wrong_setting_is_told_once_and_not_begun_again(tmp_path):
