@@ -6,6 +6,7 @@ They import Lightning only to prepare images.
 import csv
 import json
 import os
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,9 +16,10 @@ from revdeq_lightning.checkpoints.files import other_checkpoint, read_checkpoint
 from revdeq_lightning.checkpoints.names import is_sharded_checkpoint
 from revdeq_lightning.checkpoints.sharded import read_whole
 from revdeq_lightning.data.text.tokenizers import AbstractTokenizer, tokenizer_from_state
+from revdeq_lightning.equilibrium.validation import require_count
 from revdeq_lightning.errors import CheckpointError
-from revdeq_lightning.models import AbstractClassifier, ClassifierConfig, TransformerConfig
-from revdeq_lightning.models.build import SolverConfig, build_image_classifier, build_language_model
+from revdeq_lightning.models import AbstractClassifier, ClassifierConfig, ReasonerConfig, TransformerConfig
+from revdeq_lightning.models.build import SolverConfig, build_image_classifier, build_language_model, build_reasoner
 from revdeq_lightning.models.generation import continue_text
 
 
@@ -156,6 +158,93 @@ def predict_images(
     if not num_written:
         raise ValueError(f"none of the {len(paths)} files in {images} could be decoded")
     return f"{num_written:,} images, class probabilities in {output}"
+
+
+@dataclass
+class PuzzleFile:
+    """What to solve.
+
+    Attributes:
+        path: Archive with the integer array `inputs`, `(N, L)` or `(N, H, W)`.
+    """
+
+    path: str
+
+
+@dataclass
+class SolverSteps:
+    """How the equilibrium is found.
+
+    Attributes:
+        max_steps: Solver steps at the training size; null: as trained.
+        rtol: Tolerance at which each puzzle stops; null: as trained.
+    """
+
+    max_steps: int | None = None
+    rtol: float | None = None
+
+
+@dataclass
+class ModelSettings:
+    """What may differ from training."""
+
+    solver: SolverSteps = field(default_factory=SolverSteps)
+
+
+@torch.no_grad()
+def predict_puzzles(
+    ckpt_path: str,
+    data: PuzzleFile,
+    output: str = "predictions.npz",
+    model: ModelSettings = ModelSettings(),  # noqa: B008
+    batch_size: int = 32,
+    device: str = "cpu",
+) -> str:
+    """Write the answers to puzzles to an npz archive: `predictions`, of the shape of `inputs`, and `evaluations` of f.
+
+    Args:
+        ckpt_path: Checkpoint of a training run.
+        data: What to solve.
+        output: Archive to write.
+        model: What may differ from training.
+        batch_size: Puzzles at a time.
+        device: cpu, cuda, ...
+
+    Returns:
+        One line for the user.
+    """
+    import numpy as np
+
+    from revdeq_lightning.data.puzzles.files import read_npz
+    from revdeq_lightning.data.puzzles.kinds import checked
+    from revdeq_lightning.data.puzzles.module import build_kind
+
+    require_count("batch_size", batch_size)
+    reasoner, kind_settings = load_reasoner(ckpt_path, device, model.solver)
+    inputs, _ = checked(build_kind(**kind_settings), read_npz(data.path, need_targets=False), data.path)
+    answers, made = [], []
+    for start in range(0, len(inputs), batch_size):
+        result = reasoner(torch.from_numpy(inputs[start : start + batch_size]).to(device))
+        answers.append(result.logits.argmax(1).cpu().numpy())
+        made.append(result.evaluations.cpu().numpy())
+    target = Path(output)
+    try:
+        with target.open("wb") as file:
+            np.savez_compressed(file, predictions=np.concatenate(answers), evaluations=np.concatenate(made))
+    except OSError as error:
+        raise OSError(f"cannot write {target}: {error.strerror}; choose another --output") from None
+    mean = float(np.concatenate(made).mean())
+    return f"{len(inputs):,} puzzles, {mean:.1f} evaluations of f each, answers in {output}"
+
+
+def load_reasoner(ckpt_path: str | Path, device: str, steps: SolverSteps) -> tuple[Any, dict[str, Any]]:
+    """Model of a checkpoint and the settings of its kind of puzzle; see `read_trained`."""
+    settings, weights, state = read_trained(ckpt_path, "puzzles", "a reasoner", "runs/reasoning")
+    changed = {name: value for name, value in asdict(steps).items() if value is not None}
+    solver = SolverConfig(**settings["solver"] | changed)
+    model = build_reasoner(ReasonerConfig(**settings["network"]), solver)
+    model.load_state_dict(weights)
+    return model.to(device).eval(), state
 
 
 def export_weights(ckpt_path: str, output: str | None = None) -> str:

@@ -17,7 +17,7 @@ SUBCOMMANDS = {
     "fit": "train a model",
     "validate": "evaluate a checkpoint on the validation data",
     "test": "evaluate a checkpoint on the test data",
-    "predict": "write the nats of every token of the test text; image: the class probabilities of a folder of images",
+    "predict": "write the nats of every token of the test text; image: class probabilities; reasoning: answers",
     "replay": "look again at a batch that made training diverge",
     "generate": "continue a text with a trained language model",
     "export": "write the weights of a checkpoint to one safetensors file",
@@ -26,11 +26,12 @@ SUBCOMMANDS = {
 
 # One command line for each task; `lm` may be left out. One for all tasks, with `class_path` in the file, was tried: a
 # misspelled key then gives ten lines, "Does not validate against any of the Union subtypes ...", with the whole value.
-TASKS = {"lm": "language", "image": "image"}
+TASKS = {"lm": "language", "image": "image", "reasoning": "reasoning"}
 
 FUNCTIONS = {
     "generate": ("inference", "generate_text"),
     "image predict": ("inference", "predict_images"),
+    "reasoning predict": ("inference", "predict_puzzles"),
     "export": ("inference", "export_weights"),
     "replay": ("replay", "replay"),
 }
@@ -44,6 +45,8 @@ EXAMPLES = {
     "generate --ckpt_path CHECKPOINT --prompt TEXT": "continue a text",
     "image fit --config configs/cifar10/modern.yaml": "train a classifier",
     "image predict --ckpt_path CHECKPOINT --images FOLDER": "class probabilities of images",
+    "reasoning fit --config configs/reasoning/mazes.yaml": "train a reasoner",
+    "reasoning predict --ckpt_path CHECKPOINT --data.path PUZZLES.npz": "solve puzzles",
     "report RUN [RUN ...]": "curves and figures as a web page",
     "COMMAND --help": "all options of a command",
 }
@@ -54,7 +57,8 @@ def overview() -> str:
     lines = [
         f"RevDEQ Lightning {__version__}: reversible deep equilibrium models.\n",
         f"    {program()} [lm] COMMAND [options]       language models",
-        f"    {program()} image COMMAND [options]      image classifiers\n",
+        f"    {program()} image COMMAND [options]      image classifiers",
+        f"    {program()} reasoning COMMAND [options]  mazes, Sudoku, prefix sums\n",
         *(f"    {name:<10} {text}" for name, text in SUBCOMMANDS.items()),
         "",
         *(f"    {program()} {words:<54} {text}" for words, text in EXAMPLES.items()),

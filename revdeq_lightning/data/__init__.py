@@ -1,4 +1,4 @@
-"""Data modules for text and images, in a reproducible and resumable order."""
+"""Data modules for text, images and puzzles, in a reproducible and resumable order."""
 
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         ResumableBatchSampler as ResumableBatchSampler,
         ResumableLoader as ResumableLoader,
     )
+    from revdeq_lightning.data.puzzles.module import PuzzleBatch as PuzzleBatch, PuzzleDataModule as PuzzleDataModule
     from revdeq_lightning.data.text.module import TextDataModule as TextDataModule
     from revdeq_lightning.data.text.tokenizers import (
         AbstractTokenizer as AbstractTokenizer,

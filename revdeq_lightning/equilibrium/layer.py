@@ -1,5 +1,6 @@
 """An equilibrium as a layer: f, solver and adjoint."""
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -38,22 +39,28 @@ class EquilibriumLayer(nn.Module):
         self.adjoint = adjoint
         self.num_parts = num_parts
 
-    def forward(self, x: Any, z0: Any = None) -> FixedPointSolution:
+    def forward(self, x: Any, z0: Any = None, *, max_steps: int | None = None) -> FixedPointSolution:
         """Solve for the fixed point of `f(., x)`.
 
-        z0 is zeros in the shape and dtype of x by default; x must then be a tensor. For a warm start, where inputs
-        hardly change from call to call (frames of a video), pass the detached value of the last solution: with a
-        tolerance the solve takes fewer steps.
+        Args:
+            x: Injected input.
+            z0: Initial state; None: zeros in the shape and dtype of x, which must then be a tensor. For a warm start,
+                where inputs hardly change from call to call (frames of a video), pass the detached value of the last
+                solution: with a tolerance the solve takes fewer steps.
+            max_steps: Solver steps in place of the solver's own: more than in training where problems are larger.
         """
         if z0 is None:
             if not isinstance(x, Tensor):
                 raise ValueError(f"z0 is needed where x is not a single tensor, got x of type {type(x).__name__}")
             z0 = torch.zeros_like(x)
-        return self.solve(self.f, z0, x, adjoint=self.adjoint)
+        return self.solve(self.f, z0, x, adjoint=self.adjoint, max_steps=max_steps)
 
-    def solve(self, f: Map, z0: Any, x: Any, *, adjoint: AbstractAdjoint) -> FixedPointSolution:
+    def solve(
+        self, f: Map, z0: Any, x: Any, *, adjoint: AbstractAdjoint, max_steps: int | None = None
+    ) -> FixedPointSolution:
         """The same solve with another map or adjoint in place of its own."""
-        return solve_in_parts(f, z0, x, solver=self.solver, adjoint=adjoint, num_parts=self.num_parts)
+        solver = self.solver if max_steps is None else dataclasses.replace(self.solver, max_steps=max_steps)
+        return solve_in_parts(f, z0, x, solver=solver, adjoint=adjoint, num_parts=self.num_parts)
 
     def extra_repr(self) -> str:
         parts = f", num_parts={self.num_parts}" if self.num_parts > 1 else ""

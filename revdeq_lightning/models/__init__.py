@@ -1,4 +1,4 @@
-"""Models: the equilibrium language model, its explicit baseline, the image classifiers, and shared parts."""
+"""Models: language models, image classifiers, reasoners, their explicit baselines, and what they share."""
 
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     )
     from revdeq_lightning.models.config import (
         ClassifierConfig as ClassifierConfig,
+        ReasonerConfig as ReasonerConfig,
         TransformerConfig as TransformerConfig,
     )
     from revdeq_lightning.models.cross_entropy import (
@@ -21,6 +22,12 @@ if TYPE_CHECKING:
     )
     from revdeq_lightning.models.explicit import ExplicitTransformerLM as ExplicitTransformerLM
     from revdeq_lightning.models.generation import generate as generate
+    from revdeq_lightning.models.reasoner import (
+        AbstractReasoner as AbstractReasoner,
+        ExplicitReasoner as ExplicitReasoner,
+        Reasoner as Reasoner,
+        ReasonerOutput as ReasonerOutput,
+    )
     from revdeq_lightning.models.resnet import ResNet as ResNet
     from revdeq_lightning.models.transformer import (
         AbstractLanguageModel as AbstractLanguageModel,

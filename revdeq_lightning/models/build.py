@@ -12,7 +12,10 @@ from revdeq_lightning.equilibrium.solvers import SOLVERS
 from revdeq_lightning.models import (
     AbstractClassifier,
     ClassifierConfig,
+    ExplicitReasoner,
     ExplicitTransformerLM,
+    Reasoner,
+    ReasonerConfig,
     ResNet,
     TransformerConfig,
     TransformerLM,
@@ -70,7 +73,10 @@ _OPTIONS = {
     "adjoint": _Option(Literal[tuple(ADJOINTS)] | None, None, "null: the one that suits the solver", {}),
     **_ADJOINT_OPTIONS,
     "num_losses": _Option(
-        int, 1, "language models: parts of the solve, each with a loss (fixed-point correction); 1 for none", {}
+        int,
+        1,
+        "language models and reasoners: parts of the solve, each with a loss (fixed-point correction); 1 for none",
+        {},
     ),
     "loss_decay": _Option(float | None, None, "weight of each part's loss over that of the next; null for 0.8", {}),
 }
@@ -160,11 +166,22 @@ def build_image_classifier(network: ClassifierConfig, solver: SolverConfig) -> A
             f"architecture={network.architecture!r} and solver={solver.solver!r}"
         )
     if solver.num_losses != 1 or solver.loss_decay is not None:
-        raise ValueError(f"num_losses={solver.num_losses} belongs to language models: leave it and loss_decay out")
+        raise ValueError(
+            f"num_losses={solver.num_losses} belongs to language models and reasoners: leave it and loss_decay out"
+        )
     if network.architecture == "resnet":
         solver.require_no_settings()
         return ResNet(network)
     return build_classifier(network, solver.build_solver(), solver.build_adjoint())
+
+
+def build_reasoner(network: ReasonerConfig, solver: SolverConfig) -> ExplicitReasoner | Reasoner:
+    """The model that the settings describe."""
+    if solver.solver == "none":
+        solver.require_no_settings()
+        return ExplicitReasoner(network)
+    num_losses = solver.correction["num_losses"]
+    return Reasoner(network, solver.build_solver(), solver.build_adjoint(), num_losses)
 
 
 def plain(**settings: Any) -> dict[str, dict[str, Any]]:

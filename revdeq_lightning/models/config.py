@@ -8,6 +8,7 @@ from torch import Tensor
 from revdeq_lightning.equilibrium.validation import require_choice, require_count, require_in_range
 
 BLOCKS = ("modern", "paper")
+REASONER_BLOCKS = ("convolution", "attention")
 ARCHITECTURES = ("stages", "joint", "paper_single", "paper_stages", "resnet")
 ARCHITECTURES_WITH = {
     "blocks": ("resnet",),
@@ -177,6 +178,61 @@ class ClassifierConfig:
             raise ValueError(f"architecture='paper_single' has one stage, got channels {self.channels}")
         if self.architecture == "joint" and self.steps:
             raise ValueError(f"architecture='joint' has one solve: set solver.max_steps, got steps={self.steps}")
+
+
+@dataclass
+class ReasonerConfig:
+    """Sizes and options of a reasoner.
+
+    Attributes:
+        num_symbols: Symbols that a cell may hold.
+        num_answers: Answers that a cell may have.
+        shape: Of the training puzzles, `[length]` or `[height, width]`.
+        channels: Of the state of each cell.
+        block: f: `convolution` (puzzles of any size), `attention` (of one size), or the import path of your own
+            `nn.Module`, such as `my_package.MyBlock`: f is `MyBlock(channels, **block_options)` and maps `z` and `x` of
+            shape `(batch, channels, ...)` to a new `z`.
+        block_options: Keyword arguments of your own block.
+        num_layers: Layers in one evaluation of f.
+        num_heads: Attention only: heads; divides `channels`.
+        d_mlp: Attention only: width of the MLP; 0 for `4 * channels`.
+        growth: Evaluations for puzzles larger than those of training: `max_steps` times the ratio of their cells to
+            this power.
+    """
+
+    num_symbols: int
+    num_answers: int
+    shape: list[int]
+    channels: int = 48
+    block: str = "convolution"
+    num_layers: int = 1
+    num_heads: int = 0
+    d_mlp: int = 0
+    growth: float = 1.0
+    block_options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("num_symbols", "num_answers", "channels", "num_layers"):
+            require_count(name, getattr(self, name))
+        self.shape = list(self.shape)
+        if len(self.shape) not in (1, 2):
+            raise ValueError(f"shape must be [length] or [height, width], got {self.shape}")
+        for size in self.shape:
+            require_count("shape", size)
+        require_in_range("growth", self.growth, "[0, inf)")
+        if self.block not in REASONER_BLOCKS and "." not in self.block:
+            raise ValueError(f"block must be one of {', '.join(REASONER_BLOCKS)} or an import path, got {self.block!r}")
+        if self.block_options and self.block in REASONER_BLOCKS:
+            raise ValueError(f"block_options belongs to a block of your own, got block={self.block!r}")
+        if self.block == "attention":
+            require_count("num_heads", self.num_heads)
+        for name in ("num_heads", "d_mlp"):
+            _require_owner(self, name, "block", ("attention",))
+
+    @property
+    def ndim(self) -> int:
+        """1 for strings, 2 for grids."""
+        return len(self.shape)
 
 
 def _check_block(config: Any) -> None:

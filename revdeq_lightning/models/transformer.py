@@ -55,12 +55,14 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], eps=MODERN_NORM_EPS)
 
 
-def causal_attention(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, cache: KeyValueCache | None) -> Tensor:
-    """Attend to this and earlier tokens, including cached ones; `(B, T, D)`."""
+def attention(
+    q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, cache: KeyValueCache | None, is_causal: bool = True
+) -> Tensor:
+    """Attend to all tokens, or, if causal, to this and earlier tokens, including cached ones; `(B, T, D)`."""
     if cache is not None:
         k_BHTK, v_BHTK = cache.extend(k_BHTK, v_BHTK)
     # A single new token may attend to all; only complete sequences, with an empty cache, need the mask.
-    is_causal = q_BHTK.shape[-2] > 1
+    is_causal = is_causal and q_BHTK.shape[-2] > 1
     return F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, is_causal=is_causal).transpose(-3, -2).flatten(-2)
 
 
@@ -80,7 +82,7 @@ class PaperAttention(nn.Module):
         if self.inner is not None:
             qkv = [project(t_BTD) for project, t_BTD in zip(self.inner, qkv, strict=True)]
         q_BHTK, k_BHTK, v_BHTK = (split_heads(t_BTD, self.num_heads) for t_BTD in qkv)
-        out_BTD: Tensor = self.output(causal_attention(q_BHTK, k_BHTK, v_BHTK, cache))
+        out_BTD: Tensor = self.output(attention(q_BHTK, k_BHTK, v_BHTK, cache))
         return out_BTD
 
 
@@ -111,10 +113,10 @@ class ModernAttention(nn.Module):
     cos_TK: Tensor
     sin_TK: Tensor
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, is_causal: bool) -> None:
         super().__init__()
         d = config.d_model
-        self.num_heads = config.num_heads
+        self.num_heads, self.is_causal = config.num_heads, is_causal
         self.query, self.key, self.value, self.output = (Linear(d, d, bias=False) for _ in range(4))
         wavelengths = config.rope_base ** torch.linspace(0, 1, config.head_size // 2 + 1, dtype=torch.float64)[:-1]
         angles_TK = torch.arange(config.context_length)[:, None] / wavelengths
@@ -127,7 +129,7 @@ class ModernAttention(nn.Module):
         )
         start = 0 if cache is None else cache.length
         q_BHTK, k_BHTK = (self.rotate(rms_norm(t), start).to(v_BHTK) for t in (q_BHTK, k_BHTK))
-        out_BTD: Tensor = self.output(causal_attention(q_BHTK, k_BHTK, v_BHTK, cache))
+        out_BTD: Tensor = self.output(attention(q_BHTK, k_BHTK, v_BHTK, cache, self.is_causal))
         return out_BTD
 
     def rotate(self, t_BHTK: Tensor, start: int) -> Tensor:
@@ -156,10 +158,10 @@ class GatedMLP(nn.Module):
 class ModernLayer(nn.Module):
     """`h = h + attention(norm1(h));  h = h + mlp(norm2(h))`."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, is_causal: bool) -> None:
         super().__init__()
         self.norm1, self.norm2 = (nn.RMSNorm(config.d_model, MODERN_NORM_EPS) for _ in range(2))
-        self.attention = ModernAttention(config)
+        self.attention = ModernAttention(config, is_causal)
         self.mlp = GatedMLP(config)
 
     def forward(self, h_BTD: Tensor, cache: KeyValueCache | None = None) -> Tensor:
@@ -171,9 +173,9 @@ class ModernLayer(nn.Module):
 class ModernBlock(nn.Module):
     """`f(z, x) = norm(layers(z + x))`: the norm keeps the state at unit scale, so that it contracts."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, is_causal: bool = True) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(ModernLayer(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(ModernLayer(config, is_causal) for _ in range(config.num_layers))
         self.norm = nn.RMSNorm(config.d_model, MODERN_NORM_EPS)
         for name, parameter in self.named_parameters():
             if name.endswith(("output.weight", "down.weight")):

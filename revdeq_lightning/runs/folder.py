@@ -101,6 +101,16 @@ class ImageRunConfig(RunConfig):
     usage: ClassVar[tuple[str, ...]] = ("Predict", "predict", "--images", "FOLDER")
 
 
+@dataclass
+class ReasoningRunConfig(RunConfig):
+    """A run of a reasoner."""
+
+    folder: str = "runs/reasoning"
+
+    task: ClassVar[tuple[str, ...]] = ("reasoning",)
+    usage: ClassVar[tuple[str, ...]] = ("Predict", "predict", "--data.path", "FILE.npz")
+
+
 def new_version() -> str:
     """Date and time, sorted as the runs began."""
     return time.strftime("%Y%m%d-%H%M%S")

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         OptimizerConfig as OptimizerConfig,
         WindowedPlateau as WindowedPlateau,
     )
+    from revdeq_lightning.tasks.reasoning import ReasoningTask as ReasoningTask
     from revdeq_lightning.tasks.recipe import Recipe as Recipe
 
 __getattr__, __dir__, __all__ = lazy_exports(__name__, __file__)

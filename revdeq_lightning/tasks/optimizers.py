@@ -192,7 +192,7 @@ class ParameterGroups(NamedTuple):
 def group_parameters(model: nn.Module) -> ParameterGroups:
     """Each trainable parameter in one group."""
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    matrices = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    matrices = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear | nn.Conv1d | nn.Conv2d)}
     readout = id(getattr(model, "output_weight_VD", None))
     groups = ParameterGroups([], [], [], [])
     for p in model.parameters():

@@ -1,0 +1,1 @@
+"""Puzzles whose solution takes many sequential steps: prefix sums, mazes, Sudoku."""

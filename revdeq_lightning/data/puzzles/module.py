@@ -1,0 +1,325 @@
+"""Puzzles for reasoners: generated from a seed, or from a file, in a resumable order."""
+
+import zlib
+from collections.abc import Callable, Mapping
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from revdeq_lightning.data.loading.array_cache import load_or_build
+from revdeq_lightning.data.loading.base import SPLITS, AbstractDataModule, digest
+from revdeq_lightning.data.loading.sampler import IGNORE_INDEX, PADDING, ResumableLoader, shuffled
+from revdeq_lightning.data.puzzles.files import Arrays, read_npz, read_sudoku_tables
+from revdeq_lightning.data.puzzles.kinds import AbstractKind, Mazes, PrefixSums, Sudoku, checked
+from revdeq_lightning.data.puzzles.puzzle import Draws, Puzzle
+from revdeq_lightning.equilibrium.validation import require_choice, require_count, require_in_range
+
+KIND_SETTINGS = ("puzzle", "size", "algorithm", "loops", "num_empty")
+KINDS = ("prefix_sums", "mazes", "sudoku")
+ENDLESS_EPOCH = 2**16
+_CACHE_FORMAT = 1
+_MOST_TRIES = 1000
+
+
+class PuzzleBatch(NamedTuple):
+    """Symbols and answers of some puzzles of one shape, int64 `(batch, ...)`; targets of -100 do not count."""
+
+    inputs: Tensor
+    targets: Tensor
+
+
+class Puzzles(Dataset[PuzzleBatch]):
+    """Puzzles by their keys: `make(key)`; `PADDING` is a puzzle whose targets do not count."""
+
+    def __init__(self, make: Callable[[int], Puzzle]) -> None:
+        self.make = make
+
+    def __getitem__(self, keys: list[int]) -> PuzzleBatch:
+        inputs, targets = (np.stack(arrays) for arrays in zip(*(self.make(max(0, key)) for key in keys), strict=True))
+        targets[np.array(keys) == PADDING] = IGNORE_INDEX
+        return PuzzleBatch(torch.from_numpy(inputs), torch.from_numpy(targets))
+
+
+class PuzzleDataModule(AbstractDataModule):
+    """Puzzles whose solution takes many sequential steps, as `PuzzleBatch`.
+
+    A generated puzzle is a pure function of seed, split, size and number. No puzzle of the training size is in two
+    splits, nor are two Sudokus that differ by a symmetry. A run resumed from any checkpoint continues with the batch
+    after the last trained one.
+
+    Args:
+        puzzle: "prefix_sums" (the parity of each prefix of a string of bits), "mazes" (the shortest path; symbols: 0
+            wall, 1 free, 2 start, 3 goal) or "sudoku" (one solution; 0 is an empty cell).
+        size: Bits, cells a side of a maze (2 * size + 1 pixels), or 4, 6 or 9 for Sudoku.
+        test_sizes: Further sizes, each a test split of its own.
+        num_train: Puzzles of the training split; null: each is used once, and an epoch has 65,536.
+        num_validation: Puzzles of the validation split.
+        num_test: Puzzles of the test split of each size.
+        symmetries: Sudoku: show a training puzzle in another of its symmetric forms in each epoch.
+        algorithm: Mazes: "depth_first" (long corridors), "spanning_tree" (many short dead ends) or "mixed".
+        loops: Mazes: fraction of the walls between cells that are opened in addition; 0: one path between two cells.
+        num_empty: Sudoku: empty cells.
+        path: An npz archive with the integer arrays `inputs` and `targets` of shape `(N, L)` or `(N, H, W)` instead of
+            generated puzzles (targets of -100 do not count); for Sudoku of size 9 also a data set of the hub with the
+            columns `question` and `answer` (`sapientinc/sudoku-extreme`), or a folder with its CSV files.
+        validation_fraction: With an archive, the fraction held out for validation, chosen by the puzzles' content.
+        test_fraction: Likewise for test.
+        test_path: An archive that is the test split.
+        batch_size: Puzzles per rank and step.
+        num_workers: Processes per rank that load batches.
+        seed: Of puzzles and order, not negative.
+        cache_dir: Folder of the generated puzzles.
+
+    Raises:
+        ValueError: If an argument is out of range, or a puzzle of a file is not one.
+        FileNotFoundError, ConnectionError: If a file cannot be found.
+    """
+
+    _items = "puzzles"
+
+    def __init__(
+        self,
+        puzzle: str = "mazes",
+        size: int = 5,
+        test_sizes: list[int] | None = None,
+        num_train: int | None = None,
+        num_validation: int = 200,
+        num_test: int = 200,
+        symmetries: bool = False,
+        algorithm: str = "mixed",
+        loops: float = 0.0,
+        num_empty: int = 22,
+        path: str | None = None,
+        validation_fraction: float = 0.1,
+        test_fraction: float = 0.1,
+        test_path: str | None = None,
+        batch_size: int = 32,
+        num_workers: int = 0,
+        seed: int = 0,
+        cache_dir: str = "data/cache",
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        require_choice("puzzle", puzzle, KINDS)
+        for name in ("size", "num_validation", "num_test", "batch_size"):
+            require_count(name, self.hparams[name])
+        for test_size in test_sizes or ():
+            require_count("test_sizes", test_size)
+        if num_train is not None:
+            require_count("num_train", num_train)
+        for name in ("num_workers", "seed"):
+            require_count(name, self.hparams[name], at_least=0)
+        require_in_range("validation_fraction", validation_fraction, "[0, 1)")
+        require_in_range("test_fraction", test_fraction, "[0, 1)")
+        if validation_fraction + test_fraction >= 1:
+            raise ValueError(
+                "validation_fraction and test_fraction must leave something to train on, "
+                f"got {validation_fraction} and {test_fraction}"
+            )
+        if puzzle == "sudoku" and test_sizes:
+            raise ValueError(f"a Sudoku has one size, got test_sizes={test_sizes}: leave it out")
+        self.kind = build_kind(**self.kind_settings())
+        self._data: dict[str, list[Arrays]] | None = None
+        self._checksum = ""
+
+    @property
+    def num_symbols(self) -> int:
+        """Symbols that a cell may hold."""
+        return self.kind.num_symbols
+
+    @property
+    def num_answers(self) -> int:
+        """Answers that a cell may have."""
+        return self.kind.num_answers
+
+    @property
+    def shape(self) -> list[int]:
+        """Shape of a training puzzle. Reads the file if there is one."""
+        if self.hparams["path"] is None:
+            return list(self.kind.shape(self.hparams["size"]))
+        arrays = next(iter(self._prepared().values()))[0]
+        return list(arrays[0].shape[1:])
+
+    @property
+    def test_shapes(self) -> list[tuple[int, ...]]:
+        """Shapes of the puzzles of each test split. Prepares the data if necessary."""
+        return [arrays[0].shape[1:] for arrays in self._prepared().get("test", [])]
+
+    def kind_settings(self) -> dict[str, Any]:
+        """What `build_kind` needs; plain containers."""
+        return {name: self.hparams[name] for name in KIND_SETTINGS}
+
+    def check_model(self, model: Any) -> None:
+        """Raise a ValueError if the model, of this configuration, was made for other puzzles."""
+        for name in ("num_symbols", "num_answers"):
+            here, there = getattr(self, name), getattr(model, name)
+            if here != there:
+                raise ValueError(
+                    f"the puzzles ({self.hparams['puzzle']}) have {name} {here}, the model has {there}: use the data "
+                    "that it was built for"
+                )
+
+    def train_dataloader(self) -> ResumableLoader:
+        num_train, seed = self._num_train, self.hparams["seed"]
+        order = partial(training_order, num_train, seed)
+        if self.hparams["path"] is None and self.hparams["num_train"] is None:
+            make: Any = partial(make_puzzle, self.kind, seed, "train", self.hparams["size"])
+        else:
+            (arrays,) = self._of_split(self._prepared(), "train", "lower the fractions")
+            make = partial(stored_puzzle, arrays, self.kind if self.hparams["symmetries"] else None, seed)
+        return self._training_loader(Puzzles(make), num_train, order)
+
+    def test_dataloader(self) -> Any:
+        """One loader for each size."""
+        return self._evaluation_loaders("test")
+
+    def predict_dataloader(self) -> Any:
+        return self._evaluation_loaders("test")
+
+    def _evaluation_loader(self, split: str) -> ResumableLoader:
+        return self._evaluation_loaders(split)[0]
+
+    def _evaluation_loaders(self, split: str) -> list[ResumableLoader]:
+        found = self._of_split(self._prepared(), split, f"set {split}_fraction above 0, or give test_path")
+        return [self._loader(Puzzles(partial(stored_puzzle, arrays, None, 0)), len(arrays[0])) for arrays in found]
+
+    def _of_split(self, by_split: Mapping[str, Any], split: str, advice: str) -> Any:
+        require_choice("split", split, SPLITS)
+        if split not in by_split:
+            raise ValueError(f"the puzzles of {self.hparams['path']} have no {split} split: {advice}")
+        return by_split[split]
+
+    @property
+    def _num_train(self) -> int:
+        if self.hparams["path"] is not None:
+            (arrays,) = self._of_split(self._prepared(), "train", "lower the fractions")
+            return len(arrays[0])
+        return int(self.hparams["num_train"] or ENDLESS_EPOCH)
+
+    def _by_split(self) -> Mapping[str, Any]:
+        there = self._prepared()
+        return there if self.hparams["path"] is not None else there | {"train": []}
+
+    def _prepared(self) -> dict[str, list[Arrays]]:
+        if self._data is None:
+            hparams, path = self.hparams, self.hparams["path"]
+            data = self._generated() if path is None else self._from_file(path)
+            if hparams["test_path"] is not None:
+                data["test"] = [checked(self.kind, read_npz(hparams["test_path"]), hparams["test_path"])]
+            train = data.get("train", [])
+            self._checksum = f"{zlib.crc32(b''.join(a.tobytes() for arrays in train for a in arrays)):08x}"
+            self._data = data
+        return self._data
+
+    def _generated(self) -> dict[str, list[Arrays]]:
+        hparams = self.hparams
+        size = hparams["size"]
+        wanted = {("validation", size): hparams["num_validation"]}
+        wanted |= {("test", s): hparams["num_test"] for s in (size, *(hparams["test_sizes"] or ()))}
+        if hparams["num_train"] is not None:
+            wanted["train", size] = hparams["num_train"]
+        data: dict[str, list[Arrays]] = {}
+        for (split, split_size), number in wanted.items():
+            key = digest([_CACHE_FORMAT, self.kind_settings(), hparams["seed"], split, split_size, number])
+            path = Path(hparams["cache_dir"], f"{hparams['puzzle']}-{split_size}-{split}-{key}.safetensors")
+            make = partial(make_puzzle, self.kind, hparams["seed"], split, split_size, train_size=size)
+            arrays = load_or_build(path, partial(_make_all, make, number, path)).arrays
+            data.setdefault(split, []).append((arrays["inputs"].array, arrays["targets"].array))
+        return data
+
+    def _from_file(self, path: str) -> dict[str, list[Arrays]]:
+        if path.endswith(".npz"):
+            fractions = {name: self.hparams[f"{name}_fraction"] for name in ("validation", "test")}
+            return divide(self.kind, checked(self.kind, read_npz(path), path), fractions)
+        if self.hparams["puzzle"] != "sudoku" or self.hparams["size"] != 9:
+            raise ValueError(f"path must be an npz archive (or, for Sudoku of size 9, a data set), got {path!r}")
+        splits = {
+            name: checked(self.kind, arrays, path, samples=1000) for name, arrays in read_sudoku_tables(path).items()
+        }
+        data = divide(self.kind, splits["train"], {"validation": self.hparams["validation_fraction"]})
+        if self.hparams["num_train"] is not None:
+            data["train"] = [tuple(array[: self.hparams["num_train"]] for array in data["train"][0])]  # type: ignore
+        if "test" in splits:
+            data["test"] = [tuple(array[: self.hparams["num_test"]] for array in splits["test"])]  # type: ignore
+        return data
+
+    def _order_settings(self) -> dict[str, Any]:
+        names = ("seed", *KIND_SETTINGS, "num_train", "symmetries")
+        self._prepared()
+        return {name: self.hparams[name] for name in names} | {"puzzles_checksum": self._checksum}
+
+
+def build_kind(puzzle: str, *, size: int, algorithm: str, loops: float, num_empty: int) -> AbstractKind:
+    """The kind that the settings describe."""
+    if puzzle == "mazes":
+        return Mazes(algorithm, loops)
+    return Sudoku(size, num_empty) if puzzle == "sudoku" else PrefixSums()
+
+
+def make_puzzle(
+    kind: AbstractKind, seed: int, split: str, size: int, number: int, train_size: int | None = None
+) -> Puzzle:
+    """Puzzle `number` of a split: the first that these draws give whose content belongs to the split.
+
+    Args:
+        kind: What to make.
+        seed: Of all puzzles.
+        split: "train", "validation" or "test".
+        size: Of the puzzle.
+        number: From 0 on.
+        train_size: Size of the training puzzles: puzzles of other sizes cannot be among them.
+    """
+    for attempt in count() if size != (train_size or size) else range(_MOST_TRIES):
+        puzzle = kind.make(Draws(seed, SPLITS.index(split), size, number, attempt), size)
+        if puzzle and (size != (train_size or size) or split_of(kind, puzzle.inputs) == split):
+            return puzzle
+    raise ValueError(f"there are too few different puzzles of size {size} for three splits: use a larger size")
+
+
+def split_of(kind: AbstractKind, inputs: NDArray[np.int64]) -> str:
+    """The split of a generated puzzle, by its content: 80 % are for training."""
+    bucket = zlib.crc32(kind.key(inputs)) % 10
+    return SPLITS[0] if bucket < 8 else SPLITS[bucket - 7]
+
+
+def _make_all(make: Callable[[int], Puzzle], number: int, path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+    rank_zero_info(f"Making {number:,} puzzles for {path} (once) ...")
+    puzzles = [make(i) for i in range(number)]
+    names = ("inputs", "targets")
+    return {n: np.stack([getattr(p, n) for p in puzzles]).astype(np.uint8) for n in names}, {}
+
+
+def stored_puzzle(arrays: Arrays, kind: AbstractKind | None, seed: int, key: int) -> Puzzle:
+    """A puzzle of an array; with a kind, in the symmetric form of this epoch."""
+    inputs, targets = (array[key % len(array)].astype(np.int64) for array in arrays)
+    puzzle = Puzzle(inputs, targets)
+    return puzzle if kind is None else kind.vary(puzzle, Draws(seed, len(SPLITS), key))
+
+
+def training_order(num_train: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """Keys of the puzzles, which count on through the epochs."""
+    return epoch * num_train + shuffled(num_train, seed, epoch)
+
+
+def divide(kind: AbstractKind, arrays: Arrays, fractions: Mapping[str, float]) -> dict[str, list[Arrays]]:
+    """Hold out fractions of the puzzles, chosen by their content."""
+    inputs, targets = arrays
+    places = np.array([zlib.crc32(kind.key(puzzle)) / 2**32 for puzzle in inputs])
+    data: dict[str, list[Arrays]] = {}
+    start = 0.0
+    for split, fraction in (*fractions.items(), ("train", 1 - sum(fractions.values()))):
+        chosen = (places >= start) & (places < start + fraction)
+        if split == "train":
+            chosen = places >= start
+        if chosen.any():
+            data[split] = [(inputs[chosen], targets[chosen])]
+        start += fraction
+    return data

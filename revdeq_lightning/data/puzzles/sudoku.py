@@ -1,0 +1,147 @@
+"""Sudoku of 4 x 4, 6 x 6 and 9 x 9 cells with one solution: 0 is an empty cell.
+
+Written here because no library that was found takes a seed, other sizes than 9 and a number of empty cells.
+"""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from revdeq_lightning.data.puzzles.puzzle import Draws, Puzzle
+
+BOXES = {4: (2, 2), 6: (2, 3), 9: (3, 3)}
+"""Rows and columns of a box, by the size of the grid."""
+
+
+def make_sudoku(draws: Draws, size: int, num_empty: int) -> Puzzle | None:
+    """A puzzle with one solution and `num_empty` empty cells; None if this solution led to none.
+
+    The cells of a random solution are emptied in random order, each if the solution stays the only one.
+    """
+    solution = next(solutions(np.zeros((size, size), np.int64), draws.permutation(size).tolist(), draws))
+    puzzle = solution.copy()
+    for cell in draws.permutation(size * size):
+        row, column = divmod(int(cell), size)
+        value, puzzle[row, column] = puzzle[row, column], 0
+        if has_another(puzzle, row, column, int(value)):
+            puzzle[row, column] = value
+        elif np.count_nonzero(puzzle == 0) == num_empty:
+            return Puzzle(puzzle, solution)
+    return None
+
+
+@functools.cache
+def units_of(size: int) -> list[tuple[int, int, int]]:
+    """Row, column and box of each cell, as indices into one list of 3 * size units."""
+    rows, columns = BOXES[size]
+    return [
+        (r, size + c, 2 * size + r // rows * (size // columns) + c // columns) for r in range(size) for c in range(size)
+    ]
+
+
+def solutions(puzzle: NDArray[np.int64], order: list[int] | None = None, draws: Draws | None = None) -> Iterator[Any]:
+    """All solutions, one after another; none if the puzzle contradicts itself.
+
+    Args:
+        puzzle: Shape `(size, size)`.
+        order: Not None: the values are tried in a random order.
+        draws: Where that order comes from.
+    """
+    size = len(puzzle)
+    units, grid = units_of(size), puzzle.ravel().tolist()
+    free = [(1 << size) - 1] * (3 * size)  # values that each unit still lacks, as bits
+    for cell, value in enumerate(grid):
+        if value:
+            bit = 1 << (value - 1)
+            if any(not free[unit] & bit for unit in units[cell]):
+                return
+            for unit in units[cell]:
+                free[unit] -= bit
+    empty = [cell for cell, value in enumerate(grid) if not value]
+
+    def search() -> Iterator[None]:
+        if not empty:
+            yield
+            return
+        best, fewest, choices = 0, size + 1, 0
+        for place, cell in enumerate(empty):
+            a, b, c = units[cell]
+            mask = free[a] & free[b] & free[c]
+            if (count := mask.bit_count()) < fewest:
+                best, fewest, choices = place, count, mask
+                if count < 2:
+                    break
+        cell = empty.pop(best)
+        values = [v for v in range(size) if choices >> v & 1]
+        if draws is not None and len(values) > 1:
+            values = [values[i] for i in draws.permutation(len(values))]
+        for value in values:
+            grid[cell] = value + 1
+            for unit in units[cell]:
+                free[unit] -= 1 << value
+            yield from search()
+            for unit in units[cell]:
+                free[unit] += 1 << value
+        grid[cell] = 0
+        empty.insert(best, cell)
+
+    for _ in search():
+        yield np.array(grid).reshape(size, size)
+
+
+def has_another(puzzle: NDArray[np.int64], row: int, column: int, value: int) -> bool:
+    """Whether the puzzle has a solution with another value in this empty cell."""
+    size = len(puzzle)
+    for other in range(1, size + 1):
+        if other != value:
+            trial = puzzle.copy()
+            trial[row, column] = other
+            if next(solutions(trial), None) is not None:
+                return True
+    return False
+
+
+def contradiction(puzzle: NDArray[np.int64]) -> str | None:
+    """What is wrong with the given cells, if a value stands twice in a row, column or box."""
+    seen: set[tuple[int, int]] = set()
+    for cell, (value, units) in enumerate(zip(puzzle.ravel().tolist(), units_of(len(puzzle)), strict=True)):
+        for unit, name in zip(units, ("row", "column", "box"), strict=True):
+            if value and (unit, value) in seen:
+                row, column = divmod(cell, len(puzzle))
+                return f"{value} stands twice in the {name} of row {row + 1}, column {column + 1}"
+            seen.add((unit, value))
+    return None
+
+
+def symmetric(puzzle: Puzzle, draws: Draws) -> Puzzle:
+    """The same puzzle with its values renamed, rows and columns permuted within and among boxes, or transposed."""
+    size = len(puzzle.inputs)
+    rows, columns = BOXES[size]
+    values = np.r_[0, draws.permutation(size) + 1]
+    order = [_lines(draws, size, rows), _lines(draws, size, columns)]
+    arrays = [values[array[order[0]][:, order[1]]] for array in puzzle]
+    if rows == columns and draws.integers(2, 1)[0]:
+        arrays = [array.T for array in arrays]
+    return Puzzle(*arrays)
+
+
+def _lines(draws: Draws, size: int, per_box: int) -> NDArray[np.int64]:
+    bands = draws.permutation(size // per_box)
+    return np.concatenate([band * per_box + draws.permutation(per_box) for band in bands])
+
+
+def invariant(inputs: NDArray[np.int64]) -> bytes:
+    """The same for all symmetric forms of a puzzle: how many given cells there are where, and of which values."""
+    size = len(inputs)
+    given, (rows, columns) = inputs > 0, BOXES[size]
+    boxes = given.reshape(size // rows, rows, size // columns, columns)
+    lines = [
+        sorted(sorted(band) for band in given.sum(1).reshape(-1, rows).tolist()),
+        sorted(sorted(stack) for stack in given.sum(0).reshape(-1, columns).tolist()),
+    ]
+    values = sorted(np.bincount(inputs.ravel(), minlength=size + 1)[1:].tolist())
+    counts = [*(sorted(lines) if rows == columns else lines), sorted(boxes.sum((1, 3)).ravel().tolist()), values]
+    return repr(counts).encode()

@@ -1,0 +1,186 @@
+"""Reasoning: the loss of training, and how many puzzles of each size are solved."""
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from revdeq_lightning.data.loading.sampler import IGNORE_INDEX
+from revdeq_lightning.data.puzzles.module import PuzzleBatch, PuzzleDataModule
+from revdeq_lightning.data.puzzles.puzzle import Puzzle
+from revdeq_lightning.equilibrium import equilibria
+from revdeq_lightning.equilibrium.validation import require_in_range
+from revdeq_lightning.metrics import ReasoningMetrics
+from revdeq_lightning.models import ReasonerConfig
+from revdeq_lightning.models.build import SolverConfig, build_reasoner, plain
+from revdeq_lightning.tasks.base import AbstractTask, TrainingOutput
+from revdeq_lightning.tasks.optimizers import OptimizerConfig
+
+
+class ReasoningTask(AbstractTask):
+    """Train and evaluate a reasoner.
+
+    Logs `train/loss` (nats per cell, at the end of the solve) and, over whole splits, `val/` and `test/`: `loss`,
+    `cell_accuracy`, `solved` (fraction of the puzzles in which every cell is right) and `evaluations` of f per puzzle.
+    A test logs them for each size too (`test/solved_39x39`), and `solved_from_random` and `same_from_random`: the
+    fractions of puzzles that are solved, and answered alike, from a random initial state.
+
+    Args:
+        network: Sizes and block; symbols, answers and shape come from the data.
+        solver: How the equilibrium is found and differentiated.
+        optimizer: Optimizer, schedule, averaging of the weights.
+        random_start: Fraction of the puzzles of a training batch whose solve starts from a random state, in [0, 1].
+        compile: Compile f with torch.compile: worth its minutes on a GPU.
+        jacobian_weight: Weight of the penalty on df/dz at the fixed point; 0 for none (see `AbstractTask`).
+    """
+
+    model: Any
+
+    def __init__(
+        self,
+        network: ReasonerConfig,
+        solver: SolverConfig,
+        optimizer: OptimizerConfig,
+        random_start: float = 0.0,
+        compile: bool = False,
+        jacobian_weight: float = 0.0,
+    ) -> None:
+        # A checkpoint gives plain containers.
+        network = ReasonerConfig(**network) if isinstance(network, dict) else network
+        solver = SolverConfig(**solver) if isinstance(solver, dict) else solver
+        optimizer = OptimizerConfig(**optimizer) if isinstance(optimizer, dict) else optimizer
+        super().__init__(optimizer, jacobian_weight)
+        require_in_range("random_start", random_start, "[0, 1]")
+        if random_start and solver.solver == "none":
+            raise ValueError(f"random_start={random_start} needs a model with an equilibrium: leave it out")
+        settings = plain(network=network, solver=solver, optimizer=optimizer)
+        options = {"random_start": random_start, "compile": compile, "jacobian_weight": jacobian_weight}
+        self.save_hyperparameters({**settings, **options}, logger=False)
+        self.random_start = random_start
+        self.loss_decay = solver.correction["loss_decay"]
+        self.make_model(partial(build_reasoner, network, solver))
+        self.metrics = nn.ModuleDict({"val": ReasoningMetrics(), "test": ReasoningMetrics()})
+        self._sizes: list[str] = []
+        if compile:
+            for layer in equilibria(self.model):
+                layer.f.compile()
+        self.check_penalty()
+
+    def setup(self, stage: str) -> None:
+        self._data.check_model(self.model.config)
+        self._sizes = [shape_name(shape) for shape in self._data.test_shapes]
+        for size in self._sizes:
+            self.metrics[f"test_{size}"] = ReasoningMetrics()
+            self.metrics[f"random_{size}"] = ReasoningMetrics()
+
+    def forward(self, inputs: Tensor) -> Any:
+        """Logits `(B, A, ...)` and how they were reached."""
+        return self.model(inputs)
+
+    def training_step(self, batch: PuzzleBatch, batch_idx: int) -> dict[str, Any]:
+        """Mean nats per cell; with fixed-point correction, the weighted mean over the parts of the solve."""
+        with self.penalized() as penalties:
+            starts = {"z0": self._starts(batch.inputs)} if self.random_start else {}
+            output = self.model(batch.inputs, **starts)
+        loss = F.cross_entropy(output.logits.float(), batch.targets, ignore_index=IGNORE_INDEX)
+        self.log("train/loss", loss)
+        stats: tuple[Any, ...] = ()
+        if output.solution is not None:
+            earlier = output.solution.earlier
+            stats = tuple(part.stats for part in (*earlier, output.solution))
+            if earlier:
+                logits = [self.model.readout(part.value).float() for part in earlier]
+                losses = [F.cross_entropy(found, batch.targets, ignore_index=IGNORE_INDEX) for found in logits]
+                weights = [self.loss_decay**k for k in range(len(losses), 0, -1)]
+                total = sum((w * value for w, value in zip(weights, losses, strict=True)), loss)
+                loss = total / (1 + sum(weights))
+        loss = self.with_penalty(loss, penalties)
+        return {"loss": loss, "step": TrainingOutput(stats, len(batch.inputs), "puzzles")}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["puzzles"] = self._data.kind_settings()
+
+    def evaluation_sums(self, batch: PuzzleBatch) -> dict[str, Tensor]:
+        """Sums over the puzzles of the batch, for `DepthSweep`."""
+        sums = self._sums(batch, self(batch.inputs))
+        accuracy = sums["right_cells"] / sums["cells"].clamp(min=1) * sums["puzzles"]
+        return {"solved": sums["solved"], "cell_accuracy": accuracy, "count": sums["puzzles"]}
+
+    def test_step(self, batch: PuzzleBatch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        logits: Tensor = self._add_to("test", batch)
+        size = shape_name(batch.inputs.shape[1:])
+        self._metric(f"test_{size}").update(**self._sums_of_last)
+        if equilibria(self.model):
+            generator = torch.Generator(batch.inputs.device).manual_seed(batch_idx)
+            output = self.model(batch.inputs, z0=self.model.random_state(batch.inputs, generator))
+            sums = self._sums(batch, output)
+            same = (output.logits.argmax(1) == logits.argmax(1)).flatten(1).all(1) & is_real(batch)
+            self._metric(f"random_{size}").update(**sums | {"right_cells": same.sum(), "cells": sums["puzzles"]})
+        return logits
+
+    def _add_to(self, name: str, batch: PuzzleBatch) -> Tensor:
+        output = self(batch.inputs)
+        self._sums_of_last = self._sums(batch, output)
+        self._metric(name).update(**self._sums_of_last)
+        logits: Tensor = output.logits
+        return logits
+
+    def _log_figures(self, name: str) -> None:
+        values = {f"{name}/{key}": value for key, value in self._take(name).items()}
+        for size in self._sizes if name == "test" else ():
+            values |= {f"test/{key}_{size}": value for key, value in self._take(f"test_{size}").items()}
+            if equilibria(self.model):
+                found = self._take(f"random_{size}")
+                values[f"test/solved_from_random_{size}"] = found["solved"]
+                values[f"test/same_from_random_{size}"] = found["cell_accuracy"]
+        self.log_dict(values, sync_dist=True)
+
+    def _metric(self, name: str) -> ReasoningMetrics:
+        return cast(ReasoningMetrics, self.metrics[name])
+
+    def _take(self, name: str) -> dict[str, Tensor]:
+        metric = self._metric(name)
+        values: dict[str, Tensor] = metric.compute()
+        metric.reset()
+        return values
+
+    def _sums(self, batch: PuzzleBatch, output: Any) -> dict[str, Tensor]:
+        """Sums over the puzzles of a batch, as `ReasoningMetrics` takes them."""
+        targets, answers = batch.targets, output.logits.argmax(1)
+        counted = targets != IGNORE_INDEX
+        is_right = (answers == targets) | ~counted
+        is_solved, real = is_right.flatten(1).all(1), is_real(batch)
+        for i in (~is_solved).nonzero().flatten().tolist():  # a maze may have several shortest paths
+            puzzle = Puzzle(batch.inputs[i].cpu().numpy(), targets[i].cpu().numpy())
+            is_solved[i] = self._data.kind.is_solved(puzzle, answers[i].cpu().numpy())
+        return {
+            "nats": F.cross_entropy(output.logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="sum"),
+            "right_cells": (is_right & counted).sum(),
+            "cells": counted.sum(),
+            "solved": (is_solved & real).sum(),
+            "evaluations": (output.evaluations * real).sum(),
+            "puzzles": real.sum(),
+        }
+
+    def _starts(self, inputs: Tensor) -> Tensor:
+        """Zeros, and for a part of the batch random states."""
+        z0: Tensor = self.model.random_state(inputs)
+        z0[round(self.random_start * len(inputs)) :] = 0
+        return z0
+
+    @property
+    def _data(self) -> PuzzleDataModule:
+        return cast(PuzzleDataModule, cast(Any, self.trainer).datamodule)
+
+
+def is_real(batch: PuzzleBatch) -> Tensor:
+    """Whether a puzzle has targets, `(B,)`: one that only fills a batch has none."""
+    return (batch.targets != IGNORE_INDEX).flatten(1).any(1)
+
+
+def shape_name(shape: Iterable[int]) -> str:
+    """`39x39`, or `512`."""
+    return "x".join(map(str, shape))

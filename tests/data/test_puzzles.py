@@ -1,0 +1,230 @@
+"""Puzzles: whether they are ones, and belong to one split; files."""
+
+from collections import deque
+from itertools import islice, permutations
+
+import numpy as np
+import pytest
+import torch
+
+from revdeq_lightning.data import PuzzleDataModule
+from revdeq_lightning.data.puzzles.mazes import is_solution
+from revdeq_lightning.data.puzzles.module import build_kind, make_puzzle
+from revdeq_lightning.data.puzzles.puzzle import Draws
+from revdeq_lightning.data.puzzles.sudoku import invariant, make_sudoku, symmetric
+
+SUDOKU = ((4, 8, 2, 2), (6, 22, 2, 3), (9, 40, 3, 3))
+
+
+def kind(puzzle="mazes", size=5, algorithm="mixed", loops=0.0, num_empty=8):
+    return build_kind(puzzle, size=size, algorithm=algorithm, loops=loops, num_empty=num_empty)
+
+
+def mazes(count=20, size=6, **settings):
+    return [make_puzzle(kind(size=size, **settings), 0, "train", size, i) for i in range(count)]
+
+
+def distances(pixels):
+    """Steps from the start to each free pixel, by a queue."""
+    (start,) = map(tuple, np.argwhere(pixels == 2))
+    found, queue = {start: 0}, deque([start])
+    while queue:
+        r, c = queue.popleft()
+        for place in ((r + 1, c), (r - 1, c), (r, c + 1), (r, c - 1)):
+            if pixels[place] and place not in found:
+                found[place] = found[r, c] + 1
+                queue.append(place)
+    return found
+
+
+def data(tmp_path, **settings):
+    sizes = {"size": 3, "num_validation": 12, "num_test": 8, "batch_size": 4, "cache_dir": str(tmp_path)}
+    return PuzzleDataModule(**sizes | settings)
+
+
+@pytest.mark.parametrize("algorithm", ["depth_first", "spanning_tree", "mixed"])
+def test_mazes_are_trees_of_all_cells(algorithm):
+    for maze in mazes(algorithm=algorithm):
+        free = maze.inputs > 0
+        assert free[1::2, 1::2].all()
+        assert free.sum() == 2 * 36 - 1  # cells, and one opening less
+        assert len(distances(maze.inputs)) == free.sum()
+        assert sorted(maze.inputs[maze.inputs > 1]) == [2, 3]
+
+
+@pytest.mark.parametrize("loops", [0.0, 0.3])
+def test_the_answer_is_a_shortest_path(loops):
+    for maze in mazes(loops=loops):
+        found = distances(maze.inputs)
+        (goal,) = map(tuple, np.argwhere(maze.inputs == 3))
+        assert maze.targets.sum() == found[goal] + 1
+        steps = sorted(found[tuple(place)] for place in np.argwhere(maze.targets))
+        assert steps == list(range(found[goal] + 1))
+
+
+def test_any_shortest_path_is_a_solution_and_nothing_else():
+    square = np.array([[0, 0, 0, 0, 0], [0, 2, 1, 1, 0], [0, 1, 0, 1, 0], [0, 1, 1, 3, 0], [0, 0, 0, 0, 0]])
+    above, below = (np.zeros_like(square) for _ in range(2))
+    above[1, 1:4], above[1:4, 3] = 1, 1
+    below[1:4, 1], below[3, 1:4] = 1, 1
+    assert is_solution(square, above)
+    assert is_solution(square, below)
+    assert not is_solution(square, above | below)
+    through_wall = above.copy()
+    through_wall[1, 2], through_wall[2, 2] = 0, 1
+    assert not is_solution(square, through_wall)
+    assert not is_solution(square, np.zeros_like(square))
+
+
+def count_solutions(grid, rows, columns):
+    """By trying all permutations of values for row after row."""
+    size = len(grid)
+
+    def fits(done, row):
+        for r, other in enumerate(done):
+            if any(a == b for a, b in zip(row, other, strict=True)):
+                return False
+            if r // rows == len(done) // rows:
+                for c in range(size):
+                    start = c // columns * columns
+                    if row[c] in other[start : start + columns]:
+                        return False
+        return True
+
+    def search(done):
+        if len(done) == size:
+            return 1
+        given = grid[len(done)]
+        candidates = (p for p in permutations(range(1, size + 1)) if all(not g or g == v for g, v in zip(given, p)))  # noqa: B905
+        return sum(search([*done, row]) for row in candidates if fits(done, row))
+
+    return search([])
+
+
+@pytest.mark.parametrize(("size", "empty", "rows", "columns"), SUDOKU)
+def test_sudokus_have_one_solution(size, empty, rows, columns):
+    puzzle = make_sudoku(Draws(7), size, empty)
+    assert np.count_nonzero(puzzle.inputs == 0) == empty
+    assert (puzzle.targets == puzzle.inputs)[puzzle.inputs > 0].all()
+    for lines in (puzzle.targets, puzzle.targets.T):
+        assert (np.sort(lines, 1) == np.arange(1, size + 1)).all()
+    if size < 9:
+        assert count_solutions(puzzle.inputs.tolist(), rows, columns) == 1
+
+
+@pytest.mark.parametrize(("size", "empty", "rows", "columns"), SUDOKU)
+def test_symmetric_forms_are_sudokus_of_the_same_kind(size, empty, rows, columns):
+    puzzle = make_sudoku(Draws(7), size, empty)
+    forms = [symmetric(puzzle, Draws(i)) for i in range(20)]
+    assert len({form.inputs.tobytes() for form in forms}) == 20
+    for form in forms:
+        assert invariant(form.inputs) == invariant(puzzle.inputs)
+        assert (form.targets == form.inputs)[form.inputs > 0].all()
+        boxes = form.targets.reshape(size // rows, rows, size // columns, columns).swapaxes(1, 2).reshape(size, size)
+        for units in (form.targets, form.targets.T, boxes):
+            assert (np.sort(units, 1) == np.arange(1, size + 1)).all()
+
+
+def test_prefix_sums_are_parities():
+    puzzle = make_puzzle(kind("prefix_sums"), 0, "train", 32, 0)
+    assert all(puzzle.targets[i] == puzzle.inputs[: i + 1].sum() % 2 for i in range(32))
+
+
+@pytest.mark.parametrize("settings", [{}, {"puzzle": "sudoku", "size": 4, "num_empty": 6, "num_train": 40}])
+def test_no_puzzle_is_in_two_splits(tmp_path, settings):
+    module = data(tmp_path, **settings)
+
+    def keys(loader):
+        return {module.kind.key(p) for batch in islice(loader, 10) for p in batch.inputs.numpy()}
+
+    (test_loader,) = module.test_dataloader()
+    train, validation, test = map(keys, (module.train_dataloader(), module.val_dataloader(), test_loader))
+    assert train
+    assert validation
+    assert test
+    assert not train & validation
+    assert not train & test
+    assert not validation & test
+
+
+def test_puzzles_are_a_function_of_the_seed(tmp_path):
+    def batches(seed, epoch=0):
+        loader = data(tmp_path, seed=seed).train_dataloader()
+        loader.load_state_dict({"epoch": epoch, "batch": 5})
+        return next(iter(loader)).inputs
+
+    assert torch.equal(batches(0), batches(0))
+    assert not torch.equal(batches(0), batches(1))
+    assert not torch.equal(batches(0), batches(0, epoch=1))
+
+
+def test_each_size_is_a_test_split_of_its_own(tmp_path):
+    module = data(tmp_path, test_sizes=[4, 6])
+    shapes = [{tuple(batch.inputs.shape[1:]) for batch in loader} for loader in module.test_dataloader()]
+    assert shapes == [{(7, 7)}, {(9, 9)}, {(13, 13)}]
+    assert module.test_shapes == [(7, 7), (9, 9), (13, 13)]
+    assert module.shape == [7, 7]
+
+
+def save(path, **arrays):
+    np.savez(path, **arrays)
+    return str(path)
+
+
+def test_an_archive_is_divided_into_splits(tmp_path):
+    found = mazes(60)
+    arrays = {name: np.stack([getattr(p, name) for p in found]) for name in ("inputs", "targets")}
+    module = data(tmp_path, path=save(tmp_path / "m.npz", **arrays), validation_fraction=0.2, test_fraction=0.2)
+    parts = {split: module._prepared()[split][0][0] for split in ("train", "validation", "test")}
+    assert sum(map(len, parts.values())) == 60
+    assert {p.tobytes() for part in parts.values() for p in part} == {p.inputs.tobytes() for p in found}
+    assert len({p.tobytes() for part in parts.values() for p in part}) == 60
+    assert all(map(len, parts.values()))
+
+
+ONE = np.array([[[0, 0, 0, 0], [0, 2, 3, 0], [0, 0, 0, 0]]])
+PATH = (ONE > 1).astype(int)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "says"),
+    [
+        ({"puzzles": ONE}, "has no array 'inputs'"),
+        ({"inputs": ONE}, "has no array 'targets'"),
+        ({"inputs": ONE * 1.0, "targets": PATH}, "inputs must be integers, got float64"),
+        ({"inputs": ONE[0, 0], "targets": PATH}, "inputs must have shape"),
+        ({"inputs": ONE, "targets": PATH[:, :2]}, "targets must have the shape of inputs"),
+        ({"inputs": ONE + 1, "targets": PATH}, r"inputs must be from 0 to 3, got 4 at \[0, 1, 2\]"),
+        ({"inputs": ONE, "targets": PATH * 2}, "targets must be from 0 to 1, got 2"),
+        ({"inputs": ONE[0], "targets": PATH[0]}, "inputs must have 3 dimensions for Mazes"),
+        ({"inputs": np.where(ONE == 3, 1, ONE), "targets": PATH}, r"one goal \(symbol 3\), got 0"),
+        ({"inputs": np.array([[[2, 0, 3]]]), "targets": np.zeros((1, 1, 3), int)}, "no path from start to goal"),
+    ],
+)
+def test_what_is_wrong_with_an_archive_is_said(tmp_path, arrays, says):
+    module = data(tmp_path, path=save(tmp_path / "m.npz", **arrays))
+    with pytest.raises(ValueError, match=says):
+        module.setup("fit")
+
+
+def test_a_contradictory_sudoku_is_refused(tmp_path):
+    inputs = np.zeros((1, 4, 4), int)
+    inputs[0, 0, 0] = inputs[0, 1, 1] = 3
+    path = save(tmp_path / "s.npz", inputs=inputs, targets=inputs)
+    module = data(tmp_path, puzzle="sudoku", size=4, path=path)
+    with pytest.raises(ValueError, match="3 stands twice in the box of row 2, column 2"):
+        module.setup("fit")
+
+
+def test_tables_of_sudokus_are_read(tmp_path):
+    puzzle = make_sudoku(Draws(7), 9, 40)
+    question = "".join("." if v == 0 else str(v) for v in puzzle.inputs.ravel())
+    answer = "".join(map(str, puzzle.targets.ravel()))
+    for split in ("train", "test"):
+        lines = ["source,question,answer,rating", *[f"a,{question},{answer},1"] * 3]
+        (tmp_path / f"{split}.csv").write_text("\n".join(lines) + "\n")
+    module = data(tmp_path / "cache", puzzle="sudoku", size=9, path=str(tmp_path), validation_fraction=0.0)
+    (test,) = module._prepared()["test"]
+    assert (test[0] == puzzle.inputs).all()
+    assert (test[1] == puzzle.targets).all()
+    assert len(test[0]) == 3
