@@ -30,7 +30,7 @@ MEASURED_PATHS = (
     "revdeq_lightning/equilibrium",
     "revdeq_lightning/models",
     "benchmarks/*.py",
-    "tests/helpers/blocks.py",
+    "tests/helpers/equilibrium.py",
 )
 """Paths that results depend on; changes elsewhere do not affect them."""
 

@@ -37,7 +37,7 @@ from revdeq_lightning.equilibrium import (
     SolverStats,
     solve_fixed_point,
 )
-from tests.helpers.blocks import AttentionBlock
+from tests.helpers.equilibrium import AttentionBlock
 
 PAGE = Path(__file__).parents[2] / "docs" / "solvers-and-adjoints.md"
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"

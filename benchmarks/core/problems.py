@@ -14,7 +14,7 @@ from revdeq_lightning.equilibrium import (
     SolverStats,
     solve_fixed_point,
 )
-from tests.helpers.blocks import AttentionBlock, ConvBlock
+from tests.helpers.equilibrium import AttentionBlock, ConvBlock
 
 
 class Member(NamedTuple):

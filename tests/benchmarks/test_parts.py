@@ -88,7 +88,7 @@ def test_all_parts_are_run_and_the_worst_decides(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak of a step is read from /proc")
 def test_a_competitor_has_a_process_of_its_own():
-    with Isolated("tests.helpers.competitor:build", environment={**MEASURED_MEMORY, "EXTRA": "here"}) as competitor:
+    with Isolated("tests.benchmarks.competitor:build", environment={**MEASURED_MEMORY, "EXTRA": "here"}) as competitor:
         with pytest.raises(RuntimeError, match="ValueError: -1 bytes"):
             competitor.ask("build", -1)
         competitor.ask("build", 64 * 2**20)

@@ -6,15 +6,15 @@ import sys
 
 import pytest
 import torch
-from tiny_images import image_folder
-from tiny_runs import text_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.core import pairs
 from benchmarks.quality import __main__ as quality, budget
 from benchmarks.quality.budget import Budget
 from revdeq_lightning.equilibrium import EquilibriumLayer, MomentumSolver
-from tests.helpers.blocks import AttentionBlock
+from tests.helpers.data import image_folder
+from tests.helpers.equilibrium import AttentionBlock
+from tests.helpers.runs import text_file
 
 
 def test_flops_of_linear_maps_are_those_of_the_formula():

@@ -4,9 +4,8 @@ import io
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning import Callback
 from rich.console import Console
-from tiny_runs import tiny_data, tiny_task, tiny_trainer
 
 from revdeq_lightning.callbacks.cost import Cost
 from revdeq_lightning.callbacks.reconstruction_certificate import ReconstructionCertificate
@@ -16,6 +15,7 @@ from revdeq_lightning.loggers.csv_logger import ContinuedCSVLogger
 from revdeq_lightning.loggers.progress import RunProgress
 from revdeq_lightning.runs.random_state import random_state, set_random_state
 from revdeq_lightning.tasks.averaged_weights import AveragedWeights
+from tests.helpers.runs import tiny_data, tiny_task, tiny_trainer
 
 
 def test_checkpoint_survives_a_failed_write_of_the_next(tmp_path, monkeypatch):

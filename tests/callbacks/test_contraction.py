@@ -3,12 +3,12 @@
 import pytest
 import torch
 from lightning import Callback
-from strangers import DIM, Stranger, loader, trainer
-from tiny_runs import tiny_data, tiny_task, tiny_trainer
 from torch import nn
 
 from revdeq_lightning.callbacks.contraction import Contraction, ContractionWarning
 from revdeq_lightning.equilibrium import EquilibriumLayer, MomentumSolver
+from tests.helpers.modules import DIM, Stranger, loader, trainer
+from tests.helpers.runs import tiny_data, tiny_task, tiny_trainer
 
 
 class Linear(nn.Module):

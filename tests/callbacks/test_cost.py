@@ -8,8 +8,6 @@ import pytest
 import torch
 from lightning import Callback
 from lightning.pytorch.profilers import SimpleProfiler
-from strangers import DIM, NUM_CLASSES, NUM_INPUTS, Stranger, loader, trainer
-from tiny_runs import tiny_data, tiny_task, tiny_trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -21,6 +19,8 @@ from revdeq_lightning.equilibrium import (
     PicardSolver,
     ReversibleSolver,
 )
+from tests.helpers.modules import DIM, NUM_CLASSES, NUM_INPUTS, Stranger, loader, trainer
+from tests.helpers.runs import tiny_data, tiny_task, tiny_trainer
 
 
 class Clock:

@@ -1,9 +1,9 @@
 import pytest
 import torch
 from lightning import Callback
-from tiny_runs import tiny_data, tiny_task, tiny_trainer
 
 from revdeq_lightning.callbacks.depth_jitter import DepthJitter
+from tests.helpers.runs import tiny_data, tiny_task, tiny_trainer
 
 
 class Seen(Callback):

@@ -6,12 +6,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from strangers import DIM, Stranger, Validated, loader, trainer
-from tiny_runs import tiny_data, tiny_task, tiny_trainer
 from torch.utils.data import DataLoader
 
 from revdeq_lightning.callbacks.depth_sweep import DepthSweep
 from revdeq_lightning.equilibrium import BackpropAdjoint, MomentumSolver, PicardSolver, ReversibleSolver
+from tests.helpers.modules import DIM, Stranger, Validated, loader, trainer
+from tests.helpers.runs import tiny_data, tiny_task, tiny_trainer
 
 
 def read(path):

@@ -4,7 +4,8 @@ import csv
 
 import pytest
 import yaml
-from tiny_command import run, tiny_config
+
+from tests.helpers.runs import run, tiny_config
 
 ALWAYS = (
     *("equilibrium/forward_nfe", "equilibrium/total_backward_nfe", "equilibrium/num_certified_gradients"),

@@ -3,19 +3,18 @@
 import csv
 import math
 
-import process_groups
 import pytest
 import torch
 import yaml
-from poison import Poison
-from scripts import run_python
-from tiny_command import run
-from tiny_images import tiny_image_config
-from tiny_runs import tiny_data, tiny_task, tiny_trainer
 
 from revdeq_lightning.checkpoints.files import read_checkpoint
+from revdeq_lightning.cli.main import main
 from revdeq_lightning.cli.replay import replay
 from revdeq_lightning.runs.divergence import DivergedError, DivergenceGuard
+from tests.helpers.data import tiny_image_config
+from tests.helpers.modules import Poison
+from tests.helpers.processes import run_apart, run_group
+from tests.helpers.runs import run, tiny_data, tiny_task, tiny_trainer
 
 IMPLICIT = [f"--model.solver.{name}" for name in ("adjoint=implicit", "mismatch=warn", "unconverged=ignore")]
 
@@ -23,7 +22,9 @@ IMPLICIT = [f"--model.solver.{name}" for name in ("adjoint=implicit", "mismatch=
 def poisoned_config(folder, *poisons, **trainer):
     path = tiny_image_config(folder, **{"max_steps": 6, "val_check_interval": 2} | trainer)
     config = yaml.safe_load(path.read_text())
-    config["trainer"]["callbacks"] = [{"class_path": "poison.Poison", "init_args": poison} for poison in poisons]
+    config["trainer"]["callbacks"] = [
+        {"class_path": "tests.helpers.modules.Poison", "init_args": poison} for poison in poisons
+    ]
     config["run"] |= {"version": "v", "test": False}
     path.write_text(yaml.safe_dump(config))
     return path
@@ -141,8 +142,8 @@ def test_all_processes_end_where_one_diverges(tmp_path, strategy, what, adjoint,
     poison = {"what": what, "step": 4, "rank": 1}
     config = poisoned_config(tmp_path, poison, devices=2, strategy=strategy, accumulate_grad_batches=2)
     options = IMPLICIT if adjoint == "implicit" else []
-    command = (process_groups.__file__, 2, "image", "fit", "--config", config, *options)
-    out, err = run_python(*command, seconds=120, code=1)
+    command = ["image", "fit", "--config", str(config), *options]
+    out, err = run_apart(run_group, 2, main, command, seconds=120, code=1)
     assert all(f"process {rank}: weights unchanged" in out for rank in (0, 1))  # both may print at once
     folder = tmp_path / "runs/tiny/v"
     file = folder / "diverged/step-4/process-1.ckpt"

@@ -13,7 +13,6 @@ from types import SimpleNamespace
 import pytest
 from lightning import Callback
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
-from strangers import StepByStep, Stranger, loader, trainer
 
 from revdeq_lightning.callbacks.function_evaluations import FunctionEvaluations
 from revdeq_lightning.callbacks.residual_curve import ResidualCurve
@@ -21,6 +20,7 @@ from revdeq_lightning.errors import RecordWarning
 from revdeq_lightning.loggers.csv_logger import ContinuedCSVLogger
 from revdeq_lightning.loggers.endurance import Enduring, Survives, enduring
 from revdeq_lightning.loggers.media import log_picture
+from tests.helpers.modules import StepByStep, Stranger, loader, trainer
 
 
 class Failing(Logger):

@@ -4,11 +4,11 @@ import csv
 
 import pytest
 import torch
-from strangers import Spy, Stranger, loader, trainer
-from tiny_runs import tiny_data, tiny_task, tiny_trainer
 
 from revdeq_lightning.callbacks.function_evaluations import FunctionEvaluations
 from revdeq_lightning.equilibrium import BackpropAdjoint, MomentumSolver, PicardSolver, ReversibleSolver
+from tests.helpers.modules import Spy, Stranger, loader, trainer
+from tests.helpers.runs import tiny_data, tiny_task, tiny_trainer
 
 
 def rows(folder):

@@ -5,8 +5,6 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from strangers import DIM, StepByStep, Stranger, loader, state, trainer
-from tiny_runs import assert_equal, tiny_data, tiny_task, tiny_trainer
 
 from revdeq_lightning.callbacks.contraction import Contraction
 from revdeq_lightning.callbacks.cost import Cost
@@ -21,6 +19,8 @@ from revdeq_lightning.equilibrium import (
     PicardSolver,
     ReversibleSolver,
 )
+from tests.helpers.modules import DIM, StepByStep, Stranger, loader, state, trainer
+from tests.helpers.runs import assert_equal, tiny_data, tiny_task, tiny_trainer
 
 
 def probes():

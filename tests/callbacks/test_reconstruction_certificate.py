@@ -6,7 +6,6 @@ import warnings
 import pytest
 import torch
 from lightning import Callback
-from strangers import Spy, Stranger, loader, trainer
 
 from revdeq_lightning.callbacks.reconstruction_certificate import ReconstructionCertificate
 from revdeq_lightning.equilibrium import (
@@ -17,6 +16,7 @@ from revdeq_lightning.equilibrium import (
     ReversibleAdjoint,
     ReversibleSolver,
 )
+from tests.helpers.modules import Spy, Stranger, loader, trainer
 
 SILENT = ReversibleAdjoint(mismatch="ignore")
 

@@ -5,7 +5,6 @@ import csv
 import pytest
 from lightning import Callback
 from PIL import Image
-from strangers import Spy, Stranger, loader, trainer
 
 from revdeq_lightning.callbacks.function_evaluations import FunctionEvaluations
 from revdeq_lightning.callbacks.residual_curve import ResidualCurve
@@ -18,6 +17,7 @@ from revdeq_lightning.equilibrium import (
     ReversibleSolver,
 )
 from revdeq_lightning.loggers.plots import by_step, residual_plots, save_png
+from tests.helpers.modules import Spy, Stranger, loader, trainer
 
 
 def read(path):

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback
-from scripts import run_python
-from tiny_runs import MUON, assert_equal, tiny_data, tiny_task, tiny_trainer
+from lightning import Callback
 
 from revdeq_lightning.loggers.csv_logger import ContinuedCSVLogger
 from revdeq_lightning.report.at_end import RunReport
 from revdeq_lightning.runs.folder import LanguageRunConfig
+from tests.helpers.processes import run_python
+from tests.helpers.runs import MUON, assert_equal, tiny_data, tiny_task, tiny_trainer
 
 
 class DrawAndSave(Callback):

@@ -4,12 +4,11 @@ import json
 
 import pytest
 import torch
-from strangers import Validated, loader, state, trainer
-from whole_set import classifier, fit, language
 
 from revdeq_lightning.callbacks import samples
 from revdeq_lightning.callbacks.samples import ImageSamples, TextSamples
 from revdeq_lightning.models.generation import generate
+from tests.helpers.modules import Validated, classifier, fit_whole_set as fit, language, loader, state, trainer
 
 
 def test_the_text_is_that_of_a_plain_generation_from_the_validated_weights(tmp_path):

@@ -10,15 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning import seed_everything
-from lightning.pytorch.callbacks import Callback
-from scripts import run_python
-from tiny_command import run, tiny_config
-from tiny_runs import assert_equal, tiny_data, tiny_task, tiny_trainer
+from lightning import Callback, seed_everything
 
 from revdeq_lightning.checkpoints.last import LastCheckpoint
 from revdeq_lightning.runs.signals import STOP, StopSignals
 from revdeq_lightning.runs.stop_signal import StopSignal
+from tests.helpers.processes import run_python
+from tests.helpers.runs import assert_equal, run, tiny_config, tiny_data, tiny_task, tiny_trainer
 
 EXACT = ("state_dict", "trained_weights", "optimizer_states", "lr_schedulers", "random_states", "TextDataModule")
 

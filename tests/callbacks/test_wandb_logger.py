@@ -11,8 +11,6 @@ import pytest
 import wandb
 from lightning import Callback
 from lightning.pytorch.loggers import WandbLogger
-from strangers import StepByStep, Stranger, loader, trainer
-from wandb_runs import read_back, without_key
 
 from revdeq_lightning.callbacks.residual_curve import ResidualCurve
 from revdeq_lightning.errors import RecordWarning
@@ -20,6 +18,8 @@ from revdeq_lightning.loggers.csv_logger import ContinuedCSVLogger
 from revdeq_lightning.loggers.endurance import enduring
 from revdeq_lightning.loggers.wandb_logger import chosen_mode, finish_wandb, group_of, wandb_logger
 from revdeq_lightning.runs.folder import RunConfig
+from tests.helpers.modules import StepByStep, Stranger, loader, trainer
+from tests.helpers.runs import read_back, without_key
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of W&B's own code
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
-from tiny_command import run, tiny_config
-from tiny_images import tiny_image_config
-from wandb_runs import metrics, read_back, without_key
+
+from tests.helpers.data import tiny_image_config
+from tests.helpers.runs import read_back, run, tiny_config, wandb_metrics as metrics, without_key
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of W&B's own code
 

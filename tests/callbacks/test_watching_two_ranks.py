@@ -7,9 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning import Callback
-from scripts import run_python
-from strangers import StepByStep, Stranger, Validated, loader, trainer
-from tiny_runs import assert_equal
 from torch.utils.data import DataLoader, DistributedSampler
 
 from revdeq_lightning.callbacks.contraction import Contraction
@@ -28,6 +25,9 @@ from revdeq_lightning.equilibrium import (
     ReversibleSolver,
 )
 from revdeq_lightning.loggers.step_rows import read_rows
+from tests.helpers.modules import StepByStep, Stranger, Validated, loader, trainer
+from tests.helpers.processes import run_python
+from tests.helpers.runs import assert_equal
 
 
 class ChangeF(Callback):

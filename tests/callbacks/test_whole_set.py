@@ -3,11 +3,10 @@
 import pytest
 import torch
 from lightning.pytorch.callbacks import Checkpoint
-from strangers import state
-from tiny_runs import assert_equal
-from whole_set import classifier, fit, language, table, whole_set
 
 from revdeq_lightning.loggers.step_rows import read_rows
+from tests.helpers.modules import classifier, fit_whole_set as fit, language, state, table, whole_set
+from tests.helpers.runs import assert_equal
 
 TASKS = pytest.mark.parametrize("make", [language, classifier], ids=["language", "classifier"])
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback
-from strangers import Stranger, loader, trainer
+from lightning import Callback
 
 from revdeq_lightning.checkpoints.best import BestCheckpoint
 from revdeq_lightning.checkpoints.files import newest_good
 from revdeq_lightning.checkpoints.io import AtomicCheckpointIO
 from revdeq_lightning.checkpoints.last import LastCheckpoint
+from tests.helpers.modules import Stranger, loader, trainer
 
 # These runs go on from a plain loader's next batch.
 pytestmark = pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")

@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-from scripts import run_python
-from tiny_command import tiny_config
+
+from tests.helpers.processes import run_python
+from tests.helpers.runs import tiny_config
 
 ROOT = Path(__file__).parents[2]
 

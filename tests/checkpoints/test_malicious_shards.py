@@ -7,12 +7,12 @@ import struct
 import pytest
 import torch
 from safetensors.torch import save_file
-from shard_folders import STATE, Malice, change_places, seal, write_shards
 
 from revdeq_lightning.checkpoints.files import fault_of_folder, newest_good, read_checkpoint
 from revdeq_lightning.checkpoints.sharded import VALUES, load_into, read_whole
 from revdeq_lightning.cli.main import main
 from revdeq_lightning.errors import CheckpointError
+from tests.helpers.runs import STATE, Malice, change_places, seal, write_shards
 
 PART = "process-0.safetensors"
 VALUES_OF_STATE = {"optimizer_0.param_groups": [{"lr": 0.25}]}

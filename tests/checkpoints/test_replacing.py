@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from shard_folders import seal, write_shards
 
 from revdeq_lightning.checkpoints.files import (
     make_folder,
@@ -18,6 +17,7 @@ from revdeq_lightning.checkpoints.files import (
 )
 from revdeq_lightning.errors import CheckpointError
 from revdeq_lightning.runs.folder import RunConfig, find_checkpoint
+from tests.helpers.runs import seal, write_shards
 
 KINDS = ["file", "folder"]
 

@@ -1,12 +1,11 @@
 """A run resumed from any step ends bit for bit as the whole run: language model and classifier, by the command line."""
 
 import pytest
-import ranks_from_any_step
-from runs_on_disk import metrics, put_back, trained
-from scripts import run_python
-from tiny_command import run, tiny_config
-from tiny_images import tiny_image_config
-from tiny_runs import assert_equal
+
+from tests.checkpoints import ranks_from_any_step
+from tests.helpers.data import tiny_image_config
+from tests.helpers.processes import run_python
+from tests.helpers.runs import assert_equal, put_back, run, run_metrics as metrics, tiny_config, trained
 
 EVERY_STEP = ("--run.checkpoint_every_n_steps=1", "--run.keep_last=99", "--run.version=v", "--run.test=false")
 STEPS = 8

@@ -8,17 +8,28 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from lightning.pytorch.callbacks import Callback
-from runs_on_disk import damage, metrics, names, put_back, trained
-from tiny_command import run, tiny_config
-from tiny_images import tiny_image_config
-from tiny_runs import assert_equal, text_file, tiny_data, tiny_task, tiny_trainer
+from lightning import Callback
 
 from revdeq_lightning.checkpoints.files import read_checkpoint
 from revdeq_lightning.checkpoints.last import LastCheckpoint
 from revdeq_lightning.cli.image import ImageCommandLine
 from revdeq_lightning.cli.language import LanguageCommandLine
 from revdeq_lightning.errors import CheckpointError
+from tests.helpers.data import tiny_image_config
+from tests.helpers.runs import (
+    assert_equal,
+    damage,
+    names,
+    put_back,
+    run,
+    run_metrics as metrics,
+    text_file,
+    tiny_config,
+    tiny_data,
+    tiny_task,
+    tiny_trainer,
+    trained,
+)
 
 QUIET = ("--run.version=v", "--run.test=false", "--run.sample_tokens=0")
 

@@ -3,7 +3,8 @@ import subprocess
 import sys
 
 import pytest
-from tiny_command import run, tiny_config
+
+from tests.helpers.runs import run, tiny_config
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,8 @@ import resource
 import signal
 
 import pytest
-from tiny_command import run, tiny_config
+
+from tests.helpers.runs import run, tiny_config
 
 
 @pytest.fixture(scope="module")

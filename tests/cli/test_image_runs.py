@@ -5,8 +5,9 @@ import csv
 import pytest
 import torch
 from PIL import Image
-from tiny_command import run
-from tiny_images import CLASSES, image_folder, tiny_image_config
+
+from tests.helpers.data import TINY_CLASSES as CLASSES, image_folder, tiny_image_config
+from tests.helpers.runs import run
 
 
 def read(path):

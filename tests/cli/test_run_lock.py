@@ -11,11 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny_command import run, tiny_config
 
 from revdeq_lightning.checkpoints.files import read_checkpoint
 from revdeq_lightning.runs import lock as run_lock
 from revdeq_lightning.runs.lock import LockedError, locked
+from tests.helpers.runs import run, tiny_config
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.getcwd(), "PYTHONUNBUFFERED": "1"}
 HOLD = """

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from tiny_command import run, tiny_config
-from wandb_runs import without_key
+
+from tests.helpers.runs import run, tiny_config, without_key
 
 FILES = {
     *("checkpoints", "config.yaml", "report.html", "metrics.csv", "environment.json", "samples.jsonl", "samples.txt"),

@@ -4,13 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_command import run
-from tiny_runs import text_file
 
 from benchmarks.quality.budget import settings_of
 from revdeq_lightning.models import TransformerConfig
 from revdeq_lightning.models.build import SolverConfig, build_language_model
 from revdeq_lightning.tasks.optimizers import OptimizerConfig, build_optimizer
+from tests.helpers.runs import run, text_file
 
 CONFIGS = sorted(Path("configs/lm").glob("*.yaml"))
 # vocabulary, parameters

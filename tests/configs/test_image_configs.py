@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tiny_command import run
-from tiny_images import image_folder
 
 from revdeq_lightning.data.images.augmentation import AugmentationConfig
 from revdeq_lightning.models import ClassifierConfig
 from revdeq_lightning.models.build import SolverConfig, build_image_classifier
 from revdeq_lightning.tasks.optimizers import OptimizerConfig, build_optimizer
+from tests.helpers.data import image_folder
+from tests.helpers.runs import run
 
 FOLDERS = ("cifar10", "cifar100", "digits", "imagenet")
 CONFIGS = sorted(path for folder in FOLDERS for path in Path("configs", folder).glob("*.yaml"))

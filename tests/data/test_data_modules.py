@@ -11,7 +11,6 @@ import time
 import huggingface_hub.constants
 import pytest
 import torch
-from image_files import make_folder
 from lightning import Trainer
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
@@ -21,6 +20,7 @@ from revdeq_lightning.data.images.module import ImageDataModule
 from revdeq_lightning.data.text.module import TextDataModule
 from revdeq_lightning.data.text.tokenizers import build_tokenizer
 from revdeq_lightning.data.text.windows import TokenWindows
+from tests.helpers.data import make_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec:FutureWarning")
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

@@ -3,12 +3,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from image_files import builder, encoded, make_folder, pixels, split, whole
 from PIL import Image
 from torchvision.transforms import v2 as transforms
 
 from revdeq_lightning.data.images.module import ImageDataModule, preprocess_files
 from revdeq_lightning.data.loading.sampler import IGNORE_INDEX
+from tests.helpers.data import builder, encoded, make_folder, pixels, split, whole
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, strategies as st
-from image_files import CLASSES, assert_same_splits, builder, make_archive, make_folder, split
 from scipy import stats
 from sklearn.datasets import load_digits
 from torchvision.datasets import ImageFolder
@@ -17,6 +16,7 @@ from torchvision.transforms import v2 as transforms
 
 from revdeq_lightning.data.images.sources import KNOWN_STATISTICS, published_cifar
 from revdeq_lightning.data.images.tables import ImageTable, split_images, stratified_subset
+from tests.helpers.data import IMAGE_CLASSES as CLASSES, assert_same_splits, builder, make_archive, make_folder, split
 
 
 @pytest.fixture(scope="module")

@@ -7,13 +7,12 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from image_files import assert_same_splits, builder, encoded, make_folder, split, whole
 from lightning import LightningModule, Trainer
-from recorded_fit import SaveAt
 
 from revdeq_lightning.data.images import preparation as image_preparation
 from revdeq_lightning.data.images.module import AugmentationConfig, ImageDataModule
 from revdeq_lightning.data.loading.sampler import IGNORE_INDEX
+from tests.helpers.data import SaveAt, assert_same_splits, builder, encoded, make_folder, split, whole
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec:FutureWarning")
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

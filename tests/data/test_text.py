@@ -2,8 +2,6 @@ import json
 import logging
 import multiprocessing
 import re
-import subprocess
-import sys
 import sysconfig
 import time
 from pathlib import Path
@@ -12,15 +10,15 @@ import datasets
 import huggingface_hub.constants
 import numpy as np
 import pytest
-import recorded_fit
 import torch
-from recorded_fit import SaveAt, data_module, fit, recorded
 
 from revdeq_lightning.data.loading.sampler import IGNORE_INDEX
 from revdeq_lightning.data.text import sources as text_sources
 from revdeq_lightning.data.text.module import SplitStatistics, TextDataModule
 from revdeq_lightning.data.text.tokenizers import BytePairTokenizer
 from revdeq_lightning.data.text.windows import window_starts
+from tests.helpers.data import SaveAt, data_module, fit, fit_two_ranks, recorded
+from tests.helpers.processes import run_apart
 
 # Lightning 2.6 uses what PyTorch 2.15 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec:FutureWarning")
@@ -354,7 +352,7 @@ def test_resumed_run_sees_the_batches_of_the_uninterrupted_run(tmp_path, stop):
 
 
 def test_two_ranks_share_each_batch_and_resume_exactly_with_and_without_workers(tmp_path):
-    subprocess.run([sys.executable, recorded_fit.__file__, tmp_path], check=True, capture_output=True, timeout=120)
+    run_apart(fit_two_ranks, tmp_path)
     whole = [recorded(tmp_path, "whole", rank) for rank in (0, 1)]
     fit(tmp_path, "joined", data=data_module(tmp_path, batch_size=6))
     assert [a + b for a, b in zip(*whole, strict=True)] == recorded(tmp_path, "joined")

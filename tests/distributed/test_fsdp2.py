@@ -4,8 +4,6 @@ from collections import Counter
 
 import pytest
 import torch
-from processes import run_on_ranks
-from small_language_models import make_batch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -19,6 +17,8 @@ from revdeq_lightning.models import ExplicitTransformerLM, TransformerConfig, Tr
 from revdeq_lightning.processes import whole
 from revdeq_lightning.tasks.optimizers import MuonAdamW
 from revdeq_lightning.tasks.recipe import Recipe, deferred_weights
+from tests.helpers.modules import make_batch
+from tests.helpers.processes import run_on_ranks
 
 NUM_RANKS = 2
 SIZES = {"vocab_size": 23, "context_length": 12, "d_model": 16, "num_heads": 2, "num_layers": 1}

@@ -7,13 +7,12 @@ import sys
 import time
 from pathlib import Path
 
-import process_groups
 import pytest
 import torch
-from scripts import run_python
-from tiny_command import tiny_config
-from tiny_runs import assert_equal
-from two_machines import Machine, namespaces_are_missing, two_machines
+
+from revdeq_lightning.cli.main import main
+from tests.helpers.processes import Machine, namespaces_are_missing, run_apart, run_group, two_machines
+from tests.helpers.runs import assert_equal, tiny_config
 
 pytestmark = pytest.mark.slow
 
@@ -105,7 +104,7 @@ def whole(tmp_path_factory):
     """The end of the undisturbed run, of two processes of one machine."""
     folder = tmp_path_factory.mktemp("whole")
     own = ("--run.version=whole", "--trainer.devices=2")
-    run_python(process_groups.__file__, 2, "fit", "--config", config(folder), *OPTIONS, *own)
+    run_apart(run_group, 2, main, ["fit", "--config", str(config(folder)), *OPTIONS, *own])
     return torch.load(folder / "runs/tiny/whole/checkpoints/last.ckpt", weights_only=True)
 
 

@@ -4,9 +4,10 @@ import itertools
 from pathlib import Path
 
 import pytest
-import rank_fits
 import torch
-from scripts import run_python
+
+from tests.distributed import rank_fits
+from tests.helpers.processes import run_python
 
 FAST = ["lm-ddp-2-1", "lm-fsdp2-2-1", "lm-fsdp2-2-2", "image-ddp-2-2", "image-fsdp2-2-2"]
 SLOW = ["lm-ddp-1-1", "lm-fsdp2-1-1", "lm-ddp-4-1", "lm-fsdp2-4-1", "lm-ddp-4-2", "lm-fsdp2-4-2"]

@@ -9,18 +9,17 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import rank_resumes
-import sharded_run
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from scripts import run_python
 
 from revdeq_lightning.checkpoints.files import Found, fault_of_folder, newest_good
 from revdeq_lightning.checkpoints.sharded import load_into, read_whole
 from revdeq_lightning.cli.inference import load_language_model
 from revdeq_lightning.cli.main import main
 from revdeq_lightning.errors import CheckpointError
+from tests.distributed import rank_resumes, sharded_run
+from tests.helpers.processes import run_python
 
 # FROM-TO: a run that stops after 10 of 20 steps, and the run that goes on.
 FAST = ["folder_2-fsdp2_4", "folder_2-fsdp2_1", "file_2-one_1", "file_1-fsdp2_2"]

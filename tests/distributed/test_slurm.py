@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from slurm_cluster import SlurmCluster, slurm_cluster, slurm_is_missing
-from tiny_command import tiny_config
-from tiny_runs import assert_equal
+
+from tests.helpers.processes import SlurmCluster, slurm_cluster, slurm_is_missing
+from tests.helpers.runs import assert_equal, tiny_config
 
 pytestmark = pytest.mark.slow
 

@@ -10,13 +10,13 @@ import threading
 import time
 from pathlib import Path
 
-import faulty_command
 import pytest
-from scripts import run_python
-from tiny_command import tiny_config
 
 from revdeq_lightning.checkpoints.files import read_checkpoint
 from revdeq_lightning.cli.main import main
+from tests.distributed import faulty_command
+from tests.helpers.processes import run_python
+from tests.helpers.runs import tiny_config
 
 OPTIONS = ("--config", "configs/trainer/cpu_ddp.yaml", "--run.test=false", "--run.sample_tokens=0")
 pytestmark = pytest.mark.slow

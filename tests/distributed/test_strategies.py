@@ -11,10 +11,6 @@ import torch.distributed as dist
 import yaml
 from lightning import Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
-from scripts import run_python
-from small_language_models import make_model
-from tiny_command import run, tiny_config
-from tiny_runs import tiny_data, tiny_task, tiny_trainer
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -23,6 +19,9 @@ from revdeq_lightning.distributed.sharding import shard_equilibria
 from revdeq_lightning.distributed.strategies import EquilibriumDDP, EquilibriumFSDP2
 from revdeq_lightning.errors import ParallelismError
 from revdeq_lightning.tasks.recipe import deferred_weights, refuse_foreign
+from tests.helpers.modules import make_model
+from tests.helpers.processes import run_python
+from tests.helpers.runs import run, tiny_config, tiny_data, tiny_task, tiny_trainer
 
 CONFIGS = sorted(Path("configs/trainer").glob("*.yaml"))
 ON_THIS = ["--trainer.accelerator=cpu", "--trainer.devices=1"]

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from scripts import pids_with
-from tiny_command import tiny_config
+
+from tests.helpers.processes import pids_with
+from tests.helpers.runs import tiny_config
 
 pytestmark = pytest.mark.slow
 

@@ -7,9 +7,9 @@ import sys
 import time
 
 import pytest
-from scripts import pids_with
-from slurm_cluster import free_ports
-from tiny_command import tiny_config
+
+from tests.helpers.processes import free_ports, pids_with
+from tests.helpers.runs import tiny_config
 
 pytestmark = pytest.mark.slow
 

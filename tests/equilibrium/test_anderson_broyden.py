@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from blocks import gradients, relative_error
 from scipy import optimize
 from torch import Tensor, nn
 
@@ -15,6 +14,7 @@ from revdeq_lightning.equilibrium import (
     RelaxedSolver,
     solve_fixed_point,
 )
+from tests.helpers.equilibrium import gradients, relative_error
 
 SOLVERS = [
     AndersonSolver(max_steps=60, rtol=1e-12),

@@ -2,9 +2,6 @@
 
 import pytest
 import torch
-from against_bptt import gradients_of, project, sequence
-from blocks import gradients, relative_error
-from implicit_problem import ADJOINTS, TanhMap, damped_layer, inputs, solve, with_adjoint, with_every_solver
 from torch import nn
 
 from revdeq_lightning.equilibrium import (
@@ -15,6 +12,20 @@ from revdeq_lightning.equilibrium import (
     PicardSolver,
     ReversibleAdjoint,
     ReversibleSolver,
+)
+from tests.helpers.equilibrium import (
+    ADJOINTS,
+    TanhMap,
+    damped_layer,
+    gradients,
+    gradients_of,
+    inputs,
+    project,
+    relative_error,
+    sequence,
+    solve,
+    with_adjoint,
+    with_every_solver,
 )
 
 

@@ -9,12 +9,20 @@ from fractions import Fraction
 
 import pytest
 import torch
-from against_bptt import BPTT, REVERSIBLE, assert_equal_gradients, attention_layer, gradients_of, project, sequence
-from compiling import COMPILES
 
 from revdeq_lightning.equilibrium import MomentumSolver, ReversibleSolver
 from revdeq_lightning.equilibrium.exact import kernels
 from revdeq_lightning.equilibrium.exact.arithmetic import ExactArithmetic, Recurrence
+from tests.helpers.equilibrium import (
+    BPTT,
+    COMPILES,
+    REVERSIBLE,
+    assert_equal_gradients,
+    attention_layer,
+    gradients_of,
+    project,
+    sequence,
+)
 
 pytestmark = COMPILES
 RECURRENCES = [

@@ -5,7 +5,6 @@ import threading
 
 import pytest
 import torch
-from blocks import AttentionBlock
 
 from revdeq_lightning.equilibrium import (
     AndersonSolver,
@@ -19,6 +18,7 @@ from revdeq_lightning.equilibrium import (
     ReversibleAdjoint,
     deferred_divergence,
 )
+from tests.helpers.equilibrium import AttentionBlock
 
 PAIRS = [
     (MomentumSolver(max_steps=3), ReversibleAdjoint(mismatch="raise")),

@@ -5,8 +5,6 @@ import re
 
 import pytest
 import torch
-from against_bptt import attention_layer, project, sequence
-from blocks import AttentionBlock, relative_error
 from torch import Tensor, nn
 
 from revdeq_lightning.equilibrium import (
@@ -22,6 +20,7 @@ from revdeq_lightning.equilibrium import (
     solve_fixed_point,
     spectral_radius,
 )
+from tests.helpers.equilibrium import AttentionBlock, attention_layer, project, relative_error, sequence
 
 
 class Scaled(nn.Module):

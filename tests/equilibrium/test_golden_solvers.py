@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from blocks import relative_error
 from torch import Tensor, nn
 
 from revdeq_lightning.equilibrium import (
@@ -23,6 +22,7 @@ from revdeq_lightning.equilibrium import (
     ReversibleSolver,
     solve_fixed_point,
 )
+from tests.helpers.equilibrium import relative_error
 
 GOLDEN = Path(os.environ.get("REVDEQ_GOLDEN", Path(__file__).parents[1] / "golden")) / "solvers_mlp.npz"
 DATA = dict(np.load(GOLDEN))

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from blocks import AttentionBlock, ConvBlock, gradients, relative_error
 from torch import Tensor
 
 from revdeq_lightning.equilibrium import (
@@ -12,6 +11,7 @@ from revdeq_lightning.equilibrium import (
     ReversibleSolver,
     solve_fixed_point,
 )
+from tests.helpers.equilibrium import AttentionBlock, ConvBlock, gradients, relative_error
 
 BETAS = (0.5, 0.7, 0.8, 0.9, 1.2)
 

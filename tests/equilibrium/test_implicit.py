@@ -2,9 +2,6 @@
 
 import pytest
 import torch
-from against_bptt import project
-from blocks import AttentionBlock, gradients, relative_error
-from implicit_problem import TIGHT, Damped, TanhMap, dense_implicit_gradients, inputs, solve, with_every_solver
 from torch import nn
 
 from benchmarks.measure import peak_tensor_bytes
@@ -18,6 +15,19 @@ from revdeq_lightning.equilibrium import (
     PicardSolver,
     RelaxedSolver,
     ReversibleSolver,
+)
+from tests.helpers.equilibrium import (
+    TIGHT,
+    AttentionBlock,
+    Damped,
+    TanhMap,
+    dense_implicit_gradients,
+    gradients,
+    inputs,
+    project,
+    relative_error,
+    solve,
+    with_every_solver,
 )
 
 

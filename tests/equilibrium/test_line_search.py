@@ -5,7 +5,6 @@ import contextlib
 import numpy as np
 import pytest
 import torch
-from blocks import AttentionBlock
 from torch import Tensor
 
 from revdeq_lightning.equilibrium import (
@@ -15,6 +14,7 @@ from revdeq_lightning.equilibrium import (
     DivergenceError,
     solve_fixed_point,
 )
+from tests.helpers.equilibrium import AttentionBlock
 
 
 def solve(f, x, solver, z0=None):

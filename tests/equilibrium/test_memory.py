@@ -4,7 +4,6 @@ from math import log2
 
 import pytest
 import torch
-from blocks import AttentionBlock
 
 from benchmarks.measure import peak_tensor_bytes
 from revdeq_lightning.equilibrium import (
@@ -14,6 +13,7 @@ from revdeq_lightning.equilibrium import (
     ReversibleSolver,
     solve_fixed_point,
 )
+from tests.helpers.equilibrium import AttentionBlock
 
 TOKENS, DIM = 16, 16
 ELEMENTS = TOKENS * DIM

@@ -5,7 +5,6 @@ import re
 
 import pytest
 import torch
-from against_bptt import BPTT, REVERSIBLE, SOLVERS, attention_layer, sequence
 
 from revdeq_lightning.equilibrium import (
     AndersonSolver,
@@ -19,6 +18,7 @@ from revdeq_lightning.equilibrium import (
     ReversibleSolver,
     solve_fixed_point,
 )
+from tests.helpers.equilibrium import BPTT, REVERSIBLE, SOLVERS, attention_layer, sequence
 
 SOLVER = SOLVERS["reversible"]
 ALL_SOLVERS = [ReversibleSolver, MomentumSolver, RelaxedSolver, PicardSolver, AndersonSolver, BroydenSolver]

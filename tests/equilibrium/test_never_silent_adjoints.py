@@ -5,9 +5,6 @@ import warnings
 
 import pytest
 import torch
-from against_bptt import project, sequence
-from blocks import AttentionBlock
-from implicit_problem import TIGHT, TanhMap, inputs, solve, with_adjoint
 
 from revdeq_lightning.equilibrium import (
     AndersonSolver,
@@ -19,6 +16,7 @@ from revdeq_lightning.equilibrium import (
     PhantomAdjoint,
     PicardSolver,
 )
+from tests.helpers.equilibrium import TIGHT, AttentionBlock, TanhMap, inputs, project, sequence, solve, with_adjoint
 
 
 def test_linear_solve_that_does_not_converge_is_one_warning_with_its_residual():

@@ -5,7 +5,6 @@ import warnings
 
 import pytest
 import torch
-from against_bptt import BPTT, REVERSIBLE, SOLVERS, attention_layer, project, sequence
 from torch import nn
 
 from revdeq_lightning.equilibrium import (
@@ -19,6 +18,7 @@ from revdeq_lightning.equilibrium import (
     ReversibleSolver,
     solve_fixed_point,
 )
+from tests.helpers.equilibrium import BPTT, REVERSIBLE, SOLVERS, attention_layer, project, sequence
 
 SOLVER = SOLVERS["reversible"]
 

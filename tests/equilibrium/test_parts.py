@@ -2,9 +2,6 @@
 
 import pytest
 import torch
-from blocks import gradients, relative_error
-from implicit_problem import TIGHT, TanhMap, inputs, solve, with_every_solver
-from small_language_models import make_batch, make_model
 from torch.nn.functional import cross_entropy
 
 from revdeq_lightning.equilibrium import (
@@ -20,6 +17,8 @@ from revdeq_lightning.equilibrium import (
 )
 from revdeq_lightning.models import ClassifierConfig, TransformerConfig, TransformerLM, generate
 from revdeq_lightning.models.build import SolverConfig, build_image_classifier, build_language_model
+from tests.helpers.equilibrium import TIGHT, TanhMap, gradients, inputs, relative_error, solve, with_every_solver
+from tests.helpers.modules import make_batch, make_model
 
 EXACT = ReversibleAdjoint(mismatch="raise")
 

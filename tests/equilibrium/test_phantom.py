@@ -4,21 +4,22 @@ import itertools
 
 import pytest
 import torch
-from against_bptt import project
-from blocks import gradients, relative_error
-from implicit_problem import (
-    TIGHT,
-    TanhMap,
-    dense_implicit_gradients,
-    inputs,
-    solve,
-)
 
 from revdeq_lightning.equilibrium import (
     AndersonSolver,
     BackpropAdjoint,
     PhantomAdjoint,
     PicardSolver,
+)
+from tests.helpers.equilibrium import (
+    TIGHT,
+    TanhMap,
+    dense_implicit_gradients,
+    gradients,
+    inputs,
+    project,
+    relative_error,
+    solve,
 )
 
 kinds = pytest.mark.parametrize("kind", ["unrolled", "neumann"])

@@ -4,9 +4,6 @@ import math
 
 import pytest
 import torch
-from against_bptt import attention_layer, sequence
-from implicit_problem import TanhMap, inputs
-from strangers import Spy
 
 from revdeq_lightning.equilibrium import (
     AndersonSolver,
@@ -21,6 +18,8 @@ from revdeq_lightning.equilibrium import (
     ReversibleSolver,
     recorded_residuals,
 )
+from tests.helpers.equilibrium import TanhMap, attention_layer, inputs, sequence
+from tests.helpers.modules import Spy
 
 
 class Noting(TanhMap):

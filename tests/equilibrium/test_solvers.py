@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from blocks import AttentionBlock, gradients, relative_error
 from torch import Tensor, nn
 
 from revdeq_lightning.equilibrium import (
@@ -18,6 +17,7 @@ from revdeq_lightning.equilibrium import (
     ReversibleSolver,
     solve_fixed_point,
 )
+from tests.helpers.equilibrium import AttentionBlock, gradients, relative_error
 
 
 class Affine(nn.Module):

@@ -5,21 +5,6 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from against_bptt import (
-    BPTT,
-    REVERSIBLE,
-    SOLVERS,
-    TOLERANCE,
-    assert_equal_gradients,
-    assert_layer_matches_bptt,
-    assert_matches_bptt,
-    attention_layer,
-    gradients_of,
-    project,
-    sequence,
-    with_solver,
-)
-from blocks import ConvBlock, relative_error
 from torch import nn
 
 from revdeq_lightning.equilibrium import (
@@ -28,6 +13,22 @@ from revdeq_lightning.equilibrium import (
     MomentumSolver,
     ReversibleSolver,
     solve_fixed_point,
+)
+from tests.helpers.equilibrium import (
+    BPTT,
+    REVERSIBLE,
+    SOLVERS,
+    TOLERANCE,
+    ConvBlock,
+    assert_equal_gradients,
+    assert_layer_matches_bptt,
+    assert_matches_bptt,
+    attention_layer,
+    gradients_of,
+    project,
+    relative_error,
+    sequence,
+    with_solver,
 )
 
 

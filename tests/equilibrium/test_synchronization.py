@@ -4,7 +4,6 @@ import warnings
 
 import pytest
 import torch
-from against_bptt import BPTT, REVERSIBLE, assert_equal_gradients, attention_layer, gradients_of, project, sequence
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,6 +17,15 @@ from revdeq_lightning.equilibrium import (
     PicardSolver,
     ReversibleSolver,
     loop,
+)
+from tests.helpers.equilibrium import (
+    BPTT,
+    REVERSIBLE,
+    assert_equal_gradients,
+    attention_layer,
+    gradients_of,
+    project,
+    sequence,
 )
 
 SYNCHRONIZING = ("_local_scalar_dense", "is_nonzero", "item", "nonzero", "equal", "masked_select", "_unique2")

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from blocks import gradients, relative_error
-from implicit_problem import TanhMap, inputs, solve, with_every_solver
 
 from revdeq_lightning.equilibrium import BackpropAdjoint, MomentumSolver, PicardSolver, RelaxedSolver
+from tests.helpers.equilibrium import TanhMap, gradients, inputs, relative_error, solve, with_every_solver
 
 
 def truncated_loop(step, z, num_steps, num_recorded):

@@ -4,8 +4,6 @@ import copy
 
 import pytest
 import torch
-from against_bptt import attention_layer, sequence
-from blocks import gradients, relative_error
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
@@ -22,6 +20,7 @@ from revdeq_lightning.equilibrium import (
     ReversibleSolver,
     normalize_weights,
 )
+from tests.helpers.equilibrium import attention_layer, gradients, relative_error, sequence
 
 TIGHT = ImplicitAdjoint(solver=AndersonSolver(max_steps=50, rtol=1e-12))
 PAIRS = {

@@ -5,25 +5,26 @@ import copy
 
 import pytest
 import torch
-from against_bptt import (
+from torch import nn
+from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
+
+from revdeq_lightning.equilibrium import EquilibriumLayer, ReversibleAdjoint
+from tests.helpers.equilibrium import (
     BPTT,
     REVERSIBLE,
     SOLVERS,
+    AttentionBlock,
     assert_equal_gradients,
     assert_layer_matches_bptt,
     assert_matches_bptt,
     attention_layer,
     gradients_of,
     project,
+    relative_error,
     sequence,
     with_solver,
 )
-from blocks import AttentionBlock, relative_error
-from torch import nn
-from torch.nn.utils import parametrizations
-from torch.utils.checkpoint import checkpoint
-
-from revdeq_lightning.equilibrium import EquilibriumLayer, ReversibleAdjoint
 
 # Precision
 

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from against_bptt import BPTT, REVERSIBLE, assert_equal_gradients, gradients_of, project
-from compiling import COMPILES
 from torch import nn
 
 from revdeq_lightning.equilibrium import EquilibriumLayer, MomentumSolver, ReversibleSolver
+from tests.helpers.equilibrium import BPTT, COMPILES, REVERSIBLE, assert_equal_gradients, gradients_of, project
 
 pytestmark = COMPILES
 

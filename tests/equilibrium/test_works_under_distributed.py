@@ -5,17 +5,6 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.distributed as dist
-from against_bptt import (
-    BPTT,
-    REVERSIBLE,
-    SOLVERS,
-    TOLERANCE,
-    assert_equal_gradients,
-    attention_layer,
-    project,
-    sequence,
-)
-from processes import run_on_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -28,6 +17,17 @@ from revdeq_lightning.equilibrium import (
     ImplicitAdjoint,
     PhantomAdjoint,
 )
+from tests.helpers.equilibrium import (
+    BPTT,
+    REVERSIBLE,
+    SOLVERS,
+    TOLERANCE,
+    assert_equal_gradients,
+    attention_layer,
+    project,
+    sequence,
+)
+from tests.helpers.processes import run_on_ranks
 
 NUM_RANKS = 2
 NUM_MICRO_BATCHES = 2

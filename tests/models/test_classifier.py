@@ -1,7 +1,6 @@
 import pytest
 import torch
 import torchvision
-from blocks import relative_error
 
 from benchmarks.core.reference import with_plain_loops
 from benchmarks.measure import peak_tensor_bytes
@@ -12,6 +11,7 @@ from revdeq_lightning.equilibrium import (
     ReversibleSolver,
 )
 from revdeq_lightning.models import ClassifierConfig, ResNet, build_classifier
+from tests.helpers.equilibrium import relative_error
 
 SIZES = {
     "stages": {"channels": [16, 32], "widths": [1, 2]},

@@ -2,11 +2,11 @@ import copy
 
 import pytest
 import torch
-from small_language_models import KINDS, SMALL, make_batch, make_model
 
 from revdeq_lightning.equilibrium import BackpropAdjoint, MomentumSolver, PicardSolver, RelaxedSolver, ReversibleSolver
 from revdeq_lightning.models import KeyValueCache, generate
 from revdeq_lightning.models.generation import sample
+from tests.helpers.modules import KINDS, SMALL, make_batch, make_model
 
 CONTEXT = SMALL["context_length"]
 SOLVERS = {

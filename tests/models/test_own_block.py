@@ -4,14 +4,14 @@ import sys
 
 import pytest
 import torch
-from blocks import relative_error
-from small_language_models import make_batch
-from tiny_command import run, tiny_config
-from tiny_images import image_folder, tiny_image_config
 
 from revdeq_lightning.equilibrium import BackpropAdjoint, MomentumSolver, ReversibleAdjoint
 from revdeq_lightning.errors import BlockError
 from revdeq_lightning.models import ClassifierConfig, TransformerConfig, TransformerLM, build_classifier, generate
+from tests.helpers.data import image_folder, tiny_image_config
+from tests.helpers.equilibrium import relative_error
+from tests.helpers.modules import make_batch
+from tests.helpers.runs import run, tiny_config
 
 SOURCE = """
 import torch

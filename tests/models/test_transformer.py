@@ -4,11 +4,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from small_language_models import KINDS, SMALL, make_batch, make_model
 
 from revdeq_lightning.equilibrium import BackpropAdjoint, MomentumSolver, ReversibleAdjoint, ReversibleSolver
 from revdeq_lightning.models import ExplicitTransformerLM, TransformerConfig, TransformerLM
 from revdeq_lightning.models.transformer import ModernBlock, ShortConvolution
+from tests.helpers.modules import KINDS, SMALL, make_batch, make_model
 
 PUBLISHED = {"vocab_size": 50304, "context_length": 448, "d_model": 768, "num_heads": 12, "block": "paper"}
 

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from blocks import gradients, relative_error
-from implicit_problem import TIGHT, TanhMap, inputs, solve
-from small_language_models import make_batch, make_model
 
 from revdeq_lightning.equilibrium import AndersonSolver, BackpropAdjoint, EquilibriumLayer, MomentumSolver
 from revdeq_lightning.models import generate
+from tests.helpers.equilibrium import TIGHT, TanhMap, gradients, inputs, relative_error, solve
+from tests.helpers.modules import make_batch, make_model
 
 
 def contracting_model(solver):

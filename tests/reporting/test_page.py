@@ -5,10 +5,10 @@ from html.parser import HTMLParser
 from urllib.parse import unquote
 
 import pytest
-from run_folders import STEPS, metrics, training_rows, whole_run
 
 from revdeq_lightning.cli.main import main
 from revdeq_lightning.report import write_report
+from tests.helpers.runs import FOLDER_STEPS as STEPS, training_rows, whole_run, write_metrics as metrics
 
 
 class Elements(HTMLParser):

@@ -5,8 +5,6 @@ import statistics
 import pytest
 import scipy.linalg
 import torch
-from blocks import relative_error
-from tiny_runs import tiny_data, tiny_task, tiny_trainer
 
 from revdeq_lightning.data.text.windows import TextBatch
 from revdeq_lightning.models import ClassifierConfig, TransformerConfig
@@ -14,6 +12,8 @@ from revdeq_lightning.models.build import SolverConfig
 from revdeq_lightning.tasks.classification import ClassificationTask
 from revdeq_lightning.tasks.language_modeling import LanguageModelingTask
 from revdeq_lightning.tasks.optimizers import OptimizerConfig
+from tests.helpers.equilibrium import relative_error
+from tests.helpers.runs import tiny_data, tiny_task, tiny_trainer
 
 WEIGHT = 3.0
 SIZES = {"vocab_size": 11, "context_length": 4, "d_model": 4, "num_heads": 2, "d_mlp": 6}

@@ -2,11 +2,11 @@ import math
 
 import pytest
 import torch
-from tiny_runs import tiny_data, tiny_task, tiny_trainer
 
 from revdeq_lightning.equilibrium import BackpropAdjoint, MomentumSolver, ReversibleAdjoint, ReversibleSolver
 from revdeq_lightning.models.build import SolverConfig
 from revdeq_lightning.tasks.language_modeling import LanguageModelingTask
+from tests.helpers.runs import tiny_data, tiny_task, tiny_trainer
 
 
 def test_evaluation_is_the_sum_over_the_split_whatever_the_batch_size(tmp_path):

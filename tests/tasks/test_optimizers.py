@@ -3,7 +3,6 @@ import math
 
 import pytest
 import torch
-from small_language_models import make_model
 from torch import nn
 
 from revdeq_lightning.tasks.optimizers import (
@@ -14,6 +13,7 @@ from revdeq_lightning.tasks.optimizers import (
     build_scheduler,
     group_parameters,
 )
+from tests.helpers.modules import make_model
 
 
 def muon(parameters):

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import torch
 from lightning import Callback
-from process_groups import run_group
-from rank_fits import prepare
-from tiny_runs import MUON, tiny_data, tiny_task, tiny_trainer
 
 from revdeq_lightning.distributed.strategies import EquilibriumDDP, EquilibriumFSDP2
 from revdeq_lightning.errors import CheckpointError
 from revdeq_lightning.processes import whole
 from revdeq_lightning.tasks.averaged_weights import AveragedWeights
+from tests.distributed.rank_fits import prepare
+from tests.helpers.processes import run_group
+from tests.helpers.runs import MUON, tiny_data, tiny_task, tiny_trainer
 
 STRATEGIES = {
     "one": lambda: "auto",

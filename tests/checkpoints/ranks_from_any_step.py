@@ -6,10 +6,9 @@ Leaves the whole run in FOLDER/whole and the run resumed at step N, in other pro
 import sys
 from pathlib import Path
 
-from process_groups import run_group
-from runs_on_disk import put_back
-from tiny_command import run, tiny_config
-from tiny_images import tiny_image_config
+from tests.helpers.data import tiny_image_config
+from tests.helpers.processes import run_group
+from tests.helpers.runs import put_back, run, tiny_config
 
 STEPS = 6
 RANKS = 2

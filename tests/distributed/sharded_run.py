@@ -23,11 +23,10 @@ import warnings
 from pathlib import Path
 
 import torch
-from process_groups import run_group
-from shard_folders import Malice, seal
-from tiny_command import run, tiny_config
 
 from revdeq_lightning.checkpoints.names import SUMS
+from tests.helpers.processes import run_group
+from tests.helpers.runs import Malice, run, seal, tiny_config
 
 OPTIONS = (
     *("--config", "configs/trainer/fsdp2.yaml", "--trainer.accelerator=cpu", "--trainer.devices=1"),

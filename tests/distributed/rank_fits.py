@@ -11,8 +11,6 @@ from pathlib import Path
 
 import torch
 from lightning import Callback
-from process_groups import run_group
-from tiny_runs import MUON, tiny_data, tiny_task, tiny_trainer
 
 from revdeq_lightning.callbacks.reconstruction_certificate import ReconstructionCertificate
 from revdeq_lightning.data.images.augmentation import AugmentationConfig
@@ -24,6 +22,8 @@ from revdeq_lightning.processes import whole
 from revdeq_lightning.runs.probe import _Float64 as Float64
 from revdeq_lightning.tasks.classification import ClassificationTask
 from revdeq_lightning.tasks.optimizers import OptimizerConfig
+from tests.helpers.processes import run_group
+from tests.helpers.runs import MUON, tiny_data, tiny_task, tiny_trainer
 
 half = functools.partial(EquilibriumDDP, compress_gradients=True)
 STRATEGIES = {"one": lambda: "auto", "ddp": EquilibriumDDP, "half": half, "fsdp2": EquilibriumFSDP2}
