@@ -62,12 +62,13 @@ notebooks: $(READY)  ## Execute the notebooks; SMALL=1: smaller sizes, files unc
 docs: $(READY)  ## Build the documentation into site/; a broken link or a missing reference is an error
 	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
-# One process per core with one thread each: operations on small tensors gain nothing from threads.
+# One process per core with one thread each: operations on small tensors gain nothing from threads. Tests that share an
+# expensive fixture are marked as a group (xdist_group): one process makes it for all of them.
 test: $(READY)  ## Run the tests: ARGS="-k golden"
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto -m "not slow" $(ARGS)
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadgroup -m "not slow" $(ARGS)
 
 test-slow: $(READY)  ## Run the tests that take minutes: several processes, kills, several machines, SLURM
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto -m slow $(ARGS)
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadgroup -m slow $(ARGS)
 
 lint: $(READY)  ## Check style
 	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check .

@@ -14,7 +14,10 @@ from PIL import Image
 from tests.helpers.data import tiny_image_config
 from tests.helpers.runs import read_back, run, tiny_config, wandb_metrics as metrics, without_key
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of W&B's own code
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of W&B's own code
+    pytest.mark.xdist_group("wandb_runs"),
+]
 
 ON = (
     *("--run.version=v", "--run.wandb=auto", "--run.wandb_group=sweep", "--run.wandb_checkpoints=true"),

@@ -7,6 +7,8 @@ from tests.helpers.data import tiny_image_config
 from tests.helpers.processes import run_python
 from tests.helpers.runs import assert_equal, put_back, run, run_metrics as metrics, tiny_config, trained
 
+pytestmark = pytest.mark.xdist_group("resume_from_any_step")
+
 EVERY_STEP = ("--run.checkpoint_every_n_steps=1", "--run.keep_last=99", "--run.version=v", "--run.test=false")
 STEPS = 8
 LANGUAGE = ("fit",), tiny_config, ("--run.sample_tokens=0", "--data.batch_size=32")

@@ -31,6 +31,8 @@ from tests.helpers.runs import (
     trained,
 )
 
+pytestmark = pytest.mark.xdist_group("runs_survive")
+
 QUIET = ("--run.version=v", "--run.test=false", "--run.sample_tokens=0")
 
 

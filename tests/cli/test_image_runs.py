@@ -9,6 +9,8 @@ from PIL import Image
 from tests.helpers.data import TINY_CLASSES as CLASSES, image_folder, tiny_image_config
 from tests.helpers.runs import run
 
+pytestmark = pytest.mark.xdist_group("image_runs")
+
 
 def read(path):
     with path.open(newline="") as file:

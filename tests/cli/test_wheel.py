@@ -13,6 +13,8 @@ import yaml
 
 import revdeq_lightning
 
+pytestmark = pytest.mark.xdist_group("wheel")
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -20,6 +20,8 @@ from revdeq_lightning.tasks.recipe import Recipe, deferred_weights
 from tests.helpers.modules import make_batch
 from tests.helpers.processes import run_on_ranks
 
+pytestmark = pytest.mark.xdist_group("fsdp2")
+
 NUM_RANKS = 2
 SIZES = {"vocab_size": 23, "context_length": 12, "d_model": 16, "num_heads": 2, "num_layers": 1}
 STEPS = (2, 8)

@@ -14,7 +14,7 @@ from revdeq_lightning.cli.main import main
 from tests.helpers.processes import Machine, namespaces_are_missing, run_apart, run_group, two_machines
 from tests.helpers.runs import assert_equal, tiny_config
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("network")]
 
 SCRIPT = Path("configs/cluster/torchrun.sh").resolve()
 EXACT = ("state_dict", "trained_weights", "optimizer_states", "lr_schedulers", "random_states", "TextDataModule")

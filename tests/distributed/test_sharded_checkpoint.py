@@ -21,6 +21,8 @@ from revdeq_lightning.errors import CheckpointError
 from tests.distributed import rank_resumes, sharded_run
 from tests.helpers.processes import run_python
 
+pytestmark = pytest.mark.xdist_group("sharded_checkpoint")
+
 # FROM-TO: a run that stops after 10 of 20 steps, and the run that goes on.
 FAST = ["folder_2-fsdp2_4", "folder_2-fsdp2_1", "file_2-one_1", "file_1-fsdp2_2"]
 SLOW = ["folder_4-fsdp2_2", "file_2-ddp_2", "file_2-fsdp2_4", "folder_2-folder_2", "file_1-folder_2"]

@@ -14,7 +14,7 @@ import torch
 from tests.helpers.processes import SlurmCluster, slurm_cluster, slurm_is_missing
 from tests.helpers.runs import assert_equal, tiny_config
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("slurm")]
 
 SCRIPT = Path("configs/cluster/slurm.sh").resolve()
 MAX_STEPS = 150

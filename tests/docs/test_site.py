@@ -9,6 +9,8 @@ import pytest
 
 import revdeq_lightning
 
+pytestmark = pytest.mark.xdist_group("site")
+
 pytest.importorskip("mkdocs", reason="needs the extra `docs`")
 ROOT = Path(__file__).resolve().parents[2]
 
