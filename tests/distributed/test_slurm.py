@@ -17,7 +17,7 @@ from tests.helpers.runs import assert_equal, tiny_config
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("slurm")]
 
 SCRIPT = Path("configs/cluster/slurm.sh").resolve()
-MAX_STEPS = 150
+MAX_STEPS = 300
 EXACT = ("state_dict", "trained_weights", "optimizer_states", "lr_schedulers", "random_states", "TextDataModule")
 
 
