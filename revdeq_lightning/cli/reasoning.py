@@ -1,12 +1,13 @@
 """The reasoners' command line; `predict` is in `inference.py`."""
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from lightning.pytorch.cli import LightningArgumentParser
 
 from revdeq_lightning.cli.trainer import AbstractCommandLine, run_command_line
 from revdeq_lightning.data.puzzles.module import PuzzleDataModule
+from revdeq_lightning.report.reasoning import ReasoningReport
 from revdeq_lightning.runs.folder import ReasoningRunConfig
 from revdeq_lightning.tasks.reasoning import ReasoningTask
 
@@ -24,6 +25,10 @@ class ReasoningCommandLine(AbstractCommandLine):
     def link_sizes(self, parser: LightningArgumentParser) -> None:
         for name in ("num_symbols", "num_answers", "shape"):
             parser.link_arguments(f"data.{name}", f"model.network.{name}", apply_on="instantiate")
+
+    def task_callbacks(self) -> list[Any]:
+        """What a test writes into the run's folder."""
+        return [ReasoningReport(self.run_config.path)]
 
     def show(self, checkpoint: str) -> None:
         """Nothing."""

@@ -17,6 +17,7 @@ SHOWN = (
     ("train/loss", "loss {:.3f}"),
     ("system/tokens_per_second", "{:,.0f} tokens/s"),
     ("system/images_per_second", "{:,.0f} images/s"),
+    ("system/puzzles_per_second", "{:,.0f} puzzles/s"),
     ("equilibrium/forward_nfe", "{:.0f} evaluations"),
     ("equilibrium/relative_residual", "residual {:.1e}"),
 )
@@ -24,6 +25,7 @@ SHOWN_AFTER_VALIDATION = (
     ("val/loss", "val/loss {:.4f} nats"),
     ("val/bits_per_byte", "{:.4f} bits/byte"),
     ("val/accuracy", "accuracy {:.2%}"),
+    ("val/solved", "{:.2%} solved"),
 )
 
 

@@ -11,6 +11,7 @@ from revdeq_lightning.checkpoints.names import BEST, CHECKPOINTS, LAST
 from revdeq_lightning.equilibrium import equilibria
 from revdeq_lightning.loggers.csv_logger import ContinuedCSVLogger
 from revdeq_lightning.report.page import write_report
+from revdeq_lightning.report.run_folder import pictures_in
 from revdeq_lightning.runs.folder import CONFIG, METRICS, REPORT, RunConfig, command
 from revdeq_lightning.runs.signals import Stopped
 
@@ -73,7 +74,7 @@ def close_run(folder: Path, run: RunConfig) -> None:
     best, last = (folder / CHECKPOINTS / name for name in (BEST, LAST))
     found = Found(last, {}) if last.exists() else newest_good(folder / CHECKPOINTS)
     print(f"\nRun folder         {folder}")
-    files = {path.stem.replace("_", " "): path for path in sorted(folder.glob("*.png"))}
+    files = {path.stem.replace("_", " "): path for path in pictures_in(folder)}
     known = {"report": folder / REPORT, "metrics": folder / METRICS, "settings": folder / CONFIG}
     for label, path in (known | files).items():
         if path.is_file():

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from revdeq_lightning.loggers.plots import number
-from revdeq_lightning.report.panels import GRADIENT_ERRORS
+from revdeq_lightning.report.panels import GRADIENT_ERRORS, UNITS
 from revdeq_lightning.report.run_folder import Run
 
 
@@ -29,6 +29,7 @@ def _result(run: Run) -> Figure | None:
     forms = {
         "bits_per_byte": ("bits per byte", number),
         "accuracy": ("accuracy", "{:.2%}".format),
+        "solved": ("solved", "{:.2%}".format),
         "loss": (f"nats per {run.item}", "{:.4f}".format),
         "top5_accuracy": ("in the first five", "{:.2%}".format),
         "token_perplexity": ("perplexity per token", number),
@@ -80,7 +81,7 @@ def _evaluations(run: Run) -> Figure | None:
 
 def _time(run: Run) -> Figure | None:
     """Training time without evaluation, throughput and memory."""
-    rates = {unit: run[f"system/{unit}_per_second"].finite for unit in ("tokens", "images", "samples")}
+    rates = {unit: run[f"system/{unit}_per_second"].finite for unit in UNITS}
     parts = [f"{number(float(np.median(rate)))} {unit} a second" for unit, rate in rates.items() if rate.size]
     if (memory := run["system/peak_memory_bytes"].last) is not None:
         parts.append(f"{memory / 2**20:,.0f} MiB at most")

@@ -18,6 +18,7 @@ class Panel(NamedTuple):
     mark: float | None = None
 
 
+SOLVED = {"val/solved": "puzzles solved", "val/cell_accuracy": "cells right"}
 ACCURACIES = {"train/accuracy": "train", "val/accuracy": "val", "val/top5_accuracy": "val, in the first five"}
 EVALUATIONS = {
     "equilibrium/forward_nfe": "forward",
@@ -26,10 +27,12 @@ EVALUATIONS = {
 }
 RESIDUALS = {"equilibrium/relative_residual": "forward", "equilibrium/backward_relative_residual": "backward"}
 GRADIENT_ERRORS = {"bptt": "against BPTT", "converged": "against the converged fixed point's"}
+UNITS = ("tokens", "images", "puzzles", "samples")
 SECONDS = {f"system/{part}_seconds": part for part in ("data", "forward", "backward", "optimizer", "other")}
 PANELS = (
     Panel("loss [nats per {item}]", {"train/loss": "train", "val/loss": "val"}, scale="focus"),
     Panel("bits per byte", {"val/bits_per_byte": "val"}, scale="focus"),
+    Panel("fraction solved", SOLVED, ("val/solved",), scale="range"),
     Panel("accuracy", ACCURACIES, ("val/accuracy",), scale="range"),
     Panel("relative residual at the end of the solve", RESIDUALS, scale="log"),
     Panel("evaluations of f a step", EVALUATIONS),
@@ -42,7 +45,7 @@ PANELS = (
     ),
     Panel("spectral radius of df/dz", {"equilibrium/spectral_radius": ""}, mark=1),
     Panel("peak memory [MiB]", {"system/peak_memory_bytes": ""}, factor=2**-20),
-    Panel("{item}s a second", {f"system/{item}_per_second": item for item in ("tokens", "images", "samples")}),
+    Panel("{item}s a second", {f"system/{item}_per_second": item for item in UNITS}),
     Panel("seconds a step", SECONDS, ("system/seconds_per_step",)),
     Panel("model FLOP utilization", {"system/model_flop_utilization": ""}),
 )

@@ -86,7 +86,7 @@ class Run:
     @property
     def item(self) -> str:
         """What the loss is a mean over."""
-        return {"language model": "token", "classifier": "image"}.get(str(self.task), "sample")
+        return {"language model": "token", "classifier": "image", "reasoner": "cell"}.get(str(self.task), "sample")
 
     @property
     def newest_sweep(self) -> Table:
@@ -103,9 +103,10 @@ class Run:
     def images(self) -> list[tuple[str, str]]:
         """Names and contents of the pictures that the page does not draw itself, the newest samples first."""
         drawn = {"depth_sweep.png", "residual_curve.png"}
-        paths = [path for path in sorted(self.folder.glob("*.png")) if path.name not in drawn]
+        paths = [path for path in pictures_in(self.folder) if path.name not in drawn]
         paths[:0] = sorted(self.folder.glob("samples/*.png"))[-1:]
-        return [(p.stem, f"data:image/png;base64,{base64.b64encode(p.read_bytes()).decode()}") for p in paths]
+        contents = [(p, base64.b64encode(p.read_bytes()).decode()) for p in paths]
+        return [(p.stem, f"data:image/{p.suffix[1:]};base64,{content}") for p, content in contents]
 
     @property
     def files(self) -> list[Path]:
@@ -195,3 +196,8 @@ def _load(path: Path, parse: Any) -> Any:
         return parse(path.read_text(encoding="utf-8"))
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """Pictures and animations in a run's folder, sorted by name."""
+    return sorted(path for path in folder.glob("*.*") if path.suffix in (".png", ".webp"))

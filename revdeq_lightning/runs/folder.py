@@ -106,6 +106,7 @@ class ReasoningRunConfig(RunConfig):
     """A run of a reasoner."""
 
     folder: str = "runs/reasoning"
+    depth_sweep: bool = False  # `ReasoningReport` shows what other numbers of evaluations do, for less
 
     task: ClassVar[tuple[str, ...]] = ("reasoning",)
     usage: ClassVar[tuple[str, ...]] = ("Predict", "predict", "--data.path", "FILE.npz")

@@ -1,0 +1,126 @@
+"""Pictures of puzzles, and of an answer as it appears."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+COLORS = {
+    "wall": (34, 40, 49),
+    "free": (255, 255, 255),
+    "start": (46, 160, 67),
+    "goal": (215, 58, 73),
+    "path": (88, 166, 255),
+    "wrong": (255, 166, 0),
+}
+
+
+class SolvedPuzzle(NamedTuple):
+    """A puzzle with a model's answers; targets of -100 do not count."""
+
+    inputs: NDArray[np.int64]
+    targets: NDArray[np.int64]
+    answers: NDArray[np.int64]
+
+
+def maze_pixels(puzzle: SolvedPuzzle) -> NDArray[np.uint8]:
+    """Colors of a maze with its answer, shape `(height, width, 3)`; wrong cells are orange."""
+    symbols = np.array([COLORS[name] for name in ("wall", "free", "start", "goal")], np.uint8)
+    pixels = symbols[puzzle.inputs]
+    pixels[(puzzle.answers == 1) & (puzzle.inputs < 2)] = COLORS["path"]
+    pixels[(puzzle.answers != puzzle.targets) & (puzzle.targets >= 0)] = COLORS["wrong"]
+    return pixels
+
+
+def draw_puzzles(
+    puzzles: Sequence[SolvedPuzzle], path: Path, title: str, names: Sequence[str], *, are_mazes: bool
+) -> None:
+    """A sheet of puzzles, at least one; wrong cells are orange, and wrong digits and bits bold.
+
+    Args:
+        puzzles: Mazes, or grids or strings of digits.
+        path: PNG file to write.
+        title: Above the sheet.
+        names: Above each puzzle.
+        are_mazes: Whether they are mazes.
+    """
+    from matplotlib.figure import Figure
+
+    columns = min(4, len(puzzles))
+    rows = -(-len(puzzles) // columns)
+    canvas = Figure(figsize=(3.2 * columns, 3.4 * rows), layout="constrained")
+    axes = list(canvas.subplots(rows, columns, squeeze=False).flat)
+    for axis, puzzle in zip(axes, puzzles, strict=False):
+        draw_puzzle(axis, puzzle, are_mazes)
+    for axis, name in zip(axes, names, strict=False):
+        axis.set_title(name, fontsize="small")
+    for axis in axes:
+        axis.set_axis_off()
+    canvas.suptitle(title, fontsize="small")
+    canvas.savefig(path, dpi=100)
+
+
+def draw_puzzle(axis: Any, puzzle: SolvedPuzzle, is_maze: bool) -> None:
+    """One puzzle into a Matplotlib axis."""
+    if is_maze:
+        axis.imshow(maze_pixels(puzzle), interpolation="nearest")
+        return
+    inputs, answers, targets = (np.atleast_2d(array) for array in puzzle)
+    if puzzle.inputs.ndim == 1:  # a string, in lines
+        width = min(16, inputs.shape[1])
+        inputs, answers, targets = (lines(array[0], width) for array in (inputs, answers, targets))
+    wrong = (answers != targets) & (targets >= 0)
+    background = np.full((*inputs.shape, 3), 255, np.uint8)
+    background[wrong] = COLORS["wrong"]
+    axis.imshow(background, interpolation="nearest")
+    for row, column in np.argwhere(answers >= 0):
+        given = puzzle.inputs.ndim == 2 and inputs[row, column] > 0
+        color = "black" if given else "tab:blue"
+        text = str(answers[row, column])
+        weight = "bold" if wrong[row, column] else "normal"
+        axis.text(column, row, text, ha="center", va="center", color=color, fontweight=weight, fontsize="small")
+
+
+def lines(values: NDArray[np.int64], width: int) -> NDArray[np.int64]:
+    """A string in lines of this width; the rest of the last one is -1."""
+    padded = np.full(-(-len(values) // width) * width, -1)
+    padded[: len(values)] = values
+    return padded.reshape(-1, width)
+
+
+def animate_maze(steps: Sequence[SolvedPuzzle], path: Path, *, side: int = 480) -> None:
+    """A WebP animation of a maze's answer as it appears, the last frame shown longer.
+
+    Args:
+        steps: The same maze with the answer after more and more evaluations, at least one.
+        path: File to write.
+        side: Pixels of the picture, about.
+    """
+    frames = [scaled(maze_pixels(step), side) for step in steps]
+    durations = [120] * (len(frames) - 1) + [2500]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0, lossless=True)
+
+
+def scaled(pixels: NDArray[np.uint8], side: int) -> Image.Image:
+    """A picture whose cells are squares."""
+    factor = max(1, side // max(pixels.shape[:2]))
+    return Image.fromarray(np.repeat(np.repeat(pixels, factor, 0), factor, 1))
+
+
+def draw_heat_map(values: NDArray[np.float64], rows: Sequence[str], columns: Sequence[str], path: Path) -> None:
+    """Fractions of solved puzzles, by size (rows) and evaluations relative to the rule's (columns)."""
+    from matplotlib.figure import Figure
+
+    canvas = Figure(figsize=(1.6 + 0.75 * len(columns), 1.4 + 0.5 * len(rows)), layout="constrained")
+    axis = canvas.subplots()
+    axis.imshow(values, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+    axis.set_xticks(range(len(columns)), columns)
+    axis.set_yticks(range(len(rows)), rows)
+    axis.set(xlabel="evaluations of f, as a fraction of the rule's", ylabel="size", title="fraction of puzzles solved")
+    for i, j in np.argwhere(np.isfinite(values)):
+        color = "black" if values[i, j] > 0.6 else "white"
+        axis.text(j, i, f"{values[i, j]:.2f}", ha="center", va="center", color=color, fontsize="small")
+    canvas.savefig(path, dpi=120)

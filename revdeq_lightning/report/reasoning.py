@@ -1,0 +1,117 @@
+"""What a reasoner makes of puzzles as it evaluates f: tables, sheets, an animation."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from revdeq_lightning.equilibrium import equilibria
+from revdeq_lightning.loggers.endurance import Survives
+from revdeq_lightning.loggers.media import log_picture, log_table
+from revdeq_lightning.loggers.puzzle_pictures import SolvedPuzzle, animate_maze, draw_heat_map, draw_puzzles
+from revdeq_lightning.loggers.step_rows import write_rows
+
+FRACTIONS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0, 2.0)
+"""Of the evaluations that the rule gives a size."""
+FRAMES = 60
+
+
+class ReasoningReport(Callback):
+    """After a test, of the first batch of each size, on the first process.
+
+    Writes `puzzles.png` (a sheet of puzzles, wrong cells in orange), `thinking.csv` (`size`, `evaluations` of f so far,
+    `solved` and `cell_accuracy` of the answers read out then; up to twice the evaluations of the rule) and `solved.png`
+    (its heat map); for mazes `thinking.png` and `animation.webp`, the path of a large maze as it appears. On W&B the
+    pictures and the table, `reasoning/...`. Logs no numbers.
+
+    Assumes that `test_step` returns the logits of a batch, and a reasoner as the module's `model`.
+
+    Args:
+        folder: Where to write.
+        num_puzzles: Puzzles of each size on the sheet.
+    """
+
+    def __init__(self, folder: str | Path, num_puzzles: int = 4) -> None:
+        self.folder, self.num_puzzles = Path(folder), num_puzzles
+        self._survives = Survives("drawing the puzzles")
+        self._forget()
+
+    def _forget(self) -> None:
+        self._sheet: list[tuple[str, SolvedPuzzle]] = []
+        self._rows: list[dict[str, Any]] = []
+        self._table: dict[str, list[float]] = {}
+        self._largest: list[tuple[int, SolvedPuzzle]] = []
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._forget()
+        self._are_mazes: bool = trainer.datamodule.hparams["puzzle"] == "mazes"  # type: ignore[attr-defined]
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if batch_idx or not trainer.is_global_zero:
+            return
+        answers: Tensor = outputs.argmax(1)
+        size = "x".join(map(str, batch.inputs.shape[1:]))
+        self._sheet += [(size, solved_puzzle(batch, answers, i)) for i in range(len(answers))[: self.num_puzzles]]
+        if equilibria(pl_module):
+            self._look(pl_module.model, batch, size)
+
+    def _look(self, model: Any, batch: Any, size: str) -> None:
+        per_step = model.equilibrium.solver.evaluations_per_step
+        steps = model.steps_for(batch.inputs.shape[1:])
+        marks = [max(1, round(steps * per_step * fraction)) for fraction in FRACTIONS[:-1]]
+        counted = batch.targets >= 0
+        found = model.answers_along(batch.inputs, sorted(set(marks)), max_steps=round(steps * FRACTIONS[-1]))
+        at = dict(zip([*sorted(set(marks)), round(steps * per_step * FRACTIONS[-1])], found, strict=True))
+        for evaluations, answers in at.items():
+            right = (answers == batch.targets) | ~counted
+            solved = float(right.flatten(1).all(1).double().mean())
+            accuracy = float(right[counted].double().mean())
+            self._rows.append({"size": size, "evaluations": evaluations, "solved": solved, "cell_accuracy": accuracy})
+        by_mark = {row["evaluations"]: row["solved"] for row in self._rows if row["size"] == size}
+        self._table[size] = [by_mark[mark] for mark in [*marks, max(by_mark)]]
+        if self._are_mazes and batch.inputs[0].numel() >= max((p.inputs.size for _, p in self._largest), default=0):
+            one = type(batch)(batch.inputs[:1], batch.targets[:1])
+            moments = sorted({round(m) for m in np.geomspace(1, steps * per_step, FRAMES)})
+            answers = model.answers_along(one.inputs, moments[:-1], max_steps=steps)
+            self._largest = [(m, solved_puzzle(one, a, 0)) for m, a in zip(moments, answers, strict=True)]
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not (trainer.is_global_zero and self._sheet):
+            return
+        with self._survives:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._draw()
+        for path in (self.folder / name for name in ("puzzles.png", "solved.png", "thinking.png")):
+            if path.is_file():
+                log_picture(trainer, f"reasoning/{path.stem}", path, path.stem.replace("_", " "))
+        if self._rows:
+            log_table(trainer, "reasoning/thinking", self._rows)
+
+    def _draw(self) -> None:
+        names, puzzles = zip(*self._sheet, strict=True)
+        draw_puzzles(
+            puzzles, self.folder / "puzzles.png", "answers; wrong cells in orange", names, are_mazes=self._are_mazes
+        )
+        if self._rows:
+            write_rows(self.folder / "thinking.csv", self._rows)
+            labels = [f"{fraction:g}" for fraction in FRACTIONS]
+            table = np.array(list(self._table.values()))
+            draw_heat_map(table, list(self._table), labels, self.folder / "solved.png")
+        if self._largest:
+            chosen = [self._largest[i] for i in np.linspace(0, len(self._largest) - 1, 4).round().astype(int)]
+            titles = [f"{evaluations} evaluations" for evaluations, _ in chosen]
+            draw_puzzles(
+                [puzzle for _, puzzle in chosen], self.folder / "thinking.png", "a path appears", titles, are_mazes=True
+            )
+            animate_maze([puzzle for _, puzzle in self._largest], self.folder / "animation.webp")
+
+
+def solved_puzzle(batch: Any, answers: Tensor, index: int) -> SolvedPuzzle:
+    """One puzzle of a batch, on the CPU."""
+    tensors: tuple[torch.Tensor, ...] = (batch.inputs[index], batch.targets[index], answers[index])
+    return SolvedPuzzle(*(tensor.cpu().numpy() for tensor in tensors))
