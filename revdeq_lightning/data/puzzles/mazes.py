@@ -108,4 +108,6 @@ def is_solution(pixels: NDArray[np.int64], path: NDArray[np.int64]) -> bool:
     ):
         return False
     shortest, through = shortest_path(pixels), shortest_path(marked)
-    return through is not None and shortest is not None and shortest.sum() == through.sum() == (path == 1).sum()
+    if through is None or shortest is None:
+        return False
+    return bool(shortest.sum() == through.sum() == np.count_nonzero(path == 1))

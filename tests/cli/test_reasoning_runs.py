@@ -1,0 +1,193 @@
+"""Reasoners from the command line: a run, its folder, resumption, the commands that need a checkpoint."""
+
+import csv
+import io
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from revdeq_lightning.cli.inference import SolverSteps, load_reasoner
+from revdeq_lightning.data.puzzles.mazes import is_solution
+from revdeq_lightning.data.puzzles.module import build_kind, make_puzzle
+from revdeq_lightning.loggers.puzzle_pictures import COLORS, SolvedPuzzle, animate_maze
+from tests.helpers.processes import run_python
+from tests.helpers.runs import assert_equal
+
+
+def settings(folder, **data):
+    return {
+        "seed_everything": 0,
+        "model": {
+            "network": {"channels": 8},
+            "solver": {"max_steps": 4},
+            "optimizer": {"lr": 3e-3, "ema_decay": 0.5},
+            "random_start": 0.5,
+        },
+        "data": {
+            "puzzle": "mazes", "size": 2, "test_sizes": [3], "batch_size": 4, "num_validation": 8, "num_test": 6,
+            "cache_dir": str(folder / "cache"), **data,
+        },
+        "trainer": {
+            "max_steps": 4, "val_check_interval": 2, "log_every_n_steps": 1, "accelerator": "cpu", "devices": 1,
+            "enable_progress_bar": False,
+        },
+        "run": {"folder": str(folder / "runs"), "name": "tiny"},
+    }  # fmt: skip
+
+
+def config(folder, **data):
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(settings(folder, **data)))
+    return path
+
+
+def call(*words):
+    """`revdeq reasoning WORDS`: what it prints."""
+    return run_python("-m", "revdeq_lightning", "reasoning", *words)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reasoning")
+    said = call("fit", "--config", config(folder), "--run.version=v").out
+    return folder, folder / "runs/tiny/v", said
+
+
+def archive(folder, size, count=5, **more):
+    kind = build_kind("mazes", size=2, algorithm="mixed", loops=0.0, num_empty=1)
+    puzzles = [make_puzzle(kind, 5, "test", size, i, train_size=2) for i in range(count)]
+    path = folder / f"mazes-{size}.npz"
+    arrays = {name: np.stack([getattr(p, name) for p in puzzles]) for name in ("inputs", "targets")}
+    np.savez(path, **arrays | more)
+    return path, arrays
+
+
+def test_a_run_certifies_its_gradients_and_tells_what_is_solved(trained):
+    _, run, said = trained
+    assert "4 of 4 gradients certified exact" in said
+    assert "solved," in said
+    with (run / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    logged = {key for row in rows for key, value in row.items() if value}
+    assert {"val/solved", "val/cell_accuracy", "val/evaluations", "train/loss"} <= logged
+
+
+def test_a_test_draws_what_the_reasoner_does(trained):
+    _, run, _ = trained
+    rows = list(csv.DictReader(io.StringIO((run / "thinking.csv").read_text())))
+    assert {row["size"] for row in rows} == {"5x5", "7x7"}
+    assert max(int(row["evaluations"]) for row in rows if row["size"] == "5x5") == 8
+    for name in ("puzzles.png", "solved.png", "thinking.png"):
+        with Image.open(run / name) as picture:
+            picture.load()
+    with Image.open(run / "animation.webp") as animation:
+        animation.load()
+    assert "data:image/webp" in (run / "report.html").read_text()
+
+
+def test_a_resumed_run_ends_as_the_whole_one(trained, tmp_path):
+    _, run, _ = trained
+    path = config(tmp_path)
+    call("fit", "--config", path, "--run.version=w", "--trainer.max_steps=2", "--run.test=false")
+    half = tmp_path / "runs/tiny/w/checkpoints/last.ckpt"
+    call("fit", "--config", path, "--ckpt_path", half, "--run.version=w", "--run.test=false")
+    whole, resumed = (torch.load(f / "checkpoints/last.ckpt", weights_only=True) for f in (run, half.parent.parent))
+    for key in ("state_dict", "trained_weights", "optimizer_states"):
+        assert_equal(whole[key], resumed[key])
+
+
+def test_an_animation_has_a_frame_for_each_answer(tmp_path):
+    inputs = np.array([[0, 0, 0, 0, 0], [0, 2, 1, 3, 0], [0, 0, 0, 0, 0]])
+    answers = [np.zeros_like(inputs) for _ in range(3)]
+    answers[1][1, 1], answers[2][1, 1:4] = 1, 1
+    answers[1][1, 2] = 1
+    animate_maze([SolvedPuzzle(inputs, (inputs > 0).astype(int), a) for a in answers], tmp_path / "a.webp", side=50)
+    with Image.open(tmp_path / "a.webp") as animation:
+        assert animation.n_frames >= 2
+        animation.seek(animation.n_frames - 1)
+        last = np.asarray(animation.convert("RGB"))[15, 25]
+    assert tuple(last) == COLORS["path"]
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_predictions_are_those_of_the_model(trained, tmp_path, size):
+    _, run, _ = trained
+    checkpoint = run / "checkpoints/best.ckpt"
+    path, arrays = archive(tmp_path, size)
+    said = call("predict", "--ckpt_path", checkpoint, f"--data.path={path}", f"--output={tmp_path / 'out.npz'}").out
+    model, _ = load_reasoner(checkpoint, "cpu", SolverSteps())
+    with torch.no_grad():
+        expected = model(torch.from_numpy(arrays["inputs"])).logits.argmax(1).numpy()
+    with np.load(tmp_path / "out.npz") as out:
+        assert (out["predictions"] == expected).all()
+        steps = 4 if size == 2 else -(-4 * 81 // 25)
+        assert (out["evaluations"] == steps).all()
+    assert f"5 puzzles, {steps:.1f} evaluations" in said
+
+
+def test_predictions_need_no_targets_and_take_more_steps(trained, tmp_path):
+    _, run, _ = trained
+    _, arrays = archive(tmp_path, 2)
+    np.savez(tmp_path / "bare.npz", inputs=arrays["inputs"])
+    options = ("--ckpt_path", run / "checkpoints/best.ckpt", f"--data.path={tmp_path / 'bare.npz'}")
+    call("predict", *options, "--model.solver.max_steps=11", f"--output={tmp_path / 'out.npz'}")
+    with np.load(tmp_path / "out.npz") as out:
+        assert (out["evaluations"] == 11).all()
+        assert out["predictions"].shape == arrays["inputs"].shape
+
+
+def test_a_test_takes_puzzles_of_a_file_and_more_steps(trained, tmp_path):
+    _, run, _ = trained
+    path, _ = archive(tmp_path, 4)
+    options = (f"--data.test_path={path}", "--model.solver.max_steps=7")
+    said = call("test", "--ckpt_path", run / "checkpoints/best.ckpt", *options).out
+    assert f"{-(-7 * 81 // 25):.1f} evaluations of f per puzzle" in said
+
+
+def test_solved_puzzles_are_counted_by_what_is_a_solution(tmp_path):
+    """Of a maze with two shortest paths, the one that is not the target counts too; against `is_solution`."""
+    square = np.array([[0, 0, 0, 0, 0], [0, 2, 1, 1, 0], [0, 1, 0, 1, 0], [0, 1, 1, 3, 0], [0, 0, 0, 0, 0]])
+    paths = [np.zeros_like(square) for _ in range(2)]
+    paths[0][1, 1:4], paths[0][1:4, 3] = 1, 1
+    paths[1][1:4, 1], paths[1][3, 1:4] = 1, 1
+    from revdeq_lightning.data import PuzzleBatch, PuzzleDataModule
+    from revdeq_lightning.models import ReasonerConfig, ReasonerOutput
+    from revdeq_lightning.models.build import SolverConfig
+    from revdeq_lightning.tasks import OptimizerConfig, ReasoningTask
+
+    class Trainer:
+        datamodule = PuzzleDataModule(size=2)
+
+    task = ReasoningTask(ReasonerConfig(4, 2, [5, 5], 8), SolverConfig(), OptimizerConfig())
+    task._trainer = Trainer()
+    inputs, targets = (torch.from_numpy(np.stack(arrays)) for arrays in ([square] * 3, [paths[0]] * 3))
+    answers = torch.from_numpy(np.stack([paths[0], paths[1], paths[0] | paths[1]]))
+    logits = torch.nn.functional.one_hot(answers, 2).movedim(-1, 1).float()
+    sums = task._sums(PuzzleBatch(inputs, targets), ReasonerOutput(logits, None, torch.ones(3)))
+    assert int(sums["solved"]) == sum(is_solution(square, a) for a in answers.numpy()) == 2
+    assert int(sums["puzzles"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("predict", "--data.path=nothing.npz"), "no file nothing.npz"),
+        (("predict", "--data.path={symbols}"), "inputs must be from 0 to 3, got 7"),
+        (("fit", "--data.path=nothing.npz"), "no file nothing.npz"),
+        (("fit", "--data.puzzle=chess"), "puzzle must be one of"),
+        (("fit", "--model.network.block=attention"), "num_heads must be"),
+        (("fit", "--model.random_start=2"), "random_start must be in"),
+    ],
+)
+def test_what_is_wrong_is_one_line(trained, tmp_path, words, says):
+    folder, run, _ = trained
+    np.savez(tmp_path / "symbols.npz", inputs=np.full((1, 5, 5), 7))
+    command, option = words
+    given = ("--config", config(folder)) if command == "fit" else ("--ckpt_path", run / "checkpoints/best.ckpt")
+    line = ("-m", "revdeq_lightning", "reasoning")
+    said = run_python(*line, command, *given, option.format(symbols=tmp_path / "symbols.npz"), code=2)
+    assert says in said.err
+    assert said.err.count("\n") == 1
