@@ -5,16 +5,16 @@ import sys
 
 from revdeq_lightning.runs.signals import STOP, no_failure_to_torchrun
 
-if "fit" in sys.argv[1:3]:  # before all other imports, which take a while
+if "fit" in sys.argv[1:3]:  # before the other imports, which take seconds
     STOP.take()
 
 from revdeq_lightning.cli.main import main
 
 
 def run() -> None:
-    """Run the command line's arguments."""
+    """Run the command in `sys.argv`."""
     if os.getcwd() not in sys.path and "" not in sys.path:
-        sys.path.append(os.getcwd())  # as `python -m` does, for blocks of one's own
+        sys.path.append(os.getcwd())  # as `python -m` does, for user-defined blocks
     with no_failure_to_torchrun():
         main()
 

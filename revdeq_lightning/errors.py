@@ -1,8 +1,8 @@
-"""Errors that every room may raise, and a warning, each with a message of one line."""
+"""Errors and a warning that any package may raise, each with a one-line message."""
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used, in one line: which one, why, what to do."""
+    """A checkpoint is unusable; the message is one line: which one, why, and what to do."""
 
 
 class ParallelismError(ValueError):
@@ -10,8 +10,8 @@ class ParallelismError(ValueError):
 
 
 class BlockError(ValueError):
-    """A block of the user's own cannot be f; the message is one line."""
+    """A user-defined block is not a valid f; the message is one line."""
 
 
 class RecordWarning(UserWarning):
-    """Something that records the run failed, and its record has gaps from here on."""
+    """A logger or report failed; the records of the run are incomplete from here on."""

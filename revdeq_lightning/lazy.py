@@ -1,4 +1,4 @@
-"""Public names of a package that are imported when they are first used (PEP 562)."""
+"""Import the public names of a package when they are first used (PEP 562)."""
 
 import ast
 import importlib
@@ -8,10 +8,10 @@ from typing import Any
 
 
 def lazy_exports(package: str, file: str) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
-    """Make what a package imports under `if TYPE_CHECKING:` importable from it.
+    """Make the names that a package imports under `if TYPE_CHECKING:` importable from it.
 
-    Importing one name imports its module alone: a callback does not import wandb, the command line's help no PyTorch.
-    The names are written once, where type checkers, editors and the documentation see them.
+    Importing a name imports only its module: a callback does not import wandb, and `--help` does not import PyTorch.
+    The names are written once, where type checkers, editors and the documentation find them.
 
     Args:
         package: The package's `__name__`.

@@ -1,4 +1,4 @@
-"""What the processes of a run exchange: objects, and the tensors that FSDP2 shards."""
+"""Exchange objects between the processes of a run, and convert the tensors that FSDP2 shards."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def gathered(value: Any) -> list[Any]:
-    """This value of every process, by rank; all processes must call it."""
+    """The values of all processes, by rank; all processes must call it."""
     if not (dist.is_available() and dist.is_initialized()):
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
@@ -16,7 +16,7 @@ def gathered(value: Any) -> list[Any]:
 
 
 def is_sharded(value: Any) -> bool:
-    """Whether this is a tensor of which each process holds a part."""
+    """Whether this is a tensor of which each process has a part."""
     if not dist.is_available():
         return False
     from torch.distributed.tensor import DTensor
@@ -25,17 +25,17 @@ def is_sharded(value: Any) -> bool:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part, the same memory; of an ordinary tensor the tensor itself."""
+    """This process's part, sharing memory; the tensor itself if it is not sharded."""
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of it, on every process: each must call this."""
+    """The complete tensor, on every process; all processes must call it."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def shared_out_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor that every process has, sharded as `like` is and on its device; nothing is communicated."""
+    """Shard a complete tensor that every process has like `like`, on its device, without communication."""
     tensor = tensor.to(like.device)
     if not is_sharded(like) or is_sharded(tensor):
         return tensor

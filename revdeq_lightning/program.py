@@ -1,4 +1,4 @@
-"""How this program was started, for messages that show a command."""
+"""The command that started this program, for messages."""
 
 import shlex
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def program() -> str:
-    """`revdeq`, or `python -m revdeq_lightning`, as one would type it here."""
+    """`revdeq` or `python -m revdeq_lightning`, as the user would type it."""
     started = Path(sys.argv[0])
     if started.name == "revdeq":
         return _typed(started, "revdeq")
@@ -14,5 +14,5 @@ def program() -> str:
 
 
 def _typed(path: Path, name: str) -> str:
-    """The virtual environment of a project need not be active: with its path, where that lies in this folder."""
+    """With its path if it is in the current folder, where a virtual environment need not be active."""
     return shlex.quote(str(path.relative_to(Path.cwd()))) if path.is_relative_to(Path.cwd()) else name

@@ -1,4 +1,4 @@
-"""Checkpoints: files, input and output, sharded folders, and the callbacks that write them."""
+"""Checkpoint files, sharded checkpoint folders, and the callbacks that write them."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""What the callbacks that write checkpoints share."""
+"""Base class of the callbacks that write checkpoints."""
 
 from pathlib import Path
 from typing import ClassVar
@@ -11,7 +11,7 @@ from revdeq_lightning.tasks.training_step import run_folder
 
 
 class AbstractCheckpoint(Checkpoint):
-    """Writes checkpoints of one name.
+    """Writes checkpoints under one name.
 
     Args:
         folder: Folder of the checkpoints; None for `checkpoints` in the run's folder.
@@ -29,7 +29,7 @@ class AbstractCheckpoint(Checkpoint):
             self.path = Path(trainer.strategy.broadcast(str(folder))) / self.name
 
     def save(self, trainer: Trainer) -> OSError | None:
-        """Save on all processes; the error that prevented it, if any, is returned on all of them."""
+        """Save, called by all processes; returns on all of them the error that prevented it, if any."""
         trainer.save_checkpoint(self.path)
         failures: dict[Path, OSError] = getattr(trainer.strategy.checkpoint_io, "failures", {})
         return trainer.strategy.broadcast(failures.get(self.path))

@@ -1,4 +1,4 @@
-"""`best.ckpt`: the weights of the best validation so far."""
+"""`best.ckpt`: the weights with the lowest validation loss so far."""
 
 import math
 import warnings
@@ -15,14 +15,14 @@ from revdeq_lightning.tasks.training_step import made_step
 
 
 class BestCheckpoint(AbstractCheckpoint):
-    """Saves `best.ckpt` after each validation with a lower loss than that of the existing file.
+    """Saves `best.ckpt` after each validation whose loss is lower than that of the existing file.
 
-    The file's own loss counts, not one that the run remembers: the folder may have been moved, the file removed, or the
-    disk may have been too full to write it. If the file is newer than the checkpoint that the run was resumed from, the
-    run repeats that validation, and the remembered loss counts.
+    The loss is read from the file, because the folder may have been moved, the file removed, or the disk full. If the
+    file is newer than the checkpoint from which the run was resumed, the run repeats that validation, and the loss in
+    the checkpoint is used.
 
     Weights validated between two optimizer steps are saved, too. A run resumed from such a file loses the gradients
-    accumulated so far, so it is used only if there is no other (`newest_good`).
+    accumulated so far, so `newest_good` chooses it only if there is no other.
 
     Args:
         folder: Folder of the checkpoints; None for `checkpoints` in the run's folder.
@@ -56,10 +56,10 @@ class BestCheckpoint(AbstractCheckpoint):
         loss = float(trainer.callback_metrics[self.monitor])
         if not trainer.strategy.broadcast(loss < self.loss):
             return
-        before, self.loss = self.loss, loss  # the file holds its own loss
+        before, self.loss = self.loss, loss  # the file stores its own loss
         self._is_between_steps = not made_step(trainer)
         if self.save(trainer):
-            self.loss = before  # the file of that loss is still there
+            self.loss = before  # the file with that loss still exists
         self._is_between_steps = False
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -70,7 +70,7 @@ class BestCheckpoint(AbstractCheckpoint):
         if trainer.state.fn == "fit" and checkpoint.get(BETWEEN_STEPS) and trainer.is_global_zero:
             warnings.warn(
                 f"{trainer.ckpt_path} was written while gradients were being accumulated: those since step"
-                f" {checkpoint['global_step']} are lost, so the run will differ from one that was never interrupted",
+                f" {checkpoint['global_step']} are lost, so this run will differ from an uninterrupted one",
                 stacklevel=2,
             )
 
@@ -78,6 +78,6 @@ class BestCheckpoint(AbstractCheckpoint):
         try:
             content = contents(self.path)
         except (CheckpointError, OSError):
-            return math.inf  # there is none, or it is damaged
+            return math.inf  # missing or damaged
         loss = content.get("callbacks", {}).get(self.state_key, {}).get("loss")
         return self.loss if loss is None or content["global_step"] > self._begin else float(loss)

@@ -1,8 +1,8 @@
-"""Checkpoint files: whole or absent, and checked before they are trusted. No Lightning in here.
+"""Checkpoint files that are written atomically and verified before use. Independent of Lightning.
 
-A file is the zip archive that `torch.save` writes, with the zip's own checksum (CRC-32) of each entry, which `unzip -t`
-checks, too. A folder of shards holds `SHA256SUMS`, which `sha256sum --check` reads, and gets its name when all of it is
-there. It has to list every other file: nothing else shows what was added to the folder later.
+A file is the zip archive that `torch.save` writes, with a CRC-32 checksum of each entry, which `unzip -t` also checks.
+A sharded checkpoint is a folder with `SHA256SUMS`, readable by `sha256sum --check`, and gets its name when it is
+complete. `SHA256SUMS` must list every other file, so that files added later are detected.
 """
 
 import contextlib
@@ -22,23 +22,23 @@ from revdeq_lightning.checkpoints.names import BEST, LAST, REST, SUMS
 from revdeq_lightning.errors import CheckpointError
 
 BETWEEN_STEPS = "between_steps"
-"""Key of a checkpoint written between two optimizer steps; it does not hold the gradients accumulated so far."""
+"""Key of a checkpoint written between two optimizer steps, without the gradients accumulated so far."""
 
 
 class Found(NamedTuple):
-    """The newest usable checkpoint of a folder, if any, and by path what is wrong with others."""
+    """The newest usable checkpoint of a folder, if any, and what is wrong with others, by path."""
 
     path: Path | None
     faults: dict[Path, str]
 
 
 class Steps(NamedTuple):
-    """How far a run had got at a checkpoint; later ones compare greater.
+    """Progress of a run at a checkpoint; more progress compares greater.
 
     Attributes:
-        is_exact: Whether a run resumed from it equals the undisturbed run. Not so for `BETWEEN_STEPS`, nor for
-            `best.ckpt`, which is written before its validation is logged and may be the end of the run.
-        number: Optimizer steps.
+        is_exact: Whether a run resumed from it equals the uninterrupted run. False for `BETWEEN_STEPS`, and for
+            `best.ckpt`, which is written before its validation is logged.
+        number: Number of optimizer steps.
     """
 
     is_exact: bool
@@ -46,10 +46,10 @@ class Steps(NamedTuple):
 
 
 def write_checkpoint(checkpoint: Any, path: str | Path) -> None:
-    """Write beside the target, sync, rename: at each moment the path holds a whole checkpoint, old or new.
+    """Write a temporary file, sync it, and rename it: the path always has a complete checkpoint, old or new.
 
     Raises:
-        OSError: If the file cannot be written; what was at `path` is still there.
+        OSError: If the file cannot be written; an existing file is left unchanged.
     """
     target = Path(path)
     make_folder(target.parent)
@@ -71,7 +71,7 @@ def write_checkpoint(checkpoint: Any, path: str | Path) -> None:
 
 
 def read_checkpoint(path: str | Path, map_location: Any = "cpu", *, mmap: bool = False) -> dict[str, Any]:
-    """Check and read a checkpoint without running code in it.
+    """Verify and read a checkpoint without running code from it.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -85,10 +85,10 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu", *, mmap: bool =
     file = path / REST if path.is_dir() else path
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about files of other programs, which are refused anyway
+            warnings.simplefilter("ignore")  # about files of other programs, which are rejected anyway
             mmap = mmap and zipfile.is_zipfile(file)
             content = torch.load(file, map_location=map_location, mmap=mmap, weights_only=True)
-    except Exception as error:  # torch raises many kinds
+    except Exception as error:  # torch raises many types
         raise CheckpointError(f"{path} {reason_of(error)}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is not a checkpoint (it holds a {type(content).__name__})")
@@ -96,7 +96,7 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu", *, mmap: bool =
 
 
 def contents(path: Path) -> dict[str, Any]:
-    """What a checkpoint of a training run holds; tensors are mapped into memory, not read. Raises as above."""
+    """Like `read_checkpoint`, but only for training runs, and with tensors mapped into memory instead of read."""
     content = read_checkpoint(path, mmap=True)
     if not (isinstance(content.get("global_step"), int) and "loops" in content):
         raise CheckpointError(f"{path} is not the checkpoint of a training run")
@@ -104,14 +104,14 @@ def contents(path: Path) -> dict[str, Any]:
 
 
 def newest_good(folder: Path, *, at_most: int | None = None) -> Found:
-    """The newest checkpoint of a run's folder: `last.ckpt`, or if that is missing or damaged the one of most steps.
+    """The newest checkpoint in a folder: `last.ckpt`, or the one with the most steps if that is missing or damaged.
 
-    Inexact checkpoints (`Steps`) are taken only if there is no other. Apart from `*.ckpt`, only what a process killed
-    in `put_in_place` had set aside is considered. No file is changed.
+    Inexact checkpoints (see `Steps`) are chosen only if there is no other. The search covers `*.ckpt` and files that a
+    process killed in `put_in_place` had set aside. No file is changed.
 
     Args:
         folder: Folder of the checkpoints.
-        at_most: Greatest number of optimizer steps.
+        at_most: Maximum number of optimizer steps.
     """
     last = folder / LAST
     steps, faults = steps_of([last] if last.exists() else [], at_most)
@@ -124,9 +124,9 @@ def newest_good(folder: Path, *, at_most: int | None = None) -> Found:
 
 
 def other_checkpoint(path: str | Path) -> str:
-    """The end of an error about an unusable checkpoint: the newest usable one in its folder."""
+    """End of an error message about an unusable checkpoint: the newest usable one in its folder."""
     other = newest_good(Path(path).parent).path
-    return f": go on from {other}" if other not in (None, Path(path)) else ""
+    return f": continue from {other}" if other not in (None, Path(path)) else ""
 
 
 def steps_of(paths: list[Path], at_most: int | None = None) -> tuple[dict[Path, Steps], dict[Path, str]]:
@@ -146,7 +146,7 @@ def steps_of(paths: list[Path], at_most: int | None = None) -> tuple[dict[Path, 
 
 
 def fault_of(path: Path) -> str | None:
-    """What is wrong with a file or folder, as its checksums tell; None also for files that are no zip archive."""
+    """What is wrong with a file or folder according to its checksums; None also for files that are not zip archives."""
     if path.is_dir():
         return fault_of_folder(path)
     try:
@@ -156,13 +156,13 @@ def fault_of(path: Path) -> str | None:
                 return None if begin else "is empty"
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-            # PyTorch takes an entry with this bit for a folder, and returns memory that it never filled.
+            # PyTorch treats an entry with this bit as a folder and returns uninitialized memory.
             folders = any(entry.external_attr & 0x10 for entry in archive.infolist())
     except OSError as error:
         return f"cannot be read ({error.strerror})"
     except zipfile.BadZipFile:
         return "is damaged (it does not end where its archive does)"
-    except Exception as error:  # the zip module raises many kinds
+    except Exception as error:  # the zip module raises many types
         return f"is damaged ({type(error).__name__})"
     return "is damaged (its checksum does not match)" if damaged or folders else None
 
@@ -172,13 +172,13 @@ def fault_of_folder(path: Path, share: int = 0, num_shares: int = 1) -> str | No
 
     Args:
         path: The folder.
-        share: Every `num_shares`-th file is read, from this one on: so several processes read a folder together.
+        share: Index of this process among those that verify the folder together; each reads a part of the files.
         num_shares: Number of these processes.
     """
     if (path / ".metadata").exists():
         return (
-            "is a sharded checkpoint of version 0.1.0.dev0, which is not read any more: resume it with that version and"
-            " --trainer.strategy.sharded_checkpoints=false, and go on from the file that it writes"
+            "is a sharded checkpoint of version 0.1.0.dev0, which can no longer be read: resume it with that version"
+            " and --trainer.strategy.sharded_checkpoints=false, then continue from the file that it writes"
         )
     if missing := [name for name in (REST, SUMS) if not (path / name).is_file()]:
         return f"is incomplete (a folder of shards without {missing[0]})"
@@ -189,7 +189,7 @@ def fault_of_folder(path: Path, share: int = 0, num_shares: int = 1) -> str | No
     sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
     present = {file.name for file in path.iterdir()} - {SUMS}
     if unlisted := present - sums.keys():
-        return f"is refused: its {SUMS} does not list {min(unlisted)}, which did not come with the checkpoint"
+        return f"is refused: its {SUMS} does not list {min(unlisted)}, so this file is not part of the checkpoint"
     if absent := sums.keys() - present:
         return f"is incomplete (a folder of shards without {min(absent)})"
     for name in sorted(sums)[share::num_shares]:
@@ -202,7 +202,7 @@ def fault_of_folder(path: Path, share: int = 0, num_shares: int = 1) -> str | No
 
 
 def checksums(files: Iterable[Path]) -> dict[str, str]:
-    """SHA-256 of files by their names, in hexadecimal digits."""
+    """Hexadecimal SHA-256 of each file, by name."""
     sums = {}
     for path in files:
         with path.open("rb") as file:
@@ -211,7 +211,7 @@ def checksums(files: Iterable[Path]) -> dict[str, str]:
 
 
 def write_checksums(folder: Path, sums: dict[str, str]) -> None:
-    """Write the checksums of files by name into their folder, and wait until it is on the disk."""
+    """Write the checksums of files, by name, into their folder, and sync it."""
     with (folder / SUMS).open("w") as file:
         file.writelines(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
         file.flush()
@@ -220,26 +220,26 @@ def write_checksums(folder: Path, sums: dict[str, str]) -> None:
 
 
 def put_in_place(new: Path, target: Path) -> None:
-    """Give a file or folder that is whole and on the disk its name, which an older one may have.
+    """Rename a complete, synced file or folder to `target`, replacing an older one.
 
-    A file takes the place of a file in one step. Where one of them is a folder the old one is put aside first: of a
-    process that is killed in between it stays there, as the only one of its name, and `newest_good` finds it.
+    A file replaces a file atomically. If either is a folder, the old one is set aside first: if the process is killed
+    before the new one is in place, `newest_good` finds the old one there.
 
     Raises:
-        IsADirectoryError: If the target is a folder of something else.
-        OSError: If names cannot be changed there.
+        IsADirectoryError: If the target is a folder that is not a checkpoint.
+        OSError: If a rename fails.
     """
     if target.is_dir() and not (target / REST).exists():
         raise IsADirectoryError(errno.EISDIR, "it is a folder, and no checkpoint", str(target))
     aside = target.with_name(f".{target.name}.old")
     if target.is_dir() or (new.is_dir() and os.path.lexists(target)):
-        if os.path.lexists(aside):  # a process that was killed left both, and the removal of one may have begun
+        if os.path.lexists(aside):  # a killed process left both, perhaps while removing one
             remove(target if fault_of(target) else aside)
         if os.path.lexists(target):
             target.rename(aside)
     new.replace(target)
     sync(target.parent)
-    with contextlib.suppress(OSError):  # the next one tries again
+    with contextlib.suppress(OSError):  # the next save tries again
         remove(aside)
 
 
@@ -252,9 +252,9 @@ def remove(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> list[Path]:
-    """Remove what processes that were killed in the midst of a write left behind; no other may be writing there.
+    """Remove files of killed processes; no process may be writing there.
 
-    What was put aside for a newer one stays until that one can be used.
+    A checkpoint that was set aside for a newer one is kept until the newer one is usable.
     """
     leftovers = sorted(folder.glob(".*.part"))
     for aside in folder.glob(".*.ckpt.old"):
@@ -266,7 +266,7 @@ def remove_leftovers(folder: Path) -> list[Path]:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and those above it; their names are on the disk, as otherwise nothing in them would be."""
+    """Create a folder and its parents, and sync their names, without which their content could be lost."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in missing:
@@ -274,7 +274,7 @@ def make_folder(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's content, or the names in a folder, are on the disk."""
+    """Wait until a file's content, or the names in a folder, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -283,7 +283,7 @@ def sync(path: Path) -> None:
 
 
 class _Writer:
-    """A file for `torch.save`, which would replace the file's own error by one of another kind."""
+    """A file that keeps its own error, which `torch.save` replaces by another type."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
@@ -302,7 +302,7 @@ class _Writer:
 
 
 def reason_of(error: BaseException) -> str:
-    """Why something is not a checkpoint, from the error that PyTorch raised."""
+    """Why a file is not a checkpoint, from the error that PyTorch raised."""
     if "unsupported global" in str(error).lower():
-        return "is refused: it holds Python objects beside plain data and tensors, and loading those could run any code"
+        return "is refused: it holds Python objects besides plain data and tensors, which could run arbitrary code"
     return f"is not a checkpoint, or a truncated one ({type(error).__name__})"

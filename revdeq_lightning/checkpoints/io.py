@@ -1,4 +1,4 @@
-"""Lightning's way to write and read checkpoints, over `revdeq_lightning.checkpoints.files`."""
+"""Lightning's checkpoint plugin, based on `revdeq_lightning.checkpoints.files`."""
 
 import warnings
 from pathlib import Path
@@ -12,14 +12,14 @@ from revdeq_lightning.errors import CheckpointError
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Checkpoints that are whole or absent, carry a checksum, and load without running code.
+    """Writes checkpoints atomically and with checksums, and loads them without running code from them.
 
-    Lightning's own writes into the system's temporary folder and moves: across file systems that is a copy, which
-    a crash or a full disk cuts short.
+    Lightning's own plugin writes into the system's temporary folder and moves the file. Across file systems the move is
+    a copy, which a crash or a full disk truncates.
 
     Args:
-        errors: If a file cannot be written: "raise", or "warn", and keep the error in `failures`. A run of several
-            processes needs "warn": only the first one writes, and the others would wait for it for ever.
+        errors: If a file cannot be written: "raise", or "warn" and keep the error in `failures`. Runs with several
+            processes need "warn": only the first process writes, and the others would wait for it forever.
     """
 
     def __init__(self, *, errors: Literal["raise", "warn"] = "raise") -> None:
@@ -32,8 +32,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Save to a local path.
 
         Raises:
-            TypeError: If storage options are given; local files have none.
-            OSError: If the file cannot be written and errors are to be raised.
+            TypeError: If there are storage options, which local files do not have.
+            OSError: If the file cannot be written, with `errors="raise"`.
         """
         if storage_options is not None:
             raise TypeError(f"{type(self).__name__} has no storage_options, got {storage_options!r}")
@@ -46,36 +46,32 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             self.note(path, None)
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
-        """Check and read.
+        """Verify and read a checkpoint.
 
         Raises:
-            ValueError: If code in the file is asked to be run (`weights_only=False`).
-            CheckpointError: If the file is damaged or something else; says which one to use in its place.
+            ValueError: If `weights_only=False`, which would run code from the file.
+            CheckpointError: If the file is damaged or not a checkpoint; names one to use instead.
         """
         if weights_only is False:
-            raise ValueError("weights_only=False would run code that is in the checkpoint: leave it out")
+            raise ValueError("weights_only=False would run code from the checkpoint: remove it")
         if is_sharded_checkpoint(path):
-            raise CheckpointError(f"{path} is a sharded checkpoint (a folder), which EquilibriumFSDP2 reads")
+            raise CheckpointError(f"{path} is a sharded checkpoint (a folder): load it with EquilibriumFSDP2")
         try:
             return read_checkpoint(path, map_location)
         except CheckpointError as error:
             raise CheckpointError(f"{error}{other_checkpoint(path)}") from None
 
     def note(self, path: Path, error: OSError | None) -> None:
-        """Raise or warn, as set, of an error with which a checkpoint was not written; None: it was.
-
-        Raises:
-            OSError: The error, if errors are to be raised.
-        """
+        """Raise, or warn of, the error that prevented a checkpoint from being written; None if it was written."""
         if error is None:
             self.failures.pop(path, None)
             return
         if self.errors == "raise":
             raise error
         self.failures[path] = error
-        kept = "what it held before is intact" if path.exists() else "there is none of this name now"
+        kept = "the previous one is intact" if path.exists() else "there is no file of this name"
         warnings.warn(
-            f"no checkpoint was written to {path}: {error.strerror or error}; {kept}. Training goes on, the next "
-            "save tries again.",
+            f"no checkpoint was written to {path}: {error.strerror or error}; {kept}. Training continues, and "
+            "the next save tries again.",
             stacklevel=3,
         )

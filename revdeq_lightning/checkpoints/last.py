@@ -1,4 +1,4 @@
-"""`last.ckpt`: the newest state from which a run can be resumed exactly, also after a signal."""
+"""`last.ckpt`: the newest state from which a run resumes exactly, also after a signal."""
 
 import contextlib
 import itertools
@@ -26,19 +26,19 @@ class LastCheckpoint(AbstractCheckpoint):
     """Saves `last.ckpt` after each validation, at intervals, at the end of training, and when a signal ends it.
 
     Earlier checkpoints are kept as `step-N.ckpt`, in case the newest is damaged. Saves happen only after an optimizer
-    step; if a validation falls between two steps, the save follows the next step. Files that killed runs left half
-    written are removed at the start. A run resumed from an older checkpoint moves the newer ones to a folder
-    `left-at-step-N`, with a warning.
+    step; if a validation falls between two steps, the save follows the next step. Incomplete files of killed runs are
+    removed at the start. A run resumed from an older checkpoint moves the newer ones to a folder `left-at-step-N`, with
+    a warning.
 
-    If a checkpoint cannot be written (a full disk), that is a warning, provided that the trainer's `AtomicCheckpointIO`
-    has `errors="warn"`; at the end of training, and when a signal ends it, it is an error.
+    If a checkpoint cannot be written (for example because the disk is full) and the trainer's `AtomicCheckpointIO` has
+    `errors="warn"`, training continues with a warning. At the end of training, or after a signal, it is an error.
 
     Args:
         folder: Folder of the checkpoints; None for `checkpoints` in the run's folder.
         keep_last: Number of checkpoints to keep, including `last.ckpt`.
-        every_n_steps: Also save after so many optimizer steps.
-        every_minutes: Also save if the newest checkpoint is so old. With several processes, checked at logging steps.
-        stop_signal: Number of the signal by which training ends after this step; 0 for none.
+        every_n_steps: Also save every so many optimizer steps.
+        every_minutes: Also save when the newest checkpoint is this old; several processes check at logging steps.
+        stop_signal: Returns the number of the signal that ends training after this step, or 0.
         clock: Seconds since 1970.
     """
 
@@ -70,11 +70,7 @@ class LastCheckpoint(AbstractCheckpoint):
         self._due = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the folder and clean it up.
-
-        Raises:
-            CheckpointError: If it cannot be written to.
-        """
+        """Find the folder and clean it up; raise `CheckpointError` if it is not writable."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and not cast(Any, trainer).fast_dev_run:
             fault = self._prepare_folder() if trainer.is_global_zero else None
@@ -99,10 +95,10 @@ class LastCheckpoint(AbstractCheckpoint):
             late = trainer.strategy.reduce_boolean_decision(late and trainer.is_global_zero, all=False)
             self._due = self._due or late
         at_interval = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
-        # A run resumed between a step and its validation would skip the validation. A signal does not wait for it: the
+        # A run resumed between a step and its validation would skip the validation. After a signal, save at once: the
         # validation may take too long.
         if self.stop_signal() or ((self._due or at_interval) and not validation_follows(trainer)):
-            # Lightning logs the step after this hook: in a run killed in between it would be missing.
+            # Lightning logs the step after this hook; if the run were killed in between, it would be missing.
             cast(Any, trainer)._logger_connector.update_train_step_metrics()
             self._save(trainer)
             self._require_saved(self.stop_signal())
@@ -110,7 +106,7 @@ class LastCheckpoint(AbstractCheckpoint):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             if made_step(trainer):
-                self._save(trainer, again=True)  # what was saved before this validation would repeat it
+                self._save(trainer, again=True)  # a run resumed from an earlier save would repeat it
                 self._require_saved(self.stop_signal())
             else:
                 self._due = True
@@ -121,20 +117,20 @@ class LastCheckpoint(AbstractCheckpoint):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero and self._step_of_file is not None:
-            self._prune()  # unless a run that was killed at its very end did
+            self._prune()  # a run killed at its very end did not
 
     def _require_saved(self, asked_to_end: int = True) -> None:
-        """Raise, on all processes, if the run is to end and its newest checkpoint was not written."""
+        """Raise, on all processes, if the run ends and its newest checkpoint was not written."""
         if self._error is None or not asked_to_end:
             return
         earlier = (
-            "what was saved before is intact" if newest_good(self.path.parent).path else "nothing was saved before"
+            "earlier checkpoints are intact" if newest_good(self.path.parent).path else "there is no earlier checkpoint"
         )
         reason = self._error.strerror or self._error
-        raise CheckpointError(f"the run's end could not be saved to {self.path}: {reason}; {earlier}")
+        raise CheckpointError(f"the final state could not be saved to {self.path}: {reason}; {earlier}")
 
     def _save(self, trainer: Trainer, *, again: bool = False) -> None:
-        """Save on all processes, unless it is done for this step, and remove older checkpoints."""
+        """Save on all processes, unless this step is already saved, and remove older checkpoints."""
         if (self._saved_step == trainer.global_step and not again) or cast(Any, trainer).fast_dev_run:
             return
         if trainer.is_global_zero:
@@ -149,16 +145,16 @@ class LastCheckpoint(AbstractCheckpoint):
             self._prune()
 
     def _keep_previous(self, step: int) -> None:
-        """Give the newest checkpoint a name of its own, before another takes `last.ckpt`."""
+        """Keep the newest checkpoint as `step-N.ckpt` before another one replaces `last.ckpt`."""
         previous = self._step_of_file
         if previous is None or previous >= step or self.keep_last == 1 or not self.path.exists():
             return
         kept = self.path.with_name(f"step-{previous}.ckpt")
-        with contextlib.suppress(OSError):  # if nothing can be written, the save that follows reports it
+        with contextlib.suppress(OSError):  # if nothing can be written, the following save reports it
             remove(kept)
             try:
                 os.link(self.path, kept)
-            except OSError:  # a folder, or a file system without links; until the new one is whole this is the newest
+            except OSError:  # a folder, or no links in this file system; the newest until the next save completes
                 self.path.rename(kept)
 
     def _prune(self) -> None:
@@ -171,13 +167,13 @@ class LastCheckpoint(AbstractCheckpoint):
         return {int(match[1]): path for path, match in named.items() if match}
 
     def _leave_branch(self, step: int) -> None:
-        """Move checkpoints of later steps to a folder of their own; the run will write others of their names."""
+        """Move checkpoints of later steps to a separate folder, because the run will write files of the same names."""
         newer = [path for number, path in sorted(self._kept_files().items()) if number > step]
         if self._step_of_file is not None and self._step_of_file > step:
             newer.append(self.path)
             self._step_of_file = None
         if not newer:
-            return  # `best.ckpt` alone is newer if a run was killed after a validation
+            return  # only `best.ckpt` is newer if a run was killed after a validation
         best, _ = steps_of([path for path in [self.path.with_name(BEST)] if path.exists()])
         newer += [path for path, steps in best.items() if steps.number > step]
         names = (f"left-at-step-{step}" + (f"-{k}" if k else "") for k in itertools.count())
@@ -186,7 +182,7 @@ class LastCheckpoint(AbstractCheckpoint):
         for path in newer:
             path.rename(left / path.name)
         warnings.warn(
-            f"the run {'continues from' if step else 'begins at'} step {step}: the checkpoints of later steps"
+            f"the run {'continues from' if step else 'starts at'} step {step}: the checkpoints of later steps"
             f" ({', '.join(path.name for path in newer)}) were moved to {left}",
             stacklevel=2,
         )
@@ -197,7 +193,7 @@ class LastCheckpoint(AbstractCheckpoint):
         try:
             make_folder(folder)
             probe.write_bytes(b"x")
-            remove_leftovers(folder)  # the probe, too
+            remove_leftovers(folder)  # including the probe
         except OSError as error:
             return f"checkpoints cannot be written to {folder}: {error.strerror or error}; choose another run.folder"
         steps, _ = steps_of([self.path] if self.path.exists() else [])

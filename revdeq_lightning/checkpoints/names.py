@@ -1,17 +1,17 @@
-"""Names in a folder of checkpoints."""
+"""File names in a checkpoint folder."""
 
 from pathlib import Path
 
 CHECKPOINTS = "checkpoints"
-"""Name of that folder in a run's."""
+"""Name of the folder, within that of the run."""
 
 BEST, LAST = "best.ckpt", "last.ckpt"
-ASIDE = f".{LAST}.old"  # all that a run killed in an unlucky moment may have, see `files.put_in_place`
+ASIDE = f".{LAST}.old"  # a run killed in `files.put_in_place` may have only this one
 
 REST, SUMS = "meta.pt", "SHA256SUMS"
-"""In a folder of shards: all that is not a tensor, and the checksums of its files; both by the first process."""
+"""Files of a sharded checkpoint: all values except tensors, and the checksums; the first process writes both."""
 
 
 def is_sharded_checkpoint(path: str | Path) -> bool:
-    """Whether this is a folder that a sharded checkpoint was written to."""
+    """Whether the path is a sharded checkpoint, which is a folder."""
     return (Path(path) / REST).is_file()

@@ -1,8 +1,8 @@
-"""Sharded checkpoints: folders with a safetensors file from each process, readable on any number of processes.
+"""Sharded checkpoints: folders with one safetensors file per process, readable on any number of processes.
 
-`process-R.safetensors` holds what process R has of the tensors, `meta.pt` all other values. PyTorch's reader of
-safetensors puts the parts together; its writer is not used: it drops values that are not tensors without an error, and
-needs memory for two more copies of the tensors. No Lightning in here.
+`process-R.safetensors` holds process R's parts of the tensors, `meta.pt` all other values. PyTorch's safetensors reader
+assembles the parts. Its writer is not used, because it silently drops values that are not tensors and needs memory for
+two more copies of the tensors. Independent of Lightning.
 """
 
 import json
@@ -41,14 +41,14 @@ from revdeq_lightning.processes import gathered
 
 WEIGHTS, TRAINED = "state_dict", "trained_weights"
 VALUES = "values"
-"""Key in `meta.pt` of what the saved states hold beside tensors, such as the settings of optimizers."""
+"""Key in `meta.pt` for the saved states' values that are not tensors, such as optimizer settings."""
 
 
 def write_folder(checkpoint: dict[str, Any], target: Path) -> OSError | None:
-    """Write a checkpoint as a folder, which gets its name when all of it is on the disk; all processes must call it.
+    """Write a checkpoint as a folder, which gets its name when it is complete; all processes must call it.
 
     Returns:
-        The error of the process that could not write, if any, on all of them.
+        On all processes, the error of the one that could not write, if any.
     """
     is_first = dist.get_rank() == 0
     part = target.with_name(f".{target.name}.part")
@@ -76,7 +76,7 @@ def write_folder(checkpoint: dict[str, Any], target: Path) -> OSError | None:
 
 
 def _together(act: Callable[[], Any], is_acting: bool = True) -> list[Any]:
-    """Let processes do something; what each got. An `OSError` of one is raised on all."""
+    """Call `act` on the acting processes; return all results, or raise one process's `OSError` on all."""
     result = fault = None
     if is_acting:
         try:
@@ -90,12 +90,12 @@ def _together(act: Callable[[], Any], is_acting: bool = True) -> list[Any]:
 
 
 def write_part(state: dict[str, Any], folder: Path, rank: int) -> dict[str, str]:
-    """Write what this process holds of a nested state's tensors, and wait until it is on the disk.
+    """Write and sync this process's parts of a nested state's tensors.
 
-    Tensors that are not sharded are the same on all processes; the first one writes them.
+    The first process also writes the tensors that are not sharded, which are the same on all processes.
 
     Returns:
-        The SHA-256 of the file, by its name.
+        The SHA-256 of the file, by name.
 
     Raises:
         OSError: If it cannot be written.
@@ -115,23 +115,23 @@ def write_part(state: dict[str, Any], folder: Path, rank: int) -> dict[str, str]
             parts[name], places[name] = part.detach().cpu().contiguous(), {"saved_offsets": offsets}
     path = folder / f"process-{rank}.safetensors"
     try:
-        save_file(parts, path, {"DCP_SHARDING_INFO": json.dumps(places)})  # as PyTorch's reader expects it
+        save_file(parts, path, {"DCP_SHARDING_INFO": json.dumps(places)})  # the format of PyTorch's reader
     except SafetensorError as error:
-        raise OSError(f"the file could not be written, is the disk full? ({error})") from None
+        raise OSError(f"the file could not be written; is the disk full? ({error})") from None
     sync(path)
     return checksums([path])
 
 
 def other_values(state: dict[str, Any]) -> dict[str, Any]:
-    """What a nested state holds beside tensors, by dotted names."""
+    """A nested state's values that are not tensors, by dotted names."""
     return {name: holder[key] for name, holder, key in leaves(state) if not isinstance(holder[key], Tensor)}
 
 
 def load_into(state: dict[str, Any], path: Path, values: dict[str, Any], *, no_dist: bool = False) -> None:
-    """Fill a nested state: its tensors from the folder, each process its parts, everything else from `values`.
+    """Fill a nested state: tensors from the folder, only this process's parts, and everything else from `values`.
 
     Raises:
-        CheckpointError: If something is missing, has another shape, or cannot be read.
+        CheckpointError: If something is missing, has a different shape, or cannot be read.
     """
     held = held_tensors(path)
     tensors: dict[str, Any] = {}
@@ -149,11 +149,11 @@ def load_into(state: dict[str, Any], path: Path, values: dict[str, Any], *, no_d
             holder[key] = values[name]
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as asked
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as requested
             load(tensors, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=no_dist)
-    except CheckpointException as error:  # not an `Exception`: it would end this process and not the others
+    except CheckpointException as error:  # not an `Exception`: it would end only this process
         rank, (reason, _) = next(iter(error.failures.items()))
-        raise CheckpointError(f"{path} {reason_of(reason)}, as process {rank} found") from None
+        raise CheckpointError(f"{path} {reason_of(reason)} (found by process {rank})") from None
 
 
 def refuse_others(weights: Collection[str], path: Path) -> None:
@@ -165,7 +165,7 @@ def refuse_others(weights: Collection[str], path: Path) -> None:
 
 
 def read_whole(path: Path, *names: str) -> dict[str, Any]:
-    """The tensors of the named states (`state_dict`, `optimizer_0`, ...) as a whole, in this process alone.
+    """The complete tensors of the named states (`state_dict`, `optimizer_0`, ...), read by this process alone.
 
     Raises:
         CheckpointError: If the folder is damaged.
@@ -190,14 +190,14 @@ def held_tensors(path: Path) -> dict[str, TensorStorageMetadata]:
         for name, entry in held.items():
             if sum(math.prod(chunk.sizes) for chunk in entry.chunks) != math.prod(entry.size):
                 raise ValueError(f"parts of {name} are missing")
-    except Exception as error:  # files that were made up end in any of them
+    except Exception as error:  # invalid files raise many types
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{path} is not a sharded checkpoint ({type(error).__name__}: {reason})") from None
     return dict(held)
 
 
 def leaves(state: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, Any], str]]:
-    """The dotted name of each value of nested dictionaries, the dictionary that holds it, and its key there."""
+    """Dotted name of each value in nested dictionaries, with the dictionary that holds it and its key there."""
     for key, value in state.items():
         if isinstance(value, dict):
             yield from leaves(value, f"{prefix}{key}.")

@@ -22,7 +22,7 @@ from revdeq_lightning.tasks.training_step import run_folder
 DIVERGED = "diverged"
 WEIGHTS = "weights.ckpt"
 MOST_FILES = 8
-"""Number of processes whose batches are saved if none can tell that its batch was the cause."""
+"""Number of processes that save their batches if none can be identified as the cause."""
 
 
 class DivergedError(RuntimeError):
@@ -140,7 +140,7 @@ class DivergenceGuard(Callback):
 
     def _raise(self, trainer: Trainer, reason: str, kept: str = "") -> None:
         step = trainer.global_step + 1
-        raise DivergedError(f"training diverged in step {step}: {reason}. No step was made with it{kept}")
+        raise DivergedError(f"training diverged in step {step}: {reason}. No optimizer step followed{kept}")
 
     def _keep(self, trainer: Trainer, pl_module: LightningModule, reason: str | None) -> str:
         """Write the weights (first process) and, with a reason, this process's batches, and report them."""
@@ -161,8 +161,8 @@ class DivergenceGuard(Callback):
                 }
                 write_checkpoint(content, path)
         except OSError as error:
-            return f"its batch could not be kept in {folder}: {error.strerror or error}"
-        return f"to see the batch again: {program()} replay --file {path}"
+            return f"its batch could not be saved in {folder}: {error.strerror or error}"
+        return f"to replay the batch: {program()} replay --file {path}"
 
 
 @torch.no_grad()

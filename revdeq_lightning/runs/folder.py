@@ -1,4 +1,4 @@
-"""A run's folder: its location, and how checkpoints and command lines refer to it."""
+"""A run's folder: its path, its checkpoints, and the commands that use them."""
 
 import os
 import shlex
@@ -21,25 +21,24 @@ ENVIRONMENT = "environment.json"
 
 @dataclass
 class RunConfig:
-    """Where a run keeps its files, `FOLDER/NAME/VERSION`, and what it does at its end.
+    """Where a run stores its files, `FOLDER/NAME/VERSION`, and what it does at its end.
 
     Attributes:
         folder: Folder of all runs.
-        name: Name of the run; null: that of the configuration's file.
-        version: Names one run of this name; null: date and time.
-        resume: auto: go on from the newest checkpoint of this run if it has any, else begin; for jobs that are started
-            again with the same command line, by SLURM or `torchrun --max-restarts`. A job's id is its run's version.
-        wandb: Log to Weights & Biases too: off, online (needs a key), offline, or auto: online if there is a key.
-        wandb_project: Project there.
-        wandb_group: What the runs of one sweep share there; null: the environment's WANDB_RUN_GROUP, or the SLURM job
-            array.
-        wandb_checkpoints: Send the checkpoints there too, at the end of training, as artifacts.
-        tensorboard: Log to TensorBoard too, into the folder tensorboard in the run's.
-        depth_sweep: With each test, evaluate with other numbers of solver steps too, from 1 to four times as many.
+        name: Name of the run; null: the name of the configuration file.
+        version: Distinguishes runs of the same name; null: date and time.
+        resume: auto: continue from this run's newest checkpoint, or start if there is none; for jobs that SLURM or
+            `torchrun --max-restarts` restarts with the same command. The job's id is then the run's version.
+        wandb: Also log to Weights & Biases: off, online (needs a key), offline, or auto: online if there is a key.
+        wandb_project: W&B project.
+        wandb_group: W&B group, shared by the runs of a sweep; null: `WANDB_RUN_GROUP`, or the SLURM job array.
+        wandb_checkpoints: Also upload the checkpoints as artifacts, at the end of training.
+        tensorboard: Also log to TensorBoard, in the subfolder `tensorboard`.
+        depth_sweep: In each test, also evaluate with other numbers of solver steps, from 1 to four times as many.
         test: After training, evaluate the best checkpoint on the test split.
-        keep_last: How many checkpoints to keep to go on from: `last.ckpt` and, before it, `step-N.ckpt`.
-        checkpoint_every_n_steps: Write one after so many optimizer steps; null: after validations and by time only.
-        checkpoint_every_minutes: Write one when the newest is so old; null: never.
+        keep_last: Number of checkpoints to keep for resuming: `last.ckpt` and the earlier `step-N.ckpt`.
+        checkpoint_every_n_steps: Save every so many optimizer steps; null: only after validations and by time.
+        checkpoint_every_minutes: Save when the newest checkpoint is this old; null: never.
     """
 
     folder: str = "runs"
@@ -60,7 +59,7 @@ class RunConfig:
     task: ClassVar[tuple[str, ...]] = ()
     """Words of the command line that name the task."""
     usage: ClassVar[tuple[str, ...]] = ()
-    """What one does with a trained model: a label, the command, its arguments."""
+    """How to use a trained model: label, command, arguments."""
 
     @property
     def path(self) -> Path:
@@ -69,7 +68,7 @@ class RunConfig:
 
     @property
     def checkpoints(self) -> Path:
-        """Folder of its checkpoints."""
+        """Folder of the checkpoints."""
         return self.path / CHECKPOINTS
 
 
@@ -79,8 +78,8 @@ class LanguageRunConfig(RunConfig):
 
     Attributes:
         sample_tokens: Length of the samples at validations and at the end; 0 for none.
-        sample_prompt: What the sample continues.
-        sample_temperature: Of the sample.
+        sample_prompt: Text that the sample continues.
+        sample_temperature: Sampling temperature.
     """
 
     folder: str = "runs/lm"
@@ -106,56 +105,56 @@ class ReasoningRunConfig(RunConfig):
     """A run of a reasoner."""
 
     folder: str = "runs/reasoning"
-    depth_sweep: bool = False  # `ReasoningReport` shows what other numbers of evaluations do, for less
+    depth_sweep: bool = False  # `ReasoningReport` shows other numbers of evaluations at a lower cost
 
     task: ClassVar[tuple[str, ...]] = ("reasoning",)
     usage: ClassVar[tuple[str, ...]] = ("Predict", "predict", "--data.path", "FILE.npz")
 
 
 def new_version() -> str:
-    """Date and time, sorted as the runs began."""
+    """Date and time, which sort by the start of the runs."""
     return time.strftime("%Y%m%d-%H%M%S")
 
 
 def job_version() -> str | None:
-    """What names this job on all of its machines, and still when it is started again.
+    """Identifier of this job, the same on all machines and after a restart; None outside of jobs.
 
-    That is torchrun's `--rdzv-id`, or SLURM's job id, which a requeued job keeps; None outside of jobs.
+    It is torchrun's `--rdzv-id`, or the SLURM job id, which a requeued job keeps.
     """
     torchrun, job, array, task = (
         os.environ.get(key)
         for key in ("TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID")
     )
-    if torchrun and torchrun != "none":  # what torchrun says where it was given no id
+    if torchrun and torchrun != "none":  # torchrun's value without an id
         return torchrun
     return f"{array}_{task}" if array else job
 
 
 def run_of_checkpoint(checkpoint: str | Path) -> Path | None:
-    """Folder of the run that wrote this checkpoint, if it lies in one."""
+    """Folder of the run that wrote this checkpoint, or None if it is not in one."""
     folder = Path(checkpoint).parent.parent
     return folder if Path(checkpoint).parent.name == CHECKPOINTS and (folder / CONFIG).is_file() else None
 
 
 def describes_run(path: Path) -> bool:
-    """Whether a configuration says what is trained, and not only how: then it names the run."""
+    """Whether a configuration defines what is trained, not only how: such a file names the run."""
     try:
         settings = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return True  # told when it is parsed
+        return True  # reported when it is parsed
     return not isinstance(settings, dict) or bool({"model", "data"} & settings.keys())
 
 
 def find_checkpoint(alias: str, run: RunConfig) -> "Found":
-    """The last or best checkpoint of the run, or of the newest run of this name if the run has no version.
+    """The "last" or "best" checkpoint of the run, or of the newest run of this name if it has no version.
 
-    "last" is `last.ckpt`, or the newest that can be used where that one is damaged.
+    "last" is `last.ckpt`, or the newest usable checkpoint if that is damaged.
 
     Raises:
-        FileNotFoundError: If there is none.
-        CheckpointError: If none can be used.
+        FileNotFoundError: If there is no such checkpoint.
+        CheckpointError: If no checkpoint is usable.
     """
-    from revdeq_lightning.checkpoints.files import Found, newest_good  # PyTorch: not for help
+    from revdeq_lightning.checkpoints.files import Found, newest_good  # imports PyTorch, which help does not need
     from revdeq_lightning.errors import CheckpointError
 
     runs = Path(run.folder) / str(run.name)
@@ -163,7 +162,7 @@ def find_checkpoint(alias: str, run: RunConfig) -> "Found":
     paths = [path for name in names for path in runs.glob(f"{run.version or '*'}/{CHECKPOINTS}/{name}")]
     found = max(paths, key=lambda path: path.stat().st_mtime, default=None)
     if found is None:
-        raise FileNotFoundError(f"no {alias}.ckpt under {runs}: give its path as --ckpt_path")
+        raise FileNotFoundError(f"no {alias}.ckpt under {runs}: set --ckpt_path to its path")
     if alias != "last":
         return Found(found, {})
     newest = newest_good(found.parent)
@@ -174,20 +173,20 @@ def find_checkpoint(alias: str, run: RunConfig) -> "Found":
 
 
 def checkpoint_to_resume(run: RunConfig) -> "Found | None":
-    """The newest good checkpoint of a run that has got as far as its first.
+    """The newest usable checkpoint of a run, or None if it has not saved any.
 
     Raises:
-        ValueError: If nothing tells which run that is.
-        CheckpointError: If there are checkpoints and none of them is good: a run that begins would overwrite them.
+        ValueError: If the run has no version.
+        CheckpointError: If none of its checkpoints is usable: a new run would overwrite them.
     """
     if run.version is None:
         raise ValueError(
-            "run.resume=auto: which run? Give run.version (in a SLURM job and under torchrun --rdzv-id it is their id)"
+            "run.resume=auto needs run.version, to know which run (SLURM and torchrun --rdzv-id set it to their id)"
         )
     saved = [path for pattern in (LAST, ASIDE, "step-*.ckpt") for path in run.checkpoints.glob(pattern)]
     return find_checkpoint("last", run) if saved else None
 
 
 def command(run: RunConfig, subcommand: str, checkpoint: Path, *arguments: str) -> str:
-    """The command line that goes on from a checkpoint in a run's folder, which knows its configuration."""
+    """A command that uses a checkpoint in a run's folder, whose configuration it reads."""
     return f"{program()} {shlex.join([*run.task, subcommand, '--ckpt_path', str(checkpoint), *arguments])}"

@@ -45,7 +45,7 @@ def _take(descriptor: int, folder: Path) -> None:
     while not _is_ours(descriptor):
         host, _, pid = os.pread(descriptor, 300, 0).decode(errors="replace").strip().partition(" ")
         fault = f"another process trains in {folder} ({pid} on {host})"
-        advice = "wait for its end, or choose another run.version"
+        advice = "wait until it ends, or choose another run.version"
         if host == socket.gethostname():
             raise LockedError(f"{fault}: {advice}")
         if time.monotonic() - begin >= PATIENCE:

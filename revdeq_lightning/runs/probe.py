@@ -178,14 +178,14 @@ def reason_against(module: LightningModule, loss: Loss | None) -> str | None:
     if loss is None and not module.automatic_optimization:
         return (
             f"the training_step of {type(module).__name__} steps the optimizer itself (automatic_optimization=False):"
-            " give a loss=function(module, batch)"
+            " pass loss=function(module, batch)"
         )
     if torch.distributed.is_available():
         from torch.distributed.tensor import DTensor
 
         sharded = next((name for name, p in module.named_parameters() if isinstance(p, DTensor)), None)
         if sharded is not None:
-            return f"parameter {sharded!r} is sharded: one device or DDP is needed"
+            return f"parameter {sharded!r} is sharded: use one device or DDP"
     return None
 
 

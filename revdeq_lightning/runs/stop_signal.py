@@ -1,4 +1,4 @@
-"""All ranks begin from the same checkpoint, and end after the same step at Ctrl-C or a scheduler's signal."""
+"""Make all ranks start from the same checkpoint, and end after the same step at Ctrl-C or a scheduler's signal."""
 
 import signal
 import threading
@@ -13,10 +13,10 @@ from revdeq_lightning.tasks.training_step import made_step
 
 
 class SameStart(Callback):
-    """Refuses to train if a rank does not see the checkpoint from which the first rank resumes.
+    """Raises FileNotFoundError on every rank if one does not see the checkpoint from which the first rank resumes.
 
-    Machines whose run folder is not on a shared file system see different ones, and a rank that starts from scratch
-    beside one that resumes would spoil the run, or hang. Raises FileNotFoundError, on every rank.
+    This happens if the run folder is not on a shared file system. A rank that starts from scratch while others resume
+    would spoil the run, or hang.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -26,20 +26,20 @@ class SameStart(Callback):
         first = trainer.strategy.broadcast(own)
         if not trainer.strategy.reduce_boolean_decision(own == first):
             raise FileNotFoundError(
-                f"rank {trainer.global_rank} would begin from {own or 'nothing'}, the first rank from "
-                f"{first or 'nothing'}: run.folder must lie on a file system that all machines share"
+                f"rank {trainer.global_rank} would start from {own or 'nothing'}, the first rank from "
+                f"{first or 'nothing'}: run.folder must be on a file system that all machines share"
             )
 
 
 class StopSignal(Callback):
-    """Ends training at Ctrl-C, SIGTERM or SIGUSR1, between two optimizer steps, on all ranks after the same one.
+    """Ends training at Ctrl-C, SIGTERM or SIGUSR1, on all ranks after the same optimizer step.
 
-    A signal may reach one rank alone, or each at another moment; ranks that acted by themselves would deadlock in
-    different collectives. So the handler only notes the signal, and after each optimizer step the ranks exchange one
-    number. `LastCheckpoint` saves once they have agreed; training ends as the next step begins. A validation that has
-    begun, or is due after that step, is finished first. A test is not, as nothing of it can be kept.
+    A signal may reach only one rank, or each at a different time; ranks that acted on their own would deadlock in
+    different collectives. Therefore, the handler only records the signal, and the ranks exchange one number after each
+    optimizer step. `LastCheckpoint` saves once they agree, and training ends when the next step starts. A validation in
+    progress, or due after that step, is finished first. A test is interrupted, because it has no state to save.
 
-    A second Ctrl-C ends training at once, without a checkpoint.
+    A second Ctrl-C ends training immediately, without a checkpoint.
     """
 
     def __init__(self) -> None:
@@ -48,9 +48,9 @@ class StopSignal(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._took = STOP.take() or self._took
-        # Lightning's handlers call collectives, and under SLURM save, whenever the signal comes: a rank that gets it in
-        # another collective than the others hangs.
-        cast(Any, trainer)._signal_connector.register_signal_handlers = lambda: None  # there is no public switch
+        # Lightning's handlers call collectives, and under SLURM save, at any time: a rank that receives the signal in a
+        # different collective hangs.
+        cast(Any, trainer)._signal_connector.register_signal_handlers = lambda: None  # no public option
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if threading.current_thread() is threading.main_thread():
@@ -75,7 +75,7 @@ class StopSignal(Callback):
         self._end_if_asked()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if isinstance(exception, Exception):  # otherwise Ctrl-C stays ignored while training shuts down
+        if isinstance(exception, Exception):  # otherwise ignore Ctrl-C while training shuts down
             self._give_back_interrupt()
         self.teardown(trainer, pl_module, "")
 
@@ -83,7 +83,7 @@ class StopSignal(Callback):
         self._give_back_interrupt()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if self._took:  # not if the program took them itself
+        if self._took:  # not if the program took them
             STOP.give_back()
             self._took = False
 
@@ -98,7 +98,7 @@ class StopSignal(Callback):
         if not STOP.agreed:
             return
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is saved, and soon over
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # everything is saved
         name = signal.Signals(STOP.agreed).name
         raise Stopped("Interrupted" if STOP.agreed == signal.SIGINT else f"Stopped by {name}")
 
@@ -106,7 +106,7 @@ class StopSignal(Callback):
         STOP.received = signal.SIGINT
         self._give_back_interrupt()
         if cast(Any, rank_zero_only).rank == 0:
-            print("\nStopping with a checkpoint after this step (Ctrl-C again: at once, without) ...", flush=True)
+            print("\nStopping with a checkpoint after this step (Ctrl-C again: stop now, without it) ...", flush=True)
 
     def _give_back_interrupt(self) -> None:
         if self._previous_interrupt is not None:

@@ -124,7 +124,7 @@ def test_a_batch_that_cannot_be_kept_is_told(tmp_path, capsys):
     with pytest.raises(SystemExit):
         run("image", "fit", "--config", config)
     err = capsys.readouterr().err
-    assert "No step was made with it; its batch could not be kept in " in err
+    assert "No optimizer step followed; its batch could not be saved in " in err
     assert "replay" not in err
 
 
@@ -148,7 +148,7 @@ def test_all_processes_end_where_one_diverges(tmp_path, strategy, what, adjoint,
     folder = tmp_path / "runs/tiny/v"
     file = folder / "diverged/step-4/process-1.ckpt"
     assert err.count(f"error: training diverged in step 4: {reason}") == 1
-    assert "on process 1. No step was made with it" in err
+    assert "on process 1. No optimizer step followed" in err
     assert f"python -m revdeq_lightning replay --file {file}" in err
     assert sorted(path.name for path in file.parent.iterdir()) == ["process-1.ckpt", "weights.ckpt"]
     assert sorted(losses(tmp_path)) == list(range(3))

@@ -198,7 +198,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path):
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
             with pytest.raises(OSError, match="File too large"):
                 AtomicCheckpointIO().save_checkpoint(content(2, size=40_000), path)
-            with pytest.warns(UserWarning, match="no checkpoint was written .*: File too large; what it held"):
+            with pytest.warns(UserWarning, match="no checkpoint was written .*: File too large; the previous one"):
                 io_.save_checkpoint(content(2, size=40_000), path)
             assert io_.failures.keys() == {path}
     finally:

@@ -148,7 +148,7 @@ def rest(folder, trace):
     [
         (
             older,
-            "is a sharded checkpoint of version 0.1.0.dev0, which is not read any more: resume it with that",
+            "is a sharded checkpoint of version 0.1.0.dev0, which can no longer be read: resume it with that",
         ),
         (part, "is not a sharded checkpoint (SafetensorError: "),
         (rest, "is refused: it holds Python objects"),
@@ -169,7 +169,7 @@ def test_every_file_of_a_folder_has_to_be_listed(tmp_path):
     folder = write_shards(tmp_path / "last.ckpt")
     assert fault_of_folder(folder) is None
     (folder / "process-1.safetensors").write_bytes(b"x")
-    fault = "is refused: its SHA256SUMS does not list process-1.safetensors, which did not come with the checkpoint"
+    fault = "is refused: its SHA256SUMS does not list process-1.safetensors, so this file is not part of the checkpoint"
     assert [fault_of_folder(folder, share, 2) for share in range(2)] == [fault, fault]
     assert newest_good(tmp_path) == (None, {folder: fault})
     seal(folder)

@@ -77,7 +77,7 @@ def test_a_damaged_checkpoint_given_by_name_is_refused_and_another_named(whole, 
             run(command, "--ckpt_path", last)
         assert stop.value.code != 0
         (error,) = errors(capsys)
-        assert "last.ckpt is damaged (its checksum does not match): go on from" in error
+        assert "last.ckpt is damaged (its checksum does not match): continue from" in error
         assert error.endswith("step-3.ckpt")
     (folder / "checkpoints/step-3.ckpt").unlink()
     with pytest.raises(SystemExit):
@@ -177,8 +177,8 @@ def test_a_full_disk_is_a_warning_on_the_way_and_an_error_at_the_end(whole, tmp_
     ):
         run("fit", "--config", config, *QUIET, f"--run.folder={tmp_path}")
     (error,) = errors(capsys)
-    assert "the run's end could not be saved" in error
-    assert "what was saved before is intact" in error
+    assert "the final state could not be saved" in error
+    assert "earlier checkpoints are intact" in error
     folder = tmp_path / "tiny/v/checkpoints"
     assert {path.name for path in folder.iterdir()} == {"best.ckpt", "last.ckpt", "step-3.ckpt"}
     assert_equal(trained(folder / "last.ckpt"), trained(kept / "checkpoints/step-3.ckpt"))
@@ -193,7 +193,7 @@ def test_when_there_is_room_again_the_next_save_succeeds(whole, tmp_path, distur
 
     disturbed(Disturb(2, full_disk))
     disturbed(Disturb(4, free))
-    with pytest.warns(UserWarning, match="there is none of this name now"):
+    with pytest.warns(UserWarning, match="there is no file of this name"):
         run("fit", "--config", config, *QUIET, f"--run.folder={tmp_path}")
     assert_equal(trained(tmp_path / "tiny/v/checkpoints/last.ckpt"), trained(kept / "checkpoints/last.ckpt"))
     assert not (tmp_path / "tiny/v/checkpoints/step-3.ckpt").exists()
@@ -330,7 +330,7 @@ def test_asked_to_end_on_a_full_disk_is_an_error(whole, tmp_path, capsys, distur
         run("fit", "--config", config, *QUIET, f"--run.folder={tmp_path}")
     assert stop.value.code == 1
     (error,) = errors(capsys)
-    assert "the run's end could not be saved" in error
+    assert "the final state could not be saved" in error
 
 
 @pytest.mark.parametrize(

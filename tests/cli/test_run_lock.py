@@ -93,7 +93,7 @@ def test_the_process_that_holds_it_may_come_again(tmp_path, capsys):
 def test_what_another_process_holds_is_refused_at_once_on_this_machine(tmp_path, held, capsys):
     process = held(socket.gethostname())
     begin = time.monotonic()
-    assert f"(7 on {socket.gethostname()}): wait for its end" in refusal(tmp_path)
+    assert f"(7 on {socket.gethostname()}): wait until it ends" in refusal(tmp_path)
     assert time.monotonic() - begin < 10
     process.communicate()
     with locked(tmp_path):

@@ -95,7 +95,7 @@ def test_a_run_killed_while_a_folder_is_replaced_goes_on_from_a_whole_one(tmp_pa
 @pytest.mark.slow
 def test_a_name_that_cannot_be_changed_is_a_warning_and_the_next_save_tries_again(tmp_path):
     said = run_python(sharded_run.__file__, tmp_path, "unrenamed")
-    assert "last.ckpt: Read-only file system; what it held before is intact" in said.err
+    assert "last.ckpt: Read-only file system; the previous one is intact" in said.err
     assert "Traceback" not in said.err
     checkpoints = tmp_path / "runs/tiny/v/checkpoints"
     assert torch.load(checkpoints / "last.ckpt/meta.pt", weights_only=True)["global_step"] == 4
@@ -136,7 +136,7 @@ REFUSALS = {
     "code": r"bad\.ckpt/meta\.pt is refused: it holds Python objects",
     "part": r"bad\.ckpt is not a sharded checkpoint \(SafetensorError: ",
     "older": r"bad\.ckpt is a sharded checkpoint of version 0\.1\.0\.dev0, .*sharded_checkpoints=false",
-    "unsealed": r"bad\.ckpt is incomplete \(a folder of shards without SHA256SUMS\): go on from .*last\.ckpt",
+    "unsealed": r"bad\.ckpt is incomplete \(a folder of shards without SHA256SUMS\): continue from .*last\.ckpt",
     "wider": rf"{MISFIT}: it needs state_dict\.\S+ of shape \(.*32.*\), \S+bad\.ckpt holds",
     "larger": rf"{MISFIT}: it needs state_dict\.\S+layers\.2\.\S+ of shape .*, \S+bad\.ckpt has none",
     "smaller": rf"{MISFIT}, which has no state_dict\.\S+layers\.1\.\S+: \S+bad\.ckpt",
@@ -221,7 +221,7 @@ def test_one_changed_bit_is_found_and_another_checkpoint_named(fast, checkpoint,
     rank_resumes.damage(last, name)
     message = f"is damaged (the checksum of {name} does not match)"
     assert newest_good(last.parent) == Found(good, {last: message})
-    with pytest.raises(CheckpointError, match=re.escape(f"{last} {message}: go on from {good}")):
+    with pytest.raises(CheckpointError, match=re.escape(f"{last} {message}: continue from {good}")):
         load_language_model(last)
     shares = [fault_of_folder(last, share, 3) for share in range(3)]
     assert sorted(filter(None, shares)) == [message]

@@ -75,7 +75,7 @@ class AdjointSystem:
 def attach(value: Leaves, carrier: Leaves, z0: Leaves, cotangents: Callable[[Leaves], Leaves]) -> Leaves:
     """`value`, whose gradient g goes to `carrier` as `cotangents(g)`, and to z0 as zeros.
 
-    Zeros rather than nothing: a z0 that is learnt would otherwise count as unused, under DDP for instance.
+    Zeros rather than nothing: a learned z0 would otherwise count as unused, for example under DDP.
     """
     return list(_Attached.apply(value, cotangents, len(z0), *z0, *carrier))
 

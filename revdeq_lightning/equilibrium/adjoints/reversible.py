@@ -250,7 +250,7 @@ class _BackwardPass:
             f"this gradient is not exact: {count} of {2 * sum(z.numel() for z in z0)} elements of the reconstructed"
             " initial state differ, so f was not the same function in the forward and the backward pass. Look for"
             " random numbers that torch's generators do not make, buffers that f updates, data changed in place, and"
-            " kernels chosen anew (a part of f under torch.compile: ReversibleAdjoint(forward_with_grad=True))"
+            " kernels chosen again (a part of f under torch.compile: ReversibleAdjoint(forward_with_grad=True))"
         )
         report(policy, message, ReconstructionWarning, ReconstructionError)
 

@@ -83,7 +83,7 @@ class BroydenSolver(AbstractSolver):
             z, g = torch.where(accepted, z, state.base), torch.where(accepted, g, state.residual)
             length = torch.where(accepted[:, 0], length, state.length / 2)
             # Each pair was made for the sum of those before it: without the oldest one the rest is no inverse Jacobian.
-            # Affine maps with norm 0.95 and a memory of 8 were so not solved in 150 steps, anew in 40.
+            # So affine maps with norm 0.95 and a memory of 8 were not solved in 150 steps; with restarts they took 40.
             pairs = [] if len(pairs) == self.memory else pairs
             pair, direction = self._updated(pairs, z - state.base, g - state.residual, g, rounding(value))
             pairs = [*pairs, pair]
@@ -107,7 +107,7 @@ class BroydenSolver(AbstractSolver):
         v = self._apply([(v, u) for u, v in pairs], dz)
         u = dz - self._apply(pairs, dg)
         slope = inner(v, dg)
-        with torch.no_grad():  # within rounding, or without a move, nothing can be learnt
+        with torch.no_grad():  # within rounding, or without a move, nothing can be learned
             v_norm, dg_norm = (torch.linalg.vector_norm(vector, dim=1) for vector in (v, dg))
             is_informative = (dg_norm > noise) & (slope.abs() > torch.finfo(g.dtype).eps * v_norm * dg_norm)
         u = u * torch.where(is_informative, 1 / torch.where(is_informative, slope, 1.0), 0.0)[:, None]
