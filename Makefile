@@ -22,7 +22,7 @@ NAME ?=
 SMALL ?=
 FIT = $(TASK) fit --config $(or $(CONFIG),configs/lm/wikitext103.yaml) --config $(TRAINER) $(ARGS)
 
-.PHONY: help setup train-lm train-cifar train-imagenet generate notebooks docs test test-slow lint format typecheck bench bench-quick bench-core bench-lm bench-image bench-image-block bench-cifar bench-quality bench-callbacks bench-faults bench-scaling submit train-nodes bench-pairs clean
+.PHONY: help setup train-lm train-cifar train-imagenet generate notebooks docs test test-slow lint format typecheck bench bench-quick bench-core bench-lm bench-image bench-image-block bench-cifar bench-quality bench-reasoning bench-callbacks bench-faults bench-scaling submit train-nodes bench-pairs clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -113,6 +113,9 @@ bench-callbacks: $(READY)  ## Measure what the callbacks add to a training step 
 
 bench-quality: $(READY)  ## Compare quality at equal cost: DATA=tinyshakespeare.txt ARGS="--images=cifar10-train.tar.xz" (an hour each on one core)
 	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.quality --text '$(or $(DATA),data/tinyshakespeare.txt)' $(ARGS)
+
+bench-reasoning: $(READY)  ## Compare gradients on mazes: ARGS="--only NAME --seeds 0" (hours)
+	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.quality.reasoning $(ARGS)
 
 bench-scaling: $(READY)  ## Model training steps on 8 to 1,024 GPUs, and measure two processes on this CPU
 	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.cluster.scaling --measure $(ARGS)

@@ -51,6 +51,8 @@ PARTS = (
     Part("core.kernels", "parts of an evaluation"),
     Part("core.pairs", "every solver with every adjoint"),
     Part("quality", "quality at equal cost", ("text", "images")),
+    Part("quality.reasoning_memory", "memory of a training step of a reasoner"),
+    Part("quality.reasoning", "mazes: which gradient at equal steps, time, and memory"),
 )
 
 

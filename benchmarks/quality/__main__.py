@@ -60,13 +60,14 @@ class Part(NamedTuple):
         rates: Factors of the learning rates to try.
         every: Curves and depths use every `every[0]`th batch of the validation split, the final figures every
             `every[1]`th.
+        clip: Largest norm of the gradient.
     """
 
     name: str
     title: str
     variants: Mapping[str, Variant]
     optimizer: str
-    make: Callable[[dict[str, Any], Path, int, Path], tuple[LightningModule, Any]]
+    make: Callable[[dict[str, Any], Any, int, Path], tuple[LightningModule, Any]]
     figure: Callable[[Any, Any], tuple[float, float]]
     unit: str
     smaller_is_better: bool
@@ -74,6 +75,7 @@ class Part(NamedTuple):
     search_seconds: float
     rates: tuple[float, ...] = (0.25, 0.5, 1.0)
     every: tuple[int, int] = (4, 1)
+    clip: float | None = None
 
 
 def make_text(settings: dict[str, Any], path: Path, seed: int, cache: Path) -> tuple[LightningModule, Any]:
@@ -180,12 +182,11 @@ def quick(part: Part) -> Part:
 
 
 class Files:
-    """The results of one part: finished runs with curves and depths."""
+    """Tables of results, by kind, that are written after each run."""
 
-    def __init__(self, folder: Path, part: Part) -> None:
-        kinds = ("search", "runs", "curves", "depths")
-        self.paths = {kind: folder / f"quality_{part.name}_{kind}.csv" for kind in kinds}
-        self.rows = {kind: read(path) for kind, path in self.paths.items()}
+    def __init__(self, paths: Mapping[str, Path]) -> None:
+        self.paths = paths
+        self.rows = {kind: read(path) for kind, path in paths.items()}
 
     def has(self, kind: str, **key: Any) -> bool:
         """Whether there is a row with these values."""
@@ -199,14 +200,22 @@ class Files:
             write_csv(self.paths[kind], self.rows[kind])
 
 
-def train(part: Part, name: str, rate: float, seed: int, budget: Budget, options: argparse.Namespace) -> Outcome:
-    """Make one run."""
+def train(
+    part: Part,
+    name: str,
+    rate: float,
+    seed: int,
+    budget: Budget,
+    options: argparse.Namespace,
+    evaluate: Callable[[LightningModule, Any, bool], Any] | None = None,
+) -> Outcome:
+    """Make one run; `evaluate` instead of the part's figure on the validation split."""
     variant = part.variants[name]
     settings = settings_of(variant.configs, variant.changes)
     settings["model"]["optimizer"] = scaled(settings_of([part.optimizer])["model"]["optimizer"], rate)
-    path = getattr(options, part.name)
+    path = getattr(options, part.name, None)
 
-    def evaluate(task: LightningModule, data: Any, whole: bool) -> float:
+    def validate(task: LightningModule, data: Any, whole: bool) -> float:
         sums = [0.0, 0.0]
         for i, batch in enumerate(data.val_dataloader()):
             if i % part.every[whole] == 0:
@@ -214,7 +223,7 @@ def train(part: Part, name: str, rate: float, seed: int, budget: Budget, options
                 sums = [a + b for a, b in zip(sums, found, strict=True)]
         return sums[0] / sums[1]
 
-    return spend(lambda: part.make(settings, path, seed, options.cache), evaluate, budget, seed)
+    return spend(lambda: part.make(settings, path, seed, options.cache), evaluate or validate, budget, seed, part.clip)
 
 
 def best_rate(part: Part, name: str, files: Files, options: argparse.Namespace) -> float:
@@ -236,7 +245,8 @@ def best_rate(part: Part, name: str, files: Files, options: argparse.Namespace) 
 
 def fill(part: Part, options: argparse.Namespace) -> Files:
     """Make the missing runs."""
-    files = Files(options.output, part)
+    kinds = ("search", "runs", "curves", "depths")
+    files = Files({kind: options.output / f"quality_{part.name}_{kind}.csv" for kind in kinds})
     names = [name for name in part.variants if not options.only or name in options.only]
     rates = {name: best_rate(part, name, files, options) for name in names}
     for seed in options.seeds:

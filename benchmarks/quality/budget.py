@@ -1,10 +1,11 @@
-"""Train until a budget of FLOPs and of CPU time of one thread is spent; one run gives the quality at both.
+"""Train until budgets of FLOPs, steps, and CPU time of one thread are spent; one run gives the quality at each.
 
 The learning rate is constant after its warm-up and the evaluated weights are a moving average. No schedule depends on
 the end of the run, so the same run can be evaluated at any cost.
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from benchmarks.measure import peak_tensor_bytes
-from revdeq_lightning.equilibrium import equilibria
+from revdeq_lightning.equilibrium import DivergenceError, equilibria
 from revdeq_lightning.runs.probe import Probe
 from revdeq_lightning.tasks.averaged_weights import AveragedWeights
 
@@ -32,13 +33,14 @@ RATES = ("lr", "embedding_lr", "muon_lr")
 
 
 class Budget(NamedTuple):
-    """Budget of a run, which ends when both are spent, or after `longest` CPU seconds."""
+    """Budgets of a run, which ends when all finite ones are spent, or after `longest` CPU seconds."""
 
     cpu_seconds: float
     flops: float
     longest: float
     num_points: int = 8
     """Number of points of the curve, equally spaced in `cpu_seconds`; 0: no curve and no depths."""
+    steps: float = math.inf
 
 
 @dataclasses.dataclass
@@ -46,7 +48,7 @@ class Outcome:
     """Outcome of a run.
 
     Attributes:
-        at: Figure on the whole validation split when the budget of that name, "cpu" or "flops", was spent.
+        at: Figure on the whole validation split when the budget of that name, "cpu", "flops", or "steps", was spent.
         spent: CPU seconds, FLOPs, and steps at that moment.
         curve: CPU seconds, FLOPs, steps, and the figure on a part of the split.
         depths: Number of evaluations of f and the final figure with it, on a part of the split.
@@ -58,7 +60,7 @@ class Outcome:
     parameters: int = 0
     forward_nfe: float = 0.0
     peak_bytes: int = 0
-    at: dict[str, float] = dataclasses.field(default_factory=dict)
+    at: dict[str, Any] = dataclasses.field(default_factory=dict)
     spent: dict[str, tuple[float, float, int]] = dataclasses.field(default_factory=dict)
     curve: list[tuple[float, float, int, float]] = dataclasses.field(default_factory=list)
     depths: list[tuple[int, float]] = dataclasses.field(default_factory=list)
@@ -98,11 +100,13 @@ class Meter(Callback):
     It stops during evaluations.
     """
 
-    def __init__(self, budget: Budget, evaluate: Callable[[LightningModule, bool], float]) -> None:
+    def __init__(self, budget: Budget, evaluate: Callable[[LightningModule, bool], Any]) -> None:
         self.budget, self.evaluate = budget, evaluate
         self.outcome = Outcome()
         self.seconds = self.flops = 0.0
         self.steps = 0
+        budgets = {"cpu": budget.cpu_seconds, "flops": budget.flops, "steps": budget.steps}
+        self._budgets = {name: value for name, value in budgets.items() if math.isfinite(value)}
         self._flops_a_step = 0
         self._nfe = 0
         self._since = 0.0
@@ -125,7 +129,8 @@ class Meter(Callback):
         self.outcome.diverged = not bool(torch.isfinite(outputs["loss"]))
         if not self.outcome.diverged:
             self._look(trainer, pl_module)
-        if self.outcome.diverged or len(self.outcome.at) == 2 or self.seconds >= self.budget.longest:
+        is_spent = self.outcome.at.keys() == self._budgets.keys()
+        if self.outcome.diverged or is_spent or self.seconds >= self.budget.longest:
             trainer.should_stop = True
         self._since = time.process_time()
 
@@ -147,9 +152,10 @@ class Meter(Callback):
             self.outcome.peak_bytes = peak_tensor_bytes(probe.gradients)
 
     def _look(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        spent = {"cpu": self.seconds / self.budget.cpu_seconds, "flops": self.flops / self.budget.flops}
-        due = [name for name, share in spent.items() if share >= 1 and name not in self.outcome.at]
-        is_point = spent["cpu"] * self.budget.num_points >= len(self.outcome.curve) + 1
+        spent = {"cpu": self.seconds, "flops": self.flops, "steps": self.steps}
+        due = [name for name, end in self._budgets.items() if spent[name] >= end and name not in self.outcome.at]
+        share = self.seconds / self.budget.cpu_seconds
+        is_point = share * self.budget.num_points >= len(self.outcome.curve) + 1
         if not due and not is_point:
             return
         now = (self.seconds, self.flops, self.steps)
@@ -217,9 +223,10 @@ def scaled(optimizer: Mapping[str, Any], rate: float) -> dict[str, Any]:
 
 def spend(
     make: Callable[[], tuple[LightningModule, Any]],
-    evaluate: Callable[[LightningModule, Any, bool], float],
+    evaluate: Callable[[LightningModule, Any, bool], Any],
     budget: Budget,
     seed: int,
+    clip: float | None = None,
 ) -> Outcome:
     """Train the task and data that `make()` returns until the budget is spent.
 
@@ -228,6 +235,7 @@ def spend(
         evaluate: `(task, data, whole)` returns the figure on the whole validation split or on a part of it.
         budget: Budget of the run.
         seed: Seed of the weights.
+        clip: Largest norm of the gradient.
     """
     seed_everything(seed, verbose=False)
     task, data = make()
@@ -243,6 +251,10 @@ def spend(
         enable_progress_bar=False,
         enable_model_summary=False,
         limit_val_batches=0,
+        gradient_clip_val=clip,
     )
-    trainer.fit(task, data)
+    try:
+        trainer.fit(task, data)
+    except DivergenceError:
+        meter.outcome.diverged = True
     return meter.outcome

@@ -1,0 +1,108 @@
+"""Memory of a training step on mazes, by gradient and number of evaluations of f (or of layers).
+
+    python -m benchmarks.quality.reasoning_memory [--quick] [--output DIR]
+
+The model and batch of configs/reasoning/mazes.yaml. Bytes of the tensors that the forward and backward pass create, as
+in the part `core`: an integer, the same in every repetition. Weights and optimizer are not included.
+"""
+
+import math
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks import part
+from benchmarks.core.memory import PROMISES
+from benchmarks.measure import peak_tensor_bytes
+from benchmarks.quality.budget import settings_of
+from benchmarks.quality.mazes import EXACT, PAPER, STORED, TINY, variants
+from benchmarks.requirements import MAX_BITS_RATIO, MAX_RATIO, Requirement, Rows, at_most
+from revdeq_lightning.data.puzzles.kinds import Mazes
+from revdeq_lightning.models import ReasonerConfig
+from revdeq_lightning.models.build import SolverConfig, build_reasoner
+
+BASE, EVALUATIONS, DEEP = 4, (16, 32, 64, 128), 512
+DEEP_ONES = (EXACT, PAPER, STORED)
+FLAT = {EXACT: 34, PAPER: 44}
+"""Evaluations whose remainders fit into two words of an element of the state, by exact gradient."""
+
+
+def training_step(settings: dict[str, Any]) -> tuple[Callable[[], Any], int]:
+    """Forward and backward pass of a batch of mazes, and the elements of its state."""
+    data, network = settings["data"], settings["model"]["network"]
+    shape = Mazes("mixed", 0.0).shape(data["size"])
+    torch.manual_seed(0)
+    inputs, targets = (torch.randint(n, (data["batch_size"], *shape)) for n in (Mazes.num_symbols, Mazes.num_answers))
+    config = ReasonerConfig(num_symbols=Mazes.num_symbols, num_answers=Mazes.num_answers, shape=list(shape), **network)
+    model = build_reasoner(config, SolverConfig(**settings["model"]["solver"]))
+
+    def step() -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(F.cross_entropy(model(inputs).logits, targets), list(model.parameters()))
+
+    return step, network["channels"] * inputs.numel()
+
+
+def measure(quick: bool) -> list[dict[str, Any]]:
+    """One row for each gradient and number of evaluations."""
+    rows = []
+    for evaluations in (BASE, 8) if quick else (BASE, *EVALUATIONS, DEEP):
+        for name, variant in variants(evaluations, TINY if quick else None).items():
+            if evaluations in (BASE, DEEP) and name not in DEEP_ONES:
+                continue
+            step, elements = training_step(settings_of(variant.configs, variant.changes))
+            step()  # exclude what torch allocates once and keeps
+            found = {"gradient": name, "evaluations": evaluations, "bytes": peak_tensor_bytes(step)}
+            rows.append(found | {"state_elements": elements})
+    return rows
+
+
+def judge(rows: Rows) -> list[Requirement]:
+    """Flat as long as the remainders fit into two words of an element; beyond, no more than their bits."""
+    verdict = []
+    for name, promise in ((EXACT, PROMISES[2]), (PAPER, PROMISES[0])):
+        own = {row["evaluations"]: row for row in rows if row["gradient"] == name}
+        base = own[BASE]
+        flat = max(row["bytes"] / base["bytes"] for n, row in own.items() if n <= FLAT[name])
+        verdict.append(at_most(f"{name}, up to {FLAT[name]} evaluations: peak over {BASE}", flat, MAX_RATIO, "{:.4f}"))
+        bits = [
+            8 * (row["bytes"] - base["bytes"]) / row["state_elements"] / n for n, row in own.items() if n > FLAT[name]
+        ]
+        if bits:
+            what = f"{name}, beyond: growth, bits per element of the state and evaluation"
+            verdict.append(at_most(what, max(bits), MAX_BITS_RATIO * math.log2(promise.radix), "{:.2f}"))
+    return verdict
+
+
+def page(rows: Rows) -> list[str]:
+    """Gradients down, evaluations across, MiB."""
+    lines: dict[str, dict[str, Any]] = {}
+    counts = sorted({row["evaluations"] for row in rows})
+    for row in rows:
+        line = lines.setdefault(row["gradient"], {"gradient": row["gradient"], **dict.fromkeys(map(str, counts))})
+        line[str(row["evaluations"])] = f"{row['bytes'] / 2**20:.1f}"
+    return [
+        "Peak of the tensors of one training step of `configs/reasoning/mazes.yaml` (32 mazes of 11 x 11 pixels), MiB,"
+        " by evaluations of f; for explicit stacks by layers, whose weights have gradients of their own. Momentum and"
+        " BPTT make the same iteration, the exact state in integers, BPTT in float32.",
+        part.markdown_table(list(lines.values())),
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark and return the exit code."""
+    options = part.options(__doc__).parse_args(arguments)
+    torch.set_num_threads(1)
+
+    def run() -> part.Result:
+        rows = measure(options.quick)
+        return part.Result({"": rows}, judge(rows), page(rows))
+
+    title = "Memory of a training step on mazes"
+    return part.run("quality.reasoning_memory", title, run, quick=options.quick, output=options.output)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

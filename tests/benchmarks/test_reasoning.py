@@ -1,0 +1,84 @@
+"""The comparison of gradients on mazes: its competitors, its table, and the memory of a step."""
+
+import pytest
+import torch
+
+from benchmarks.quality import __main__ as quality, mazes, reasoning, reasoning_memory
+from benchmarks.quality.budget import settings_of
+from benchmarks.quality.mazes import EXACT, LAST, ONE_STEP, PAPER, STACK, STORED, THIN_STACK
+from benchmarks.quality.training import read
+
+
+def step(name, evaluations, changes):
+    variant = mazes.variants(evaluations, changes)[name]
+    return reasoning_memory.training_step(settings_of(variant.configs, variant.changes))[0]
+
+
+def test_competitors_differ_in_the_gradient_alone():
+    exact, stored, last_1, last_10, one_step = (
+        torch.cat([g.flatten() for g in step(name, 8, mazes.TINY)()])
+        for name in (EXACT, STORED, LAST[1], LAST[10], ONE_STEP)
+    )
+    torch.testing.assert_close(exact, stored)
+    torch.testing.assert_close(last_10, stored)  # all 8 evaluations are among the last 10
+    assert float((last_1 - stored).norm() / stored.norm()) > 0.01
+    assert float((one_step - stored).norm() / stored.norm()) > 0.01
+
+
+def test_every_competitor_is_of_the_size_it_says(tmp_path):
+    sizes = {}
+    for name, variant in mazes.variants(32).items():
+        task, _ = mazes.make(settings_of(variant.configs, variant.changes), None, 0, tmp_path)
+        sizes[name] = sum(p.numel() for p in task.parameters())
+    explicit = {name: sizes.pop(name) for name in (STACK, THIN_STACK)}
+    assert len(set(sizes.values())) == 1
+    assert explicit[THIN_STACK] == pytest.approx(sizes[EXACT], rel=0.05)
+    assert explicit[STACK] > 15 * sizes[EXACT]
+
+
+def test_runs_fill_the_table_and_are_not_made_twice(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    command = ["--quick", "--output", str(tmp_path), "--only", EXACT, ONE_STEP]
+    assert reasoning.main(command) == 0
+    rows = read(tmp_path / "reasoning.csv")
+    assert [row["gradient"] for row in rows] == [EXACT, ONE_STEP]
+    for row in rows:
+        assert int(row["steps_steps"]) == 2
+        assert float(row["peak_mib"]) > 0
+        assert all(0 <= float(row[f"solved_{size}_{budget}"]) <= 100 for size in (3, 4) for budget in ("steps", "cpu"))
+    assert (tmp_path / "reasoning.png").stat().st_size > 10_000
+    monkeypatch.setattr(quality, "train", None)  # nothing is left to train
+    monkeypatch.setattr(reasoning, "train", None)
+    assert reasoning.main(command) == 0
+    assert rows == read(tmp_path / "reasoning.csv")
+    assert "nan" not in capsys.readouterr().out
+
+
+def test_the_page_names_the_seeds_of_each_row():
+    def row(gradient, seed, solved):
+        facts = {"gradient": gradient, "evaluations": "32", "seed": seed, "rate": "1.0", "parameters": "63890"}
+        facts |= {"peak_mib": "20", "cpu": "CPU", "torch": "2", "commit": "abc"}
+        for budget in ("steps", "cpu"):
+            facts |= {f"steps_{budget}": "600", f"cpu_minutes_{budget}": "3.00", f"solved_5_{budget}": solved}
+        return facts
+
+    page = reasoning.page([row(ONE_STEP, "0", "nan"), row(EXACT, "2", "90"), row(EXACT, "0", "100")])
+    lines = [line for line in page.splitlines() if line.startswith(f"| {EXACT} ")]
+    assert len(lines) == 2
+    assert lines[0] == f"| {EXACT} | 32 | 0, 2 | 1 | 63,890 | 600 | 3.00 | 20.0 | 95.0 (90 - 100) |"
+    assert f"| {ONE_STEP} | 32 | 0 | 1 | 63,890 | 600 | 3.00 | 20.0 | not reached |" in page
+
+
+def test_only_some_gradients_are_trained_with_other_numbers_of_evaluations():
+    found = reasoning.jobs([EXACT, PAPER], [16, 32], [0, 1])
+    assert found == [(EXACT, 32, 0), (PAPER, 32, 0), (EXACT, 32, 1), (PAPER, 32, 1), (EXACT, 16, 0), (EXACT, 16, 1)]
+
+
+def test_memory_of_the_exact_gradient_is_flat_and_that_of_bptt_is_not():
+    rows = reasoning_memory.measure(quick=True)
+    sizes = {(row["gradient"], row["evaluations"]): row["bytes"] for row in rows}
+    assert sizes[EXACT, 8] == sizes[EXACT, 4]
+    assert sizes[STORED, 8] > 1.4 * sizes[STORED, 4]
+    assert all(requirement.is_met for requirement in reasoning_memory.judge(rows))
+    growing = [row | {"bytes": row["bytes"] * row["evaluations"]} for row in rows]
+    assert not any(requirement.is_met for requirement in reasoning_memory.judge(growing))
