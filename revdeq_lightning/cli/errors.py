@@ -61,9 +61,9 @@ def run_errors(what: str, lost_peer: Callable[[Exception], str | None] = lambda 
     except torch.OutOfMemoryError as error:
         wanted = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
         fail(
-            f"process {rank} ran out of GPU memory{f' (it wanted {wanted[1]} more)' if wanted else ''}: lower"
-            " data.batch_size and raise trainer.accumulate_grad_batches as much, use trainer.precision=bf16-mixed, or"
-            " share parameters and optimizer state out with trainer.strategy=fsdp2 (more solver steps need no more)",
+            f"process {rank} ran out of GPU memory{f' (it requested {wanted[1]} more)' if wanted else ''}: lower"
+            " data.batch_size and raise trainer.accumulate_grad_batches accordingly, use trainer.precision=bf16-mixed,"
+            " or shard with trainer.strategy=fsdp2 (the number of solver steps does not matter)",
             code=1,
         )
     except (OSError, EOFError, RuntimeError) as error:
@@ -79,12 +79,12 @@ def lost_resource(error: Exception, what: str) -> str | None:
     if caught := re.match(r"Caught (\w+) in DataLoader worker", str(error)):
         # Exceptions of network libraries cannot be recreated in this process, and arrive as another class.
         is_resource = isinstance(error, OSError) or caught[1] != type(error).__name__
-        return f"{what} cannot go on: {text}" if is_resource else None
+        return f"{what} cannot continue: {text}" if is_resource else None
     if "DataLoader timed out" in text:
-        return f"{what} cannot go on: a process that loads data does not answer: {text}"
+        return f"{what} cannot continue: a data-loading process does not respond: {text}"
     # A worker that dies while it sends a batch causes a connection error.
     if isinstance(error, ConnectionError | EOFError) or re.search(r"DataLoader worker \(pid", text):
-        return f"{what} cannot go on: a process that loads data is gone: {text} Is memory short? Try data.num_workers"
+        return f"{what} cannot continue: a data-loading process ended: {text} If memory is low, reduce data.num_workers"
     if isinstance(error, OSError):
-        return f"{what} cannot go on: {text}"
+        return f"{what} cannot continue: {text}"
     return None

@@ -33,7 +33,7 @@ class ImageCommandLine(AbstractCommandLine):
         return [ClassificationReport(self.run_config.path), *samples]
 
     def closing_split(self) -> str | None:
-        # Without test images the validation images, so that every run has a sheet of images and a depth sweep.
+        # Without test images, use the validation images, so that every run has image samples and a depth sweep.
         return next((split for split in ("test", "validation") if split in self.datamodule.splits), None)
 
 

@@ -88,12 +88,12 @@ def generate_text(
         ckpt_path: Checkpoint of a training run.
         prompt: Text to continue.
         max_new_tokens: Tokens to add.
-        temperature: 0 for the most likely token; below 1 safer, above 1 wilder.
-        top_k: Draw among so many most likely tokens only.
-        top_p: Draw among the most likely tokens that together have this probability.
-        seed: Of the draws.
+        temperature: 0 for the most likely token; higher for more variety.
+        top_k: Draw only from the k most likely tokens.
+        top_p: Draw only from the most likely tokens with at least this total probability.
+        seed: Random seed.
         device: cpu, cuda, ...
-        warm_start: Of a solver with a tolerance: start each solve from the states of the last one, to save evaluations.
+        warm_start: For solvers with a tolerance: start each solve from the last states, to save evaluations.
     """
     model, tokenizer = load_language_model(ckpt_path, device)
     return continue_text(
@@ -126,13 +126,13 @@ def predict_images(
     undecodable: Literal["raise", "skip"] = "raise",
     device: str = "cpu",
 ) -> str:
-    """Write the class probabilities of image files to a CSV file: path, most likely class, one column a class.
+    """Write the class probabilities of image files to a CSV file: path, most likely class, one column per class.
 
     Args:
         ckpt_path: Checkpoint of a training run.
         images: Image file, or folder, searched with its subfolders.
         output: CSV file to write.
-        batch_size: Images at a time.
+        batch_size: Number of images at a time.
         undecodable: What to do with a file that cannot be decoded: raise, or skip with a warning.
         device: cpu, cuda, ...
     """
@@ -207,7 +207,7 @@ def predict_puzzles(
         data: What to solve.
         output: Archive to write.
         model: What may differ from training.
-        batch_size: Puzzles at a time.
+        batch_size: Number of puzzles at a time.
         device: cpu, cuda, ...
 
     Returns:
@@ -254,10 +254,10 @@ def export_weights(ckpt_path: str, output: str | None = None) -> str:
 
     Args:
         ckpt_path: Checkpoint of any task: a file, or the folder of a sharded one.
-        output: File to write; null: beside the checkpoint, with the ending .safetensors.
+        output: File to write; null: next to the checkpoint, with the suffix .safetensors.
 
     Raises:
-        CheckpointError: If the checkpoint is damaged, or of another kind.
+        CheckpointError: If the checkpoint is damaged, or not of a training run.
         OSError: If there is no checkpoint, or the file cannot be written; an existing file is left unchanged.
     """
     from safetensors import SafetensorError
@@ -274,7 +274,7 @@ def export_weights(ckpt_path: str, output: str | None = None) -> str:
         weights, settings, step = (checkpoint[key] for key in ("state_dict", "hyper_parameters", "global_step"))
     except (ValueError, OSError):  # their messages already say what is wrong
         raise
-    except Exception as error:  # torch raises many kinds for what is not a checkpoint
+    except Exception as error:  # torch raises many types for files that are not checkpoints
         raise CheckpointError(f"{path} is not a checkpoint of a training run ({type(error).__name__})") from None
     # Copies, as safetensors does not allow tied weights to share memory.
     tensors = {name: w.clone().contiguous() for name, w in weights_of_model(weights).items()}

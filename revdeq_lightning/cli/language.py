@@ -48,11 +48,11 @@ class LanguageCommandLine(AbstractCommandLine):
             print(f"\nSample ({run.sample_tokens} tokens, temperature {run.sample_temperature}):\n\n{text}")
 
     def predict(self, **kwargs: Any) -> None:
-        """Write the nats of every predicted token of the test text, in its order, beside the checkpoint."""
+        """Write the nats of every token of the test text, in order, to a file next to the checkpoint."""
         import numpy as np
 
         if self.trainer.world_size > 1:
-            fail(f"predict needs one process, got {self.trainer.world_size}: --trainer.devices=1")
+            fail(f"predict needs one process, got {self.trainer.world_size}: set --trainer.devices=1")
         with self._run_errors("the prediction"):
             nats = torch.cat(self.trainer.predict(**kwargs)).numpy()  # type: ignore[arg-type]
         path = Path(kwargs["ckpt_path"]).with_suffix(".nats.npy")

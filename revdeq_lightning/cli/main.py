@@ -18,14 +18,14 @@ SUBCOMMANDS = {
     "validate": "evaluate a checkpoint on the validation data",
     "test": "evaluate a checkpoint on the test data",
     "predict": "write the nats of every token of the test text; image: class probabilities; reasoning: answers",
-    "replay": "look again at a batch that made training diverge",
+    "replay": "repeat a batch that made training diverge",
     "generate": "continue a text with a trained language model",
     "export": "write the weights of a checkpoint to one safetensors file",
-    "report": "write the page of a run, or of several beside each other: report RUN [RUN ...] [--output FILE]",
+    "report": "write a web page on one or several runs: report RUN [RUN ...] [--output FILE]",
 }
 
-# One command line for each task; `lm` may be left out. One for all tasks, with `class_path` in the file, was tried: a
-# misspelled key then gives ten lines, "Does not validate against any of the Union subtypes ...", with the whole value.
+# One command line per task; `lm` is the default. With one for all tasks and `class_path` in the file, a misspelled key
+# gave ten lines, "Does not validate against any of the Union subtypes ...", with the complete value.
 TASKS = {"lm": "language", "image": "image", "reasoning": "reasoning"}
 
 FUNCTIONS = {
@@ -40,7 +40,7 @@ FUNCTIONS = {
 EXAMPLES = {
     "fit --config configs/lm/default.yaml": "train",
     "fit --config FILE --trainer.max_steps=100": "with another value",
-    "fit --config FILE --config OTHER": "with settings of another file laid over it",
+    "fit --config FILE --config OTHER": "with settings of a second file on top",
     "fit --ckpt_path RUN/checkpoints/last.ckpt": "continue",
     "generate --ckpt_path CHECKPOINT --prompt TEXT": "continue a text",
     "image fit --config configs/cifar10/modern.yaml": "train a classifier",
@@ -109,10 +109,10 @@ def _report(options: Sequence[str]) -> None:
 
     parser = Parser(
         prog=f"{program()} report",
-        description="Write the page of a run, or of several runs beside each other.",
+        description="Write a web page on one or several runs.",
         allow_abbrev=False,
     )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run: it holds metrics.csv")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, with metrics.csv")
     parser.add_argument("--output", metavar="FILE", help="default: RUN/report.html, or comparison.html above the runs")
     given = parser.parse_args(list(options))
     try:

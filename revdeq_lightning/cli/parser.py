@@ -24,13 +24,13 @@ class ReadableErrors:
             words = [word.strip("'\"").removeprefix("--").split("=")[0] for word in text.split()]
             hint = next((hint for word in words if (hint := nearest(word, options))), "")
         elif "are required" in text and "config" in _options_of(self):
-            hint = " (give --config FILE: configs/lm holds some)"
+            hint = " (set --config FILE, for example one of configs/lm)"
         fail(text + hint)
 
 
 def _options_of(parser: Any) -> Iterator[str]:
     """Names of the options of a parser and its subcommands."""
-    for action in parser._actions:  # argparse has no public way
+    for action in parser._actions:  # argparse has no public API for it
         yield from (option.removeprefix("--") for option in action.option_strings)
         if isinstance(action.choices, dict):
             for subparser in action.choices.values():

@@ -31,7 +31,10 @@ NO_PEER = re.compile("invalid (usage|argument)|unhandled (system|cuda) error|int
 
 @contextmanager
 def stop_signals_noted() -> Iterator[None]:
-    """From reading the settings to the closing test. A program that noted them before ends with this."""
+    """Context that records signals, from parsing the settings to the final test.
+
+    If the program recorded them before, they are ignored afterwards, until it ends.
+    """
     took = STOP.take()
     try:
         yield
@@ -43,10 +46,7 @@ def stop_signals_noted() -> Iterator[None]:
 
 
 def let_sigterm_end_the_wait(trainer: Trainer) -> None:
-    """Until `StopSignal.setup`, where the wait for the other processes may be long, or in vain.
-
-    Those of one machine are there soon: they heed it together.
-    """
+    """Let SIGTERM end the process until `StopSignal.setup`, if it may have to wait long for other machines."""
     if (trainer.num_nodes > 1 or "TORCHELASTIC_RUN_ID" in os.environ) and not dist.is_initialized():
         launcher = trainer.strategy.launcher
         STOP.end_while_waiting(lambda: launcher.kill(signal.SIGKILL) if launcher else None)
@@ -103,8 +103,8 @@ def lost_peer(error: Exception, trainer: Trainer) -> str | None:
     if isinstance(error, dist.DistBackendError) and NO_PEER.search(reason) and not re.search(NETWORK, last, re.I):
         return f"rank {trainer.global_rank} cannot exchange data with the other processes: {told}"
     return (
-        f"rank {trainer.global_rank} lost another process, it ended or does not answer ({told}). Its own log says "
-        "why; the same command with --run.resume=auto goes on from the newest checkpoint."
+        f"rank {trainer.global_rank} lost another process, which ended or does not respond ({told}). Its own log "
+        "says why; the same command with --run.resume=auto continues from the newest checkpoint."
     )
 
 
@@ -115,9 +115,9 @@ def loading(error: Exception) -> bool:
 
 
 def end_process_group() -> None:
-    """Leave the process group once all processes have come to the end.
+    """Leave the process group when all processes are done.
 
-    They wait for the first one, which has more to do, as schedulers soon end the others after a process has ended.
+    They wait for the first one, which has more to do, because schedulers end all processes soon after one has ended.
     """
     if dist.is_available() and dist.is_initialized():
         dist.barrier()

@@ -11,7 +11,7 @@ QUIET_INFO = (
 )
 QUIET_WARNINGS = (
     r"Be aware that when using `ckpt_path`",  # evaluation does not need the callbacks of training
-    r"LightningCLI's args parameter",  # the arguments are those of the command line, less the task
+    r"LightningCLI's args parameter",  # the arguments of the command line without the task
     r".*does not have many workers",  # text comes from a memory map: 0 workers is fast enough
     r".*Checkpoint directory .* exists and is not empty",  # a resumed run continues in its folder
     r"The `srun` command is available",  # one process on a machine with SLURM is no mistake; `make submit` uses srun

@@ -36,17 +36,17 @@ def replay(file: str, device: str = "cpu") -> str:
         Text for the user: loss, what was raised, and the parameters whose gradient is not finite.
 
     Raises:
-        CheckpointError: If the file is damaged, or something else.
+        CheckpointError: If the file is damaged or of another kind.
     """
     content = read_checkpoint(file)
     if content.get("task") not in TASKS or "batches" not in content:
-        raise CheckpointError(f"{file} holds no batch of a run that diverged: give RUN/diverged/step-N/process-R.ckpt")
+        raise CheckpointError(f"{file} is not a saved batch of a diverged run: use RUN/diverged/step-N/process-R.ckpt")
     task_class, batch_class = TASKS[content["task"]]
     task = task_class(**content["hyper_parameters"])
     task.load_state_dict(read_checkpoint(Path(file).with_name(WEIGHTS))["state_dict"])
     task.to(device, WHOLE.get(content["precision"])).train()
     task.log = lambda *_, **__: None  # there is no trainer
-    lines = [f"Step {content['global_step'] + 1}, as it was: {content['reason']}"]
+    lines = [f"Step {content['global_step'] + 1}, as recorded: {content['reason']}"]
     for number, entry in enumerate(content["batches"], 1):
         for layer, settings in zip(equilibria(task), entry["solvers"], strict=True):
             layer.solver = type(layer.solver)(**settings)

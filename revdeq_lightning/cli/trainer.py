@@ -1,4 +1,4 @@
-"""The trainer of a run, with all its callbacks, loggers and checkpoints; what the command lines of all tasks share."""
+"""Base class of the command lines of all tasks: the trainer with its callbacks, loggers and checkpoints."""
 
 import os
 import sys
@@ -62,7 +62,7 @@ from revdeq_lightning.tasks.recipe import deferred_weights
 
 
 class Parser(ReadableErrors, LightningArgumentParser):
-    """Lightning's parser with errors of one line."""
+    """Lightning's parser with one-line errors."""
 
 
 class AbstractCommandLine(LightningCLI):
@@ -70,13 +70,13 @@ class AbstractCommandLine(LightningCLI):
 
     run_class: ClassVar[type[RunConfig]]
     figures: ClassVar[dict[str, str]]
-    """What an evaluation prints: logged key without its split, and how."""
+    """Figures that an evaluation prints: logged key without its split, and format."""
     run_config: RunConfig
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         words = " ".join([*self.run_class.task, subcommand])
-        # One line: the list of two hundred options follows anyway.
+        # One line, because the list of two hundred options follows.
         parser.usage = f"{program()} {words} --config FILE [--KEY=VALUE ...]"
         return parser
 
@@ -87,17 +87,17 @@ class AbstractCommandLine(LightningCLI):
 
     @abstractmethod
     def link_sizes(self, parser: LightningArgumentParser) -> None:
-        """Link the sizes that the model takes from the data."""
+        """Link the sizes of the model to those of the data."""
 
     def task_callbacks(self) -> list[Any]:
         """Callbacks of this task alone."""
         return []
 
     def show(self, checkpoint: str) -> None:
-        """Show at the end of training what the trained model does."""
+        """Show a sample of the trained model at the end of training."""
 
     def _parse_ckpt_path(self) -> None:
-        """Find checkpoint and run, in place of Lightning, where the checkpoint's settings would override the user's."""
+        """Find checkpoint and run. In Lightning's method, the checkpoint's settings would override the user's."""
         config = self.config[self.config.subcommand]
         run = config.run
         files = config.get("config") or []
@@ -109,11 +109,11 @@ class AbstractCommandLine(LightningCLI):
                 found = find_checkpoint(checkpoint, self.run_class(**run.as_dict()))
             checkpoint = config.ckpt_path = chosen(found)
         if self.config.subcommand != "fit" and checkpoint is None:
-            fail(f"which checkpoint? {self.config.subcommand} needs --ckpt_path FILE, or last, or best")
+            fail(f"{self.config.subcommand} needs a checkpoint: set --ckpt_path to a file, last or best")
         if checkpoint and is_sharded_checkpoint(checkpoint) and not is_fsdp2(config.trainer.strategy):
             fail(
                 f"{checkpoint} is a sharded checkpoint (a folder): add --trainer.strategy=fsdp2, on any number of"
-                " processes, or take its weights alone: export --ckpt_path"
+                " processes, or export only its weights: export --ckpt_path"
             )
         self.run_config = self.run_class(**run.as_dict())
         folder = run_of_checkpoint(checkpoint) if checkpoint else None
@@ -140,8 +140,8 @@ class AbstractCommandLine(LightningCLI):
             return
         if run.version and run.path != folder and (run.path / CONFIG).is_file():
             fail(
-                f"there is a run in {run.path} already: choose another run.version, or go on from a checkpoint in it, "
-                "as --run.resume=auto does by itself"
+                f"{run.path} already contains a run: choose another run.version, or continue it with --ckpt_path or "
+                "--run.resume=auto"
             )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -182,7 +182,7 @@ class AbstractCommandLine(LightningCLI):
         return trainer
 
     def _loggers(self, own: Any) -> list[Logger]:
-        """The CSV file of every run, the user's own loggers, and those that the run's settings ask for."""
+        """The CSV logger of every run, the user's own loggers, and those of the run's settings."""
         run = self.run_config
         loggers = [ContinuedCSVLogger(run.path), *as_list(None if own is True else own), *as_list(wandb_logger(run))]
         if run.tensorboard:
@@ -192,7 +192,7 @@ class AbstractCommandLine(LightningCLI):
     def _check_settings(self, settings: Any) -> None:
         """Refuse trainer settings that would break a run's guarantees."""
         if settings.get("logger") is False:
-            fail("trainer.logger=false: a run always has a folder with its metrics; choose where by run.folder")
+            fail("trainer.logger=false: a run always writes its metrics to a folder; set run.folder to choose it")
         if (every := settings.get("log_every_n_steps")) is not None and every < 1:
             fail(
                 f"trainer.log_every_n_steps={every}: at logging steps a run certifies its gradients and checks"
@@ -211,7 +211,7 @@ class AbstractCommandLine(LightningCLI):
 
     @property
     def diagnostics(self) -> DiagnosticsConfig:
-        """The settings of what is measured."""
+        """The settings of the diagnostics."""
         return cast(DiagnosticsConfig, self._get(self.config_init, "diagnostics"))
 
     def instantiate_classes(self) -> None:
@@ -222,7 +222,7 @@ class AbstractCommandLine(LightningCLI):
             self.datamodule.setup(str(self.subcommand))
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Run the command; training holds a lock on the run's folder until its closing test has ended."""
+        """Run the command; training holds a lock on the run's folder until its final test has ended."""
         trains = subcommand == "fit" and self.trainer.is_global_zero
         try:
             with locked(self.run_config.path) if trains else nullcontext():
@@ -247,7 +247,7 @@ class AbstractCommandLine(LightningCLI):
     @run_errors("the end of training")
     def after_fit(self) -> None:
         """Test, show, and print the commands that continue the run."""
-        # The last one where there was no validation.
+        # The last one if there was no validation.
         kept = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, BestCheckpoint | LastCheckpoint)]
         best = next((str(callback.path) for callback in kept if callback.path.exists()), None)
         split = self.closing_split() if best and self.run_config.test else None
@@ -277,7 +277,7 @@ class AbstractCommandLine(LightningCLI):
     def _evaluate(self, split: str, title: str, evaluate: Callable[..., Any], arguments: dict[str, Any]) -> None:
         if split not in self.datamodule.splits:
             there = ", ".join(self.datamodule.splits)
-            fail(f"nothing to evaluate: the data has no {split} split, it has {there}")
+            fail(f"the data has no {split} split to evaluate, only {there}")
         with self._run_errors(f"the {split}"):
             results = evaluate(**arguments | {"verbose": False})
         self._print_figures(title, results)
@@ -331,10 +331,10 @@ def check_writable(folder: Path) -> None:
 
 
 def chosen(found: Found) -> str:
-    """Path of the checkpoint that was found; the first process warns of newer ones that cannot be used."""
+    """Path of the found checkpoint; the first process warns of unusable newer ones."""
     if cast(Any, rank_zero_only).rank == 0:
         for path, fault in found.faults.items():
-            print(f"warning: {path} {fault}: going on from {found.path}", file=sys.stderr, flush=True)
+            print(f"warning: {path} {fault}: continuing from {found.path}", file=sys.stderr, flush=True)
     return str(found.path)
 
 

@@ -46,7 +46,7 @@ def shard_equilibria(
         if part is not None:
             raise ParallelismError(
                 f"{name}.{part} is a sharding unit inside an equilibrium: its parameters would be gathered for every"
-                f" evaluation of f, and its gradient lost; shard {name} instead: fully_shard(model.{name})"
+                f" evaluation of f, and its gradient lost; shard {name} instead, by fully_shard(model.{name})"
             )
     reduce_dtype = torch.float32 if gather_dtype else None
     policy = MixedPrecisionPolicy(param_dtype=gather_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)

@@ -56,13 +56,13 @@ class CheckedProcesses:
         timeout = self._timeout.total_seconds()
         if timeout < 1:  # PyTorch would only report a lost connection
             raise ParallelismError(
-                f"timeout_seconds={timeout:g} of the strategy: so long a process waits for another, which"
-                " may be saving; 1 or more, the default is 1800"
+                f"timeout_seconds={timeout:g} of the strategy is too short: a process waits this long for another,"
+                " which may be saving; use at least 1 (default 1800)"
             )
         if self.root_device.type == "cuda" and not dist.is_nccl_available():
             raise ParallelismError(
-                f"this PyTorch ({torch.__version__}) was built without NCCL, by which GPUs exchange gradients: install"
-                " the index's own build for Linux and CUDA, or use one GPU (trainer.devices=1)"
+                f"this PyTorch ({torch.__version__}) was built without NCCL, which GPUs need to exchange gradients:"
+                " install a build with CUDA for Linux, or use one GPU (trainer.devices=1)"
             )
         super().setup_environment()  # type: ignore[misc]
         if self.root_device.type == "cuda":
@@ -71,8 +71,8 @@ class CheckedProcesses:
             if len(set(kinds)) > 1 and not self.allow_mixed_gpus:
                 counts = ", ".join(f"{kinds.count(kind)} x {kind}" for kind in dict.fromkeys(kinds))
                 raise ParallelismError(
-                    f"the GPUs are of different kinds ({counts}), the slowest and smallest sets the pace: choose some"
-                    " of one kind with CUDA_VISIBLE_DEVICES, or set allow_mixed_gpus of the strategy"
+                    f"the GPUs are of different kinds ({counts}), and the slowest and smallest limits all: choose GPUs"
+                    " of one kind with CUDA_VISIBLE_DEVICES, or set the strategy's allow_mixed_gpus"
                 )
 
     def on_validation_start(self: Any) -> None:
@@ -181,7 +181,7 @@ class EquilibriumFSDP2(CheckedProcesses, ModelParallelStrategy):
         shard_equilibria(model, mesh, reshard_after_forward=self.reshard_after_forward, gather_dtype=dtype)
         if any(p.is_meta for p in model.parameters()):
             if rebuild is None:
-                raise ParallelismError("the model has no weights (meta device): pass a function that makes it again")
+                raise ParallelismError("the model has no weights (meta device): pass `rebuild`, which builds it")
             fill_from_first_process(model, rebuild, self.root_device)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
@@ -260,9 +260,9 @@ def require_meeting_place(trainer: Trainer) -> None:
     alone = isinstance(getattr(trainer.strategy, "cluster_environment", None), LightningEnvironment)
     if trainer.num_nodes > 1 and alone and "MASTER_ADDR" not in os.environ:
         raise ParallelismError(
-            f"trainer.num_nodes={trainer.num_nodes}: nothing says where the machines meet; start them by"
+            f"trainer.num_nodes={trainer.num_nodes}: the address of the first machine is not set; start with"
             " configs/cluster/torchrun.sh (make train-nodes) or slurm.sh (make submit), or set MASTER_ADDR, MASTER_PORT"
-            " and NODE_RANK on each"
+            " and NODE_RANK on each machine"
         )
 
 

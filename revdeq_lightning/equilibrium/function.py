@@ -64,7 +64,7 @@ class EquilibriumFunction:
             if received != (wanted := expected[name]):
                 raise ValueError(
                     f"f must keep the state's {name}: it received {wanted} and returned {received} (leaf {i});"
-                    f" change f, or give z0 that {name}"
+                    f" change f or the {name} of z0"
                 )
         return leaf  # type: ignore[no-any-return]
 

@@ -23,7 +23,7 @@ from revdeq_lightning.models import (
 )
 
 _DEFAULTS = {"max_steps": 8, "rtol": 0.0, "atol": 0.0, "compiled": False, "checkpoint": False, "mismatch": "warn"}
-"""All other options are null by default, which stands for the default of the solver or adjoint."""
+"""All other options default to null, which selects the default of the solver or adjoint."""
 
 
 class _Option(NamedTuple):
@@ -31,7 +31,7 @@ class _Option(NamedTuple):
     default: Any
     help: str
     arguments: dict[str, str]
-    """What the solvers or adjoints that have it call it, by their names."""
+    """Argument names by solver or adjoint."""
 
 
 def _options(classes: Mapping[str, type], option_name: Callable[[str, str], str]) -> dict[str, _Option]:
@@ -91,7 +91,7 @@ class SolverConfig(_Settings):  # type: ignore[misc]
     def correction(self) -> dict[str, Any]:
         """Arguments of fixed-point correction."""
         if self.loss_decay is not None and self.num_losses == 1:
-            raise ValueError(f"loss_decay={self.loss_decay} needs num_losses above 1, got 1: leave it out")
+            raise ValueError(f"loss_decay={self.loss_decay} needs num_losses above 1, got 1: remove it")
         return {"num_losses": self.num_losses, "loss_decay": 0.8 if self.loss_decay is None else self.loss_decay}
 
     def build_solver(self) -> AbstractSolver:
@@ -99,7 +99,7 @@ class SolverConfig(_Settings):  # type: ignore[misc]
         given = self._given(_SOLVER_OPTIONS)
         for name, value in given.items():
             if self.solver not in _SOLVER_OPTIONS[name].arguments:
-                raise ValueError(f"solver={self.solver!r} has no {name}, got {name}={value!r}: leave it out")
+                raise ValueError(f"solver={self.solver!r} has no {name}, got {name}={value!r}: remove it")
         shared = {f.name: getattr(self, f.name) for f in fields(AbstractSolver)}
         return SOLVERS[self.solver](**shared | given)
 
@@ -110,12 +110,12 @@ class SolverConfig(_Settings):  # type: ignore[misc]
         for name, value in given.items():
             if adjoint not in (owners := _ADJOINT_OPTIONS[name].arguments):
                 owner = " or ".join(map(repr, owners))
-                raise ValueError(f"{name}={value!r} belongs to adjoint={owner}, got adjoint={adjoint!r}: leave it out")
+                raise ValueError(f"{name}={value!r} belongs to adjoint={owner}, got adjoint={adjoint!r}: remove it")
         arguments = {_ADJOINT_OPTIONS[name].arguments[adjoint]: value for name, value in given.items()}
         if "mismatch" in given and self.arithmetic in ("float32", "float64"):
             raise ValueError(
                 f"mismatch={self.mismatch!r} needs arithmetic='exact', got {self.arithmetic!r}, whose gradients are"
-                " never certified: leave one of them out"
+                " never certified: remove one of them"
             )
         if adjoint == "implicit":
             default = ImplicitAdjoint().solver
@@ -135,7 +135,7 @@ class SolverConfig(_Settings):  # type: ignore[misc]
         """For `solver="none"`: ValueError if another setting is given. `max_steps` may stay: base files set it."""
         for name, value in self._given(_OPTIONS).items():
             if name not in ("solver", "max_steps"):
-                raise ValueError(f"solver='none' has no {name}, got {name}={value!r}: leave it out")
+                raise ValueError(f"solver='none' has no {name}, got {name}={value!r}: remove it")
 
     def _given(self, names: Iterable[str]) -> dict[str, Any]:
         return {name: value for name in names if (value := getattr(self, name)) != _OPTIONS[name].default}
@@ -162,12 +162,12 @@ def build_image_classifier(network: ClassifierConfig, solver: SolverConfig) -> A
     """The model that the settings describe; ValueError if the architecture and the solver do not fit."""
     if (network.architecture == "resnet") != (solver.solver == "none"):
         raise ValueError(
-            "architecture='resnet' has no equilibrium and takes solver='none', every other one needs a solver, got "
+            "architecture='resnet' needs solver='none', and every other architecture needs a solver, got "
             f"architecture={network.architecture!r} and solver={solver.solver!r}"
         )
     if solver.num_losses != 1 or solver.loss_decay is not None:
         raise ValueError(
-            f"num_losses={solver.num_losses} belongs to language models and reasoners: leave it and loss_decay out"
+            f"num_losses={solver.num_losses} belongs to language models and reasoners: remove it and loss_decay"
         )
     if network.architecture == "resnet":
         solver.require_no_settings()

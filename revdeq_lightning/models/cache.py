@@ -32,7 +32,7 @@ class KeyValueCache:
         """Append to the next slot along dimension -2 and return views of its contents."""
         num_new = new[0].shape[-2]
         if num_new > 1 and self.length:
-            raise ValueError(f"a cache that holds tokens takes one at a time, got {num_new}")
+            raise ValueError(f"a cache with tokens takes one new token at a time, got {num_new}")
         if self._next_slot == len(self._slots):
             if self.length:
                 raise RuntimeError(

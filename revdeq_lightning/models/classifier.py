@@ -150,8 +150,8 @@ class AbstractClassifier(nn.Module):
         """
         if images_BCHW.dim() != 4 or images_BCHW.shape[1] != self.config.num_channels:
             raise ValueError(
-                f"images must have shape (B, {self.config.num_channels}, H, W), got {tuple(images_BCHW.shape)}: does "
-                "num_channels of the model fit the data?"
+                f"images must have shape (B, {self.config.num_channels}, H, W), got {tuple(images_BCHW.shape)}: set "
+                "num_channels to that of the data"
             )
         if not images_BCHW.is_floating_point():
             raise ValueError(f"images must be normalized floating-point tensors, got {images_BCHW.dtype}")

@@ -107,7 +107,7 @@ class TransformerConfig:
         if wrong.numel():
             raise ValueError(
                 f"token {wrong[0].item()} is not in the vocabulary of {self.vocab_size}: "
-                "do model and tokenizer belong together?"
+                "use the tokenizer that the model was trained with"
             )
 
 
@@ -153,14 +153,14 @@ class ClassifierConfig:
         for name in ("num_classes", "num_channels"):
             require_count(name, getattr(self, name))
         if not self.channels:
-            raise ValueError("channels must name the channels of at least one stage, got []")
+            raise ValueError("channels must have at least one entry, got []")
         for name in ("channels", "widths", "steps", "blocks"):
             values = list(getattr(self, name))
             setattr(self, name, values)
             for value in values:
                 require_count(name, value)
             if values and len(values) != len(self.channels):
-                raise ValueError(f"{name} must have one entry a stage, got {values} for channels {self.channels}")
+                raise ValueError(f"{name} must have one entry per stage, got {values} for channels {self.channels}")
         for name, architectures in ARCHITECTURES_WITH.items():
             _require_owner(self, name, "architecture", architectures)
         _check_block(self)
@@ -223,7 +223,7 @@ class ReasonerConfig:
         if self.block not in REASONER_BLOCKS and "." not in self.block:
             raise ValueError(f"block must be one of {', '.join(REASONER_BLOCKS)} or an import path, got {self.block!r}")
         if self.block_options and self.block in REASONER_BLOCKS:
-            raise ValueError(f"block_options belongs to a block of your own, got block={self.block!r}")
+            raise ValueError(f"block_options requires a user-defined block, got block={self.block!r}")
         if self.block == "attention":
             require_count("num_heads", self.num_heads)
         for name in ("num_heads", "d_mlp"):
@@ -240,7 +240,7 @@ def _check_block(config: Any) -> None:
     if config.block not in BLOCKS and "." not in config.block:
         raise ValueError(f"block must be one of {', '.join(BLOCKS)} or an import path, got {config.block!r}")
     if config.block_options and config.block in BLOCKS:
-        raise ValueError(f"block_options belongs to a block of your own, got block={config.block!r}")
+        raise ValueError(f"block_options requires a user-defined block, got block={config.block!r}")
     for name, blocks in BLOCKS_WITH.items():
         if hasattr(config, name):
             _require_owner(config, name, "block", blocks)

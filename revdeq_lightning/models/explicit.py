@@ -17,7 +17,7 @@ class ExplicitTransformerLM(AbstractLanguageModel):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__(config)
         if config.block != "modern":
-            raise ValueError(f"the explicit baseline is made of modern layers, got block={config.block!r}")
+            raise ValueError(f"the explicit baseline needs block='modern', got block={config.block!r}")
         self.block: nn.Module = ModernBlock(config)
 
     def transform(self, x_BTD: Tensor, cache: KeyValueCache | None) -> tuple[Tensor, SolverStats | None]:

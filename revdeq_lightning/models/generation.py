@@ -110,7 +110,7 @@ def _check_sampling(max_new_tokens: int, temperature: float, top_k: int | None, 
 
 def _check_cache(model: AbstractLanguageModel) -> None:
     if not model.config.has_cache:
-        raise ValueError(f"block={model.config.block!r} keeps no keys and values of earlier tokens: use_cache=False")
+        raise ValueError(f"block={model.config.block!r} has no cache of keys and values: set use_cache=False")
     solver = getattr(getattr(model, "equilibrium", None), "solver", None)
     rtol, atol = getattr(solver, "rtol", 0), getattr(solver, "atol", 0)
     if rtol or atol:
@@ -125,7 +125,7 @@ def _check_warm_start(model: AbstractLanguageModel, use_cache: bool) -> None:
     if use_cache or solver is None or not solver.has_tolerance:
         raise ValueError(
             f"warm_start=True needs a solver with a tolerance and use_cache=False, got {solver} and"
-            f" use_cache={use_cache}: a fixed number of steps from another start would give another text"
+            f" use_cache={use_cache}: a fixed number of steps from another start would change the text"
         )
 
 
@@ -169,7 +169,7 @@ def continue_text(model: Any, tokenizer: Any, prompt: str, *, seed: int = 0, **s
     """
     ids = tokenizer.encode(prompt)
     if not ids:
-        raise ValueError("the prompt is empty: give at least one character")
+        raise ValueError("the prompt must not be empty")
     device = model.output_weight_VD.device
     context_length = model.config.context_length
     tokens_BT = torch.tensor([ids[-context_length:]], device=device)

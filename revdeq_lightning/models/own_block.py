@@ -28,7 +28,7 @@ def own_block(path: str, width: int, options: Mapping[str, Any]) -> nn.Module:
         block_class = getattr(importlib.import_module(module), name, None)
     except ModuleNotFoundError as error:
         raise BlockError(
-            f"block={path!r}: no module named {error.name!r}; install it, or start in the folder that holds it"
+            f"block={path!r}: no module named {error.name!r}; install it, or run from the folder that contains it"
         ) from None
     if block_class is None:
         raise BlockError(f"block={path!r}: the module {module!r} has no {name!r}")
@@ -46,4 +46,4 @@ def _require_shape_of_z(block: nn.Module, args: tuple[Tensor, ...], value: Any) 
     wanted = tuple(args[0].shape)
     if not isinstance(value, Tensor) or value.shape != wanted:
         got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise BlockError(f"{type(block).__name__}(z, x) must return a tensor of the shape of z, {wanted}, got {got}")
+        raise BlockError(f"{type(block).__name__}(z, x) must return a tensor with the shape of z, {wanted}, got {got}")

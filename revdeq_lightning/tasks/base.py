@@ -61,11 +61,11 @@ class AbstractTask(LightningModule):
         """
         layers = equilibria(self.model)
         if self.jacobian_weight and not layers:
-            raise ValueError(f"jacobian_weight={self.jacobian_weight} needs a model with an equilibrium: leave it out")
+            raise ValueError(f"jacobian_weight={self.jacobian_weight} needs a model with an equilibrium: remove it")
         if self.jacobian_weight and any(is_compiled(layer.f) for layer in layers):
             raise ValueError(
-                f"jacobian_weight={self.jacobian_weight} needs second derivatives, which torch.compile does not give:"
-                " set compile=false"
+                f"jacobian_weight={self.jacobian_weight} needs second derivatives, which torch.compile does not"
+                " support: set compile=false"
             )
 
     @contextmanager
@@ -126,15 +126,15 @@ class AbstractTask(LightningModule):
         if shard := getattr(strategy, "shard_model", None):  # `EquilibriumFSDP2`
             if self.jacobian_weight:
                 raise ParallelismError(
-                    f"model.jacobian_weight={self.jacobian_weight} evaluates f outside of its layer, where FSDP2 has"
-                    " taken its parameters apart: use trainer.strategy=ddp"
+                    f"model.jacobian_weight={self.jacobian_weight} evaluates f outside its layer, where FSDP2 keeps its"
+                    " parameters sharded: use trainer.strategy=ddp"
                 )
             shard(self.model, self._recipe)
             return
         refuse_foreign(strategy)
         if any(p.is_meta for p in self.model.parameters()):
             raise ParallelismError(
-                f"the model was made within deferred_weights(), whose weights come with trainer.strategy=fsdp2, got"
+                f"a model built within deferred_weights() has no weights without trainer.strategy=fsdp2, got"
                 f" {type(strategy).__name__}"
             )
 

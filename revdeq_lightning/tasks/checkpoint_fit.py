@@ -44,7 +44,7 @@ def check_weights(there: Mapping[str, Any], here: Mapping[str, Any], changed: Ch
         reasons = _described({k: v for k, v in changed.items() if k.startswith(("network.", "solver."))})
         raise CheckpointError(
             f"the checkpoint does not fit this model: {faults[0]}{more}; {reasons or 'it is of another kind of model'}:"
-            " give the settings of its run (leave out --config), or start over without --ckpt_path"
+            " use the settings of its run (remove --config), or start over without --ckpt_path"
         )
 
 
@@ -58,12 +58,12 @@ def check_optimizer(changed: Changes) -> None:
     if "optimizer" in own:
         then, now = own["optimizer"]
         raise CheckpointError(
-            f"the checkpoint holds the state of optimizer={then}, this run has optimizer={now}: go on with {then}, or"
+            f"the checkpoint holds the state of optimizer={then}, this run has optimizer={now}: use {then}, or"
             " start over without --ckpt_path"
         )
     kept = {key: own[key] for key in KEPT_BY_OPTIMIZER if key in own}
     if kept:
-        rank_zero_warn(f"a resumed run keeps the optimizer's settings, without effect are: {_described(kept)}")
+        rank_zero_warn(f"a resumed run keeps its optimizer's settings; changes without effect: {_described(kept)}")
 
 
 def _described(changes: Changes) -> str:

@@ -98,7 +98,7 @@ class MuonAdamW(Optimizer):
         super().__init__([group if "momentum" in group else group | {"fused": True} for group in groups], {})
         vectors = [tuple(p.shape) for group in groups if "momentum" in group for p in group["params"] if p.dim() < 2]
         if vectors:
-            raise ValueError(f"Muon moves matrices and kernels, got a parameter of shape {vectors[0]}")
+            raise ValueError(f"Muon needs matrices or kernels, got a parameter of shape {vectors[0]}")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

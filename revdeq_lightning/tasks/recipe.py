@@ -57,6 +57,6 @@ def refuse_foreign(strategy: Strategy) -> None:
     """
     if isinstance(strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
         raise ParallelismError(
-            f"{type(strategy).__name__} would shard f apart from its solver, and its gradient would be lost: use"
-            " trainer.strategy=fsdp2, or ddp"
+            f"{type(strategy).__name__} would shard f separately from its solver and lose its gradient: use"
+            " trainer.strategy=fsdp2 or ddp"
         )

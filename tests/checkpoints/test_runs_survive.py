@@ -57,7 +57,7 @@ def test_a_damaged_last_checkpoint_is_named_and_the_one_before_taken(whole, caps
     out, err = capsys.readouterr()
     (warning,) = [line for line in err.splitlines() if line.startswith("warning: ")]
     assert "last.ckpt is damaged (it does not end where its archive does)" in warning
-    assert warning.endswith(f"going on from {folder}/checkpoints/step-3.ckpt")
+    assert warning.endswith(f"continuing from {folder}/checkpoints/step-3.ckpt")
     assert "resumed at step 3" in out
     assert metrics(folder) == metrics(kept)
     assert_equal(trained(folder / "checkpoints/last.ckpt"), trained(kept / "checkpoints/last.ckpt"))
@@ -112,7 +112,7 @@ def test_settings_that_the_optimizer_takes_from_the_checkpoint_are_told(whole):
     kept, folder, _ = whole
     put_back(kept, folder, "step-3.ckpt")
     options = ("--model.optimizer.lr=0.5", "--model.optimizer.muon_momentum=0.9")
-    with pytest.warns(UserWarning, match=r"without effect are: lr 0.01 -> 0.5, muon_momentum 0.95 -> 0.9"):
+    with pytest.warns(UserWarning, match=r"without effect: lr 0.01 -> 0.5, muon_momentum 0.95 -> 0.9"):
         run("fit", "--ckpt_path", folder / "checkpoints/step-3.ckpt", *options)
     assert metrics(folder) == metrics(kept)  # and so it is
 
@@ -224,7 +224,7 @@ def test_an_image_removed_in_mid_run_is_named_and_the_checkpoint_stays(tmp_path,
         run("image", "fit", "--config", config, *options)
     assert stop.value.code == 1
     (error,) = errors(capsys)
-    assert "training cannot go on: FileNotFoundError: " in error
+    assert "training cannot continue: FileNotFoundError: " in error
     assert str(tmp_path / "images/train/red") in error
     assert read_checkpoint(tmp_path / "runs/tiny/v/checkpoints/last.ckpt")["global_step"] == 4
 
@@ -249,7 +249,7 @@ def test_images_removed_before_a_test_are_named_and_the_trained_model_stays(tmp_
             run("image", *arguments)
         assert stop.value.code == 1
         (error,) = errors(capsys)
-        assert "the test cannot go on: FileNotFoundError: " in error
+        assert "the test cannot continue: FileNotFoundError: " in error
         assert str(gone.images) in error
         gone.elsewhere.rename(gone.images)
     assert read_checkpoint(last)["global_step"] == 12
@@ -272,7 +272,7 @@ def test_a_killed_worker_ends_the_run_in_one_line(tmp_path, capsys, disturbed):
         run("image", "fit", "--config", config, *options)
     assert stop.value.code == 1
     (error,) = errors(capsys)
-    assert "a process that loads data is gone" in error
+    assert "a data-loading process ended" in error
     assert read_checkpoint(tmp_path / "runs/tiny/v/checkpoints/last.ckpt")["global_step"] == 4
 
 

@@ -27,7 +27,7 @@ from tests.helpers.runs import run, tiny_config
         (["fit", "--trainer.logger=WandbLogger"], ["run.wandb=auto"]),
         (
             ["fit", "--model.solver.solver=none", "--model.solver.beta=0.5"],
-            ["solver='none' has no beta, got beta=0.5: leave it out"],
+            ["solver='none' has no beta, got beta=0.5: remove it"],
         ),
         (
             ["fit", "--model.solver.arithmetic=float32", "--model.solver.mismatch=raise"],
@@ -37,7 +37,7 @@ from tests.helpers.runs import run, tiny_config
             ["fit", "--model.solver.solver=anderson", "--model.solver.mismatch=raise"],
             ["mismatch='raise' belongs to adjoint='reversible', got adjoint='implicit'"],
         ),
-        (["test"], ["which checkpoint?", "--ckpt_path"]),
+        (["test"], ["test needs a checkpoint", "--ckpt_path"]),
         (["test", "--ckpt_path=best"], ["no best.ckpt under"]),
         (["validate", "--ckpt_path=nowhere.ckpt"], ["no checkpoint nowhere.ckpt"]),
     ],

@@ -77,7 +77,7 @@ def test_without_test_images_the_sheets_are_of_the_validation_images(tmp_path, c
     assert (only_run(tmp_path) / "depth_sweep.png").is_file()
     with pytest.raises(SystemExit):
         run("image", "test", "--ckpt_path", only_run(tmp_path) / "checkpoints" / "best.ckpt")
-    assert "no test split, it has train, validation" in capsys.readouterr().err
+    assert "no test split to evaluate, only train, validation" in capsys.readouterr().err
 
 
 def test_predict_writes_the_probabilities_of_a_folder(trained, tmp_path, capsys):
@@ -110,8 +110,8 @@ def test_training_goes_on_from_the_last_checkpoint_bit_for_bit(trained, tmp_path
         (("--model.network.channels=[16,24]",), "multiples of it"),
         (("--model.network.chanels=[16,16]",), "did you mean model.network.channels?"),
         (("--model.network.num_classes=5",), "num_classes"),
-        (("--model.network.architecture=resnet",), "takes solver='none'"),
-        (("--model.network.steps=[1]",), "one entry a stage, got [1]"),
+        (("--model.network.architecture=resnet",), "needs solver='none'"),
+        (("--model.network.steps=[1]",), "one entry per stage, got [1]"),
         (("--model.label_smoothing=1.5",), "label_smoothing must be in [0, 1), got 1.5"),
         (("--data.path=nowhere",), "nowhere"),
     ],

@@ -72,7 +72,7 @@ def test_a_run_leaves_all_that_is_needed_and_can_be_gone_on_with(tmp_path, capsy
     assert steps(folder.parent / "again", "train/loss") == [0, 1, 2]
     with pytest.raises(SystemExit):
         run("fit", "--config", folder / "config.yaml", "--run.version=again")
-    assert "there is a run in" in capsys.readouterr().err
+    assert "already contains a run" in capsys.readouterr().err
 
 
 def test_generate_needs_only_the_checkpoint_and_no_lightning(tmp_path, capsys):

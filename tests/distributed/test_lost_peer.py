@@ -54,7 +54,7 @@ REFUSED = nccl(
 )
 def test_a_lost_process_is_told_in_one_line(error):
     line = lost_peer(error, TRAINER)
-    assert line.startswith("rank 1 lost another process, it ended or does not answer (")
+    assert line.startswith("rank 1 lost another process, which ended or does not respond (")
     assert "\n" not in line
     assert lost_peer(error, SimpleNamespace(world_size=1, global_rank=0)) is None
 
@@ -123,11 +123,11 @@ class HubError(Exception):
 @pytest.mark.parametrize(
     ("error", "settings", "words"),
     [
-        (None, {"num_workers": 1, "timeout": 0.5}, "a process that loads data does not answer: DataLoader timed out"),
+        (None, {"num_workers": 1, "timeout": 0.5}, "a data-loading process does not respond: DataLoader timed out"),
         (ConnectionError("hub: Read timed out."), {"num_workers": 1}, "ConnectionError: hub: Read timed out."),
         (HubError("502 timed out", 0), {"num_workers": 1}, "HubError: 502 timed out"),
         # As where a worker ends while it hands a batch over.
-        (ConnectionResetError(104, "Connection reset by peer"), {}, "a process that loads data is gone: [Errno 104]"),
+        (ConnectionResetError(104, "Connection reset by peer"), {}, "a data-loading process ended: [Errno 104]"),
     ],
     ids=["timeout", "in a worker", "in a worker, not made anew", "handed over"],
 )

@@ -143,7 +143,7 @@ def test_a_vanished_machine_ends_the_job_in_bounded_time_and_the_same_command_go
     (code,) = job.end(0)
     assert code != 0
     assert time.monotonic() - begin < TIMEOUT + 30  # torchrun looks at its processes now and then, and Python ends
-    assert "error: rank 0 lost another process, it ended or does not answer (" in job.text()
+    assert "error: rank 0 lost another process, which ended or does not respond (" in job.text()
 
     machines[1].plug(in_=True)
     job.processes = [job.start(machine) for machine in machines]

@@ -122,7 +122,7 @@ def test_an_error_of_the_first_ends_the_other(tmp_path):
         run.wait_for("error: ")
         assert run.end() == 1, run.said
     (error,) = [line for line in run.said.splitlines() if line.startswith("error: ")]
-    assert error.startswith("error: process 0 ran out of GPU memory (it wanted 20.00 GiB more)")
+    assert error.startswith("error: process 0 ran out of GPU memory (it requested 20.00 GiB more)")
 
 
 def test_a_divergence_of_the_second_ends_both_and_can_be_replayed(tmp_path, capsys):
@@ -134,4 +134,4 @@ def test_a_divergence_of_the_second_ends_both_and_can_be_replayed(tmp_path, caps
     (file,) = {line.split("--file ")[1] for line in run.said.splitlines() if "--file " in line}
     assert Path(file).parent.parent.parent == folder
     main(["replay", "--file", file])
-    assert "Step 3, as it was: the loss is not finite (nan)" in capsys.readouterr().out
+    assert "Step 3, as recorded: the loss is not finite (nan)" in capsys.readouterr().out

@@ -93,7 +93,7 @@ def test_a_run_goes_on_under_another_strategy_with_the_settings_of_the_run(tmp_p
         (["--trainer.strategy=fsdp2", "--model.jacobian_weight=0.1"], "jacobian_weight=0.1 evaluates f outside"),
         (["--config=configs/trainer/ddp.yaml", "--trainer.strategy.timeout_seconds=0"], "timeout_seconds=0 of the"),
         (["--config=configs/trainer/fsdp2.yaml", "--trainer.strategy.timeout_seconds=-5"], "timeout_seconds=-5 of the"),
-        (["--trainer.num_nodes=2"], "nothing says where the machines meet; start them by configs/cluster/torchrun.sh"),
+        (["--trainer.num_nodes=2"], "first machine is not set; start with configs/cluster/torchrun.sh"),
         (["--trainer.strategy=ddq"], "invalid strategy name"),
         (["--trainer.strategy=ddp", "--trainer.devices=0"], "0"),
     ],
@@ -126,7 +126,7 @@ def test_a_model_that_does_not_fit_the_gpu_is_told_with_advice(tmp_path, capsys,
         run("fit", "--config", tiny_config(tmp_path))
     assert caught.value.code == 1
     (line,) = (li for li in capsys.readouterr().err.splitlines() if not li.startswith("INFO"))
-    for words in ("process 0 ran out of GPU memory (it wanted 2.50 GiB more)", "data.batch_size", "fsdp2"):
+    for words in ("process 0 ran out of GPU memory (it requested 2.50 GiB more)", "data.batch_size", "fsdp2"):
         assert words in line
 
 
@@ -190,7 +190,7 @@ def test_weights_that_never_come_are_told(tmp_path):
         task = tiny_task(data)
     with pytest.raises(NotImplementedError) as caught:  # of Lightning, which moves the weights when it cleans up
         tiny_trainer(tmp_path).fit(task, data)
-    assert "weights come with trainer.strategy=fsdp2, got SingleDeviceStrategy" in str(caught.value.__context__)
+    assert "no weights without trainer.strategy=fsdp2, got SingleDeviceStrategy" in str(caught.value.__context__)
 
 
 @pytest.mark.slow

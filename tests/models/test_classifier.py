@@ -202,7 +202,7 @@ def test_wrong_images_are_refused(images, message):
         ({"channels": []}, r"got \[\]"),
         ({"channels": [24]}, r"above 16 must be multiples.*\[24\]"),
         ({"channels": [0]}, "at least 1, got 0"),
-        ({"widths": [1]}, "one entry a stage"),
+        ({"widths": [1]}, "one entry per stage"),
         ({"stem_stride": 3}, "got 3"),
         ({"dropout": 1.0}, "got 1.0"),
         ({"architecture": "paper_single"}, "one stage"),

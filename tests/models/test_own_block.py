@@ -90,7 +90,7 @@ def test_reversible_gradient_matches_bptt(kind):
 def test_text_is_generated_without_a_cache():
     model, (tokens, _) = language_model(ReversibleAdjoint(), block="my_blocks.Mixer"), make_batch()
     assert generate(model, tokens[:, :3], 12, use_cache=False).shape == (3, 15)
-    with pytest.raises(ValueError, match=r"block='my_blocks.Mixer' keeps no keys .*: use_cache=False"):
+    with pytest.raises(ValueError, match=r"block='my_blocks.Mixer' has no cache .*: set use_cache=False"):
         generate(model, tokens[:, :3], 12)
 
 
@@ -120,16 +120,16 @@ def test_a_classifier_is_trained_from_yaml_and_its_checkpoint_loads(tmp_path, ca
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["block=no_such.Block"], "block='no_such.Block': no module named 'no_such'; install it, or start in"),
+        (["block=no_such.Block"], "block='no_such.Block': no module named 'no_such'; install it, or run from"),
         (["block=my_blocks.Mixr"], "block='my_blocks.Mixr': the module 'my_blocks' has no 'Mixr'"),
         (["block=my_blocks.SIZE"], "SIZE must be a class derived from torch.nn.Module, got 3"),
         (["block=my_blocks.Convolution"], "Convolution(width, **block_options) failed: "),
         (
             ["block=my_blocks.Narrower"],
-            "Narrower(z, x) must return a tensor of the shape of z, (4, 8, 16), got (4, 8, 15)",
+            "Narrower(z, x) must return a tensor with the shape of z, (4, 8, 16), got (4, 8, 15)",
         ),
         (["num_heads=2"], "num_heads belongs to block 'modern' or 'paper', got 2 for 'my_blocks.Mixer'"),
-        (["block=modern", "num_heads=2"], "block_options belongs to a block of your own, got block='modern'"),
+        (["block=modern", "num_heads=2"], "block_options requires a user-defined block, got block='modern'"),
     ],
 )
 def test_a_block_that_does_not_fit_is_one_line(tmp_path, capsys, options, words):

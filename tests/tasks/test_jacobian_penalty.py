@@ -109,7 +109,7 @@ def test_every_stage_of_a_classifier_is_penalized():
         ({}, -1.0, False, r"jacobian_weight must be in \[0, inf\), got -1.0"),
         ({}, float("nan"), False, "got nan"),
         ({"solver": "none"}, 0.1, False, "jacobian_weight=0.1 needs a model with an equilibrium"),
-        ({}, 0.1, True, "second derivatives, which torch.compile does not give: set compile=false"),
+        ({}, 0.1, True, "second derivatives, which torch.compile does not support: set compile=false"),
     ],
 )
 def test_a_penalty_that_cannot_be_is_an_error(solver, weight, compile, match):

@@ -62,7 +62,7 @@ class AbstractTwoStepSolver(AbstractSolver):
         require_in_range("beta", self.beta, "(0, 2)")
         require_choice("arithmetic", self.arithmetic, get_args(Arithmetic))
         if self.compiled and self.arithmetic != "exact":
-            raise ValueError(f"compiled=True belongs to arithmetic='exact', got {self.arithmetic!r}: leave it out")
+            raise ValueError(f"compiled=True belongs to arithmetic='exact', got {self.arithmetic!r}: remove it")
 
     @property
     @abc.abstractmethod
