@@ -226,8 +226,7 @@ def put_in_place(new: Path, target: Path) -> None:
     before the new one is in place, `newest_good` finds the old one there.
 
     Raises:
-        IsADirectoryError: If the target is a folder that is not a checkpoint.
-        OSError: If a rename fails.
+        OSError: If a rename fails, or the target is a folder that is not a checkpoint.
     """
     if target.is_dir() and not (target / REST).exists():
         raise IsADirectoryError(errno.EISDIR, "it is a folder, and no checkpoint", str(target))

@@ -29,12 +29,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self.failures: dict[Path, OSError] = {}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Save to a local path.
-
-        Raises:
-            TypeError: If there are storage options, which local files do not have.
-            OSError: If the file cannot be written, with `errors="raise"`.
-        """
+        """Save to a local path; raise TypeError for storage options, which local files do not have."""
         if storage_options is not None:
             raise TypeError(f"{type(self).__name__} has no storage_options, got {storage_options!r}")
         path = Path(path)
@@ -46,12 +41,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             self.note(path, None)
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
-        """Verify and read a checkpoint.
-
-        Raises:
-            ValueError: If `weights_only=False`, which would run code from the file.
-            CheckpointError: If the file is damaged or not a checkpoint; names one to use instead.
-        """
+        """Verify and read a checkpoint; if it is damaged or not one, a CheckpointError names another to use."""
         if weights_only is False:
             raise ValueError("weights_only=False would run code from the checkpoint: remove it")
         if is_sharded_checkpoint(path):

@@ -96,9 +96,6 @@ def write_part(state: dict[str, Any], folder: Path, rank: int) -> dict[str, str]
 
     Returns:
         The SHA-256 of the file, by name.
-
-    Raises:
-        OSError: If it cannot be written.
     """
     parts: dict[str, Tensor] = {}
     places: dict[str, Any] = {}
@@ -165,11 +162,7 @@ def refuse_others(weights: Collection[str], path: Path) -> None:
 
 
 def read_whole(path: Path, *names: str) -> dict[str, Any]:
-    """The complete tensors of the named states (`state_dict`, `optimizer_0`, ...), read by this process alone.
-
-    Raises:
-        CheckpointError: If the folder is damaged.
-    """
+    """The complete tensors of the named states (`state_dict`, `optimizer_0`, ...), read by this process alone."""
     found: dict[str, Any] = {name: {} for name in names}
     for key, entry in held_tensors(path).items():
         name, _, rest = key.partition(".")
@@ -180,11 +173,7 @@ def read_whole(path: Path, *names: str) -> dict[str, Any]:
 
 
 def held_tensors(path: Path) -> dict[str, TensorStorageMetadata]:
-    """Shapes and dtypes of a folder's tensors, by dotted names.
-
-    Raises:
-        CheckpointError: If they cannot be read.
-    """
+    """Shapes and dtypes of a folder's tensors, by dotted names; CheckpointError if they cannot be read."""
     try:
         held: Any = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
         for name, entry in held.items():

@@ -209,9 +209,6 @@ def predict_puzzles(
         model: What may differ from training.
         batch_size: Number of puzzles at a time.
         device: cpu, cuda, ...
-
-    Returns:
-        One line for the user.
     """
     import numpy as np
 

@@ -31,10 +31,7 @@ NO_PEER = re.compile("invalid (usage|argument)|unhandled (system|cuda) error|int
 
 @contextmanager
 def stop_signals_noted() -> Iterator[None]:
-    """Context that records signals, from parsing the settings to the final test.
-
-    If the program recorded them before, they are ignored afterwards, until it ends.
-    """
+    """Context that records signals; if the program already records them, they are ignored afterwards."""
     took = STOP.take()
     try:
         yield

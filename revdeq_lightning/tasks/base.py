@@ -54,11 +54,7 @@ class AbstractTask(LightningModule):
         self.jacobian_weight = jacobian_weight
 
     def check_penalty(self) -> None:
-        """Check the penalty once the model is built.
-
-        Raises:
-            ValueError: If the penalty has a weight but the model has no equilibrium, or a compiled one.
-        """
+        """Raise ValueError if the penalty has a weight but the model has no equilibrium, or a compiled one."""
         layers = equilibria(self.model)
         if self.jacobian_weight and not layers:
             raise ValueError(f"jacobian_weight={self.jacobian_weight} needs a model with an equilibrium: remove it")

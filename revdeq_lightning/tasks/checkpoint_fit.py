@@ -27,11 +27,7 @@ def changed_settings(there: Mapping[str, Any], here: Mapping[str, Any], prefix: 
 
 
 def check_weights(there: Mapping[str, Any], here: Mapping[str, Any], changed: Changes) -> None:
-    """Compare names and shapes.
-
-    Raises:
-        CheckpointError: If they differ; names the first difference and the settings that may cause it.
-    """
+    """Raise CheckpointError if names or shapes differ, with the first difference and the settings that may cause it."""
     faults = [f"{name} is missing in the checkpoint" for name in here if name not in there]
     faults += [f"{name} of the checkpoint is not in the model" for name in there if name not in here]
     faults += [
@@ -49,11 +45,7 @@ def check_weights(there: Mapping[str, Any], here: Mapping[str, Any], changed: Ch
 
 
 def check_optimizer(changed: Changes) -> None:
-    """Compare the optimizers.
-
-    Raises:
-        CheckpointError: If they are of different kinds.
-    """
+    """Raise CheckpointError for another kind of optimizer, and warn of changed settings that have no effect."""
     own = {key.removeprefix("optimizer."): value for key, value in changed.items() if key.startswith("optimizer.")}
     if "optimizer" in own:
         then, now = own["optimizer"]

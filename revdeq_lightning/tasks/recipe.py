@@ -50,11 +50,7 @@ class Recipe:
 
 
 def refuse_foreign(strategy: Strategy) -> None:
-    """Reject strategies that shard without support for equilibria.
-
-    Raises:
-        ParallelismError: If the strategy is one of them.
-    """
+    """Raise ParallelismError for strategies that shard without support for equilibria."""
     if isinstance(strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
         raise ParallelismError(
             f"{type(strategy).__name__} would shard f separately from its solver and lose its gradient: use"

@@ -29,7 +29,7 @@ class AbstractAdjoint(abc.ABC):
         """Raise where the backward pass itself would be differentiated."""
         if torch.is_grad_enabled():
             raise RuntimeError(
-                f"{type(self).__name__} has no double backward, and create_graph=True was asked for: use"
+                f"{type(self).__name__} has no double backward, got create_graph=True: use"
                 " BackpropAdjoint() for second derivatives"
             )
 

@@ -28,7 +28,7 @@ class ConvergenceWarning(UserWarning):
 
 
 class ConvergenceError(RuntimeError):
-    """As `ConvergenceWarning`, where asked to raise."""
+    """Raised instead of `ConvergenceWarning` if the policy is "raise"."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,7 +41,7 @@ class ReconstructionWarning(UserWarning):
 
 
 class ReconstructionError(RuntimeError):
-    """As `ReconstructionWarning`, where asked to raise."""
+    """Raised instead of `ReconstructionWarning` if the policy is "raise"."""
 
 
 @dataclass(frozen=True, kw_only=True)
