@@ -8,7 +8,7 @@ in the part `core`: an integer, the same in every repetition. Weights and optimi
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,14 +24,18 @@ from revdeq_lightning.data.puzzles.kinds import Mazes
 from revdeq_lightning.models import ReasonerConfig
 from revdeq_lightning.models.build import SolverConfig, build_reasoner
 
-BASE, EVALUATIONS, DEEP = 4, (16, 32, 64, 128), 512
-DEEP_ONES = (EXACT, PAPER, STORED)
+BASE, EVALUATIONS = 4, (16, 32, 64, 128)
 FLAT = {EXACT: 34, PAPER: 44}
 """Evaluations whose remainders fit into two words of an element of the state, by exact gradient."""
+MORE = (BASE, *FLAT.values(), 512)
+MORE_FOR = (EXACT, PAPER, STORED)
+"""Gradients that are also measured with `MORE` evaluations."""
 
 
-def training_step(settings: dict[str, Any]) -> tuple[Callable[[], Any], int]:
+def training_step(name: str, evaluations: int, changes: Mapping[str, Any] | None) -> tuple[Callable[[], Any], int]:
     """Forward and backward pass of a batch of mazes, and the elements of its state."""
+    variant = variants(evaluations, changes)[name]
+    settings = settings_of(variant.configs, variant.changes)
     data, network = settings["data"], settings["model"]["network"]
     shape = Mazes("mixed", 0.0).shape(data["size"])
     torch.manual_seed(0)
@@ -47,13 +51,12 @@ def training_step(settings: dict[str, Any]) -> tuple[Callable[[], Any], int]:
 
 def measure(quick: bool) -> list[dict[str, Any]]:
     """One row for each gradient and number of evaluations."""
+    changes = TINY if quick else None
     rows = []
-    for evaluations in (BASE, 8) if quick else (BASE, *EVALUATIONS, DEEP):
-        for name, variant in variants(evaluations, TINY if quick else None).items():
-            if evaluations in (BASE, DEEP) and name not in DEEP_ONES:
-                continue
-            step, elements = training_step(settings_of(variant.configs, variant.changes))
-            step()  # exclude what torch allocates once and keeps
+    for evaluations in (BASE, 8) if quick else sorted({*EVALUATIONS, *MORE}):
+        for name in MORE_FOR if quick or evaluations in MORE else variants(evaluations):
+            step, elements = training_step(name, evaluations, changes)
+            training_step(name, BASE, changes)[0]()  # exclude what torch allocates once and keeps
             found = {"gradient": name, "evaluations": evaluations, "bytes": peak_tensor_bytes(step)}
             rows.append(found | {"state_elements": elements})
     return rows

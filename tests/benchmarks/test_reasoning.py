@@ -9,14 +9,9 @@ from benchmarks.quality.mazes import EXACT, LAST, ONE_STEP, PAPER, STACK, STORED
 from benchmarks.quality.training import read
 
 
-def step(name, evaluations, changes):
-    variant = mazes.variants(evaluations, changes)[name]
-    return reasoning_memory.training_step(settings_of(variant.configs, variant.changes))[0]
-
-
 def test_competitors_differ_in_the_gradient_alone():
     exact, stored, last_1, last_10, one_step = (
-        torch.cat([g.flatten() for g in step(name, 8, mazes.TINY)()])
+        torch.cat([g.flatten() for g in reasoning_memory.training_step(name, 8, mazes.TINY)[0]()])
         for name in (EXACT, STORED, LAST[1], LAST[10], ONE_STEP)
     )
     torch.testing.assert_close(exact, stored)
