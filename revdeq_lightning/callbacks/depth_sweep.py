@@ -72,7 +72,7 @@ class DepthSweep(AbstractAtValidations):
         super().setup(trainer, pl_module, stage)
         if self.sums is None and equilibria(pl_module) and not hasattr(pl_module, "evaluation_sums"):
             raise ValueError(
-                f"DepthSweep has nothing to evaluate: {type(pl_module).__name__} has no evaluation_sums(batch); give"
+                f"DepthSweep has nothing to evaluate: {type(pl_module).__name__} has no evaluation_sums(batch); pass"
                 " sums=function(module, batch)"
             )
 

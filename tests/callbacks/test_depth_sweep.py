@@ -97,7 +97,7 @@ def test_a_depth_at_which_the_state_diverges_ends_nothing_and_is_nan(tmp_path):
 
 
 def test_settings_that_cannot_be_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"Stranger has no evaluation_sums\(batch\); give sums="):
+    with pytest.raises(ValueError, match=r"Stranger has no evaluation_sums\(batch\); pass sums="):
         trainer(tmp_path, [DepthSweep()]).fit(Stranger(), loader())
     for settings in ({"every_n_validations": -1}, {"num_batches": 0}):
         with pytest.raises(ValueError, match=f"{next(iter(settings))} must be at least"):

@@ -417,9 +417,7 @@ def test_rows_of_unknown_classes_or_none_are_told(module, folder, tmp_path):
         )
         where = tmp_path / f"changed{number}"
         datasets.DatasetDict({"train": parts["train"], "test": changed}).save_to_disk(where)
-        with pytest.raises(
-            ValueError, match=rf'has in test {message} \(column "label"\): give each row a class of train'
-        ):
+        with pytest.raises(ValueError, match=rf'test: {message} \(column "label"\); every row needs a class of train'):
             module(where, source="huggingface", label_column="label").setup("fit")
 
 

@@ -478,7 +478,7 @@ def test_missing_files_are_told(module, tmp_path):
     with pytest.raises(FileNotFoundError, match=f"no such text file or folder: {re.escape(str(tmp_path))}/none"):
         module(path=str(tmp_path / "none")).prepare_data()
     (tmp_path / "folder").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"no files under .*folder: give a text file"):
+    with pytest.raises(FileNotFoundError, match=r"no files under .*folder: use a text file"):
         module(path=str(tmp_path / "folder")).prepare_data()
 
 

@@ -119,7 +119,7 @@ def find_images(path: str | os.PathLike[str]) -> list[Path]:
     files = sorted(root / name for name in list_files(root) if name.lower().endswith(IMAGE_SUFFIXES))
     if not files:
         raise FileNotFoundError(
-            f"no images ({', '.join(IMAGE_SUFFIXES)}) in {root} (looked in {Path.cwd()}): give an image or a folder of "
+            f"no images ({', '.join(IMAGE_SUFFIXES)}) in {root} (looked in {Path.cwd()}): use an image or a folder of "
             "images."
         )
     return files

@@ -31,7 +31,7 @@ def open_folder(path: Path) -> ImageSource:
         return ImageSource(lambda: content_key(path, list_files(path)), partial(_list_folder, path))
     if not path.exists():
         raise FileNotFoundError(
-            f"no such image folder or archive: {path} (looked in {Path.cwd()}): give a folder with train/CLASS/* (and "
+            f"no such image folder or archive: {path} (looked in {Path.cwd()}): use a folder with train/CLASS/* (and "
             f"val/CLASS/*, test/CLASS/*) or CLASS/*, or a tar archive of one."
         )
     if not path.name.lower().endswith(ARCHIVE_SUFFIXES):
@@ -130,7 +130,7 @@ def _arrange(
     if "train" not in folders.values():
         raise ValueError(f"{where} has {', '.join(folders)} but no train/: put the training images into train/CLASS/.")
     if {"val/", "validation/"} <= set(folders):
-        raise ValueError(f"{where} has both val/ and validation/: leave one of them.")
+        raise ValueError(f"{where} has both val/ and validation/: remove one of them.")
     splits: dict[str, dict[str, str]] = {}  # the class of each image
     for folder, split in folders.items():
         inside = sorted(name for name in names if name.startswith(folder) and "/" in name[len(folder) :])
@@ -144,7 +144,7 @@ def _arrange(
     class_names = sorted(set(splits["train"].values()))
     if len(class_names) < 2:
         raise ValueError(
-            f"{where} has {len(class_names)} class(es) {class_names}, a classifier needs two: give a folder with "
+            f"{where} has {len(class_names)} class(es) {class_names}, a classifier needs two: use a folder with "
             "train/CLASS/* (and val/CLASS/*, test/CLASS/*) or CLASS/*."
         )
     for split, class_of in splits.items():

@@ -63,7 +63,7 @@ def _number_classes(
         elif (unknown := np.setdiff1d(labels, known)).size:
             fault = f"the class {unknown[0]}, which train lacks"
         if fault:
-            raise ValueError(f'{path} has in {split} {fault} (column "{column}"): give each row a class of train.')
+            raise ValueError(f'{path}, {split}: {fault} (column "{column}"); every row needs a class of train.')
         numbered[split] = np.searchsorted(known, labels).astype(np.int64)
     return class_names or [str(value) for value in known.tolist()], numbered
 

@@ -86,7 +86,7 @@ def prepare_decoding(
     class_names, tables = collection
     if getattr(tables["train"].read, "temporary", None):
         raise ValueError(
-            "images of a compressed archive cannot be decoded as they are needed: set in_memory to true, or give the "
+            "images of a compressed archive cannot be decoded as they are needed: set in_memory to true, or use the "
             "unpacked folder or an uncompressed .tar."
         )
     options: dict[str, Any] = {"crop_scale": crop_scale, "seed": seed, "skip_undecodable": skip_undecodable}

@@ -66,7 +66,7 @@ def load_huggingface(path: str, name: str | None) -> dict[str, Any]:
             loaded = datasets.load_dataset(path, name)
         except ConnectionError as error:
             raise ConnectionError(
-                f"cannot fetch the dataset {path} from the Hub ({error}): give path=FOLDER with its parquet files or "
+                f"cannot fetch the dataset {path} from the Hub ({error}): set path=FOLDER with its parquet files or "
                 "its save_to_disk copy, set HF_HUB_OFFLINE=1 if it was downloaded before, or use the embedded data, "
                 "which needs no network."
             ) from None

@@ -166,7 +166,7 @@ class TextDataModule(AbstractDataModule):
             raise CheckpointError(
                 "the checkpoint was trained with a different vocabulary than this data "
                 f'(tokenizer="{self.hparams["tokenizer"]}", {self.tokenizer.vocab_size} tokens): use the data settings '
-                "of that run, or store its tokenizer_state() as JSON and give the file's path as tokenizer."
+                "of that run, or store its tokenizer_state() as JSON and set tokenizer to the file's path."
             )
         super().load_state_dict(state_dict)
 

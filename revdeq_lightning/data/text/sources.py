@@ -50,7 +50,7 @@ def open_source(
         texts = {s: "".join(map(_read_utf8, _find_files(p))) for s, p in paths.items() if p is not None}
         for split, text in texts.items():
             if not text:
-                raise ValueError(f"the {split} text is empty ({paths[split]}): give a file with text.")
+                raise ValueError(f"the {split} text is empty ({paths[split]}): use a file with text.")
         texts = _cut_if_whole(texts, *fractions)
     digest = hashlib.sha256()
     for split, text in texts.items():
@@ -103,7 +103,7 @@ def _find_files(path: str | Sequence[str]) -> list[Path]:
             raise FileNotFoundError(f"no such text file or folder: {entry} (looked in {Path.cwd()}): correct the path.")
         files += [entry / name for name in list_files(entry)] if entry.is_dir() else [entry]
     if not files:
-        raise FileNotFoundError(f"no files under {path}: give a text file or a folder with text files.")
+        raise FileNotFoundError(f"no files under {path}: use a text file or a folder with text files.")
     return files
 
 

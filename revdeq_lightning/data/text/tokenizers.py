@@ -119,7 +119,7 @@ class BytePairTokenizer(AbstractTokenizer):
         try:
             self._tokenizer = Tokenizer.from_str(definition)
         except Exception as error:  # the library raises plain Exceptions
-            raise ValueError(f"not the JSON of the tokenizers library ({error}): give a tokenizer.json.") from None
+            raise ValueError(f"not the JSON of the tokenizers library ({error}): use a tokenizer.json.") from None
         self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
         added = self._tokenizer.get_added_tokens_decoder()
         tokens = {i: self._tokenizer.id_to_token(i) or "" for i in range(self.vocab_size)}
@@ -236,7 +236,7 @@ def _tokenizer_from_path(path: Path) -> AbstractTokenizer:
         try:
             content = json.loads(text)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{definition} is not JSON ({error}): give the file of a byte-level BPE.") from None
+            raise ValueError(f"{definition} is not JSON ({error}): use the file of a byte-level BPE.") from None
         return tokenizer_from_state(content) if "kind" in content else BytePairTokenizer(text)
     vocab, merges = path / "vocab.json", path / "merges.txt"
     if not (vocab.is_file() and merges.is_file()):
