@@ -22,7 +22,7 @@ NAME ?=
 SMALL ?=
 FIT = $(TASK) fit --config $(or $(CONFIG),configs/lm/wikitext103.yaml) --config $(TRAINER) $(ARGS)
 
-.PHONY: help setup train-lm train-cifar train-imagenet generate notebooks docs test test-slow lint format typecheck bench bench-quick bench-core bench-lm bench-image bench-image-block bench-cifar bench-quality bench-reasoning bench-callbacks bench-faults bench-scaling submit train-nodes bench-pairs clean
+.PHONY: help setup train-lm train-maze train-cifar train-imagenet generate notebooks docs test test-slow lint format typecheck bench bench-quick bench-core bench-lm bench-image bench-image-block bench-cifar bench-quality bench-reasoning bench-callbacks bench-faults bench-scaling submit train-nodes bench-pairs clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ setup: $(READY)  ## Create the virtual environment (.venv)
 
 train-lm: $(READY)  ## Train a RevDEQ language model: CONFIG=configs/lm/NAME.yaml ARGS="--trainer.max_steps=100"
 	@$(RUN) -m revdeq_lightning fit --config $(or $(CONFIG),configs/lm/default.yaml) $(ARGS)
+
+train-maze: $(READY)  ## Train a reasoner that solves mazes: CONFIG=configs/reasoning/NAME.yaml
+	@$(RUN) -m revdeq_lightning reasoning fit --config $(or $(CONFIG),configs/reasoning/mazes.yaml) $(ARGS)
 
 train-cifar: $(READY)  ## Train a RevDEQ classifier on CIFAR-10: CONFIG=configs/cifar10/NAME.yaml DATA=folder-or-tar-of-your-images
 	@$(RUN) -m revdeq_lightning image fit --config $(or $(CONFIG),configs/cifar10/cpu.yaml) $(if $(DATA),--data.source=folder --data.path='$(DATA)') $(ARGS)
