@@ -12,7 +12,7 @@ from revdeq_lightning.data.loading.sampler import IGNORE_INDEX
 from revdeq_lightning.data.puzzles.module import PuzzleBatch, PuzzleDataModule
 from revdeq_lightning.data.puzzles.puzzle import Puzzle
 from revdeq_lightning.equilibrium import equilibria
-from revdeq_lightning.equilibrium.validation import require_in_range
+from revdeq_lightning.equilibrium.validation import require_count, require_in_range
 from revdeq_lightning.metrics import ReasoningMetrics
 from revdeq_lightning.models import ReasonerConfig
 from revdeq_lightning.models.build import SolverConfig, build_reasoner, plain
@@ -33,6 +33,9 @@ class ReasoningTask(AbstractTask):
         solver: How the equilibrium is found and differentiated.
         optimizer: Optimizer, schedule, averaging of the weights.
         random_start: Fraction of the puzzles of a training batch whose solve starts from a random state, in [0, 1].
+        late_start: Fraction whose solve starts where up to `late_steps` solver steps without gradient lead, so that the
+            answer stays once it is found.
+        late_steps: Their largest number; the number of a batch is drawn anew.
         compile: Compile f with torch.compile: worth its minutes on a GPU.
         jacobian_weight: Weight of the penalty on df/dz at the fixed point; 0 for none (see `AbstractTask`).
     """
@@ -45,6 +48,8 @@ class ReasoningTask(AbstractTask):
         solver: SolverConfig,
         optimizer: OptimizerConfig,
         random_start: float = 0.0,
+        late_start: float = 0.0,
+        late_steps: int = 64,
         compile: bool = False,
         jacobian_weight: float = 0.0,
     ) -> None:
@@ -53,13 +58,16 @@ class ReasoningTask(AbstractTask):
         solver = SolverConfig(**solver) if isinstance(solver, dict) else solver
         optimizer = OptimizerConfig(**optimizer) if isinstance(optimizer, dict) else optimizer
         super().__init__(optimizer, jacobian_weight)
-        require_in_range("random_start", random_start, "[0, 1]")
-        if random_start and solver.solver == "none":
-            raise ValueError(f"random_start={random_start} needs a model with an equilibrium: leave it out")
+        for name, value in (("random_start", random_start), ("late_start", late_start)):
+            require_in_range(name, value, "[0, 1]")
+            if value and solver.solver == "none":
+                raise ValueError(f"{name}={value} needs a model with an equilibrium: remove it")
+        require_count("late_steps", late_steps)
         settings = plain(network=network, solver=solver, optimizer=optimizer)
-        options = {"random_start": random_start, "compile": compile, "jacobian_weight": jacobian_weight}
+        starts = {"random_start": random_start, "late_start": late_start, "late_steps": late_steps}
+        options = {**starts, "compile": compile, "jacobian_weight": jacobian_weight}
         self.save_hyperparameters({**settings, **options}, logger=False)
-        self.random_start = random_start
+        self.random_start, self.late_start, self.late_steps = random_start, late_start, late_steps
         self.loss_decay = solver.correction["loss_decay"]
         self.make_model(partial(build_reasoner, network, solver))
         self.metrics = nn.ModuleDict({"val": ReasoningMetrics(), "test": ReasoningMetrics()})
@@ -83,7 +91,7 @@ class ReasoningTask(AbstractTask):
     def training_step(self, batch: PuzzleBatch, batch_idx: int) -> dict[str, Any]:
         """Mean nats per cell; with fixed-point correction, the weighted mean over the parts of the solve."""
         with self.penalized() as penalties:
-            starts = {"z0": self._starts(batch.inputs)} if self.random_start else {}
+            starts = {"z0": self._starts(batch.inputs)} if self.random_start or self.late_start else {}
             output = self.model(batch.inputs, **starts)
         loss = F.cross_entropy(output.logits.float(), batch.targets, ignore_index=IGNORE_INDEX)
         self.log("train/loss", loss)
@@ -166,9 +174,14 @@ class ReasoningTask(AbstractTask):
         }
 
     def _starts(self, inputs: Tensor) -> Tensor:
-        """Zeros, and for a part of the batch random states."""
+        """Zeros, random states and late states, each for a part of the batch that is drawn anew."""
         z0: Tensor = self.model.random_state(inputs)
-        z0[round(self.random_start * len(inputs)) :] = 0
+        z0[torch.rand(len(inputs), device=inputs.device) >= self.random_start] = 0
+        late = torch.rand(len(inputs), device=inputs.device) < self.late_start
+        if late.any():
+            steps = int(torch.randint(1, self.late_steps + 1, ()))
+            with torch.no_grad():
+                z0[late] = self.model(inputs[late], max_steps=steps, z0=z0[late]).solution.value
         return z0
 
     @property

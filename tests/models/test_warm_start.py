@@ -43,9 +43,9 @@ def test_each_solve_starts_from_the_states_of_its_own_tokens():
     starts, results = [], []
     solve_parts = model.equilibrium.solve
 
-    def watched(f, z0, x, *, adjoint):
+    def watched(f, z0, x, **settings):
         starts.append(z0)
-        results.append(solve_parts(f, z0, x, adjoint=adjoint))
+        results.append(solve_parts(f, z0, x, **settings))
         return results[-1]
 
     model.equilibrium.solve = watched

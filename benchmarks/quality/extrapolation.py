@@ -1,0 +1,188 @@
+"""Mazes larger than those of training, mazes made otherwise, solves that stop by themselves or start anywhere.
+
+    python -m benchmarks.quality.extrapolation --checkpoint RUN/checkpoints/best.ckpt [CHECKPOINT ...] [--count 200]
+
+Checkpoints of `make train-maze`, one a seed. One thread.
+"""
+
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.stats import spearmanr
+
+from benchmarks import part
+from benchmarks.part import Result, Skipped, markdown_table
+from benchmarks.requirements import Requirement
+from revdeq_lightning.cli.inference import SolverSteps, load_reasoner
+from revdeq_lightning.data.puzzles.mazes import FREE, GOAL, START, WALL, shortest_path
+from revdeq_lightning.data.puzzles.module import build_kind, make_puzzle
+from revdeq_lightning.data.puzzles.puzzle import Draws
+
+REQUIRED = {5: 0.995, 9: 0.99, 13: 0.99, 19: 0.97, 29: 0.95}
+TOLERANCES = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4)
+ENOUGH_FROM_RANDOM = 0.95
+Mazes = tuple[NDArray[np.int64], NDArray[np.int64]]
+
+
+def own_mazes(size: int, count: int, algorithm: str = "mixed") -> Mazes:
+    """Mazes of the package's generator, of a seed that no training has."""
+    kind = build_kind("mazes", size=5, algorithm=algorithm, loops=0.0, num_empty=1)
+    puzzles = [make_puzzle(kind, 1_000_003, "test", size, i, train_size=5) for i in range(count)]
+    return np.stack([p.inputs for p in puzzles]), np.stack([p.targets for p in puzzles])
+
+
+def wilson_mazes(size: int, count: int) -> Mazes:
+    """Uniformly random mazes by Wilson's algorithm: loop-erased random walks. Nothing of the generator is used."""
+    inputs = []
+    for number in range(count):
+        draws = Draws(2_000_003, size, number)
+        pixels = np.full((2 * size + 1, 2 * size + 1), WALL)
+        cells = [(r, c) for r in range(size) for c in range(size)]
+        inside = {cells[int(draws.integers(len(cells), 1)[0])]}
+        for start in cells:
+            walk = [start]
+            while walk[-1] not in inside:
+                r, c = walk[-1]
+                moves = [(r + a, c + b) for a, b in ((0, 1), (1, 0), (0, -1), (-1, 0))]
+                moves = [m for m in moves if 0 <= m[0] < size and 0 <= m[1] < size]
+                step = moves[int(draws.integers(len(moves), 1)[0])]
+                walk = walk[: walk.index(step) + 1] if step in walk else [*walk, step]
+            inside.update(walk)
+            for (r, c), (s, d) in pairwise(walk):
+                pixels[r + s + 1, c + d + 1] = FREE
+        pixels[1::2, 1::2] = FREE
+        for cell, symbol in zip(draws.permutation(size * size)[:2].tolist(), (START, GOAL), strict=True):
+            pixels[2 * (cell // size) + 1, 2 * (cell % size) + 1] = symbol
+        inputs.append(pixels)
+    paths = [shortest_path(pixels) for pixels in inputs]
+    return np.stack(inputs), np.stack([path for path in paths if path is not None])
+
+
+def longest_dead_end(pixels: NDArray[np.int64]) -> int:
+    """Pixels of a perfect maze that vanish one after another when all dead ends are filled from their tips at once."""
+    filled, rounds = pixels == WALL, 0
+    while True:
+        padded = np.pad(filled, 1, constant_values=True).astype(int)
+        walls = padded[:-2, 1:-1] + padded[2:, 1:-1] + padded[1:-1, :-2] + padded[1:-1, 2:]
+        tips = (walls >= 3) & ~filled & (pixels == FREE)
+        if not tips.any():
+            return rounds
+        filled, rounds = filled | tips, rounds + 1
+
+
+def batches(inputs: NDArray[np.int64]) -> Iterator[torch.Tensor]:
+    """Parts of a set of puzzles, smaller ones of large puzzles."""
+    count = max(4, 32 * 441 // inputs[0].size)
+    for start in range(0, len(inputs), count):
+        yield torch.from_numpy(inputs[start : start + count])
+
+
+@torch.no_grad()
+def solve(model: Any, mazes: Mazes, random: bool = False) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
+    """Whether each maze is solved, and the evaluations of f that it took."""
+    inputs, targets = mazes
+    answers, made = [], []
+    generator = torch.Generator().manual_seed(0)
+    for batch in batches(inputs):
+        output = model(batch, z0=model.random_state(batch, generator) if random else None)
+        answers.append(output.logits.argmax(1).numpy())
+        made.append(output.evaluations.numpy())
+    right = (np.concatenate(answers) == targets).reshape(len(targets), -1).all(1)
+    return right, np.concatenate(made)
+
+
+def choose_tolerance(checkpoint: Path, validation: Mazes) -> float:
+    """The largest tolerance with which as many mazes of the training size are solved as with all evaluations."""
+    wanted = solve(load_reasoner(checkpoint, "cpu", SolverSteps())[0], validation)[0].mean()
+    for rtol in TOLERANCES:
+        if solve(load_reasoner(checkpoint, "cpu", SolverSteps(rtol=rtol))[0], validation)[0].mean() >= wanted:
+            return rtol
+    return TOLERANCES[-1]
+
+
+def measure(checkpoints: Sequence[Path], sizes: Sequence[int], count: int) -> Result:
+    """Solve all mazes in all ways."""
+    rows: list[dict[str, Any]] = []
+    for seed, checkpoint in enumerate(checkpoints):
+        rtol = choose_tolerance(checkpoint, own_mazes(5, count, "mixed"))
+        fixed, _ = load_reasoner(checkpoint, "cpu", SolverSteps())
+        stopping, _ = load_reasoner(checkpoint, "cpu", SolverSteps(rtol=rtol))
+        for size in sizes:
+            mazes = own_mazes(size, count)
+            solved, made = solve(fixed, mazes)
+            by_itself, until = solve(stopping, mazes)
+            few = tuple(array[: max(1, count // 4)] for array in mazes)
+            lengths = mazes[1].sum((1, 2))
+            dead_ends = [longest_dead_end(pixels) for pixels in mazes[0]]
+            row = {
+                "seed": seed, "size": size, "mazes": count, "evaluations": int(made[0]),
+                "solved": float(solved.mean()), "Wilson": float(solve(fixed, wilson_mazes(size, count))[0].mean()),
+                "rtol": rtol, "solved by itself": float(by_itself.mean()),
+                "median evaluations by itself": float(np.median(until)),
+                "from random": float(solve(fixed, few, random=True)[0].mean()),
+                "rank correlation with path": rank_correlation(until, lengths),
+                "rank correlation with dead end": rank_correlation(until, dead_ends),
+            }  # fmt: skip
+            print(row, flush=True)
+            rows.append(row)
+    return Result({"": rows}, judge(rows), ["Fractions of mazes.", markdown_table(rows)], packages=["scipy"])
+
+
+def rank_correlation(a: Any, b: Any) -> float | None:
+    """Spearman's; None where one of them does not vary."""
+    return None if np.ptp(a) == 0 or np.ptp(b) == 0 else float(spearmanr(a, b).statistic)
+
+
+def judge(rows: Sequence[dict[str, Any]]) -> list[Requirement]:
+    """What the means over the seeds say."""
+    by_size: dict[int, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        by_size[row["size"]].append(row)
+    verdict = []
+    for size, found in by_size.items():
+        solved, other, alone = (mean(r[key] for r in found) for key in ("solved", "Wilson", "solved by itself"))
+        limit = REQUIRED.get(size, 0.0)
+        name = f"{size} x {size} cells"
+        verdict += [
+            Requirement(f"solved, {name}", f">= {limit:.1%}", f"{solved:.1%}", solved >= limit),
+            Requirement(
+                f"made by Wilson's algorithm, {name}", "within 3 points", f"{other:.1%}", other >= solved - 0.03
+            ),
+            Requirement(f"stopping by itself, {name}", "within 1 point", f"{alone:.1%}", alone >= solved - 0.01),
+        ]
+    if 5 in by_size:
+        start = mean(r["from random"] for r in by_size[5])
+        limit = ENOUGH_FROM_RANDOM
+        verdict.append(Requirement("from a random start, 5 x 5", f">= {limit:.0%}", f"{start:.1%}", start >= limit))
+    return verdict
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure and write the page."""
+    parser = part.options(__doc__)
+    parser.add_argument("--checkpoint", type=Path, nargs="+", default=[])
+    parser.add_argument("--sizes", type=int, nargs="+", default=list(REQUIRED))
+    parser.add_argument("--count", type=int, default=200, help="mazes of each size")
+    options = parser.parse_args(arguments)
+
+    def run() -> Result:
+        if not options.checkpoint:
+            raise Skipped("no --checkpoint: train with `make train-maze` first")
+        return measure(options.checkpoint, options.sizes, options.count)
+
+    torch.set_num_threads(1)
+    needs = f"--checkpoint {' '.join(f'SEED{i}.ckpt' for i in range(len(options.checkpoint)))}"
+    title = "Mazes larger than those of training"
+    return part.run("quality.extrapolation", title, run, quick=options.quick, output=options.output, needs=needs)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
