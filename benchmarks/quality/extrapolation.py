@@ -21,7 +21,7 @@ from scipy.stats import spearmanr
 from benchmarks import part
 from benchmarks.part import Result, Skipped, markdown_table
 from benchmarks.requirements import Requirement
-from revdeq_lightning.cli.inference import SolverSteps, load_reasoner
+from revdeq_lightning.cli.inference import ModelSettings, SolverSteps, load_reasoner
 from revdeq_lightning.data.puzzles.mazes import FREE, GOAL, START, WALL, shortest_path
 from revdeq_lightning.data.puzzles.module import build_kind, make_puzzle
 from revdeq_lightning.data.puzzles.puzzle import Draws
@@ -99,11 +99,16 @@ def solve(model: Any, mazes: Mazes, random: bool = False) -> tuple[NDArray[np.bo
     return right, np.concatenate(made)
 
 
+def stopping_at(checkpoint: Path, rtol: float) -> Any:
+    """The reasoner with a tolerance."""
+    return load_reasoner(checkpoint, model=ModelSettings(SolverSteps(rtol=rtol)))[0]
+
+
 def choose_tolerance(checkpoint: Path, validation: Mazes) -> float:
     """The largest tolerance with which as many mazes of the training size are solved as with all evaluations."""
-    wanted = solve(load_reasoner(checkpoint, "cpu", SolverSteps())[0], validation)[0].mean()
+    wanted = solve(load_reasoner(checkpoint)[0], validation)[0].mean()
     for rtol in TOLERANCES:
-        if solve(load_reasoner(checkpoint, "cpu", SolverSteps(rtol=rtol))[0], validation)[0].mean() >= wanted:
+        if solve(stopping_at(checkpoint, rtol), validation)[0].mean() >= wanted:
             return rtol
     return TOLERANCES[-1]
 
@@ -113,8 +118,8 @@ def measure(checkpoints: Sequence[Path], sizes: Sequence[int], count: int) -> Re
     rows: list[dict[str, Any]] = []
     for seed, checkpoint in enumerate(checkpoints):
         rtol = choose_tolerance(checkpoint, own_mazes(5, count, "mixed"))
-        fixed, _ = load_reasoner(checkpoint, "cpu", SolverSteps())
-        stopping, _ = load_reasoner(checkpoint, "cpu", SolverSteps(rtol=rtol))
+        fixed, _ = load_reasoner(checkpoint)
+        stopping = stopping_at(checkpoint, rtol)
         for size in sizes:
             mazes = own_mazes(size, count)
             solved, made = solve(fixed, mazes)

@@ -18,9 +18,50 @@ from revdeq_lightning.checkpoints.sharded import read_whole
 from revdeq_lightning.data.text.tokenizers import AbstractTokenizer, tokenizer_from_state
 from revdeq_lightning.equilibrium.validation import require_count
 from revdeq_lightning.errors import CheckpointError
-from revdeq_lightning.models import AbstractClassifier, ClassifierConfig, ReasonerConfig, TransformerConfig
+from revdeq_lightning.models import (
+    AbstractClassifier,
+    ClassifierConfig,
+    ExplicitReasoner,
+    Reasoner,
+    ReasonerConfig,
+    TransformerConfig,
+)
 from revdeq_lightning.models.build import SolverConfig, build_image_classifier, build_language_model, build_reasoner
 from revdeq_lightning.models.generation import continue_text
+
+
+@dataclass
+class SolverSteps:
+    """How the equilibrium is found.
+
+    Attributes:
+        max_steps: Solver steps at the training size; null: as trained.
+        rtol: Tolerance at which each puzzle stops; null: as trained.
+    """
+
+    max_steps: int | None = None
+    rtol: float | None = None
+
+
+@dataclass
+class ModelSettings:
+    """What may differ from training."""
+
+    solver: SolverSteps = field(default_factory=SolverSteps)
+
+
+AS_TRAINED = ModelSettings()
+
+
+def solver_for(settings: dict[str, Any], model: ModelSettings) -> SolverConfig:
+    """The solver of a checkpoint's settings, with what is to differ."""
+    changed = {name: value for name, value in asdict(model.solver).items() if value is not None}
+    if changed and settings["network"].get("steps"):
+        raise ValueError(
+            f"the model has solver steps of its own for each stage, {settings['network']['steps']}: remove "
+            + ", ".join(f"--model.solver.{name}" for name in changed)
+        )
+    return SolverConfig(**settings["solver"] | changed)
 
 
 def read_trained(
@@ -109,12 +150,14 @@ def generate_text(
     )
 
 
-def load_classifier(ckpt_path: str | Path, device: str = "cpu") -> tuple[AbstractClassifier, dict[str, Any]]:
+def load_classifier(
+    ckpt_path: str | Path, device: str = "cpu", model: ModelSettings = AS_TRAINED
+) -> tuple[AbstractClassifier, dict[str, Any]]:
     """Load the model of a checkpoint and the preprocessing of its images. Raises the errors of `read_trained`."""
     settings, weights, state = read_trained(ckpt_path, "preprocessing", "an image classifier", "runs/image")
-    model = build_image_classifier(ClassifierConfig(**settings["network"]), SolverConfig(**settings["solver"]))
-    model.load_state_dict(weights)
-    return model.to(device).eval(), state
+    classifier = build_image_classifier(ClassifierConfig(**settings["network"]), solver_for(settings, model))
+    classifier.load_state_dict(weights)
+    return classifier.to(device).eval(), state
 
 
 @torch.no_grad()
@@ -125,6 +168,7 @@ def predict_images(
     batch_size: int = 64,
     undecodable: Literal["raise", "skip"] = "raise",
     device: str = "cpu",
+    model: ModelSettings = AS_TRAINED,
 ) -> str:
     """Write the class probabilities of image files to a CSV file: path, most likely class, one column per class.
 
@@ -135,12 +179,12 @@ def predict_images(
         batch_size: Number of images at a time.
         undecodable: What to do with a file that cannot be decoded: raise, or skip with a warning.
         device: cpu, cuda, ...
+        model: What may differ from training.
     """
     from revdeq_lightning.data.images.module import find_images, preprocess_files
 
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    model, state = load_classifier(ckpt_path, device)
+    require_count("batch_size", batch_size)
+    classifier, state = load_classifier(ckpt_path, device, model)
     names = state["class_names"]
     paths = find_images(images)
     num_written = 0
@@ -151,7 +195,7 @@ def predict_images(
             files, images_BCHW = preprocess_files(paths[start : start + batch_size], state, undecodable=undecodable)
             if not files:
                 continue
-            probabilities_BV = model(images_BCHW.to(device)).logits_BV.float().softmax(-1).cpu()
+            probabilities_BV = classifier(images_BCHW.to(device)).logits_BV.float().softmax(-1).cpu()
             for path, row in zip(files, probabilities_BV, strict=True):
                 writer.writerow([path, names[int(row.argmax())], *(f"{p:.6f}" for p in row.tolist())])
             num_written += len(files)
@@ -171,32 +215,12 @@ class PuzzleFile:
     path: str
 
 
-@dataclass
-class SolverSteps:
-    """How the equilibrium is found.
-
-    Attributes:
-        max_steps: Solver steps at the training size; null: as trained.
-        rtol: Tolerance at which each puzzle stops; null: as trained.
-    """
-
-    max_steps: int | None = None
-    rtol: float | None = None
-
-
-@dataclass
-class ModelSettings:
-    """What may differ from training."""
-
-    solver: SolverSteps = field(default_factory=SolverSteps)
-
-
 @torch.no_grad()
 def predict_puzzles(
     ckpt_path: str,
     data: PuzzleFile,
     output: str = "predictions.npz",
-    model: ModelSettings = ModelSettings(),  # noqa: B008
+    model: ModelSettings = AS_TRAINED,
     batch_size: int = 32,
     device: str = "cpu",
 ) -> str:
@@ -217,7 +241,7 @@ def predict_puzzles(
     from revdeq_lightning.data.puzzles.module import build_kind
 
     require_count("batch_size", batch_size)
-    reasoner, kind_settings = load_reasoner(ckpt_path, device, model.solver)
+    reasoner, kind_settings = load_reasoner(ckpt_path, device, model)
     inputs, _ = checked(build_kind(**kind_settings), read_npz(data.path, need_targets=False), data.path)
     answers, made = [], []
     for start in range(0, len(inputs), batch_size):
@@ -234,14 +258,14 @@ def predict_puzzles(
     return f"{len(inputs):,} puzzles, {mean:.1f} evaluations of f each, answers in {output}"
 
 
-def load_reasoner(ckpt_path: str | Path, device: str, steps: SolverSteps) -> tuple[Any, dict[str, Any]]:
+def load_reasoner(
+    ckpt_path: str | Path, device: str = "cpu", model: ModelSettings = AS_TRAINED
+) -> tuple[Reasoner | ExplicitReasoner, dict[str, Any]]:
     """Model of a checkpoint and the settings of its kind of puzzle; see `read_trained`."""
     settings, weights, state = read_trained(ckpt_path, "puzzles", "a reasoner", "runs/reasoning")
-    changed = {name: value for name, value in asdict(steps).items() if value is not None}
-    solver = SolverConfig(**settings["solver"] | changed)
-    model = build_reasoner(ReasonerConfig(**settings["network"]), solver)
-    model.load_state_dict(weights)
-    return model.to(device).eval(), state
+    reasoner = build_reasoner(ReasonerConfig(**settings["network"]), solver_for(settings, model))
+    reasoner.load_state_dict(weights)
+    return reasoner.to(device).eval(), state
 
 
 def export_weights(ckpt_path: str, output: str | None = None) -> str:

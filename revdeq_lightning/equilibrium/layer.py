@@ -39,27 +39,23 @@ class EquilibriumLayer(nn.Module):
         self.adjoint = adjoint
         self.num_parts = num_parts
 
-    def forward(self, x: Any, z0: Any = None, *, max_steps: int | None = None) -> FixedPointSolution:
+    def forward(self, x: Any, z0: Any = None, **changes: Any) -> FixedPointSolution:
         """Solve for the fixed point of `f(., x)`.
 
         Args:
             x: Injected input.
-            z0: Initial state; None: zeros in the shape and dtype of x, which must then be a tensor. For a warm start,
-                where inputs hardly change from call to call (frames of a video), pass the detached value of the last
-                solution: with a tolerance the solve takes fewer steps.
-            max_steps: Solver steps in place of the solver's own: more than in training where problems are larger.
+            z0: Initial state; None: zeros like the tensor x. With a tolerance, the last call's value may save steps.
+            changes: Settings of the solver in this call, such as `max_steps=256` where problems are larger.
         """
         if z0 is None:
             if not isinstance(x, Tensor):
                 raise ValueError(f"z0 is needed where x is not a single tensor, got x of type {type(x).__name__}")
             z0 = torch.zeros_like(x)
-        return self.solve(self.f, z0, x, adjoint=self.adjoint, max_steps=max_steps)
+        return self.solve(self.f, z0, x, adjoint=self.adjoint, **changes)
 
-    def solve(
-        self, f: Map, z0: Any, x: Any, *, adjoint: AbstractAdjoint, max_steps: int | None = None
-    ) -> FixedPointSolution:
+    def solve(self, f: Map, z0: Any, x: Any, *, adjoint: AbstractAdjoint, **changes: Any) -> FixedPointSolution:
         """The same solve with another map or adjoint in place of its own."""
-        solver = self.solver if max_steps is None else dataclasses.replace(self.solver, max_steps=max_steps)
+        solver = dataclasses.replace(self.solver, **changes) if changes else self.solver
         return solve_in_parts(f, z0, x, solver=solver, adjoint=adjoint, num_parts=self.num_parts)
 
     def extra_repr(self) -> str:

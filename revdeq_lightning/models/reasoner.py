@@ -189,8 +189,8 @@ class Reasoner(AbstractReasoner):
             z0: Where the solve starts, `(B, C, ...)`; None: at zero.
         """
         x = self.embed(inputs)
-        if max_steps is None and not self.training:
-            max_steps = self.steps_for(inputs.shape[1:])
+        if max_steps is None:
+            max_steps = self.equilibrium.solver.max_steps if self.training else self.steps_for(inputs.shape[1:])
         solution = self.equilibrium(x, z0, max_steps=max_steps)
         steps = sum(part.stats.num_steps for part in (*solution.earlier, solution))
         evaluations = steps * self.equilibrium.solver.evaluations_per_step

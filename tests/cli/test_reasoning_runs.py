@@ -9,7 +9,7 @@ import torch
 import yaml
 from PIL import Image
 
-from revdeq_lightning.cli.inference import SolverSteps, load_reasoner
+from revdeq_lightning.cli.inference import load_reasoner
 from revdeq_lightning.data.puzzles.mazes import is_solution
 from revdeq_lightning.data.puzzles.module import build_kind, make_puzzle
 from revdeq_lightning.loggers.puzzle_pictures import COLORS, SolvedPuzzle, animate_maze
@@ -118,7 +118,7 @@ def test_predictions_are_those_of_the_model(trained, tmp_path, size):
     checkpoint = run / "checkpoints/best.ckpt"
     path, arrays = archive(tmp_path, size)
     said = call("predict", "--ckpt_path", checkpoint, f"--data.path={path}", f"--output={tmp_path / 'out.npz'}").out
-    model, _ = load_reasoner(checkpoint, "cpu", SolverSteps())
+    model, _ = load_reasoner(checkpoint)
     with torch.no_grad():
         expected = model(torch.from_numpy(arrays["inputs"])).logits.argmax(1).numpy()
     with np.load(tmp_path / "out.npz") as out:

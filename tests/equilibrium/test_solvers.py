@@ -17,7 +17,7 @@ from revdeq_lightning.equilibrium import (
     ReversibleSolver,
     solve_fixed_point,
 )
-from tests.helpers.equilibrium import AttentionBlock, gradients, relative_error
+from tests.helpers.equilibrium import AttentionBlock, TanhMap, gradients, inputs, relative_error
 
 
 class Affine(nn.Module):
@@ -232,3 +232,14 @@ def test_pytree_state_equals_the_joined_tensor():
     value = torch.cat([split["a"], split["b"]], 1)
     assert torch.equal(value, joined)
     assert relative_error(gradients(value, x, f.weight), gradients(joined, x, f.weight)) <= 1e-14
+
+
+def test_a_layer_solves_with_other_settings_in_one_call():
+    f = TanhMap()
+    layer = EquilibriumLayer(f, solver=MomentumSolver(max_steps=4))
+    x = inputs()
+    longer = EquilibriumLayer(f, solver=MomentumSolver(max_steps=9))(x)
+    assert torch.equal(layer(x, max_steps=9).value, longer.value)
+    assert layer(x).stats.forward_nfe == 4
+    with pytest.raises(ValueError, match="max_steps must be at least 1, got 0"):
+        layer(x, max_steps=0)
