@@ -17,7 +17,7 @@ FULL = {
     "mazes": (4, 2, [11, 11], 100_000),
     "prefix_sums": (2, 2, [32], 30_000),
     "sudoku4": (5, 5, [4, 4], 25_000),
-    "sudoku6": (7, 7, [6, 6], 200_000),
+    "sudoku6": (7, 7, [6, 6], 100_000),
     "sudoku9": (10, 10, [9, 9], 250_000),
     "sudoku_extreme": (10, 10, [9, 9], 5_000_000),
 }
@@ -30,7 +30,7 @@ SMALL = {
     "trainer.max_steps": 2,
     "trainer.val_check_interval": 2,
     "trainer.log_every_n_steps": 1,
-    "model.network.channels": 8,
+    "model.network.channels": 16,
     "run.wandb": "off",
 }
 
