@@ -196,6 +196,8 @@ class ReasonerConfig:
         num_layers: Layers in one evaluation of f.
         num_heads: Attention only: heads; divides `channels`.
         d_mlp: Attention only: width of the MLP; 0 for `4 * channels`.
+        padding: Convolution only: what lies beyond the border, `zeros` or `circular` (the opposite border: no cell can
+            tell where the border is).
         growth: Evaluations for puzzles larger than those of training: `max_steps` times the ratio of their cells to
             this power.
     """
@@ -208,6 +210,7 @@ class ReasonerConfig:
     num_layers: int = 1
     num_heads: int = 0
     d_mlp: int = 0
+    padding: str = "zeros"
     growth: float = 1.0
     block_options: dict[str, Any] = field(default_factory=dict)
 
@@ -226,6 +229,8 @@ class ReasonerConfig:
             raise ValueError(f"block_options requires a user-defined block, got block={self.block!r}")
         if self.block == "attention":
             require_count("num_heads", self.num_heads)
+        require_choice("padding", self.padding, ("zeros", "circular"))
+        _require_owner(self, "padding", "block", ("convolution",))
         for name in ("num_heads", "d_mlp"):
             _require_owner(self, name, "block", ("attention",))
 

@@ -35,10 +35,12 @@ class ReasonerOutput(NamedTuple):
     evaluations: Tensor
 
 
-def convolution(ndim: int, num_in: int, num_out: int, size: int = 3, *, bias: bool = True) -> nn.Module:
-    """A convolution over strings (`ndim` 1) or grids (2) that keeps the size."""
-    kind = {1: nn.Conv1d, 2: nn.Conv2d}[ndim]
-    return kind(num_in, num_out, size, padding=size // 2, bias=bias)
+def convolution(config: ReasonerConfig, num_in: int, num_out: int, size: int = 3, *, bias: bool = True) -> nn.Module:
+    """A convolution over strings or grids that keeps the size."""
+    kind: Any = {1: nn.Conv1d, 2: nn.Conv2d}[config.ndim]
+    mode = config.padding if size > 1 else "zeros"
+    convolved: nn.Module = kind(num_in, num_out, size, padding=size // 2, bias=bias, padding_mode=mode)
+    return convolved
 
 
 class ChannelNorm(nn.Module):
@@ -55,10 +57,11 @@ class ChannelNorm(nn.Module):
 class ConvolutionLayer(nn.Module):
     """`norm2(h + conv2(silu(norm1(conv1(h)))))`; conv2 starts at zero."""
 
-    def __init__(self, ndim: int, channels: int) -> None:
+    def __init__(self, config: ReasonerConfig) -> None:
         super().__init__()
-        self.conv1, self.conv2 = (convolution(ndim, channels, channels, bias=False) for _ in range(2))
-        self.norm1, self.norm2 = (ChannelNorm(ndim, channels) for _ in range(2))
+        channels = config.channels
+        self.conv1, self.conv2 = (convolution(config, channels, channels, bias=False) for _ in range(2))
+        self.norm1, self.norm2 = (ChannelNorm(config.ndim, channels) for _ in range(2))
         nn.init.zeros_(cast(Tensor, self.conv2.weight))
 
     def forward(self, h: Tensor) -> Tensor:
@@ -71,7 +74,7 @@ class ConvolutionBlock(nn.Module):
 
     def __init__(self, config: ReasonerConfig) -> None:
         super().__init__()
-        self.layers = nn.Sequential(*(ConvolutionLayer(config.ndim, config.channels) for _ in range(config.num_layers)))
+        self.layers = nn.Sequential(*(ConvolutionLayer(config) for _ in range(config.num_layers)))
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
         out: Tensor = self.layers(z + x)
@@ -111,16 +114,16 @@ class AbstractReasoner(nn.Module):
     def __init__(self, config: ReasonerConfig) -> None:
         super().__init__()
         self.config = config
-        ndim, channels = config.ndim, config.channels
+        channels = config.channels
         self.embedding = nn.Embedding(config.num_symbols, channels)
         if config.block == "attention":
             self.position = nn.Parameter(torch.randn(channels, *config.shape))
             self.mix: nn.Module = nn.Identity()
-            self.head = nn.Sequential(convolution(ndim, channels, config.num_answers, 1))
+            self.head = nn.Sequential(convolution(config, channels, config.num_answers, 1))
         else:
-            self.mix = convolution(ndim, channels, channels)
+            self.mix = convolution(config, channels, channels)
             self.head = nn.Sequential(
-                convolution(ndim, channels, channels), nn.SiLU(), convolution(ndim, channels, config.num_answers, 1)
+                convolution(config, channels, channels), nn.SiLU(), convolution(config, channels, config.num_answers, 1)
             )
 
     def embed(self, inputs: Tensor) -> Tensor:

@@ -113,8 +113,20 @@ def test_wrong_puzzles_are_refused(inputs, says):
         ({"block": "graph"}, "block must be one of convolution, attention or an import path, got 'graph'"),
         ({"num_heads": 2}, "num_heads belongs to block 'attention'"),
         ({"growth": -1.0}, "growth must be in"),
+        ({"padding": "reflect"}, "padding must be one of"),
     ],
 )
 def test_wrong_settings_are_refused(settings, says):
     with pytest.raises(ValueError, match=says):
         ReasonerConfig(**{"num_symbols": 2, "num_answers": 2, "shape": [4]} | settings)
+
+
+def test_circular_padding_knows_no_border():
+    config = ReasonerConfig(num_symbols=4, num_answers=2, shape=[5, 7], channels=8, padding="circular")
+    inputs, _ = puzzles(config)
+    model, bounded = reasoner(config).eval(), reasoner(GRID).eval()
+    with torch.no_grad():
+        rolled = model(inputs.roll((2, 3), (1, 2))).logits
+        assert torch.allclose(rolled, model(inputs).logits.roll((2, 3), (2, 3)), atol=1e-4)
+        rolled = bounded(inputs.roll((2, 3), (1, 2))).logits
+        assert not torch.allclose(rolled, bounded(inputs).logits.roll((2, 3), (2, 3)), atol=1e-2)
