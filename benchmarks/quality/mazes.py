@@ -23,6 +23,7 @@ EXACT, PAPER, FLOAT64, STORED = "exact, momentum", "exact, paper's solver", "flo
 LAST = {number: f"truncated BPTT, last {number}" for number in (10, 5, 1)}
 ONE_STEP, PHANTOM, IMPLICIT = "one step", "phantom, 10 steps", "implicit, Anderson"
 STACK, THIN_STACK = "explicit stack", "explicit stack, equal parameters"
+STARTS = ("random_start", "late_start", "late_steps")
 TEST_SIZES = [9, 13, 19]
 TINY = {"model.network.channels": 4, "data.size": 3, "data.test_sizes": [4], "data.batch_size": 4}
 TINY |= {"data.num_test": 4, "data.num_validation": 4}
@@ -65,7 +66,9 @@ def make(settings: dict[str, Any], path: None, seed: int, cache: Path) -> tuple[
     network = ReasonerConfig(
         num_symbols=data.num_symbols, num_answers=data.num_answers, shape=data.shape, **model["network"]
     )
-    return ReasoningTask(network, SolverConfig(**model["solver"]), OptimizerConfig(**model["optimizer"])), data
+    starts = {} if model["solver"]["solver"] == "none" else {name: model[name] for name in STARTS}
+    solver, optimizer = SolverConfig(**model["solver"]), OptimizerConfig(**model["optimizer"])
+    return ReasoningTask(network, solver, optimizer, **starts), data
 
 
 def cell_accuracy(task: Any, batch: Any) -> tuple[float, float]:

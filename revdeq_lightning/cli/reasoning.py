@@ -30,9 +30,6 @@ class ReasoningCommandLine(AbstractCommandLine):
         """What a test writes into the run's folder."""
         return [ReasoningReport(self.run_config.path)]
 
-    def show(self, checkpoint: str) -> None:
-        """Nothing."""
-
 
 def run(subcommand: str, options: Sequence[str]) -> None:
     """Parse and run one command."""

@@ -1,5 +1,6 @@
 """Sizes and options of the models."""
 
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
@@ -30,6 +31,12 @@ BLOCKS_WITH = {
     "dropout": ("modern",),
 }
 """Options that only some blocks have."""
+REASONER_BLOCKS_WITH = {
+    "num_layers": REASONER_BLOCKS,
+    "num_heads": ("attention",),
+    "d_mlp": ("attention",),
+    "padding": ("convolution",),
+}
 
 
 @dataclass
@@ -196,10 +203,9 @@ class ReasonerConfig:
         num_layers: Layers in one evaluation of f.
         num_heads: Attention only: heads; divides `channels`.
         d_mlp: Attention only: width of the MLP; 0 for `4 * channels`.
-        padding: Convolution only: what lies beyond the border, `zeros` or `circular` (the opposite border: no cell can
-            tell where the border is).
-        growth: Evaluations for puzzles larger than those of training: `max_steps` times the ratio of their cells to
-            this power.
+        padding: Convolution only: `zeros`, or `circular`, with which f does not depend on where the border is.
+        growth: Puzzles larger than those of training get `max_steps` times the ratio of the numbers of cells to this
+            power.
     """
 
     num_symbols: int
@@ -223,16 +229,10 @@ class ReasonerConfig:
         for size in self.shape:
             require_count("shape", size)
         require_in_range("growth", self.growth, "[0, inf)")
-        if self.block not in REASONER_BLOCKS and "." not in self.block:
-            raise ValueError(f"block must be one of {', '.join(REASONER_BLOCKS)} or an import path, got {self.block!r}")
-        if self.block_options and self.block in REASONER_BLOCKS:
-            raise ValueError(f"block_options requires a user-defined block, got block={self.block!r}")
+        _check_block(self, REASONER_BLOCKS, REASONER_BLOCKS_WITH)
+        require_choice("padding", self.padding, ("zeros", "circular"))
         if self.block == "attention":
             require_count("num_heads", self.num_heads)
-        require_choice("padding", self.padding, ("zeros", "circular"))
-        _require_owner(self, "padding", "block", ("convolution",))
-        for name in ("num_heads", "d_mlp"):
-            _require_owner(self, name, "block", ("attention",))
 
     @property
     def ndim(self) -> int:
@@ -240,13 +240,15 @@ class ReasonerConfig:
         return len(self.shape)
 
 
-def _check_block(config: Any) -> None:
+def _check_block(
+    config: Any, own: tuple[str, ...] = BLOCKS, owners: Mapping[str, tuple[str, ...]] = BLOCKS_WITH
+) -> None:
     """Raise ValueError for an unknown block, or an option that this block does not have."""
-    if config.block not in BLOCKS and "." not in config.block:
-        raise ValueError(f"block must be one of {', '.join(BLOCKS)} or an import path, got {config.block!r}")
-    if config.block_options and config.block in BLOCKS:
-        raise ValueError(f"block_options requires a user-defined block, got block={config.block!r}")
-    for name, blocks in BLOCKS_WITH.items():
+    if config.block not in own and "." not in config.block:
+        raise ValueError(f"block must be one of {', '.join(own)} or an import path, got {config.block!r}")
+    if config.block_options and config.block in own:
+        raise ValueError(f"block_options belongs to a block of your own, got block={config.block!r}")
+    for name, blocks in owners.items():
         if hasattr(config, name):
             _require_owner(config, name, "block", blocks)
 

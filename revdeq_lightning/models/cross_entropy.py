@@ -4,6 +4,7 @@ At 4,096 tokens and 50,304 words, the logits and their gradient take 1.6 GB in f
 chunk of tokens at a time and computes its gradient immediately, in the forward pass, without evaluating anything twice.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -108,3 +109,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             for gradient, dtype in zip((grad_hidden_ND, grad_weight_VD), ctx.dtypes, strict=True)
         )
         return *gradients, None, None, None
+
+
+def corrected_loss(losses: Sequence[Tensor], decay: float) -> Tensor:
+    """Weighted mean of the losses at the ends of the parts of a solve (fixed-point correction).
+
+    Args:
+        losses: Losses of the parts, in order.
+        decay: Weight of each part's loss relative to that of the next, in (0, 1].
+    """
+    weights = [decay**k for k in reversed(range(len(losses)))]
+    return torch.stack([w * loss for w, loss in zip(weights, losses, strict=True)]).sum() / sum(weights)

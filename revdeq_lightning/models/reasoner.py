@@ -44,7 +44,7 @@ def convolution(config: ReasonerConfig, num_in: int, num_out: int, size: int = 3
 
 
 class ChannelNorm(nn.Module):
-    """Root mean square 1 over the channels of each cell: unlike GroupNorm, a cell does not feel the puzzle's size."""
+    """Normalize each cell to root mean square 1 over its channels, whatever the size of the puzzle."""
 
     def __init__(self, ndim: int, channels: int) -> None:
         super().__init__()
@@ -192,9 +192,9 @@ class Reasoner(AbstractReasoner):
             z0: Where the solve starts, `(B, C, ...)`; None: at zero.
         """
         x = self.embed(inputs)
-        if max_steps is None:
-            max_steps = self.equilibrium.solver.max_steps if self.training else self.steps_for(inputs.shape[1:])
-        solution = self.equilibrium(x, z0, max_steps=max_steps)
+        if max_steps is None and not self.training:
+            max_steps = self.steps_for(inputs.shape[1:])
+        solution = self.equilibrium(x, z0, **({} if max_steps is None else {"max_steps": max_steps}))
         steps = sum(part.stats.num_steps for part in (*solution.earlier, solution))
         evaluations = steps * self.equilibrium.solver.evaluations_per_step
         return ReasonerOutput(self.readout(solution.value), solution, evaluations)
@@ -216,12 +216,13 @@ class Reasoner(AbstractReasoner):
 
     @torch.no_grad()
     def answers_along(self, inputs: Tensor, evaluations: Sequence[int], max_steps: int | None = None) -> list[Tensor]:
-        """The answers that would be read out before these evaluations of f, of one solve, and at its end.
+        """Read out the answers of one solve after these numbers of evaluations of f, and at its end.
 
         Args:
             inputs: Symbols, `(B, ...)`.
-            evaluations: Numbers of evaluations made so far, ascending.
-            max_steps: As of `forward`.
+            evaluations: Numbers of evaluations, ascending, without repetition. A solve that stops earlier, because
+                all puzzles converged, has its final answers there.
+            max_steps: As for `forward`.
         """
         wanted, found, made = set(evaluations), [], 0
 
@@ -236,7 +237,8 @@ class Reasoner(AbstractReasoner):
             output = self(inputs, max_steps=max_steps)
         finally:
             handle.remove()
-        return [*found, output.logits.argmax(1)]
+        last = output.logits.argmax(1)
+        return [*found, *[last] * (len(evaluations) + 1 - len(found))]
 
 
 def make_block(config: ReasonerConfig) -> nn.Module:

@@ -22,7 +22,7 @@ from revdeq_lightning.equilibrium import BackpropAdjoint, EquilibriumLayer, Solv
 from revdeq_lightning.equilibrium.validation import require_in_range
 from revdeq_lightning.models.cache import KeyValueCache
 from revdeq_lightning.models.config import TransformerConfig
-from revdeq_lightning.models.cross_entropy import IGNORE_INDEX, chunked_cross_entropy
+from revdeq_lightning.models.cross_entropy import IGNORE_INDEX, chunked_cross_entropy, corrected_loss
 from revdeq_lightning.models.linear import Linear
 from revdeq_lightning.models.own_block import own_block
 
@@ -339,9 +339,7 @@ class TransformerLM(AbstractLanguageModel):
             return super().loss(tokens_BT, targets_BT)
         last = self.equilibrium(self.embed(tokens_BT))
         parts = (*last.earlier, last)
-        weights = [self.loss_decay**k for k in reversed(range(len(parts)))]
-        losses = [w * self.nats(self.norm(part.value), targets_BT) for w, part in zip(weights, parts, strict=True)]
-        loss = torch.stack(losses).sum() / sum(weights)
+        loss = corrected_loss([self.nats(self.norm(part.value), targets_BT) for part in parts], self.loss_decay)
         return LMLoss(loss, (targets_BT != IGNORE_INDEX).sum(), last.stats, tuple(part.stats for part in last.earlier))
 
     def transform(self, x_BTD: Tensor, cache: KeyValueCache | None) -> tuple[Tensor, SolverStats | None]:

@@ -45,7 +45,7 @@ PANELS = (
     ),
     Panel("spectral radius of df/dz", {"equilibrium/spectral_radius": ""}, mark=1),
     Panel("peak memory [MiB]", {"system/peak_memory_bytes": ""}, factor=2**-20),
-    Panel("{item}s a second", {f"system/{item}_per_second": item for item in UNITS}),
+    Panel("{unit}s a second", {f"system/{item}_per_second": item for item in UNITS}),
     Panel("seconds a step", SECONDS, ("system/seconds_per_step",)),
     Panel("model FLOP utilization", {"system/model_flop_utilization": ""}),
 )
@@ -63,7 +63,7 @@ def curves(runs: Sequence[Run]) -> list[Plot]:
     plots = []
     for panel in PANELS:
         keys = dict.fromkeys(panel.compared, "") if len(runs) > 1 and panel.compared else panel.keys
-        title = panel.title.format(item=runs[0].item)
+        title = panel.title.format(item=runs[0].item, unit=runs[0].unit)
         plots.append(Plot(title, _lines(runs, keys, panel.factor), panel.scale, mark=panel.mark))
     return [plot for plot in plots if plot.lines]
 

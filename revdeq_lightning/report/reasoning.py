@@ -1,4 +1,4 @@
-"""What a reasoner makes of puzzles as it evaluates f: tables, sheets, an animation."""
+"""How a reasoner solves puzzles, evaluation by evaluation: tables, sheets, and an animation."""
 
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,12 @@ from revdeq_lightning.loggers.puzzle_pictures import SolvedPuzzle, animate_maze,
 from revdeq_lightning.loggers.step_rows import write_rows
 
 FRACTIONS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0, 2.0)
-"""Of the evaluations that the rule gives a size."""
+"""Fractions of the evaluations that a size gets by the rule."""
 FRAMES = 60
 
 
 class ReasoningReport(Callback):
-    """After a test, of the first batch of each size, on the first process.
+    """After a test, reports on the first batch of each size, of the first process.
 
     Writes `puzzles.png` (a sheet of puzzles, wrong cells in orange), `thinking.csv` (`size`, `evaluations` of f so far,
     `solved` and `cell_accuracy` of the answers read out then; up to twice the evaluations of the rule) and `solved.png`
@@ -52,12 +52,12 @@ class ReasoningReport(Callback):
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if batch_idx or not trainer.is_global_zero:
+        if batch_idx:
             return
         answers: Tensor = outputs.argmax(1)
         size = "x".join(map(str, batch.inputs.shape[1:]))
         self._sheet += [(size, solved_puzzle(batch, answers, i)) for i in range(len(answers))[: self.num_puzzles]]
-        if equilibria(pl_module):
+        if equilibria(pl_module):  # on all processes, as the weights may be sharded
             self._look(pl_module.model, batch, size)
 
     def _look(self, model: Any, batch: Any, size: str) -> None:
@@ -65,15 +65,16 @@ class ReasoningReport(Callback):
         steps = model.steps_for(batch.inputs.shape[1:])
         marks = [max(1, round(steps * per_step * fraction)) for fraction in FRACTIONS[:-1]]
         counted = batch.targets >= 0
-        found = model.answers_along(batch.inputs, sorted(set(marks)), max_steps=round(steps * FRACTIONS[-1]))
-        at = dict(zip([*sorted(set(marks)), round(steps * per_step * FRACTIONS[-1])], found, strict=True))
-        for evaluations, answers in at.items():
+        most = round(steps * FRACTIONS[-1])
+        found = model.answers_along(batch.inputs, sorted(set(marks)), max_steps=most)
+        solved: dict[int, float] = {}
+        for evaluations, answers in zip([*sorted(set(marks)), most * per_step], found, strict=True):
             right = (answers == batch.targets) | ~counted
-            solved = float(right.flatten(1).all(1).double().mean())
+            solved[evaluations] = float(right.flatten(1).all(1).double().mean())
             accuracy = float(right[counted].double().mean())
-            self._rows.append({"size": size, "evaluations": evaluations, "solved": solved, "cell_accuracy": accuracy})
-        by_mark = {row["evaluations"]: row["solved"] for row in self._rows if row["size"] == size}
-        self._table[size] = [by_mark[mark] for mark in [*marks, max(by_mark)]]
+            row = {"size": size, "evaluations": evaluations, "solved": solved[evaluations], "cell_accuracy": accuracy}
+            self._rows.append(row)
+        self._table[size] = [solved[mark] for mark in [*marks, most * per_step]]
         if self._are_mazes and batch.inputs[0].numel() >= max((p.inputs.size for _, p in self._largest), default=0):
             one = type(batch)(batch.inputs[:1], batch.targets[:1])
             moments = sorted({round(m) for m in np.geomspace(1, steps * per_step, FRAMES)})

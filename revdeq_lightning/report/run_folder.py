@@ -81,12 +81,19 @@ class Run:
         names = {key.rsplit("/", 1)[-1] for key in self.series}
         if names & {"token_perplexity", "bits_per_byte", "tokens_per_second"}:
             return "language model"
+        if names & {"solved", "puzzles_per_second"}:
+            return "reasoner"
         return "classifier" if names & {"accuracy", "images_per_second"} else None
 
     @property
     def item(self) -> str:
         """What the loss is a mean over."""
         return {"language model": "token", "classifier": "image", "reasoner": "cell"}.get(str(self.task), "sample")
+
+    @property
+    def unit(self) -> str:
+        """What is counted a second."""
+        return "puzzle" if self.task == "reasoner" else self.item
 
     @property
     def newest_sweep(self) -> Table:

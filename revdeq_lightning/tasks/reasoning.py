@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from revdeq_lightning.data.loading.sampler import IGNORE_INDEX
 from revdeq_lightning.data.puzzles.module import PuzzleBatch, PuzzleDataModule
-from revdeq_lightning.data.puzzles.puzzle import Puzzle
 from revdeq_lightning.equilibrium import equilibria
 from revdeq_lightning.equilibrium.validation import require_count, require_in_range
 from revdeq_lightning.metrics import ReasoningMetrics
 from revdeq_lightning.models import ReasonerConfig
 from revdeq_lightning.models.build import SolverConfig, build_reasoner, plain
+from revdeq_lightning.models.cross_entropy import corrected_loss
 from revdeq_lightning.tasks.base import AbstractTask, TrainingOutput
 from revdeq_lightning.tasks.optimizers import OptimizerConfig
 
@@ -25,17 +25,18 @@ class ReasoningTask(AbstractTask):
 
     Logs `train/loss` (nats per cell, at the end of the solve) and, over whole splits, `val/` and `test/`: `loss`,
     `cell_accuracy`, `solved` (fraction of the puzzles in which every cell is right) and `evaluations` of f per puzzle.
-    A test logs them for each size too (`test/solved_39x39`), and of the first batch of each size `solved_from_random`
-    and `same_from_random`: the fractions that are solved, and answered alike, from a random initial state.
+    A test also logs them for each size (`test/solved_39x39`), and, for the first batch of each size,
+    `solved_from_random` and `same_from_random`: the fractions of the puzzles that are solved from a random initial
+    state, and that get the same answer as from zero.
 
     Args:
         network: Sizes and block; symbols, answers and shape come from the data.
         solver: How the equilibrium is found and differentiated.
         optimizer: Optimizer, schedule, averaging of the weights.
         random_start: Fraction of the puzzles of a training batch whose solve starts from a random state, in [0, 1].
-        late_start: Fraction whose solve starts where up to `late_steps` solver steps without gradient lead, so that the
-            answer stays once it is found.
-        late_steps: Their largest number; the number of a batch is drawn anew.
+        late_start: Fraction whose solve continues from the state after some solver steps without a gradient, so that
+            an answer stays once it is found.
+        late_steps: Largest number of these steps; each batch draws its number.
         compile: Compile f with torch.compile: worth its minutes on a GPU.
         jacobian_weight: Weight of the penalty on df/dz at the fixed point; 0 for none (see `AbstractTask`).
     """
@@ -93,18 +94,15 @@ class ReasoningTask(AbstractTask):
         with self.penalized() as penalties:
             starts = {"z0": self._starts(batch.inputs)} if self.random_start or self.late_start else {}
             output = self.model(batch.inputs, **starts)
-        loss = F.cross_entropy(output.logits.float(), batch.targets, ignore_index=IGNORE_INDEX)
+        loss = self._nats(output.logits, batch.targets)
         self.log("train/loss", loss)
         stats: tuple[Any, ...] = ()
         if output.solution is not None:
             earlier = output.solution.earlier
             stats = tuple(part.stats for part in (*earlier, output.solution))
             if earlier:
-                logits = [self.model.readout(part.value).float() for part in earlier]
-                losses = [F.cross_entropy(found, batch.targets, ignore_index=IGNORE_INDEX) for found in logits]
-                weights = [self.loss_decay**k for k in range(len(losses), 0, -1)]
-                total = sum((w * value for w, value in zip(weights, losses, strict=True)), loss)
-                loss = total / (1 + sum(weights))
+                losses = [self._nats(self.model.readout(part.value), batch.targets) for part in earlier]
+                loss = corrected_loss([*losses, loss], self.loss_decay)
         loss = self.with_penalty(loss, penalties)
         return {"loss": loss, "step": TrainingOutput(stats, len(batch.inputs), "puzzles")}
 
@@ -119,20 +117,21 @@ class ReasoningTask(AbstractTask):
 
     def test_step(self, batch: PuzzleBatch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         logits: Tensor = self._add_to("test", batch)
-        size = shape_name(batch.inputs.shape[1:])
-        self._metric(f"test_{size}").update(**self._sums_of_last)
         if batch_idx == 0 and equilibria(self.model):
             generator = torch.Generator(batch.inputs.device).manual_seed(0)
             output = self.model(batch.inputs, z0=self.model.random_state(batch.inputs, generator))
             sums = self._sums(batch, output)
             same = (output.logits.argmax(1) == logits.argmax(1)).flatten(1).all(1) & is_real(batch)
-            self._metric(f"random_{size}").update(**sums | {"right_cells": same.sum(), "cells": sums["puzzles"]})
+            metric = self._metric(f"random_{shape_name(batch.inputs.shape[1:])}")
+            metric.update(**sums | {"right_cells": same.sum(), "cells": sums["puzzles"]})
         return logits
 
-    def _add_to(self, name: str, batch: PuzzleBatch) -> Tensor:
+    def _add_to(self, split: str, batch: PuzzleBatch) -> Tensor:
         output = self(batch.inputs)
-        self._sums_of_last = self._sums(batch, output)
-        self._metric(name).update(**self._sums_of_last)
+        sums = self._sums(batch, output)
+        self._metric(split).update(**sums)
+        if split == "test":
+            self._metric(f"test_{shape_name(batch.inputs.shape[1:])}").update(**sums)
         logits: Tensor = output.logits
         return logits
 
@@ -161,11 +160,12 @@ class ReasoningTask(AbstractTask):
         counted = targets != IGNORE_INDEX
         is_right = (answers == targets) | ~counted
         is_solved, real = is_right.flatten(1).all(1), is_real(batch)
-        for i in (~is_solved).nonzero().flatten().tolist():  # a maze may have several shortest paths
-            puzzle = Puzzle(batch.inputs[i].cpu().numpy(), targets[i].cpu().numpy())
-            is_solved[i] = self._data.kind.is_solved(puzzle, answers[i].cpu().numpy())
+        wrong = ~is_solved
+        pairs = zip(*(tensor[wrong].cpu().numpy() for tensor in (batch.inputs, answers)), strict=True)
+        found = [self._data.kind.is_solved(*pair) for pair in pairs]  # a maze may have several shortest paths
+        is_solved[wrong] = torch.tensor(found, dtype=torch.bool, device=wrong.device)
         return {
-            "nats": F.cross_entropy(output.logits.float(), targets, ignore_index=IGNORE_INDEX, reduction="sum"),
+            "nats": self._nats(output.logits, targets, reduction="sum"),
             "right_cells": (is_right & counted).sum(),
             "cells": counted.sum(),
             "solved": (is_solved & real).sum(),
@@ -173,12 +173,19 @@ class ReasoningTask(AbstractTask):
             "puzzles": real.sum(),
         }
 
+    @staticmethod
+    def _nats(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+        return F.cross_entropy(logits.float(), targets, ignore_index=IGNORE_INDEX, reduction=reduction)
+
     def _starts(self, inputs: Tensor) -> Tensor:
-        """Zeros, random states and late states, each for a part of the batch that is drawn anew."""
+        """Zeros, random states, and late states, each for a randomly drawn part of the batch."""
         z0: Tensor = self.model.random_state(inputs)
-        z0[torch.rand(len(inputs), device=inputs.device) >= self.random_start] = 0
-        late = torch.rand(len(inputs), device=inputs.device) < self.late_start
-        if late.any():
+        # Drawn on the CPU, as the host would wait for masks on the device.
+        at_zero = torch.rand(len(inputs)) >= self.random_start
+        is_late = torch.rand(len(inputs)) < self.late_start
+        z0[at_zero.nonzero().flatten().to(inputs.device)] = 0
+        if is_late.any():
+            late = is_late.nonzero().flatten().to(inputs.device)
             steps = int(torch.randint(1, self.late_steps + 1, ()))
             with torch.no_grad():
                 z0[late] = self.model(inputs[late], max_steps=steps, z0=z0[late]).solution.value

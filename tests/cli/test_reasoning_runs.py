@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from revdeq_lightning.cli.inference import load_reasoner
 from revdeq_lightning.data.puzzles.mazes import is_solution
 from revdeq_lightning.data.puzzles.module import build_kind, make_puzzle
 from revdeq_lightning.loggers.puzzle_pictures import COLORS, SolvedPuzzle, animate_maze
+from revdeq_lightning.report.run_folder import read_run
 from tests.helpers.processes import run_python
 from tests.helpers.runs import assert_equal
 
@@ -145,6 +147,22 @@ def test_a_test_takes_puzzles_of_a_file_and_more_steps(trained, tmp_path):
     options = (f"--data.test_path={path}", "--model.solver.max_steps=7")
     said = call("test", "--ckpt_path", run / "checkpoints/best.ckpt", *options).out
     assert f"{-(-7 * 81 // 25):.1f} evaluations of f per puzzle" in said
+
+
+def test_a_test_of_solves_that_stop_by_themselves_draws_too(trained):
+    _, run, _ = trained
+    options = ("--model.solver.rtol=0.9", "--model.solver.max_steps=40")
+    said = call("test", "--ckpt_path", run / "checkpoints/best.ckpt", *options).out
+    evaluations = float(re.search(r"([\d.]+) evaluations of f per puzzle", said)[1])
+    assert evaluations < 40
+    rows = list(csv.DictReader(io.StringIO((run / "thinking.csv").read_text())))
+    assert max(int(row["evaluations"]) for row in rows if row["size"] == "5x5") == 80
+
+
+def test_the_report_knows_the_task_and_its_units(trained):
+    _, run, _ = trained
+    found = read_run(run, "tiny")
+    assert (found.task, found.item, found.unit) == ("reasoner", "cell", "puzzle")
 
 
 def test_solved_puzzles_are_counted_by_what_is_a_solution(tmp_path):

@@ -207,11 +207,37 @@ def test_what_is_wrong_with_an_archive_is_said(tmp_path, arrays, says):
         module.setup("fit")
 
 
+@pytest.mark.parametrize("content", [b"", b"PK\3\4 cut off", b"no archive"])
+def test_a_file_that_is_no_archive_is_refused(tmp_path, content):
+    path = tmp_path / "m.npz"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"m\.npz is not an npz archive"):
+        data(tmp_path, path=str(path)).setup("fit")
+
+
+@pytest.mark.parametrize("num_empty", [0, 16, 2.0])
+def test_a_sudoku_has_empty_and_given_cells(tmp_path, num_empty):
+    with pytest.raises(ValueError, match="num_empty must be"):
+        data(tmp_path, puzzle="sudoku", size=4, num_empty=num_empty)
+
+
+def test_a_missing_split_is_named(tmp_path):
+    module = data(tmp_path, path=save(tmp_path / "m.npz", inputs=ONE, targets=PATH), validation_fraction=0.0)
+    with pytest.raises(ValueError, match="has no validation split: set validation_fraction above 0"):
+        module.val_dataloader()
+
+
+def test_a_sudoku_of_another_shape_is_refused(tmp_path):
+    path = save(tmp_path / "s.npz", inputs=np.zeros((1, 4, 6), int), targets=np.ones((1, 4, 6), int))
+    with pytest.raises(ValueError, match=r"a Sudoku of size 4 has shape \(4, 4\), got \(4, 6\)"):
+        data(tmp_path, puzzle="sudoku", size=4, num_empty=6, path=path).setup("fit")
+
+
 def test_a_contradictory_sudoku_is_refused(tmp_path):
     inputs = np.zeros((1, 4, 4), int)
     inputs[0, 0, 0] = inputs[0, 1, 1] = 3
     path = save(tmp_path / "s.npz", inputs=inputs, targets=inputs)
-    module = data(tmp_path, puzzle="sudoku", size=4, path=path)
+    module = data(tmp_path, puzzle="sudoku", size=4, num_empty=6, path=path)
     with pytest.raises(ValueError, match="3 stands twice in the box of row 2, column 2"):
         module.setup("fit")
 
@@ -228,3 +254,5 @@ def test_tables_of_sudokus_are_read(tmp_path):
     assert (test[0] == puzzle.inputs).all()
     assert (test[1] == puzzle.targets).all()
     assert len(test[0]) == 3
+    few = data(tmp_path / "cache", puzzle="sudoku", size=9, path=str(tmp_path), validation_fraction=0.0, num_train=2)
+    assert len(few._prepared()["train"][0][0]) == 2

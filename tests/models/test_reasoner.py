@@ -72,6 +72,16 @@ def test_answers_along_a_solve_are_those_of_shorter_solves(solver):
         assert torch.equal(answers, model(inputs, max_steps=steps).logits.argmax(1))
 
 
+def test_answers_along_a_solve_that_stopped_are_its_last_ones():
+    model = reasoner(GRID, MomentumSolver(max_steps=40, rtol=0.5)).eval()
+    inputs, _ = puzzles(GRID)
+    made = int(model(inputs).solution.stats.forward_nfe)
+    *along, last = model.answers_along(inputs, [1, 39])
+    assert made < 39
+    assert len(along) == 2
+    assert torch.equal(along[1], last)
+
+
 def test_a_solve_starts_where_it_is_told():
     model = reasoner(GRID, MomentumSolver(max_steps=1)).eval()
     inputs, _ = puzzles(GRID)
@@ -112,6 +122,7 @@ def test_wrong_puzzles_are_refused(inputs, says):
         ({"shape": [2, 2, 2]}, "shape must be"),
         ({"block": "graph"}, "block must be one of convolution, attention or an import path, got 'graph'"),
         ({"num_heads": 2}, "num_heads belongs to block 'attention'"),
+        ({"block": "my.Block", "num_layers": 2}, "num_layers belongs to block 'convolution' or 'attention'"),
         ({"growth": -1.0}, "growth must be in"),
         ({"padding": "reflect"}, "padding must be one of"),
     ],

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import Dataset
 
 from revdeq_lightning.data.loading.sampler import ResumableBatchSampler, ResumableLoader
-from revdeq_lightning.equilibrium.validation import require_choice
+from revdeq_lightning.equilibrium.validation import require_choice, require_in_range
 from revdeq_lightning.errors import CheckpointError
 
 SPLITS = ("train", "validation", "test")
@@ -105,9 +105,11 @@ class AbstractDataModule(LightningDataModule):
     def _of_split(self, by_split: Mapping[str, Split], split: str, advice: str) -> Split:
         require_choice("split", split, SPLITS)
         if split not in by_split:
+            names = [name for name in ("source", "path") if name in self.hparams]
+            origin = ", ".join(f"{name} {self.hparams[name]!r}" for name in names)
             raise ValueError(
-                f"the data (source {self.hparams['source']!r}, path {self.hparams['path']!r}) has no {split} split: "
-                f"{advice}, or omit it (trainer.limit_val_batches=0 trains without validation)."
+                f"the data ({origin}) has no {split} split: {advice}, or omit it"
+                " (trainer.limit_val_batches=0 trains without validation)."
             )
         return by_split[split]
 
@@ -184,6 +186,17 @@ class AbstractDataModule(LightningDataModule):
                 f"epoch {self._items} may occur twice or not at all; to continue exactly, use the checkpoint's data "
                 "and values."
             )
+
+
+def check_fractions(validation_fraction: float, test_fraction: float) -> None:
+    """Raise ValueError unless both are fractions and leave something to train on."""
+    require_in_range("validation_fraction", validation_fraction, "[0, 1)")
+    require_in_range("test_fraction", test_fraction, "[0, 1)")
+    if validation_fraction + test_fraction >= 1:
+        raise ValueError(
+            "validation_fraction and test_fraction must leave something to train on, "
+            f"got {validation_fraction} and {test_fraction}."
+        )
 
 
 def digest(content: Any) -> str:

@@ -1,7 +1,10 @@
 """Puzzles from files: npz archives, and Sudoku-Extreme's tables."""
 
 import csv
-from collections.abc import Sequence
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -15,18 +18,18 @@ Arrays = tuple[NDArray[np.int64], NDArray[np.int64]]
 
 
 def read_npz(path: str | Path, *, need_targets: bool = True) -> Arrays:
-    """The arrays `inputs` and `targets` of an npz archive; no targets become targets that do not count.
+    """Read the arrays `inputs` and `targets` of an npz archive; missing targets become targets that do not count.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is no archive of such arrays.
+        ValueError: If it is not an archive of such arrays.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"no file {path}: give an npz archive with the integer arrays inputs and targets")
+        raise FileNotFoundError(f"no file {path}: use an npz archive with the integer arrays inputs and targets")
     try:
-        with np.load(path) as archive:
+        with zipfile.ZipFile(path), np.load(path) as archive:
             arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} is not an npz archive: {' '.join(str(error).split())}") from None
     missing = [name for name in ("inputs", "targets")[: 1 + need_targets] if name not in arrays]
     if missing:
@@ -46,21 +49,22 @@ def read_npz(path: str | Path, *, need_targets: bool = True) -> Arrays:
     return inputs.astype(np.int64), targets.astype(np.int64)
 
 
-def read_sudoku_tables(path: str) -> dict[str, Arrays]:
-    """The splits of a data set with the columns `question` and `answer`, 81 characters each; an empty cell is no digit.
+def read_sudoku_tables(path: str, most: Mapping[str, int | None]) -> dict[str, Arrays]:
+    """Read the splits of a data set with columns `question` and `answer` of 81 characters, digits or empty cells.
 
     Args:
         path: Of the hub, such as `sapientinc/sudoku-extreme`, or a folder with its `train.csv` and `test.csv`.
+        most: How many rows to read of each split; None: all.
 
     Raises:
         FileNotFoundError: If there is no train.csv.
         ConnectionError: If the hub cannot be reached.
-        ValueError: If a table is none of Sudokus.
+        ValueError: If a table does not hold Sudokus.
     """
     files = {split: _table(path, split) for split in ("train", "test")}
     if files["train"] is None:
         raise FileNotFoundError(f"{path} has no train.csv with the columns question and answer")
-    return {split: _read_table(file) for split, file in files.items() if file is not None}
+    return {split: _read_table(file, most[split]) for split, file in files.items() if file is not None}
 
 
 def _table(path: str, split: str) -> Path | None:
@@ -79,17 +83,17 @@ def _table(path: str, split: str) -> Path | None:
     except (OSError, ValueError) as error:
         text = " ".join(str(error).split())
         raise ConnectionError(
-            f"cannot fetch {name} of {path} from the hub ({text}): give path=FOLDER with its train.csv and test.csv"
+            f"cannot fetch {name} of {path} from the hub ({text}): set path=FOLDER with its train.csv and test.csv"
         ) from None
 
 
-def _read_table(path: Path) -> Arrays:
+def _read_table(path: Path, most: int | None) -> Arrays:
     with path.open(newline="", encoding="utf-8") as file:  # not by `datasets`, which takes the answers for integers
         reader = csv.DictReader(file)
         missing = [column for column in ("question", "answer") if column not in (reader.fieldnames or ())]
         if missing:
             raise ValueError(f"{path} has no column {missing[0]!r}, it has {', '.join(reader.fieldnames or ())}")
-        rows = [(row["question"], row["answer"]) for row in reader]
+        rows = [(row["question"], row["answer"]) for row in islice(reader, most)]
     if not rows:
         raise ValueError(f"{path} has no puzzles")
     questions, answers = zip(*rows, strict=True)

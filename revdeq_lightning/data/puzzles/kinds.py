@@ -31,7 +31,7 @@ class AbstractKind:
         """Shape of a puzzle of this size."""
 
     def key(self, inputs: Array) -> bytes:
-        """What decides in which split a puzzle falls: the same for puzzles that are one and the same in other form."""
+        """What decides to which split a puzzle belongs: equal for symmetric forms of one puzzle."""
         return inputs.astype(np.uint8).tobytes()
 
     def vary(self, puzzle: Puzzle, draws: Draws) -> Puzzle:
@@ -42,8 +42,8 @@ class AbstractKind:
         """What is wrong with a puzzle whose symbols are in range."""
         return None
 
-    def is_solved(self, puzzle: Puzzle, answers: Array) -> bool:
-        """Whether the answers that do not equal the targets are a solution nevertheless."""
+    def is_solved(self, inputs: Array, answers: Array) -> bool:
+        """Whether answers that differ from the targets are a solution, too."""
         return False
 
 
@@ -85,8 +85,8 @@ class Mazes(AbstractKind):
                 return f"a maze must have one {name} (symbol {symbol}), got {count}"
         return "there is no path from start to goal" if mazes.shortest_path(inputs) is None else None
 
-    def is_solved(self, puzzle: Puzzle, answers: Array) -> bool:
-        return mazes.is_solution(puzzle.inputs, answers)
+    def is_solved(self, inputs: Array, answers: Array) -> bool:
+        return mazes.is_solution(inputs, answers)
 
 
 @dataclass
@@ -101,6 +101,7 @@ class Sudoku(AbstractKind):
     def __post_init__(self) -> None:
         require_choice("size", self.size, sudoku.BOXES)
         require_count("num_empty", self.num_empty)
+        require_in_range("num_empty", self.num_empty, f"[1, {self.size**2})")
         self.num_symbols = self.num_answers = self.size + 1
 
     def make(self, draws: Draws, size: int) -> Puzzle | None:
@@ -116,13 +117,13 @@ class Sudoku(AbstractKind):
         return sudoku.symmetric(puzzle, draws)
 
     def fault(self, inputs: Array) -> str | None:
-        return sudoku.contradiction(inputs) if inputs.shape == self.shape(self.size) else None
+        if inputs.shape != self.shape(self.size):
+            return f"a Sudoku of size {self.size} has shape {self.shape(self.size)}, got {inputs.shape}"
+        return sudoku.contradiction(inputs)
 
 
-def checked(
-    kind: AbstractKind, arrays: tuple[Array, Array], path: str, samples: int | None = None
-) -> tuple[Array, Array]:
-    """The puzzles of a file, if all (or the first `samples`) are puzzles of this kind.
+def checked(kind: AbstractKind, arrays: tuple[Array, Array], path: str) -> tuple[Array, Array]:
+    """The puzzles of a file, if all are puzzles of this kind.
 
     Raises:
         ValueError: Names the first that is not.
@@ -139,7 +140,7 @@ def checked(
         if wrong.any():
             place = tuple(int(i) for i in np.argwhere(wrong)[0])
             raise ValueError(f"{path}: {name} must be from 0 to {number - 1}, got {array[place]} at {list(place)}")
-    for i, puzzle in enumerate(inputs[:samples]):
+    for i, puzzle in enumerate(inputs):
         if fault := kind.fault(puzzle):
             raise ValueError(f"{path}: puzzle {i} cannot be solved: {fault}")
     return arrays

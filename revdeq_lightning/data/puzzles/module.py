@@ -1,9 +1,9 @@
 """Puzzles for reasoners: generated from a seed, or from a file, in a resumable order."""
 
+import math
 import zlib
 from collections.abc import Callable, Mapping
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,17 +15,17 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from revdeq_lightning.data.loading.array_cache import load_or_build
-from revdeq_lightning.data.loading.base import SPLITS, AbstractDataModule, digest
+from revdeq_lightning.data.loading.base import SPLITS, AbstractDataModule, check_fractions, digest
 from revdeq_lightning.data.loading.sampler import IGNORE_INDEX, PADDING, ResumableLoader, shuffled
 from revdeq_lightning.data.puzzles.files import Arrays, read_npz, read_sudoku_tables
 from revdeq_lightning.data.puzzles.kinds import AbstractKind, Mazes, PrefixSums, Sudoku, checked
 from revdeq_lightning.data.puzzles.puzzle import Draws, Puzzle
-from revdeq_lightning.equilibrium.validation import require_choice, require_count, require_in_range
+from revdeq_lightning.equilibrium.validation import require_choice, require_count
 
 KIND_SETTINGS = ("puzzle", "size", "algorithm", "loops", "num_empty")
 KINDS = ("prefix_sums", "mazes", "sudoku")
 ENDLESS_EPOCH = 2**16
-_CACHE_FORMAT = 1
+_CACHE_FORMAT = 2
 _MOST_TRIES = 1000
 
 
@@ -60,9 +60,10 @@ class PuzzleDataModule(AbstractDataModule):
             wall, 1 free, 2 start, 3 goal) or "sudoku" (one solution; 0 is an empty cell).
         size: Bits, cells a side of a maze (2 * size + 1 pixels), or 4, 6 or 9 for Sudoku.
         test_sizes: Further sizes, each a test split of its own.
-        num_train: Puzzles of the training split; null: each is used once, and an epoch has 65,536.
-        num_validation: Puzzles of the validation split.
-        num_test: Puzzles of the test split of each size.
+        num_train: Puzzles of the training split; null: each is used once, and an epoch has 65,536. Of a data set, at
+            most as many are used; of an archive, all.
+        num_validation: Puzzles of the validation split; of files, `validation_fraction` decides.
+        num_test: Puzzles of the test split of each size; of a data set, at most as many; of an archive, all.
         symmetries: Sudoku: show a training puzzle in another of its symmetric forms in each epoch.
         algorithm: Mazes: "depth_first" (long corridors), "spanning_tree" (many short dead ends) or "mixed".
         loops: Mazes: fraction of the walls between cells that are opened in addition; 0: one path between two cells.
@@ -70,8 +71,8 @@ class PuzzleDataModule(AbstractDataModule):
         path: An npz archive with the integer arrays `inputs` and `targets` of shape `(N, L)` or `(N, H, W)` instead of
             generated puzzles (targets of -100 do not count); for Sudoku of size 9 also a data set of the hub with the
             columns `question` and `answer` (`sapientinc/sudoku-extreme`), or a folder with its CSV files.
-        validation_fraction: With an archive, the fraction held out for validation, chosen by the puzzles' content.
-        test_fraction: Likewise for test.
+        validation_fraction: With `path`, the fraction held out for validation, chosen by the puzzles' content.
+        test_fraction: Likewise for test, of an archive.
         test_path: An archive that is the test split.
         batch_size: Puzzles per rank and step.
         num_workers: Processes per rank that load batches.
@@ -117,15 +118,9 @@ class PuzzleDataModule(AbstractDataModule):
             require_count("num_train", num_train)
         for name in ("num_workers", "seed"):
             require_count(name, self.hparams[name], at_least=0)
-        require_in_range("validation_fraction", validation_fraction, "[0, 1)")
-        require_in_range("test_fraction", test_fraction, "[0, 1)")
-        if validation_fraction + test_fraction >= 1:
-            raise ValueError(
-                "validation_fraction and test_fraction must leave something to train on, "
-                f"got {validation_fraction} and {test_fraction}"
-            )
+        check_fractions(validation_fraction, test_fraction)
         if puzzle == "sudoku" and test_sizes:
-            raise ValueError(f"a Sudoku has one size, got test_sizes={test_sizes}: leave it out")
+            raise ValueError(f"a Sudoku has one size, got test_sizes={test_sizes}: remove it")
         self.kind = build_kind(**self.kind_settings())
         self._data: dict[str, list[Arrays]] | None = None
         self._checksum = ""
@@ -181,21 +176,12 @@ class PuzzleDataModule(AbstractDataModule):
         """One loader for each size."""
         return self._evaluation_loaders("test")
 
-    def predict_dataloader(self) -> Any:
-        return self._evaluation_loaders("test")
-
     def _evaluation_loader(self, split: str) -> ResumableLoader:
         return self._evaluation_loaders(split)[0]
 
     def _evaluation_loaders(self, split: str) -> list[ResumableLoader]:
-        found = self._of_split(self._prepared(), split, f"set {split}_fraction above 0, or give test_path")
+        found = self._of_split(self._prepared(), split, f"set {split}_fraction above 0 (or test_path)")
         return [self._loader(Puzzles(partial(stored_puzzle, arrays, None, 0)), len(arrays[0])) for arrays in found]
-
-    def _of_split(self, by_split: Mapping[str, Any], split: str, advice: str) -> Any:
-        require_choice("split", split, SPLITS)
-        if split not in by_split:
-            raise ValueError(f"the puzzles of {self.hparams['path']} have no {split} split: {advice}")
-        return by_split[split]
 
     @property
     def _num_train(self) -> int:
@@ -241,14 +227,12 @@ class PuzzleDataModule(AbstractDataModule):
             return divide(self.kind, checked(self.kind, read_npz(path), path), fractions)
         if self.hparams["puzzle"] != "sudoku" or self.hparams["size"] != 9:
             raise ValueError(f"path must be an npz archive (or, for Sudoku of size 9, a data set), got {path!r}")
-        splits = {
-            name: checked(self.kind, arrays, path, samples=1000) for name, arrays in read_sudoku_tables(path).items()
-        }
-        data = divide(self.kind, splits["train"], {"validation": self.hparams["validation_fraction"]})
-        if self.hparams["num_train"] is not None:
-            data["train"] = [tuple(array[: self.hparams["num_train"]] for array in data["train"][0])]  # type: ignore
-        if "test" in splits:
-            data["test"] = [tuple(array[: self.hparams["num_test"]] for array in splits["test"])]  # type: ignore
+        held_out, num_train = self.hparams["validation_fraction"], self.hparams["num_train"]
+        most = {"train": num_train and math.ceil(num_train / (1 - held_out)), "test": self.hparams["num_test"]}
+        tables = read_sudoku_tables(path, most)
+        data = divide(self.kind, checked(self.kind, tables["train"], path), {"validation": held_out})
+        if "test" in tables:
+            data["test"] = [checked(self.kind, tables["test"], path)]
         return data
 
     def _order_settings(self) -> dict[str, Any]:
@@ -267,7 +251,7 @@ def build_kind(puzzle: str, *, size: int, algorithm: str, loops: float, num_empt
 def make_puzzle(
     kind: AbstractKind, seed: int, split: str, size: int, number: int, train_size: int | None = None
 ) -> Puzzle:
-    """Puzzle `number` of a split: the first that these draws give whose content belongs to the split.
+    """Make puzzle `number` of a split: the first one drawn whose content belongs to the split.
 
     Args:
         kind: What to make.
@@ -275,13 +259,17 @@ def make_puzzle(
         split: "train", "validation" or "test".
         size: Of the puzzle.
         number: From 0 on.
-        train_size: Size of the training puzzles: puzzles of other sizes cannot be among them.
+        train_size: Size of the training puzzles, if not `size`: puzzles of other sizes are in no other split.
     """
-    for attempt in count() if size != (train_size or size) else range(_MOST_TRIES):
+    may_be_shared = train_size is None or size == train_size
+    for attempt in range(_MOST_TRIES):
         puzzle = kind.make(Draws(seed, SPLITS.index(split), size, number, attempt), size)
-        if puzzle and (size != (train_size or size) or split_of(kind, puzzle.inputs) == split):
+        if puzzle and not (may_be_shared and split_of(kind, puzzle.inputs) != split):
             return puzzle
-    raise ValueError(f"there are too few different puzzles of size {size} for three splits: use a larger size")
+    raise ValueError(
+        f"{_MOST_TRIES} attempts gave no puzzle of size {size} for the {split} split: use a larger size, or fewer empty"
+        " cells"
+    )
 
 
 def split_of(kind: AbstractKind, inputs: NDArray[np.int64]) -> str:
@@ -313,13 +301,6 @@ def divide(kind: AbstractKind, arrays: Arrays, fractions: Mapping[str, float]) -
     """Hold out fractions of the puzzles, chosen by their content."""
     inputs, targets = arrays
     places = np.array([zlib.crc32(kind.key(puzzle)) / 2**32 for puzzle in inputs])
-    data: dict[str, list[Arrays]] = {}
-    start = 0.0
-    for split, fraction in (*fractions.items(), ("train", 1 - sum(fractions.values()))):
-        chosen = (places >= start) & (places < start + fraction)
-        if split == "train":
-            chosen = places >= start
-        if chosen.any():
-            data[split] = [(inputs[chosen], targets[chosen])]
-        start += fraction
-    return data
+    parts = np.searchsorted(np.cumsum(list(fractions.values())), places, side="right")
+    chosen = {split: parts == i for i, split in enumerate((*fractions, "train"))}
+    return {split: [(inputs[mask], targets[mask])] for split, mask in chosen.items() if mask.any()}

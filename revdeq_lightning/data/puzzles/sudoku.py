@@ -1,6 +1,6 @@
 """Sudoku of 4 x 4, 6 x 6 and 9 x 9 cells with one solution: 0 is an empty cell.
 
-Written here because no library that was found takes a seed, other sizes than 9 and a number of empty cells.
+No library was found that takes a seed, a size, and a number of empty cells.
 """
 
 import functools
@@ -21,7 +21,7 @@ def make_sudoku(draws: Draws, size: int, num_empty: int) -> Puzzle | None:
 
     The cells of a random solution are emptied in random order, each if the solution stays the only one.
     """
-    solution = next(solutions(np.zeros((size, size), np.int64), draws.permutation(size).tolist(), draws))
+    solution = next(solutions(np.zeros((size, size), np.int64), draws))
     puzzle = solution.copy()
     for cell in draws.permutation(size * size):
         row, column = divmod(int(cell), size)
@@ -42,14 +42,8 @@ def units_of(size: int) -> list[tuple[int, int, int]]:
     ]
 
 
-def solutions(puzzle: NDArray[np.int64], order: list[int] | None = None, draws: Draws | None = None) -> Iterator[Any]:
-    """All solutions, one after another; none if the puzzle contradicts itself.
-
-    Args:
-        puzzle: Shape `(size, size)`.
-        order: Not None: the values are tried in a random order.
-        draws: Where that order comes from.
-    """
+def solutions(puzzle: NDArray[np.int64], draws: Draws | None = None) -> Iterator[Any]:
+    """Yield all solutions, in random order with `draws`; none if the puzzle contradicts itself."""
     size = len(puzzle)
     units, grid = units_of(size), puzzle.ravel().tolist()
     free = [(1 << size) - 1] * (3 * size)  # values that each unit still lacks, as bits

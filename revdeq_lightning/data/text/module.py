@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
 
 from revdeq_lightning.data.loading.array_cache import ArrayCache, StoredArray, load_or_build
-from revdeq_lightning.data.loading.base import AbstractDataModule, digest
+from revdeq_lightning.data.loading.base import AbstractDataModule, check_fractions, digest
 from revdeq_lightning.data.loading.sampler import ResumableLoader
 from revdeq_lightning.data.text.sources import SOURCES, TextSource, open_source
 from revdeq_lightning.data.text.tokenizers import (
@@ -20,7 +20,7 @@ from revdeq_lightning.data.text.tokenizers import (
     tokenizer_key,
 )
 from revdeq_lightning.data.text.windows import WINDOW_ORDERS, TokenWindows, count_windows, window_starts
-from revdeq_lightning.equilibrium.validation import require_choice, require_count, require_in_range
+from revdeq_lightning.equilibrium.validation import require_choice, require_count
 from revdeq_lightning.errors import CheckpointError
 
 _CACHE_FORMAT = 1
@@ -108,13 +108,7 @@ class TextDataModule(AbstractDataModule):
         require_count("num_workers", num_workers, at_least=0)
         require_count("seed", seed, at_least=0)
         require_count("bpe_vocab_size", bpe_vocab_size, at_least=257)
-        require_in_range("validation_fraction", validation_fraction, "[0, 1)")
-        require_in_range("test_fraction", test_fraction, "[0, 1)")
-        if validation_fraction + test_fraction >= 1:
-            raise ValueError(
-                "validation_fraction and test_fraction must leave something to train on, "
-                f"got {validation_fraction} and {test_fraction}."
-            )
+        check_fractions(validation_fraction, test_fraction)
         if (path is None) != (source == "python"):
             advice = "takes no path" if source == "python" else "needs a path"
             raise ValueError(f'source "{source}" {advice}, got {path!r}.')
