@@ -55,7 +55,7 @@ def variants(evaluations: int, changes: Mapping[str, Any] | None = None) -> dict
     """Every competitor; a stack has as many layers as the others make evaluations."""
     found = {name: {"model.solver": solver} for name, solver in solvers(evaluations).items()}
     for name, channels in ((STACK, CHANNELS), (THIN_STACK, THIN)):
-        network = {"channels": channels, "num_layers": evaluations}
+        network = SETTINGS["model"]["network"] | {"channels": channels, "num_layers": evaluations}
         found[name] = {"model.solver": {"solver": "none"}, "model.network": network}
     return {name: Variant((CONFIG,), own | dict(changes or {})) for name, own in found.items()}
 

@@ -11,7 +11,6 @@ from typing import Any, cast
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.fabric.utilities.throughput import get_available_flops
-from lightning.pytorch.callbacks.throughput_monitor import _plugin_to_compute_dtype
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -257,6 +256,9 @@ def known_peak(trainer: Trainer, module: LightningModule) -> float | None:
     """Operations per second of the GPU in the precision of training, from Lightning's table."""
     if module.device.type != "cuda":
         return None
+    dtypes = {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}
+    precision = str(trainer.precision)
+    dtype = next((dtype for name, dtype in dtypes.items() if precision.startswith(name)), torch.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a device that is not in the table is no fault
-        return get_available_flops(module.device, _plugin_to_compute_dtype(trainer.precision_plugin))
+        return get_available_flops(module.device, dtype)
