@@ -247,7 +247,7 @@ def _check_block(
     if config.block not in own and "." not in config.block:
         raise ValueError(f"block must be one of {', '.join(own)} or an import path, got {config.block!r}")
     if config.block_options and config.block in own:
-        raise ValueError(f"block_options belongs to a block of your own, got block={config.block!r}")
+        raise ValueError(f"block_options requires a user-defined block, got block={config.block!r}")
     for name, blocks in owners.items():
         if hasattr(config, name):
             _require_owner(config, name, "block", blocks)
