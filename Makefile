@@ -20,10 +20,11 @@ GPUS ?= 1
 ADDRESS ?=
 NAME ?=
 SMALL ?=
+PYTHONS ?=
 SLOW_WORKERS ?= 3
 FIT = $(TASK) fit --config $(or $(CONFIG),configs/lm/wikitext103.yaml) --config $(TRAINER) $(ARGS)
 
-.PHONY: help setup train-lm train-maze train-cifar train-imagenet generate notebooks docs test test-slow lint format typecheck bench bench-quick bench-core bench-lm bench-image bench-image-block bench-cifar bench-quality bench-reasoning bench-callbacks bench-faults bench-scaling submit train-nodes bench-pairs clean
+.PHONY: help setup train-lm train-maze train-cifar train-imagenet generate notebooks docs test test-slow test-pythons lint format typecheck bench bench-quick bench-core bench-lm bench-image bench-image-block bench-cifar bench-quality bench-reasoning bench-callbacks bench-faults bench-scaling submit train-nodes bench-pairs clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -74,6 +75,9 @@ test: $(READY)  ## Run the tests: ARGS="-k golden"
 # More processes than the cores of a small machine: many of these tests wait.
 test-slow: $(READY)  ## Run the tests that take minutes: several processes, kills, several machines, SLURM
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(SLOW_WORKERS) --dist loadgroup -m slow $(ARGS)
+
+test-pythons: $(READY)  ## Run the tests that depend on it under every other Python from 3.11 on found here: PYTHONS="/path/to/python3.13 ..."
+	@OMP_NUM_THREADS=1 PYTHONS='$(PYTHONS)' $(RUN) tests/pythons.py $(ARGS)
 
 lint: $(READY)  ## Check style
 	@$(RUN) -m ruff check . && $(RUN) -m ruff format --check .

@@ -46,7 +46,7 @@ def call_with_options(function: Callable[..., str], command: str, options: Seque
 
     parser = Parser(prog=f"{program()} {command}", allow_abbrev=False)
     parser.add_function_arguments(function)
-    settings = parser.instantiate_classes(parser.parse_args(list(options)))
+    settings = parser.instantiate(parser.parse_args(list(options)))
     try:
         return function(**settings.as_dict())
     except (ValueError, OSError) as error:

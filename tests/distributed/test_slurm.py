@@ -60,7 +60,11 @@ def until_it_trains(cluster: SlurmCluster, folder: Path, job: str) -> None:
 
 
 def end_of(cluster: SlurmCluster, folder: Path, job: str) -> dict:
-    state = cluster.wait_for(job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")["JobState"]
+    try:
+        state = cluster.wait_for(job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")["JobState"]
+    except AssertionError as error:
+        error.add_note(logs(folder, job) + cluster.logs())
+        raise
     assert state == "COMPLETED", logs(folder, job) + cluster.logs()
     return checkpoint(folder, job)
 
