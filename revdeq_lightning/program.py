@@ -1,7 +1,8 @@
-"""The command that started this program, for messages."""
+"""What messages of any room need: the command that started this program, and lines on standard output."""
 
 import shlex
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -11,6 +12,12 @@ def program() -> str:
     if started.name == "revdeq":
         return _typed(started, "revdeq")
     return f"{_typed(Path(sys.executable), 'python')} -m revdeq_lightning"
+
+
+def say(text: str) -> None:
+    """Print a line, unless standard output fails, or a signal interrupted another line (RuntimeError)."""
+    with suppress(OSError, ValueError, RuntimeError):
+        print(text, flush=True)
 
 
 def _typed(path: Path, name: str) -> str:

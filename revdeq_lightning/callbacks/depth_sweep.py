@@ -16,6 +16,7 @@ from revdeq_lightning.equilibrium.validation import require_count
 from revdeq_lightning.loggers.media import log_curves, log_table, step_of
 from revdeq_lightning.loggers.plots import Table, by_step, save_png, sweep_plots
 from revdeq_lightning.loggers.step_rows import append_rows, rewind_rows, write_rows
+from revdeq_lightning.program import say
 from revdeq_lightning.runs.probe import Choice, chosen_solvers
 from revdeq_lightning.runs.random_state import untouched_random_state
 
@@ -182,8 +183,8 @@ def solver_steps(module: nn.Module, steps: int) -> AbstractContextManager[None]:
 
 
 def _print(rows: Rows, trained: int) -> None:
-    print("\nWith other numbers of solver steps than in training:")
+    say("\nWith other numbers of solver steps than in training:")
     for row in rows:
         figures = "  ".join(f"{key} {row[key]:.4f}" for key in list(row)[2:])
         mark = "  (as trained)" if row["steps"] == trained else ""
-        print(f"  {row['steps']:>4} steps, {row['forward_nfe']:>4} evaluations: {figures}{mark}")
+        say(f"  {row['steps']:>4} steps, {row['forward_nfe']:>4} evaluations: {figures}{mark}")

@@ -11,6 +11,7 @@ from torch import Tensor
 from revdeq_lightning.callbacks.abstract import AbstractWatching
 from revdeq_lightning.equilibrium import ReconstructionError, ReconstructionWarning, equilibria
 from revdeq_lightning.equilibrium.validation import require_choice
+from revdeq_lightning.program import say
 from revdeq_lightning.runs.signals import Stopped
 from revdeq_lightning.tasks.training_step import is_logging_step, log_now, run_folder
 
@@ -80,7 +81,7 @@ class ReconstructionCertificate(AbstractWatching):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.num_gradients and trainer.is_global_zero:
-            print(self.summary)
+            say(self.summary)
         if self._must_tell(pl_module):
             self._tell(trainer)
 
@@ -90,7 +91,7 @@ class ReconstructionCertificate(AbstractWatching):
         if trainer.world_size == 1 and isinstance(exception, KeyboardInterrupt | Stopped):
             self._gather(trainer)
         if self.num_gradients and trainer.is_global_zero:
-            print(self.summary)
+            say(self.summary)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._gather(trainer)  # Lightning calls this on all processes

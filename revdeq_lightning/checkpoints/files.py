@@ -183,7 +183,7 @@ def fault_of_folder(path: Path, share: int = 0, num_shares: int = 1) -> str | No
     if missing := [name for name in (REST, SUMS) if not (path / name).is_file()]:
         return f"is incomplete (a folder of shards without {missing[0]})"
     try:
-        lines = (path / SUMS).read_text().splitlines()
+        lines = (path / SUMS).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
         return f"cannot be read (its {SUMS})"
     sums = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
@@ -212,7 +212,7 @@ def checksums(files: Iterable[Path]) -> dict[str, str]:
 
 def write_checksums(folder: Path, sums: dict[str, str]) -> None:
     """Write the checksums of files, by name, into their folder, and sync it."""
-    with (folder / SUMS).open("w") as file:
+    with (folder / SUMS).open("w", encoding="utf-8") as file:
         file.writelines(f"{digest}  {name}\n" for name, digest in sorted(sums.items()))
         file.flush()
         os.fsync(file.fileno())

@@ -78,7 +78,7 @@ def _config_of_run(folder: Path) -> str:
 
     path = folder / CONFIG
     try:
-        settings = yaml.safe_load(path.read_text())
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return str(path)  # reported when it is parsed
     found = False

@@ -11,6 +11,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
+from revdeq_lightning.loggers.endurance import Survives
 from revdeq_lightning.tasks.training_step import is_logging_step
 
 SHOWN = (
@@ -55,9 +56,11 @@ class RunProgress(ProgressBar):
         super().__init__()
         self.seconds_between_lines = seconds_between_lines
         self.console = console or Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+        self.console.on_broken_pipe = lambda: None  # type: ignore[method-assign]  # rich would exit
         self._bar: _TwoLineBar | None = None
         self._last_line = -float("inf")
         self._enabled = True
+        self._survives = Survives("writing to the terminal")
 
     def disable(self) -> None:  # Lightning asks for it on all ranks but the first
         self._enabled = False
@@ -67,7 +70,8 @@ class RunProgress(ProgressBar):
 
     def print(self, *args: Any, **kwargs: Any) -> None:
         if self._enabled:
-            self.console.print(*args, markup=False)
+            with self._survives:
+                self.console.print(*args, markup=False)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start("training", trainer.estimated_stepping_batches, trainer.global_step)
@@ -117,11 +121,13 @@ class RunProgress(ProgressBar):
         columns = (description, BarColumn(bar_width=None), MofNCompleteColumn(), *times)
         self._bar = _TwoLineBar(*columns, console=self.console, refresh_per_second=4, expand=True)
         self._bar.add_task(description, total=known, completed=completed)
-        self._bar.start()
+        with self._survives:
+            self._bar.start()
 
     def _stop(self) -> None:
         if self._bar is not None:
-            self._bar.stop()
+            with self._survives:
+                self._bar.stop()
             self._bar = None
 
 

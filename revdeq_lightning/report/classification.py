@@ -8,6 +8,7 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 from torchmetrics.classification import MulticlassConfusionMatrix
 
+from revdeq_lightning.loggers.endurance import Survives
 from revdeq_lightning.loggers.pictures import ClassifiedImage, classified_images, draw_matrix, draw_sheet
 
 MAX_CLASSES = 1000
@@ -33,6 +34,7 @@ class ClassificationReport(Callback):
         self.folder, self.num_images = Path(folder), num_images
         self.matrix: MulticlassConfusionMatrix | None = None
         self.wrong: list[ClassifiedImage] = []
+        self._survives = Survives("drawing the predictions")
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         num_classes: int = trainer.datamodule.num_classes  # type: ignore[attr-defined]
@@ -66,13 +68,15 @@ class ClassificationReport(Callback):
             self.on_test_end(trainer, pl_module)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
         counts = None if self.matrix is None else self.matrix.compute().cpu().numpy()
-        if not trainer.is_global_zero:
-            return
+        if trainer.is_global_zero:
+            with self._survives:
+                self._draw(trainer.datamodule, counts)  # type: ignore[attr-defined]
+
+    def _draw(self, data: Any, counts: Any) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         if counts is not None:
-            with (self.folder / "confusion_matrix.csv").open("w", newline="") as file:
+            with (self.folder / "confusion_matrix.csv").open("w", newline="", encoding="utf-8") as file:
                 writer = csv.writer(file, lineterminator="\n")
                 writer.writerow(["true class", *data.class_names])
                 writer.writerows([name, *row.tolist()] for name, row in zip(data.class_names, counts, strict=True))

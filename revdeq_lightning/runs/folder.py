@@ -139,7 +139,7 @@ def run_of_checkpoint(checkpoint: str | Path) -> Path | None:
 def describes_run(path: Path) -> bool:
     """Whether a configuration defines what is trained, not only how: such a file names the run."""
     try:
-        settings = yaml.safe_load(path.read_text())
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return True  # reported when it is parsed
     return not isinstance(settings, dict) or bool({"model", "data"} & settings.keys())

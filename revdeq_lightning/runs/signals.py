@@ -1,8 +1,9 @@
-"""Record SIGTERM and SIGUSR1 and act on them between two training steps.
+"""Record SIGTERM, SIGHUP and SIGUSR1 and act on them between two training steps.
 
-A scheduler sends them before it takes a machine away. Training checks `STOP.received` between two steps. This module
-imports only the standard library, so that signals are recorded from the first line of the program: importing everything
-takes seconds, or minutes from a network file system, and both signals kill a process by default.
+A scheduler sends them before it takes a machine away, a closed terminal or connection sends SIGHUP. Training checks
+`STOP.received` between two steps. This module imports only the standard library, so that signals are recorded from the
+first line of the program: importing everything takes seconds, or minutes from a network file system, and the signals
+kill a process by default.
 """
 
 import os
@@ -15,10 +16,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+AT_ONCE = (signal.SIGTERM, signal.SIGHUP)
+SIGNALS = (*AT_ONCE, signal.SIGUSR1)
 
 AGAIN = 75
-"""Exit code (EX_TEMPFAIL, "try again later") after SIGTERM or SIGUSR1 ended a training that can be resumed."""
+"""Exit code (EX_TEMPFAIL, "try again later") after one of these signals ended a training that can be resumed."""
 
 
 class Stopped(SystemExit):
@@ -54,11 +56,12 @@ class StopSignals:
         self._wait_no_more()
         if self._previous:
             return False
-        self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+        kept = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()  # by `nohup`
+        self._previous = {number: signal.signal(number, self._note) for number in SIGNALS if number not in kept}
         return True
 
     def end_while_waiting(self, kill_children: Callable[[], None]) -> None:
-        """Let SIGTERM end this process immediately until `take`, because nothing is lost before the first step.
+        """Let SIGTERM and SIGHUP end this process at once until `take`, because nothing is lost before the first step.
 
         Processes wait for each other in C++, up to their timeout, and Python's handlers do not run there. Python writes
         the signal's number to a file immediately, however, which a thread can read.
@@ -66,14 +69,14 @@ class StopSignals:
         Args:
             kill_children: Ends the training processes that this one started.
         """
-        if self.received == signal.SIGTERM:
+        if self.received in AT_ONCE:
             sys.exit(AGAIN)
         if not self._previous or self._wakeup is not None:
             return
         reader, self._wakeup = os.pipe()
         os.set_blocking(self._wakeup, False)
         signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
-        threading.Thread(target=_end_at_sigterm, args=(reader, kill_children), daemon=True).start()
+        threading.Thread(target=_end_at_signal, args=(reader, kill_children), daemon=True).start()
 
     def _wait_no_more(self) -> None:
         if self._wakeup is not None:
@@ -113,13 +116,13 @@ def no_failure_to_torchrun() -> Iterator[None]:
         file = os.environ.get("REVDEQ_STOPPED")
         if file is None or end.code not in (AGAIN, 128 + signal.SIGINT):
             raise
-        Path(file).write_text(str(end.code))
+        Path(file).write_text(str(end.code), encoding="ascii")
         sys.exit(0)
 
 
-def _end_at_sigterm(reader: int, kill_children: Callable[[], None]) -> None:
+def _end_at_signal(reader: int, kill_children: Callable[[], None]) -> None:
     while numbers := os.read(reader, 1):
-        if numbers[0] == signal.SIGTERM:
+        if numbers[0] in AT_ONCE:
             kill_children()
             os._exit(AGAIN)
     os.close(reader)

@@ -8,6 +8,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
+from revdeq_lightning.program import say
 from revdeq_lightning.runs.signals import STOP, Stopped
 from revdeq_lightning.tasks.training_step import made_step
 
@@ -32,7 +33,7 @@ class SameStart(Callback):
 
 
 class StopSignal(Callback):
-    """Ends training at Ctrl-C, SIGTERM or SIGUSR1, on all ranks after the same optimizer step.
+    """Ends training at Ctrl-C, SIGTERM, SIGHUP or SIGUSR1, on all ranks after the same optimizer step.
 
     A signal may reach only one rank, or each at a different time; ranks that acted on their own would deadlock in
     different collectives. Therefore, the handler only records the signal, and the ranks exchange one number after each
@@ -106,7 +107,7 @@ class StopSignal(Callback):
         STOP.received = signal.SIGINT
         self._give_back_interrupt()
         if cast(Any, rank_zero_only).rank == 0:
-            print("\nStopping with a checkpoint after this step (Ctrl-C again: stop now, without it) ...", flush=True)
+            say("\nStopping with a checkpoint after this step (Ctrl-C again: stop now, without it) ...")
 
     def _give_back_interrupt(self) -> None:
         if self._previous_interrupt is not None:

@@ -59,7 +59,7 @@ def fit(folder, *callbacks, ckpt_path=None, seed=0, **settings):
 
 @pytest.mark.parametrize(
     ("number", "batch", "accumulate", "stopped_at"),
-    [(signal.SIGUSR1, 1, 1, 2), (signal.SIGTERM, 2, 1, 3), (signal.SIGUSR1, 3, 3, 2)],
+    [(signal.SIGHUP, 1, 1, 2), (signal.SIGTERM, 2, 1, 3), (signal.SIGUSR1, 3, 3, 2)],
     ids=["between validations", "at a validation", "in the midst of accumulated gradients"],
 )
 def test_the_run_in_two_parts_is_the_whole_run(tmp_path, number, batch, accumulate, stopped_at):
@@ -156,3 +156,16 @@ if __name__ == "__main__":
     fit_on_two_ranks(directory, "whole")
     fit_on_two_ranks(directory, "half", SendSignal(batch=2, rank=1))
     fit_on_two_ranks(directory, "rest", ckpt_path=directory / "half.ckpt", seed=1)
+
+
+def test_a_hangup_that_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signals = StopSignals()
+    try:
+        signals.take()
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert signals.received == 0
+        signals.give_back()
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -10,7 +10,7 @@ def leave_signals_to_main_process(worker: int) -> None:
 
     A worker ends when the training process ends it, including by SIGTERM.
     """
-    for number in (signal.SIGINT, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # macOS lacks it: there SIGTERM ends a worker immediately
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
