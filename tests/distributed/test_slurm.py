@@ -37,6 +37,7 @@ def submit(cluster: SlurmCluster, folder: Path, *options: str, strategy: str = "
     config = tiny_config(folder, max_steps=MAX_STEPS, val_check_interval=60, strategy=strategy)
     config.write_text(config.read_text().replace("data:\n", "data:\n  num_workers: 1\n"))
     settings = {"PYTHON": sys.executable, "PYTHONPATH": os.getcwd(), "MASTER_ADDR": "127.0.0.1", "GRACE": "100"}
+    settings["PYTHONFAULTHANDLER"] = "1"  # SIGABRT prints the stacks of all threads
     command = ["sbatch", "--parsable", "--nodes=2", "--cpus-per-task=1", "--time=9", f"--chdir={folder}"]
     exports = ",".join(["ALL", *(f"{key}={value}" for key, value in settings.items())])
     arguments = ("fit", "--config", config, "--run.test=false", "--run.sample_tokens=0")
@@ -62,7 +63,9 @@ def until_it_trains(cluster: SlurmCluster, folder: Path, job: str) -> None:
 def end_of(cluster: SlurmCluster, folder: Path, job: str) -> dict:
     try:
         state = cluster.wait_for(job, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")["JobState"]
-    except AssertionError as error:
+    except AssertionError as error:  # it hangs: where?
+        cluster.run("scancel", "--signal=ABRT", job)
+        time.sleep(5)
         error.add_note(logs(folder, job) + cluster.logs())
         raise
     assert state == "COMPLETED", logs(folder, job) + cluster.logs()
