@@ -1,6 +1,7 @@
 """What messages of any room need: the command that started this program, and lines on standard output."""
 
 import shlex
+import shutil
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -21,5 +22,7 @@ def say(text: str) -> None:
 
 
 def _typed(path: Path, name: str) -> str:
-    """With its path if it is in the current folder, where a virtual environment need not be active."""
-    return shlex.quote(str(path.relative_to(Path.cwd()))) if path.is_relative_to(Path.cwd()) else name
+    """Its name alone if the shell finds it there; otherwise with its path, shortened in the current folder."""
+    if shutil.which(name) == str(path):
+        return name
+    return shlex.quote(str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path))

@@ -272,6 +272,14 @@ def make_folder(folder: Path) -> None:
         sync(path.parent)
 
 
+def try_folder(folder: Path) -> None:
+    """Create a folder if it is missing; raise OSError if no file can be written there."""
+    probe = folder / f".probe.{os.getpid()}.part"
+    make_folder(folder)
+    probe.write_bytes(b"x")
+    probe.unlink()
+
+
 def sync(path: Path) -> None:
     """Wait until a file's content, or the names in a folder, are on disk."""
     descriptor = os.open(path, os.O_RDONLY)

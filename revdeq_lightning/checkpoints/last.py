@@ -13,7 +13,7 @@ from typing import Any, cast
 from lightning import LightningModule, Trainer
 
 from revdeq_lightning.checkpoints.abstract import AbstractCheckpoint
-from revdeq_lightning.checkpoints.files import make_folder, newest_good, remove, remove_leftovers, steps_of
+from revdeq_lightning.checkpoints.files import newest_good, remove, remove_leftovers, steps_of, try_folder
 from revdeq_lightning.checkpoints.names import BEST, LAST
 from revdeq_lightning.equilibrium.validation import require_count, require_in_range
 from revdeq_lightning.errors import CheckpointError
@@ -70,7 +70,7 @@ class LastCheckpoint(AbstractCheckpoint):
         self._due = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the folder and clean it up; raise `CheckpointError` if it is not writable."""
+        """Find the folder; raise `CheckpointError` if it is not writable."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and not cast(Any, trainer).fast_dev_run:
             fault = self._prepare_folder() if trainer.is_global_zero else None
@@ -82,6 +82,7 @@ class LastCheckpoint(AbstractCheckpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero and not cast(Any, trainer).fast_dev_run:
+            remove_leftovers(self.path.parent)
             self._leave_branch(trainer.global_step)
 
     def on_train_batch_end(
@@ -189,11 +190,8 @@ class LastCheckpoint(AbstractCheckpoint):
 
     def _prepare_folder(self) -> str | None:
         folder = self.path.parent
-        probe = folder / f".probe.{os.getpid()}.part"
         try:
-            make_folder(folder)
-            probe.write_bytes(b"x")
-            remove_leftovers(folder)  # including the probe
+            try_folder(folder)
         except OSError as error:
             return f"checkpoints cannot be written to {folder}: {error.strerror or error}; choose another run.folder"
         steps, _ = steps_of([self.path] if self.path.exists() else [])

@@ -11,6 +11,7 @@ from pathlib import Path
 from revdeq_lightning import __version__
 from revdeq_lightning.cli.errors import fail, nearest
 from revdeq_lightning.cli.parser import ReadableErrors, call_with_options, given_files
+from revdeq_lightning.cli.paths import expanded, with_expanded_paths
 from revdeq_lightning.program import program
 
 SUBCOMMANDS = {
@@ -73,7 +74,7 @@ def main(args: Sequence[str] | None = None) -> None:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(overview())
         sys.exit(0 if arguments else 2)
-    subcommand, *options = arguments
+    subcommand, *options = with_expanded_paths(arguments)
     if subcommand not in SUBCOMMANDS:
         fail(f"unknown command {subcommand!r}{nearest(subcommand, SUBCOMMANDS)}; commands: {', '.join(SUBCOMMANDS)}")
     for path in given_files(options, "--config", "-c"):
@@ -114,7 +115,7 @@ def _report(options: Sequence[str]) -> None:
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, with metrics.csv")
     parser.add_argument("--output", metavar="FILE", help="default: RUN/report.html, or comparison.html above the runs")
-    given = parser.parse_args(list(options))
+    given = parser.parse_args(list(map(expanded, options)))
     try:
         print(f"Report in {write_report(given.runs, given.output)}")
     except (ValueError, OSError) as error:

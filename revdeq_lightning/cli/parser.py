@@ -15,6 +15,15 @@ REMOVED_SETTINGS = (("", "divergence"), ("run", "keep_every_hours"), ("run", "as
 class ReadableErrors:
     """A parser mixin that reports errors in one line with the nearest valid key, without the usage of 200 options."""
 
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        """Parse; report an interpolation `${...}` of what does not exist in one line."""
+        try:
+            return super().parse_args(*args, **kwargs)  # type: ignore[misc]
+        except ValueError as error:
+            text, _, where = str(error).partition("full_key:")
+            key = where.split()[0] if where else "the command line"
+            self.error(f"{key}: {text.strip()} (${{NAME}} is a variable or another setting; \\${{ is the text itself)")
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the error and exit."""
         text = " ".join(message.split())
@@ -40,6 +49,10 @@ def _options_of(parser: Any) -> Iterator[str]:
 def call_with_options(function: Callable[..., str], command: str, options: Sequence[str]) -> str:
     """Call a function with arguments from the command line; report what the user can fix in one line."""
     from jsonargparse import ArgumentParser
+
+    from revdeq_lightning.cli.yaml_text import prepare_jsonargparse
+
+    prepare_jsonargparse()
 
     class Parser(ReadableErrors, ArgumentParser):
         """Errors of one line."""
@@ -74,6 +87,7 @@ def _config_of_run(folder: Path) -> str:
     """Path of a run's configuration, or its text without the removed settings if it has some."""
     import yaml
 
+    from revdeq_lightning.cli.yaml_text import dump_yaml
     from revdeq_lightning.runs.folder import CONFIG
 
     path = folder / CONFIG
@@ -85,4 +99,4 @@ def _config_of_run(folder: Path) -> str:
     for group, key in REMOVED_SETTINGS if isinstance(settings, dict) else ():
         part = settings.get(group) if group else settings
         found = (isinstance(part, dict) and part.pop(key, part) is not part) or found
-    return yaml.safe_dump(settings) if found else str(path)
+    return dump_yaml(settings) if found else str(path)

@@ -1,32 +1,45 @@
 """Saves the resolved configuration in the run's folder."""
 
+import os
 from typing import Any
 
+import yaml
 from lightning import Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 
-from revdeq_lightning.runs.environment import describe_environment, write_environment
+from revdeq_lightning.cli.yaml_text import dump_yaml, without_interpolation
+from revdeq_lightning.loggers.endurance import release
+from revdeq_lightning.runs.environment import describe_environment, replace_text, write_environment
 from revdeq_lightning.runs.folder import CONFIG, ENVIRONMENT, RunConfig
+from revdeq_lightning.runs.random_state import SEED
 from revdeq_lightning.tasks.training_step import run_folder
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """Saves the resolved configuration and the environment of a training run in its folder, and sends them to W&B."""
+    """Saves the configuration and the environment of a training run in its folder, and sends them to the loggers.
 
-    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        if stage == "fit":
-            self.config.ckpt_path = self.config.run.version = None  # a relaunch from this file is a new run
-            self.config.run.resume = RunConfig.resume
-            self.folder = run_folder(trainer, None)
-            name, self.config_filename = self.config_filename, f".{CONFIG}.part"
-            super().setup(trainer, pl_module, stage)
-            self.config_filename = name
-            part = self.folder / f".{CONFIG}.part"
-            if trainer.is_global_zero and part.is_file():
-                part.replace(part.with_name(name))  # atomic: a kill leaves the old file intact
+    This happens when training starts: until then, a start may be refused, and nothing in the folder changes. Settings
+    that a resumed run takes from its checkpoint are recorded as they are used.
+    """
 
-    def save_config(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        environment = describe_environment(trainer.world_size)
-        write_environment(self.folder / ENVIRONMENT, environment)
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None: ...
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        folder = run_folder(trainer, None)
+        if trainer.is_global_zero:
+            config = self.config
+            config.ckpt_path = config.run.version = None  # a relaunch from this file is a new run
+            config.run.resume = RunConfig.resume
+            for name, value in pl_module.hparams["optimizer"].items():
+                config.model.optimizer[name] = value
+            config.data.batch_size = trainer.datamodule.used_batch_size  # type: ignore[attr-defined]
+            if config.seed_everything is not False:
+                config.seed_everything = int(os.environ[SEED])
+            settings = yaml.safe_load(self.parser.dump(config, skip_none=False))
+            replace_text(folder / CONFIG, dump_yaml(without_interpolation(settings)))
+            environment = describe_environment(trainer.world_size)
+            write_environment(folder / ENVIRONMENT, environment)
+            for logger in trainer.loggers:
+                logger.log_hyperparams(settings | {"environment": environment})
         for logger in trainer.loggers:
-            logger.log_hyperparams(self.config.as_dict() | {"environment": environment})
+            release(logger)

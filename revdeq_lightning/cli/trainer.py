@@ -1,10 +1,9 @@
 """Base class of the command lines of all tasks: the trainer with its callbacks, loggers and checkpoints."""
 
-import os
 import sys
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -17,12 +16,13 @@ from lightning.pytorch.utilities import rank_zero_only
 from revdeq_lightning.callbacks.config import DiagnosticsConfig
 from revdeq_lightning.callbacks.depth_sweep import DepthSweep
 from revdeq_lightning.checkpoints.best import BestCheckpoint
-from revdeq_lightning.checkpoints.files import Found, make_folder
+from revdeq_lightning.checkpoints.files import Found, try_folder
 from revdeq_lightning.checkpoints.io import AtomicCheckpointIO
 from revdeq_lightning.checkpoints.last import LastCheckpoint
 from revdeq_lightning.checkpoints.names import is_sharded_checkpoint
 from revdeq_lightning.cli.errors import fail, run_errors, setting_errors
 from revdeq_lightning.cli.parser import ReadableErrors, with_config_of_checkpoint
+from revdeq_lightning.cli.paths import with_variables
 from revdeq_lightning.cli.process_end import (
     children_ended,
     end_after_interrupt,
@@ -34,6 +34,7 @@ from revdeq_lightning.cli.process_end import (
 )
 from revdeq_lightning.cli.quiet import quieten_lightning
 from revdeq_lightning.cli.saved_config import SaveRunConfig
+from revdeq_lightning.cli.yaml_text import prepare_jsonargparse
 from revdeq_lightning.distributed.strategies import is_fsdp2, register_strategies, require_meeting_place
 from revdeq_lightning.equilibrium import DivergenceError, equilibria
 from revdeq_lightning.errors import BlockError, CheckpointError
@@ -48,6 +49,7 @@ from revdeq_lightning.runs.folder import (
     CONFIG,
     RunConfig,
     checkpoint_to_resume,
+    date_and_time,
     describes_run,
     find_checkpoint,
     job_version,
@@ -122,7 +124,8 @@ class AbstractCommandLine(LightningCLI):
             self.run_config = replace(self.run_config, folder=run_folder, name=name, version=folder.name)
         if self.config.subcommand == "fit":
             self._find_run_to_go_on_with(folder)
-        self.run_config.version = self.run_config.version or new_version()
+        else:
+            self.run_config.version = self.run_config.version or date_and_time()
 
     def _find_run_to_go_on_with(self, folder: Path | None) -> None:
         """With `resume=auto`, continue the run of this job; otherwise refuse a folder that holds another run.
@@ -146,6 +149,10 @@ class AbstractCommandLine(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         settings = self._get(self.config_init, "trainer")
+        self.datamodule.setup(str(self.subcommand))
+        if self.subcommand == "fit":
+            self._check_settings(settings)
+            self._take_folder()
         progress = settings.get("enable_progress_bar") is not False
         run, diagnostics = self.run_config, self.diagnostics
         sweep = DepthSweep(
@@ -157,7 +164,6 @@ class AbstractCommandLine(LightningCLI):
         callbacks: list[Any] = [*([RunProgress()] if progress else []), *self.task_callbacks(), sweep]
         loggers: list[Logger] = []
         if self.subcommand == "fit":
-            self._check_settings(settings)
             watching = diagnostics.callbacks(has_equilibrium=bool(equilibria(self.model)))
             callbacks[:0] = [StopSignal(), SameStart(), *watching, ResumableRandomState(), RunReport(run)]
             callbacks.append(DivergenceGuard())
@@ -172,12 +178,12 @@ class AbstractCommandLine(LightningCLI):
                         stop_signal=lambda: STOP.agreed,
                     )
                 )
-            loggers = self._loggers(settings.get("logger"))
+            loggers = [enduring(logger, waits=True) for logger in self._loggers(settings.get("logger"))]
             if run.wandb_checkpoints:
                 callbacks.append(WandbCheckpoints(run.checkpoints))
         self.trainer_defaults = {"callbacks": callbacks}
         kwargs["plugins"] = [*as_list(settings.get("plugins")), AtomicCheckpointIO(errors="warn")]
-        trainer = super().instantiate_trainer(logger=[enduring(logger) for logger in loggers] or False, **kwargs)
+        trainer = super().instantiate_trainer(logger=loggers or False, **kwargs)
         require_meeting_place(trainer)
         return trainer
 
@@ -207,7 +213,21 @@ class AbstractCommandLine(LightningCLI):
             )
         if any(isinstance(logger, WandbLogger) for logger in as_list(settings.get("logger"))):
             fail("trainer.logger=WandbLogger would wait for a key: use run.wandb=auto, online or offline")
-        check_writable(self.run_config.path)
+
+    def _take_folder(self) -> None:
+        """Create the run's folder, of a new version if it has none; only the first process."""
+        run = self.run_config
+        try:
+            if cast(Any, rank_zero_only).rank:
+                run.version = run.version or date_and_time()
+            elif run.version:
+                try_folder(run.path)
+            else:
+                try_folder(run.path.parent)
+                run.version = new_version(run.path.parent)
+        except OSError as error:
+            folder = run.path if run.version else run.path.parent
+            raise OSError(f"cannot write to {folder}: {error.strerror or error}; choose another run.folder") from None
 
     @property
     def diagnostics(self) -> DiagnosticsConfig:
@@ -215,11 +235,16 @@ class AbstractCommandLine(LightningCLI):
         return cast(DiagnosticsConfig, self._get(self.config_init, "diagnostics"))
 
     def instantiate_classes(self) -> None:
-        """Build data, model and trainer; set up the data here, where its errors are reported in one line."""
+        """Build data, model and trainer; report errors of their settings in one line, without leaving a folder."""
         strategy = self._get(self.config, "trainer").get("strategy")
-        with setting_errors(), deferred_weights(is_fsdp2(strategy)):
-            super().instantiate_classes()
-            self.datamodule.setup(str(self.subcommand))
+        try:
+            with setting_errors(), deferred_weights(is_fsdp2(strategy)):
+                super().instantiate_classes()
+        except SystemExit:
+            if self.subcommand == "fit":
+                with suppress(OSError):  # as it holds a run
+                    self.run_config.path.rmdir()
+            raise
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run the command; training holds a lock on the run's folder until its final test has ended."""
@@ -299,12 +324,13 @@ def run_command_line(
 ) -> None:
     """Parse and run a command; report what the user can fix in one line."""
     quieten_lightning()
+    prepare_jsonargparse()
     register_strategies()
     with stop_signals_noted() if subcommand == "fit" else nullcontext(), finished_wandb(), children_ended():
         command_line(
             task,
             data,
-            args=[subcommand, *with_config_of_checkpoint(options)],
+            args=[subcommand, *map(with_variables, with_config_of_checkpoint(options))],
             seed_everything_default=0,
             trainer_defaults={"num_sanity_val_steps": 0, "enable_model_summary": False},
             parser_class=Parser,
@@ -315,19 +341,6 @@ def run_command_line(
             load_from_checkpoint_support=False,
         )
     end_process_group()
-
-
-def check_writable(folder: Path) -> None:
-    """Raise OSError before the run if its folder cannot be written to; only the first process checks."""
-    if cast(Any, rank_zero_only).rank:
-        return
-    probe = folder / f".probe.{os.getpid()}.part"
-    try:
-        make_folder(folder)
-        probe.write_bytes(b"x")
-        probe.unlink()
-    except OSError as error:
-        raise OSError(f"cannot write to {folder}: {error.strerror}; choose another run.folder") from None
 
 
 def chosen(found: Found) -> str:

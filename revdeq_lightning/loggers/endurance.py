@@ -40,12 +40,17 @@ class Enduring:
     A logger is tried again at each call, as a full disk may get space again. A logger whose `experiment` cannot begin
     is given up, as some wait minutes for a network. `isinstance` sees the class of the wrapped logger, so that
     callbacks find the logger that they know.
+
+    Args:
+        logger: The logger.
+        waits: Keep what is logged until `release`, so that a start that is refused leaves no files.
     """
 
     attempted = ("log_metrics", "log_hyperparams", "log_graph", "after_save_checkpoint", "save", "finalize")
 
-    def __init__(self, logger: Logger) -> None:
+    def __init__(self, logger: Logger, waits: bool = False) -> None:
         self.logger = logger
+        self.waiting: list[Any] | None = [] if waits else None
         self.survives: Survives = getattr(logger, "survives", None) or Survives(type(logger).__name__)
         self._is_given_up = False
 
@@ -54,7 +59,7 @@ class Enduring:
         return type(self.logger)
 
     def __reduce__(self) -> tuple[Any, ...]:  # for processes that are spawned
-        return Enduring, (self.logger,)
+        return Enduring, (self.logger, self.waiting is not None)
 
     def __getattr__(self, name: str) -> Any:
         if name == "experiment" and hasattr(type(self.logger), name):
@@ -63,21 +68,35 @@ class Enduring:
         return partial(self._attempt, attribute) if name in self.attempted else attribute
 
     def _experiment(self) -> Any:
-        if not self._is_given_up:
+        if not self._is_given_up and self.waiting is None:
             with self.survives:
                 return cast(Any, self.logger).experiment
             self._is_given_up = True
         return _DummyExperiment()
 
     def _attempt(self, method: Any, *args: Any, **kwargs: Any) -> None:
-        if not self._is_given_up:
+        if self.waiting is not None:
+            self.waiting.append(partial(method, *args, **kwargs))
+        elif not self._is_given_up:
             with self.survives:
                 method(*args, **kwargs)
 
+    def release(self) -> None:
+        """Log what was kept."""
+        calls, self.waiting = self.waiting or [], None
+        for call in calls:
+            self._attempt(call)
 
-def enduring(logger: Logger) -> Logger:
-    """The logger, wrapped so that its failures no longer end a training."""
-    return cast(Logger, logger if issubclass(type(logger), Enduring) else Enduring(logger))
+
+def enduring(logger: Logger, waits: bool = False) -> Logger:
+    """The logger, wrapped so that its failures no longer end a training; see `Enduring`."""
+    return cast(Logger, logger if issubclass(type(logger), Enduring) else Enduring(logger, waits))
+
+
+def release(logger: Logger) -> None:
+    """End the wait of an enduring logger."""
+    if issubclass(type(logger), Enduring):
+        cast(Any, logger).release()
 
 
 def survival(logger: Logger) -> AbstractContextManager[Any]:

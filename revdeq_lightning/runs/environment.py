@@ -54,11 +54,21 @@ def describe_environment(num_processes: int = 1) -> dict[str, Any]:
 def write_environment(path: Path, environment: dict[str, Any]) -> None:
     """Write the environment; those of earlier starts of a resumed run move to `earlier_starts`."""
     earlier: list[dict[str, Any]] = []
-    if path.is_file():
+    with suppress(OSError, ValueError, AttributeError, TypeError):  # missing or damaged
         before = json.loads(path.read_text(encoding="utf-8"))
         earlier = [*before.pop("earlier_starts", []), before]
     content = environment | ({"earlier_starts": earlier} if earlier else {})
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    replace_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file atomically: a kill or a full disk leaves the old one intact."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def cpu_name() -> str:
@@ -86,5 +96,5 @@ def _command() -> list[str]:
     program, *arguments = sys.argv
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     if spec is None:
-        return ["python", program, *arguments] if program.endswith(".py") else [program, *arguments]
-    return ["python", "-m", spec.name.removesuffix(".__main__"), *arguments]
+        return [sys.executable, program, *arguments] if program.endswith(".py") else [program, *arguments]
+    return [sys.executable, "-m", spec.name.removesuffix(".__main__"), *arguments]

@@ -1,8 +1,10 @@
 """A run's folder: its path, its checkpoints, and the commands that use them."""
 
+import itertools
 import os
 import shlex
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -111,9 +113,20 @@ class ReasoningRunConfig(RunConfig):
     usage: ClassVar[tuple[str, ...]] = ("Predict", "predict", "--data.path", "FILE.npz")
 
 
-def new_version() -> str:
-    """Date and time, which sort by the start of the runs."""
+def date_and_time() -> str:
+    """A version; they sort by the start of the runs."""
     return time.strftime("%Y%m%d-%H%M%S")
+
+
+def new_version(runs: Path) -> str:
+    """A version whose folder this process creates: runs that start in the same second get different ones."""
+    first = date_and_time()
+    for version in itertools.chain([first], (f"{first}-{n}" for n in itertools.count(2))):
+        if not (runs / version).is_dir():
+            with suppress(FileExistsError):  # another process was faster
+                (runs / version).mkdir(parents=True)
+                break
+    return version
 
 
 def job_version() -> str | None:

@@ -1,5 +1,6 @@
 """Random states of every process in the checkpoint: a resumed run draws the same numbers as an uninterrupted one."""
 
+import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,25 +12,32 @@ from lightning import Callback, LightningModule, Trainer
 
 from revdeq_lightning.processes import gathered
 
+SEED = "PL_GLOBAL_SEED"
+
 
 class ResumableRandomState(Callback):
     """Store the states of Python's, NumPy's, and PyTorch's global generators for each process.
 
-    They are restored when training starts, unless the number of processes has changed.
+    They are restored when training starts, unless the number of processes has changed, together with the seed from
+    which they began, in the environment variable of Lightning's `seed_everything`.
     """
 
     def __init__(self) -> None:
         self._loaded: list[dict[str, Any]] = []
+        self._seed: str | None = None
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["random_states"] = gathered(random_state())
+        checkpoint["seed"] = os.environ.get(SEED)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._loaded = checkpoint.get("random_states", [])
+        self._loaded, self._seed = checkpoint.get("random_states", []), checkpoint.get("seed")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if len(self._loaded) == trainer.world_size:
             set_random_state(self._loaded[trainer.global_rank])
+            if self._seed is not None:
+                os.environ[SEED] = self._seed
         self._loaded = []
 
 

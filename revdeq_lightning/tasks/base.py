@@ -14,7 +14,7 @@ from revdeq_lightning.equilibrium.function import is_compiled
 from revdeq_lightning.equilibrium.validation import require_in_range
 from revdeq_lightning.errors import ParallelismError
 from revdeq_lightning.tasks.averaged_weights import AveragedWeights
-from revdeq_lightning.tasks.checkpoint_fit import changed_settings, check_optimizer, check_weights
+from revdeq_lightning.tasks.checkpoint_fit import changed_settings, check_weights, kept_settings
 from revdeq_lightning.tasks.optimizers import OptimizerConfig, WindowedPlateau, build_optimizer, build_scheduler
 from revdeq_lightning.tasks.recipe import Recipe, refuse_foreign
 
@@ -151,13 +151,15 @@ class AbstractTask(LightningModule):
         super().lr_scheduler_step(scheduler, metric)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if "state_dict" not in checkpoint:  # sharded checkpoints are checked when they are read
+        there, own = checkpoint.get("hyper_parameters", {}), dict(self.hparams)
+        if "state_dict" in checkpoint:  # weights of sharded checkpoints are checked when they are read
+            check_weights(checkpoint["state_dict"], self.state_dict(), changed_settings(there, own))
+        if self._trainer is None or self.trainer.state.fn != "fit":
             return
-        there = checkpoint.get("hyper_parameters", {})
-        changed = changed_settings(there, dict(self.hparams))
-        check_weights(checkpoint["state_dict"], self.state_dict(), changed)
-        if self._trainer is not None and self.trainer.state.fn == "fit":
-            check_optimizer(changed)
+        if "optimizer" in there:
+            own["optimizer"].update(kept_settings(there["optimizer"], own["optimizer"]))  # the next checkpoint has them
+        if not self.optimizer_config.ema_decay and "state_dict" in checkpoint:
+            checkpoint["state_dict"] |= checkpoint.get("trained_weights", {})  # its `state_dict` holds the average
 
     def configure_callbacks(self) -> list[Callback]:
         averaging = self.optimizer_config.ema_decay > 0 and self.trainer.state.fn == "fit"

@@ -10,8 +10,11 @@ from revdeq_lightning.errors import CheckpointError
 Changes = dict[str, tuple[Any, Any]]
 """Settings that differ, by dotted name: in the checkpoint, in this run."""
 
-KEPT_BY_OPTIMIZER = ("lr", "embedding_lr", "muon_lr", "betas", "eps", "muon_momentum", "weight_decay", "readout_decay")
-"""Settings stored in an optimizer's state; resuming restores the checkpoint's values."""
+KEPT = (
+    *("lr", "embedding_lr", "muon_lr", "betas", "eps", "muon_momentum", "weight_decay", "readout_decay"),
+    *("plateau_factor", "plateau_patience", "plateau_window"),
+)
+"""Settings stored in the state of an optimizer or schedule; resuming restores the checkpoint's values."""
 
 
 def changed_settings(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> Changes:
@@ -44,18 +47,33 @@ def check_weights(there: Mapping[str, Any], here: Mapping[str, Any], changed: Ch
         )
 
 
-def check_optimizer(changed: Changes) -> None:
-    """Raise CheckpointError for another kind of optimizer, and warn of changed settings that have no effect."""
-    own = {key.removeprefix("optimizer."): value for key, value in changed.items() if key.startswith("optimizer.")}
-    if "optimizer" in own:
-        then, now = own["optimizer"]
+def kept_settings(there: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, Any]:
+    """The optimizer's settings that a resumed run keeps although they changed, with a warning.
+
+    Raises:
+        CheckpointError: If the kind of optimizer or schedule changed.
+    """
+    changed = changed_settings(there, here)
+    then, now = _schedule(there), _schedule(here)
+    if "optimizer" in changed or then != now:
+        if "optimizer" in changed:
+            then, now = (f"optimizer={name}" for name in changed["optimizer"])
         raise CheckpointError(
-            f"the checkpoint holds the state of optimizer={then}, this run has optimizer={now}: use {then}, or"
-            " start over without --ckpt_path"
+            f"the checkpoint holds the state of {then}, this run has {now}: use {then}, or start over without"
+            " --ckpt_path"
         )
-    kept = {key: own[key] for key in KEPT_BY_OPTIMIZER if key in own}
+    kept = {key: changed[key] for key in KEPT if key in changed}
     if kept:
         rank_zero_warn(f"a resumed run keeps its optimizer's settings; changes without effect: {_described(kept)}")
+    return {key: then for key, (then, _) in kept.items()}
+
+
+def _schedule(optimizer: Mapping[str, Any]) -> str:
+    """The kind of schedule, whose states differ; linear and cosine decay have the same."""
+    kind, warmup = optimizer.get("schedule", "constant"), optimizer.get("warmup_steps", 0)
+    if kind == "constant":
+        return "schedule=constant with warmup_steps" if warmup else "schedule=constant without warmup_steps"
+    return "schedule=plateau" if kind == "plateau" else "schedule=linear or cosine"
 
 
 def _described(changes: Changes) -> str:

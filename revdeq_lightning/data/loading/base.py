@@ -83,7 +83,7 @@ class AbstractDataModule(LightningDataModule):
         """Position of the first batch not yet trained, and the settings of the order; plain containers."""
         position = self._train_loader.state_dict() if self._train_loader else self._resumed.get("position")
         world_size = self._rank_and_world_size()[1]
-        order = self._order_settings() | {"global_batch_size": self._batch_size * world_size}
+        order = self._order_settings() | {"global_batch_size": self.used_batch_size * world_size}
         return {"position": position, "order": order, "world_size": world_size}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -125,7 +125,7 @@ class AbstractDataModule(LightningDataModule):
         self, dataset: Dataset[Any], num_items: int, order: Callable[..., Any] | None = None, *, drop_last: bool = False
     ) -> ResumableLoader:
         rank, world_size = self._rank_and_world_size()
-        size = self._batch_size if drop_last else self.hparams["batch_size"]
+        size = self.used_batch_size if drop_last else self.hparams["batch_size"]
         shares = {"rank": rank, "world_size": world_size}
         sampler = ResumableBatchSampler(num_items, size, order=order, drop_last=drop_last, **shares)
         loader = ResumableLoader(
@@ -143,8 +143,8 @@ class AbstractDataModule(LightningDataModule):
             self._open_loaders.pop().close()
 
     @property
-    def _batch_size(self) -> int:
-        """Items of a training batch per process."""
+    def used_batch_size(self) -> int:
+        """Items of a training batch per process: `batch_size`, or less if a resumed run has more processes."""
         return int(self._shared_batch_size or self.hparams["batch_size"])
 
     def _keep_global_batch(self, state: dict[str, Any]) -> None:
@@ -160,7 +160,7 @@ class AbstractDataModule(LightningDataModule):
                 f"processes (it was trained on {then}): use a number that divides {global_batch_size}, or set "
                 "data.batch_size to choose another batch"
             )
-        if self._train_loader and share != self._batch_size:
+        if self._train_loader and share != self.used_batch_size:
             raise CheckpointError(
                 f"the checkpoint was trained on {then} processes, these are {world_size}: with this strategy the batch "
                 f"must be set manually, data.batch_size={share}"
