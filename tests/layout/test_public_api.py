@@ -25,7 +25,10 @@ def test_importing_the_package_imports_no_pytorch():
     assert result.stdout.split() == ["False", revdeq_lightning.__version__]
 
 
-ROOMS = ("callbacks", "checkpoints", "data", "distributed", "loggers", "metrics", "models", "report", "runs", "tasks")
+ROOMS = (
+    *("callbacks", "checkpoints", "data", "data.images", "data.loading", "data.puzzles", "data.text", "distributed"),
+    *("loggers", "metrics", "models", "report", "runs", "tasks"),
+)
 
 
 @pytest.mark.parametrize("room", ROOMS)
