@@ -188,7 +188,7 @@ def predict_images(
     names = state["class_names"]
     paths = find_images(images)
     num_written = 0
-    with Path(output).open("w", newline="", encoding="utf-8") as file:
+    with Path(output).open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["path", "prediction", *names])
         for start in range(0, len(paths), batch_size):

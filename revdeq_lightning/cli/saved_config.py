@@ -37,7 +37,8 @@ class SaveRunConfig(SaveConfigCallback):
                 config.seed_everything = int(os.environ[SEED])
             settings = yaml.safe_load(self.parser.dump(config, skip_none=False))
             replace_text(folder / CONFIG, dump_yaml(without_interpolation(settings)))
-            environment = describe_environment(trainer.world_size)
+            data = trainer.datamodule.found()  # type: ignore[attr-defined]
+            environment = describe_environment(trainer.world_size) | {"data": data}
             write_environment(folder / ENVIRONMENT, environment)
             for logger in trainer.loggers:
                 logger.log_hyperparams(settings | {"environment": environment})

@@ -1,6 +1,9 @@
 """The image classifiers' command line, from JPEG files to the sheets of a test."""
 
 import csv
+import json
+import os
+import shutil
 
 import pytest
 import torch
@@ -90,6 +93,21 @@ def test_predict_writes_the_probabilities_of_a_folder(trained, tmp_path, capsys)
     for row in rows:
         assert row["prediction"] in row["path"]
         assert sum(float(row[name]) for name in CLASSES) == pytest.approx(1, abs=1e-5)
+
+
+def test_predictions_keep_names_that_are_not_utf8(trained, tmp_path, capsys):
+    checkpoint = only_run(trained) / "checkpoints" / "best.ckpt"
+    odd = os.fsencode(tmp_path) + b"/caf\xe9.jpg"
+    shutil.copy(image_folder(trained) / "test" / "red" / "00.jpg", odd)
+    run("image", "predict", "--ckpt_path", checkpoint, "--images", tmp_path, "--output", tmp_path / "out.csv")
+    assert odd in (tmp_path / "out.csv").read_bytes()
+    assert "1 images" in capsys.readouterr().out
+
+
+def test_a_run_records_its_data(trained):
+    environment = json.loads((only_run(trained) / "environment.json").read_text())
+    images = {"train": 36, "validation": 12, "test": 48}
+    assert environment["data"] == {"images": images, "classes": list(CLASSES), "left_out": []}
 
 
 def test_training_goes_on_from_the_last_checkpoint_bit_for_bit(trained, tmp_path):

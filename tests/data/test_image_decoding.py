@@ -1,4 +1,6 @@
 import json
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -6,6 +8,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2 as transforms
 
+from revdeq_lightning.data.images.decoding import decode_image
 from revdeq_lightning.data.images.module import ImageDataModule, preprocess_files
 from revdeq_lightning.data.loading.sampler import IGNORE_INDEX
 from tests.helpers.data import builder, encoded, make_folder, pixels, split, whole
@@ -86,6 +89,62 @@ def test_every_mode_becomes_rgb(tmp_path, mode):
     decoded = preprocess_files([tmp_path / "image"], state).images[0] * 255
     reference = torch.from_numpy(np.asarray(expected)[:, 4:36].copy()).permute(2, 0, 1)
     assert torch.equal(decoded.round(), reference.float())
+
+
+def png_of_16_bits(pixels, kind):
+    """Color (2) and transparent gray (4), which Pillow cannot write."""
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    header = struct.pack(">IIBBBBB", pixels.shape[1], len(pixels), 16, kind, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    parts = [struct.pack(">I", len(d)) + t + d + struct.pack(">I", zlib.crc32(t + d)) for t, d in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+SIXTEEN = np.linspace(0, 65535, 256).round().astype(np.uint16).reshape(16, 16)
+TWELVE = SIXTEEN >> 4
+GRAYMAP = b"P5 16 16 "
+DEEP_FILES = {
+    "png": encoded(SIXTEEN, "png"),
+    "tiff": encoded(SIXTEEN, "tif"),
+    "tiff, white is zero": encoded(65535 - SIXTEEN, "tif").replace(
+        struct.pack("<HHIH", 262, 3, 1, 1), struct.pack("<HHIH", 262, 3, 1, 0)
+    ),
+    "pgm": GRAYMAP + b"65535\n" + SIXTEEN.astype(">u2").tobytes(),
+    "color": png_of_16_bits(np.repeat(SIXTEEN[..., None], 3, 2), 2),
+    "gray and transparent": png_of_16_bits(np.stack([SIXTEEN, SIXTEEN], -1), 4),
+    "12 bits, png": encoded(TWELVE, "png"),
+    "12 bits, tiff": encoded(TWELVE, "tif"),
+    "12 bits, pgm": GRAYMAP + b"65535\n" + TWELVE.astype(">u2").tobytes(),
+    "12 bits, pgm that says so": GRAYMAP + b"4095\n" + TWELVE.astype(">u2").tobytes(),
+}
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("file", DEEP_FILES)
+def test_pixels_of_12_and_16_bits_keep_their_upper_8(file, channels):
+    image = np.asarray(decode_image(DEEP_FILES[file], file, channels)).reshape(16, 16, channels)
+    expected = (np.linspace(0, 65535, 256).round() // 256).reshape(16, 16, 1)
+    assert (image == expected).all()
+
+
+def test_a_dark_graymap_stays_dark_if_its_header_says_how_many_levels_there_are():
+    content = GRAYMAP + b"4095\n" + (TWELVE >> 5).astype(">u2").tobytes()
+    assert np.asarray(decode_image(content, "dark", 1)).max() == 7
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (encoded(SIXTEEN.astype(np.float32) / 65535, "tif"), "mode F have no fixed range: convert it to 8 or 16 bits"),
+        (encoded(SIXTEEN.astype(np.int32), "tif"), "mode I have no fixed range"),
+        (b"Pf 2 2 -1.0\n" + np.ones(4, "<f4").tobytes(), "mode F have no fixed range"),
+        (png_of_16_bits(np.repeat(TWELVE[..., None], 3, 2), 2), "colors of 12 bits or fewer in 16 .*convert it to 8"),
+    ],
+)
+def test_pixels_without_a_known_range_are_refused_in_one_line(content, reason):
+    with pytest.raises(ValueError, match=f"cannot decode the image x.y .*{reason}") as error:
+        decode_image(content, "x.y", 3)
+    assert "\n" not in str(error.value)
 
 
 def test_grey_channels_of_a_colour_folder(module):

@@ -1,4 +1,5 @@
 import hashlib
+import os
 import pickle
 import shutil
 import tarfile
@@ -16,7 +17,16 @@ from torchvision.transforms import v2 as transforms
 
 from revdeq_lightning.data.images.sources import KNOWN_STATISTICS, published_cifar
 from revdeq_lightning.data.images.tables import ImageTable, split_images, stratified_subset
-from tests.helpers.data import IMAGE_CLASSES as CLASSES, assert_same_splits, builder, make_archive, make_folder, split
+from tests.helpers.data import (
+    IMAGE_CLASSES as CLASSES,
+    assert_same_splits,
+    builder,
+    encoded,
+    make_archive,
+    make_folder,
+    pixels,
+    split,
+)
 
 
 @pytest.fixture(scope="module")
@@ -137,14 +147,17 @@ def _remove(root, pattern):
 FAULTS = {
     "empty class": (lambda root: _remove(root, "train/bee/*"), r"class folder train/bee in \S+ has no images \(.bmp, "),
     "unknown class": (
-        lambda root: (root / "train/bee").rename(root / "bee"),
+        lambda root: _rmtree(root / "train/bee"),
         "has the class bee in test but not",
     ),
     "one class": (
         lambda root: [_rmtree(root / s / c) for s in ("train", "val", "test") for c in CLASSES[1:]],
         "1 class",
     ),
-    "no train": (lambda root: (root / "train").rename(root / "training"), r"has test/, val/ but no train/: put"),
+    "no train": (
+        lambda root: [_rmtree(root / "train" / c) for c in CLASSES] and (root / "train").rmdir(),
+        r"has test/, val/ but no train/: put",
+    ),
     "two validations": (lambda root: (root / "test").rename(root / "validation"), "both val/ and validation/"),
     "empty split": (lambda root: [_rmtree(root / "val" / c) for c in CLASSES], "folder for validation without class"),
 }
@@ -191,6 +204,137 @@ def test_files_that_are_no_images_are_counted_and_named(module, tmp_path):
     ):
         module(root).setup("fit")
     assert module(root).num_images("train") == 30
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("Training", "Testing", None),
+        ("TRAIN", "Test", "VAL"),
+        ("train", "test", "dev"),
+        ("training_set", "test_set", "Valid"),
+        ("Train", "testing", "eval"),
+        ("train", "TEST", "Validation"),
+    ],
+)
+@pytest.mark.parametrize("in_archive", [False, True])
+def test_splits_have_any_usual_name(module, tmp_path, names, in_archive):
+    counts = dict(zip(names, (8, 2, 3), strict=True))
+    root = make_folder(tmp_path / "other", {name: count for name, count in counts.items() if name})
+    data = module(make_archive(root, tmp_path / "other.tar") if in_archive else root, validation_fraction=0.0)
+    sizes = {"train": 24, "validation": 9, "test": 6}
+    assert data.class_names == list(CLASSES)
+    assert data.found() == {
+        "images": {split: size for split, size in sizes.items() if split != "validation" or names[2]},
+        "classes": list(CLASSES),
+        "left_out": [],
+    }
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ("train val valid", "has both val/ and valid/ for validation: remove or rename one"),
+        ("Train train", "has both Train/ and train/ for train"),
+        ("Testing", r"has Testing/ but no train/"),
+        ("train test extra", r"has folders of splits \(test/, train/\) and other folders with images \(extra\)"),
+        ("train cat dog", r"if all are classes, move all into one folder train/"),
+        ("seg_train seg_test seg_pred", r"look like splits, not like classes \(seg_test, seg_train\): rename"),
+        ("train1 train2", "look like splits"),
+        ("fold1_train fold1_val", "look like splits"),
+    ],
+)
+def test_folders_whose_splits_are_not_clear_are_refused(module, tmp_path, names, message):
+    root = make_folder(tmp_path / "other", dict.fromkeys(names.split(), 1))
+    with pytest.raises(ValueError, match=message) as error:
+        module(root).setup("fit")
+    assert "\n" not in str(error.value)
+
+
+def test_images_without_class_folders_are_no_classes(module, tmp_path):
+    root = make_folder(tmp_path / "other", {"": 2}, classes=("trainA", "trainB", "testA", "testB"))
+    with pytest.raises(ValueError, match="look like splits"):
+        module(root).setup("fit")
+    kinds = ("bullet_train", "steam_train", "car", "test_tube")
+    assert module(make_folder(tmp_path / "vehicles", {"": 2}, classes=kinds)).class_names == sorted(kinds)
+    assert module(make_folder(tmp_path / "in train", {"train": 2}, classes=("test", "train"))).num_classes == 2
+
+
+def test_what_the_system_made_is_no_image(module, folder, tmp_path):
+    root = shutil.copytree(folder, tmp_path / "nas")
+    thumbnail = (folder / "train/ant/000.jpg").read_bytes()
+    made = ["val/ant/@eaDir/0.jpg", "val/@eaDir/0.jpg", "train/bee/._0.jpg", ".ipynb_checkpoints/cat/0.jpg"]
+    made += ["__MACOSX/train/ant/0.jpg", "#recycle/0.jpg", "train/lost+found/0.jpg", "Thumbs.db", "test/desktop.ini"]
+    for name in made:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(thumbnail)
+    (root / "train/cat/up").symlink_to("..")
+    assert_same_splits(module(root), module())
+    links, system = module(root).found()["left_out"]
+    assert links == "1 link to a folder that contains it: train/cat/up"
+    assert system.startswith("9 made by the system: #recycle, .ipynb_checkpoints, Thumbs.db, __MACOSX, ")
+    (root / "train/cat/up").unlink()
+    archived = module(make_archive(root, tmp_path / "nas.tar"))
+    assert_same_splits(archived, module())
+    assert archived.found()["left_out"][0].endswith(
+        "made by the system: #recycle, #recycle/0.jpg, .ipynb_checkpoints, "
+        ".ipynb_checkpoints/cat, .ipynb_checkpoints/cat/0.jpg, ..."
+    )
+
+
+@pytest.mark.parametrize("in_archive", [False, True])
+def test_names_in_two_normalizations_are_one_class(module, tmp_path, in_archive):
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    root = make_folder(tmp_path / "other", {"train": 4, "val": 2}, classes=("ant", composed))
+    (root / "val" / composed).rename(root / "val" / decomposed)
+    make_folder(tmp_path / "more", {"": 3}, classes=(decomposed,))
+    (tmp_path / "more" / decomposed).rename(root / "train" / decomposed)
+    data = module(make_archive(root, tmp_path / "other.tar") if in_archive else root)
+    assert [torch.bincount(split(data, name)[1]).tolist() for name in data.splits] == [[4, 7], [2, 2]]
+    state = data.state_dict() | {"class_names": ["ant", composed]}
+    data.load_state_dict(state)
+    data.load_state_dict(state | {"class_names": ["ant", decomposed]})
+
+
+def test_classes_that_differ_in_case_are_refused_but_letters_are_classes(module, tmp_path):
+    root = make_folder(tmp_path / "other", {"train": 2}, classes=("ant", "cat"))
+    make_folder(tmp_path / "more", {"": 2}, classes=("Cat",))
+    shutil.copytree(tmp_path / "more" / "Cat", root / "val" / "Cat")
+    with pytest.raises(ValueError, match=r"class folders 'cat' and 'Cat', which differ only in case or spaces: give"):
+        module(root).setup("fit")
+    assert module(make_folder(tmp_path / "letters", {"": 2}, classes=("A", "a"))).class_names == ["A", "a"]
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_names_need_not_be_utf8(module, tmp_path, in_memory):
+    root = make_folder(tmp_path / "other", {"train": 4})
+    odd = os.fsencode(root / "train/cat") + b"/caf\xe9.jpg"
+    os.rename(root / "train/cat/000.jpg", odd)
+    os.rename(root / "train/bee", os.fsencode(root / "train") + b"/b\xe9e")
+    for path in (root, make_archive(root, tmp_path / "other.tar")):
+        data = module(path, in_memory=in_memory, validation_fraction=0.25)
+        assert data.class_names == ["ant", r"b\xe9e", "cat"]
+        data.setup("fit")
+        assert sum(data.found()["images"].values()) == len(split(data, "train")[1]) + 3 == 12
+    with open(odd, "wb") as file:
+        file.write(b"no image")
+    with pytest.warns(UserWarning, match=r"1 image\(s\) that cannot be decoded are skipped"):
+        module(root, undecodable="skip", validation_fraction=0.0).setup("fit")
+
+
+def test_what_was_found_is_printed_once_and_kept_with_prepared_images(module, folder, tmp_path, caplog):
+    root = shutil.copytree(folder, tmp_path / "other")
+    (root / "README.txt").write_text("about")
+    line = f"1 file(s) in {root} are not images of a class and are ignored: README.txt"
+    with pytest.warns(UserWarning, match=r"README.txt"):
+        module(root).setup("fit")
+    data = module(root)  # reads what the first one stored
+    caplog.clear()
+    with caplog.at_level("INFO", "lightning.pytorch"):
+        data.setup("fit")
+        data.setup("fit")
+    expected = f"Data: train 30, validation 9, test 6 images; 3 classes: ant, bee, cat; left out: {line}"
+    assert [record.getMessage() for record in caplog.records] == [expected]
 
 
 # The validation split
@@ -400,7 +544,7 @@ def test_splits_without_labels_or_with_other_names_are_left_out_with_a_warning(m
     parts.save_to_disk(tmp_path / "other")
     data = module(tmp_path / "other", source="huggingface")
     with pytest.warns(
-        UserWarning, match=r"splits that are not used \(extra, test\): they have no labels, or names other"
+        UserWarning, match=r"splits that are not used \(extra, test\): they are empty, have no labels, or names other"
     ):
         data.setup("fit")
     assert data.splits == ("train", "validation")
@@ -419,6 +563,58 @@ def test_rows_of_unknown_classes_or_none_are_told(module, folder, tmp_path):
         datasets.DatasetDict({"train": parts["train"], "test": changed}).save_to_disk(where)
         with pytest.raises(ValueError, match=rf'test: {message} \(column "label"\); every row needs a class of train'):
             module(where, source="huggingface", label_column="label").setup("fit")
+
+
+def test_splits_of_a_dataset_have_any_usual_name(module, folder, tmp_path):
+    make_dataset(folder, tmp_path / "disk", "classes")
+    parts = datasets.load_from_disk(tmp_path / "disk")
+    rows, none = parts["test"], parts["test"].select([])
+    save = datasets.DatasetDict({"Training": parts["train"], "dev": rows, "testing": none, "raw": rows}).save_to_disk
+    save(tmp_path / "other")
+    data = module(tmp_path / "other", source="huggingface")
+    with pytest.warns(UserWarning, match=r"splits that are not used \(raw, test\): they are empty, have no labels"):
+        assert data.found()["images"] == {"train": 30, "validation": 6}
+    for number, (names, message) in enumerate(
+        [
+            (("train", "dev", "valid"), r"several splits for validation \(dev, valid\): save a copy"),
+            (("Test", "dev"), r'has the splits \[\'Test\', \'dev\'\], "train" is not among them'),
+        ]
+    ):
+        datasets.DatasetDict(dict.fromkeys(names, rows)).save_to_disk(tmp_path / f"{number}")
+        with pytest.raises(ValueError, match=message):
+            module(tmp_path / f"{number}", source="huggingface").setup("fit")
+    datasets.DatasetDict({"train": none, "test": rows}).save_to_disk(tmp_path / "empty")
+    with pytest.raises(ValueError, match=r"the training split of \S+ has no rows") as error:
+        module(tmp_path / "empty", source="huggingface").setup("fit")
+    assert "\n" not in str(error.value)
+    datasets.DatasetDict(dict.fromkeys(("train", "validation", "dev"), rows)).save_to_disk(tmp_path / "both")
+    with pytest.warns(UserWarning, match=r"not used \(dev\)"):
+        assert module(tmp_path / "both", source="huggingface").splits == ("train", "validation")
+
+
+def test_rows_without_an_image_are_told_or_skipped(module, folder, tmp_path):
+    make_dataset(folder, tmp_path / "disk", "names")
+    parts = datasets.load_from_disk(tmp_path / "disk")
+    images = parts["train"].cast_column("image", datasets.Image(decode=False))[:]["image"]
+    images[4] = None
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
+    rows = {"image": images, "label": parts["train"]["label"]}
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "other")
+    arguments = {"source": "huggingface", "label_column": "label", "validation_fraction": 0.0}
+    with pytest.raises(ValueError, match=r"cannot decode the image train/00000004 \(the file is empty\)"):
+        module(tmp_path / "other", **arguments).setup("fit")
+    with pytest.warns(UserWarning, match="1 image"):
+        assert module(tmp_path / "other", undecodable="skip", **arguments).num_images("train") == 29
+
+
+@pytest.mark.parametrize("labels", [[["a", "b"], ["c"]], [[1, 0], [0, 1]], [0.5, 1.5]])
+def test_labels_that_are_not_one_class_are_told(module, tmp_path, labels):
+    image = [{"bytes": encoded(pixels(1)), "path": None}] * 2
+    rows = datasets.Dataset.from_dict({"image": image, "label": labels}).cast_column("image", datasets.Image())
+    rows.save_to_disk(tmp_path / "rows")
+    with pytest.raises(ValueError, match=r"train: labels that are neither integers nor names .*row 0 has") as error:
+        module(tmp_path / "rows", source="huggingface", label_column="label").setup("fit")
+    assert "\n" not in str(error.value)
 
 
 def test_a_fraction_that_leaves_nothing_to_train_on_is_told(module, tmp_path):

@@ -55,7 +55,8 @@ def decode_image(content: bytes | NDArray[np.uint8], name: str, channels: int) -
     """Decode a file's bytes, or pixels `(height, width, 1 or 3)`, of any mode to gray (1 channel) or RGB (3).
 
     The EXIF orientation is applied. Gray is converted to RGB by repetition and RGB to gray by luma; palette and CMYK
-    are converted; transparency is dropped; 16-bit gray keeps the upper 8 bits; an animation its first frame.
+    are converted; transparency is dropped; an animation keeps its first frame. 16-bit gray keeps the upper 8 bits, or
+    those of 12 if no pixel of the file needs more (microscopes, X-ray). Pixels without a fixed range are refused.
 
     Raises:
         UndecodableImageError: If it is not an image, or damaged; the message names it.
@@ -64,12 +65,18 @@ def decode_image(content: bytes | NDArray[np.uint8], name: str, channels: int) -
         if isinstance(content, np.ndarray):
             image = Image.fromarray(content.squeeze(-1) if content.shape[-1] == 1 else content)
         else:
-            image = Image.open(io.BytesIO(content))
-            image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I;16"):
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            file = Image.open(io.BytesIO(content))
+            is_deep = ";16" in str(file.tile)
+            image = ImageOps.exif_transpose(file)
+            if image.mode.startswith("I;16") or (image.mode == "I" and file.format == "PPM"):
+                # Pillow scales a graymap with any other range in its header to 16 bits, and colors to 8.
+                image = _upper_bits(np.asarray(image), may_have_fewer=is_deep)
+                if getattr(file, "tag_v2", {}).get(262) == 0:  # white is zero, which Pillow applies to 8 bits only
+                    image = ImageOps.invert(image)
+            elif is_deep and 0 < np.asarray(image)[..., :3].max() < 16:
+                raise ValueError("colors of 12 bits or fewer in 16 are not supported: convert it to 8 bits")
         if image.mode in ("I", "F"):
-            raise ValueError(f"pixels of mode {image.mode} have no fixed range")
+            raise ValueError(f"pixels of mode {image.mode} have no fixed range: convert it to 8 or 16 bits")
         if "transparency" in image.info:
             image = image.convert("RGBA")
         return image.convert(_MODES[channels])
@@ -82,6 +89,12 @@ def decode_image(content: bytes | NDArray[np.uint8], name: str, channels: int) -
         raise UndecodableImageError(
             f'cannot decode the image {name} ({reason}): repair or remove it, or set undecodable="skip".'
         ) from None
+
+
+def _upper_bits(pixels: NDArray[Any], *, may_have_fewer: bool) -> Image.Image:
+    """The upper 8 of 16 bits, or of 12 if no pixel needs more."""
+    bits = 12 if may_have_fewer and pixels.max() < 1 << 12 else 16
+    return Image.fromarray((pixels >> (bits - 8)).astype(np.uint8))
 
 
 def evaluation_resize(image_size: int, crop_fraction: float | None) -> int:
@@ -116,7 +129,7 @@ def find_images(path: str | os.PathLike[str]) -> list[Path]:
     root = Path(path)
     if root.is_file():
         return [root]
-    files = sorted(root / name for name in list_files(root) if name.lower().endswith(IMAGE_SUFFIXES))
+    files = sorted(root / name for name in list_files(root).files if name.lower().endswith(IMAGE_SUFFIXES))
     if not files:
         raise FileNotFoundError(
             f"no images ({', '.join(IMAGE_SUFFIXES)}) in {root} (looked in {Path.cwd()}): use an image or a folder of "

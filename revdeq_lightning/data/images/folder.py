@@ -6,6 +6,7 @@ import os
 import shutil
 import tarfile
 import tempfile
+import unicodedata
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,16 +20,27 @@ from numpy.typing import NDArray
 
 from revdeq_lightning.data.images.decoding import IMAGE_SUFFIXES
 from revdeq_lightning.data.images.tables import Content, ImageCollection, ImageSource, ImageTable
-from revdeq_lightning.data.loading.files import content_key, list_files
+from revdeq_lightning.data.loading.files import (
+    content_key,
+    count_names,
+    list_files,
+    made_by_system,
+    printable,
+    split_of,
+    splits_within,
+)
 
 ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")
-_SPLIT_FOLDERS = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
 
 
 def open_folder(path: Path) -> ImageSource:
-    """Images of `path`, a folder or its tar archive, with `train/CLASS/*` and so on, or only `CLASS/*`."""
+    """Images of `path`, a folder or its tar archive, with `train/CLASS/*` and so on, or only `CLASS/*`.
+
+    Splits may have any usual name, in any case; classes are the same if their names differ only in Unicode
+    normalization. What the system made (hidden files, `Thumbs.db`, `@eaDir`, `__MACOSX`, ...) does not count.
+    """
     if path.is_dir():
-        return ImageSource(lambda: content_key(path, list_files(path)), partial(_list_folder, path))
+        return ImageSource(lambda: content_key(path, list_files(path).files), partial(_list_folder, path))
     if not path.exists():
         raise FileNotFoundError(
             f"no such image folder or archive: {path} (looked in {Path.cwd()}): use a folder with train/CLASS/* (and "
@@ -40,10 +52,9 @@ def open_folder(path: Path) -> ImageSource:
 
 
 def _list_folder(root: Path) -> ImageCollection:
-    folders = [f"{Path(folder).relative_to(root).as_posix()}/" for folder, _, _ in os.walk(root, followlinks=True)]
-    visible = [name for name in folders if not name.startswith(".") and "/." not in name]
-    prefix, names = _without_wrapper([*visible, *list_files(root)])
-    return _arrange(names, str(root), os.fsencode, _FileReader(root / prefix))
+    files, folders, left_out = list_files(root)
+    prefix, names = _without_wrapper([*(f"{name}/" for name in folders), *files])
+    return _arrange(names, str(root), os.fsencode, _FileReader(root / prefix), left_out)
 
 
 @dataclass
@@ -81,15 +92,18 @@ def _list_archive(path: Path) -> ImageCollection:
     except (tarfile.TarError, lzma.LZMAError, zlib.error, OSError, EOFError) as error:
         raise ValueError(f"{path} cannot be read as a tar archive ({error}): check that it is complete.") from None
     members: dict[str, tuple[int, int]] = {}
+    system = []
     for entry in entries:
         name = "" if entry.name == "." else entry.name.removeprefix("./").strip("/")
-        if not name or f"/{name}".count("/."):
+        if not name or made_by_system(name):
+            system += [name] * bool(name)
             continue
         if not (entry.isdir() or entry.isreg()):
             raise ValueError(f"{name} in {path} is a link or a device: archive the files themselves.")
         members[f"{name}/" if entry.isdir() else name] = (entry.offset_data, entry.size)
     prefix, names = _without_wrapper(list(members))
-    return _arrange(names, str(path), lambda name: members[prefix + name], reader)
+    left_out = [count_names("made by the system", system)] if system else []
+    return _arrange(names, str(path), lambda name: members[prefix + name], reader, left_out)
 
 
 def _decompressed(path: Path) -> _MemberReader:
@@ -111,7 +125,12 @@ def _without_wrapper(names: list[str]) -> tuple[str, list[str]]:
         top = tops.pop() + "/"
         inner = [name.removeprefix(top) for name in names if name != top]
         images = [name for name in inner if _is_image(name)]
-        if top[:-1] in _SPLIT_FOLDERS or not images or not all("/" in name for name in images):
+        if (
+            top == "train/"
+            or split_of(top[:-1]) in ("validation", "test")
+            or not images
+            or not all("/" in name for name in images)
+        ):
             break
         prefix, names = prefix + top, inner
     return prefix, names
@@ -121,26 +140,70 @@ def _is_image(name: str) -> bool:
     return name.lower().endswith(IMAGE_SUFFIXES)
 
 
+def _split_folders(names: list[str], where: str) -> dict[str, str]:
+    """The split of each top-level folder; without splits, everything is for training."""
+    with_images = {name.partition("/")[0] for name in names if "/" in name and _is_image(name)}
+    tops = sorted(with_images | {name.partition("/")[0] for name in names if "/" in name})
+    folders = {f"{top}/": split for top in tops if (split := split_of(top))}
+    shown = ", ".join(map(printable, folders))
+    others = sorted(with_images - {folder[:-1] for folder in folders})
+    if not folders:
+        alike = {top: splits_within(top) for top in others if splits_within(top)}
+        direct = any(name.partition("/")[0] in alike and name.count("/") == 1 and _is_image(name) for name in names)
+        if len(alike) > 1 and (not direct or (len(alike) == len(others) and len(set.union(*alike.values())) > 1)):
+            raise ValueError(
+                f"{where} has folders that look like splits, not like classes ({', '.join(map(printable, alike))}): "
+                "rename them to train, val and test, with one folder per class in each."
+            )
+        return {"": "train"}
+    if "train" not in folders.values():
+        raise ValueError(f"{where} has {shown} but no train/: put the training images into train/CLASS/.")
+    if others:
+        raise ValueError(
+            f"{where} has folders of splits ({shown}) and other folders with images "
+            f"({', '.join(map(printable, others[:5]))}): remove or rename those, or, if all are classes, move all into "
+            "one folder train/."
+        )
+    for split in folders.values():
+        same = [printable(folder) for folder, other in folders.items() if other == split]
+        if len(same) > 1:
+            raise ValueError(f"{where} has both {' and '.join(same)} for {split}: remove or rename one of them.")
+    return folders
+
+
+def _class_of_folder(splits: dict[str, dict[str, str]], where: str) -> dict[str, str]:
+    """The class that each class folder stands for: folders that differ only in Unicode normalization are one class."""
+    spellings: dict[str, list[str]] = {}
+    for split in sorted(splits, key=lambda split: split != "train"):
+        for folder in sorted(set(splits[split].values())):
+            spellings.setdefault(unicodedata.normalize("NFC", folder), []).append(folder)
+    alike: dict[str, str] = {}
+    for name in spellings:
+        other = alike.setdefault(" ".join(name.casefold().split()), name)
+        if other != name and len(name) > 1:  # single letters are classes of characters
+            raise ValueError(
+                f"{where} has the class folders {printable(other)!r} and {printable(name)!r}, which differ only in "
+                "case or spaces: give a class one name."
+            )
+    return {folder: found[0] for found in spellings.values() for folder in found}
+
+
 def _arrange(
-    names: list[str], where: str, place: Callable[[str], Any], read: Callable[[Any], Content]
+    names: list[str], where: str, place: Callable[[str], Any], read: Callable[[Any], Content], left_out: list[str]
 ) -> ImageCollection:
     """Find splits and classes; `place` returns the location of an image for `read`."""
-    tops = {name.partition("/")[0] for name in names if "/" in name}
-    folders = {f"{top}/": _SPLIT_FOLDERS[top] for top in sorted(tops & set(_SPLIT_FOLDERS))} or {"": "train"}
-    if "train" not in folders.values():
-        raise ValueError(f"{where} has {', '.join(folders)} but no train/: put the training images into train/CLASS/.")
-    if {"val/", "validation/"} <= set(folders):
-        raise ValueError(f"{where} has both val/ and validation/: remove one of them.")
-    splits: dict[str, dict[str, str]] = {}  # the class of each image
-    for folder, split in folders.items():
+    splits: dict[str, dict[str, str]] = {}  # the class folder of each image
+    for folder, split in _split_folders(names, where).items():
         inside = sorted(name for name in names if name.startswith(folder) and "/" in name[len(folder) :])
         class_of = {name: name[len(folder) :].partition("/")[0] for name in inside}
         splits[split] = {name: label for name, label in class_of.items() if _is_image(name)}
         if empty := sorted(set(class_of.values()) - set(splits[split].values())):
             raise ValueError(
-                f"the class folder {folder}{empty[0]} in {where} has no images ({', '.join(IMAGE_SUFFIXES)}): "
-                "fill it or remove it."
+                f"the class folder {printable(folder + empty[0])} in {where} has no images "
+                f"({', '.join(IMAGE_SUFFIXES)}): fill it or remove it."
             )
+    class_of_folder = _class_of_folder(splits, where)
+    splits = {s: {name: class_of_folder[folder] for name, folder in found.items()} for s, found in splits.items()}
     class_names = sorted(set(splits["train"].values()))
     if len(class_names) < 2:
         raise ValueError(
@@ -149,12 +212,14 @@ def _arrange(
         )
     for split, class_of in splits.items():
         if unknown := sorted(set(class_of.values()) - set(class_names)):
-            raise ValueError(f"{where} has the class {unknown[0]} in {split} but not in train: add it there.")
+            raise ValueError(
+                f"{where} has the class {printable(unknown[0])} in {split} but not in train: add it there."
+            )
         if not class_of:
             raise ValueError(f"{where} has a folder for {split} without class folders: fill it or remove it.")
-    if ignored := sorted({name for name in names if not name.endswith("/")}.difference(*splits.values())):
-        listed = ", ".join(ignored[:5]) + (", ..." if len(ignored) > 5 else "")
-        rank_zero_warn(f"{len(ignored)} file(s) in {where} are not images of a class and are ignored: {listed}.")
+    if ignored := {name for name in names if not name.endswith("/")}.difference(*splits.values()):
+        left_out = [*left_out, count_names(f"file(s) in {where} are not images of a class and are ignored", ignored)]
+        rank_zero_warn(left_out[-1])
     label = {name: index for index, name in enumerate(class_names)}
     tables = {
         split: ImageTable(
@@ -165,4 +230,4 @@ def _arrange(
         )
         for split, class_of in splits.items()
     }
-    return ImageCollection(class_names, tables)
+    return ImageCollection([printable(name) for name in class_names], tables, left_out)

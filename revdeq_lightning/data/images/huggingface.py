@@ -1,5 +1,6 @@
 """Images of a Hugging Face dataset, from the Hub or a local copy."""
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from numpy.typing import NDArray
 
 from revdeq_lightning.data.images.tables import Content, ImageCollection, ImageSource, ImageTable, numbered_names
-from revdeq_lightning.data.loading.base import SPLITS
-from revdeq_lightning.data.loading.files import huggingface_key, load_huggingface
+from revdeq_lightning.data.loading.files import SPLITS, huggingface_key, load_huggingface
 
 
 def open_huggingface(path: str, name: str | None, image_column: str | None, label_column: str | None) -> ImageSource:
@@ -27,25 +27,40 @@ def _open(path: str, name: str | None, image_column: str | None, label_column: s
     image_column = _column(path, features, "image_column", image_column, "Image")
     label_column = _column(path, features, "label_column", label_column, "ClassLabel")
     values = {
-        split: np.asarray(loaded[split].with_format(None)[label_column][:]) for split in SPLITS if split in loaded
+        split: _labels(path, split, label_column, loaded[split].with_format(None)[label_column][:])
+        for split in SPLITS
+        if split in loaded and len(loaded[split])
     }
     class_names, labels = _number_classes(path, label_column, values, getattr(features[label_column], "names", None))
+    left_out = []
     if unused := sorted(set(loaded) - set(labels)):
-        rank_zero_warn(
-            f"{path} has splits that are not used ({', '.join(unused)}): they have no labels, or names other than "
-            f"{', '.join(SPLITS)}."
-        )
+        left_out = [
+            f"{path} has splits that are not used ({', '.join(unused)}): they are empty, have no labels, or names "
+            f"other than those of {', '.join(SPLITS)}."
+        ]
+        rank_zero_warn(left_out[0])
     tables = {}
     for split, numbers in labels.items():
         encoded = loaded[split].cast_column(image_column, datasets.Image(decode=False))
         names, rows = numbered_names(split, len(numbers), 8), np.arange(len(numbers))
         tables[split] = ImageTable(names, numbers, rows, partial(_read, encoded, image_column))
-    return ImageCollection(class_names, tables)
+    return ImageCollection(class_names, tables, left_out)
 
 
 def _read(dataset: Any, column: str, row: np.int64) -> Content:
-    value = dataset[int(row)][column]
+    value = dataset[int(row)][column] or {"bytes": b""}  # a row without an image
     return bytes(value["bytes"]) if value["bytes"] is not None else Path(value["path"]).read_bytes()
+
+
+def _labels(path: str, split: str, column: str, values: Sequence[Any]) -> NDArray[Any]:
+    for row, value in enumerate(values):
+        if not isinstance(value, int | str):
+            fault = "rows without a label" if value is None else "labels that are neither integers nor names"
+            raise ValueError(
+                f'{path}, {split}: {fault} (column "{column}"); every row needs a class of train, row {row} has '
+                f"{value!r:.60}."
+            )
+    return np.asarray(values)
 
 
 def _number_classes(
@@ -57,12 +72,8 @@ def _number_classes(
     known = np.unique(values["train"]) if class_names is None else np.arange(len(class_names))
     numbered = {}
     for split, labels in values.items():
-        fault = ""
-        if labels.dtype.kind not in "iuU":
-            fault = "rows without a label"
-        elif (unknown := np.setdiff1d(labels, known)).size:
+        if (unknown := np.setdiff1d(labels, known)).size:
             fault = f"the class {unknown[0]}, which train lacks"
-        if fault:
             raise ValueError(f'{path}, {split}: {fault} (column "{column}"); every row needs a class of train.')
         numbered[split] = np.searchsorted(known, labels).astype(np.int64)
     return class_names or [str(value) for value in known.tolist()], numbered

@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+from unicodedata import normalize as in_unicode
 
 import numpy as np
 from numpy.typing import NDArray
@@ -172,6 +173,10 @@ class ImageDataModule(AbstractDataModule):
         """Images of a split."""
         return len(self._dataset(split))
 
+    def found(self) -> dict[str, Any]:
+        images = {split: self.num_images(split) for split in self.splits}
+        return {"images": images, "classes": self.class_names, "left_out": self._prepared().left_out}
+
     def check_model(self, *, num_classes: int, num_channels: int) -> None:
         """Raise a ValueError if the model was built for different images."""
         counts = {"class(es)": (self.num_classes, num_classes), "channel(s)": (self.num_channels, num_channels)}
@@ -217,7 +222,7 @@ class ImageDataModule(AbstractDataModule):
         return super().state_dict() | {"class_names": self.class_names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        then, now = state_dict["class_names"], self.class_names
+        then, now = ([in_unicode("NFC", n) for n in names] for names in (state_dict["class_names"], self.class_names))
         if then != now:
             other = [name for name in then if name not in now] or [name for name in now if name not in then] or then
             raise CheckpointError(

@@ -17,7 +17,7 @@ from revdeq_lightning.data.loading.array_cache import load_or_build
 from revdeq_lightning.data.loading.base import digest
 from revdeq_lightning.data.loading.sampler import IGNORE_INDEX
 
-_CACHE_FORMAT = 1
+_CACHE_FORMAT = 2
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -31,6 +31,7 @@ class ImageData(NamedTuple):
         std: Standard deviation per channel.
         datasets: Datasets by split.
         checksums: Checksums of the training split's labels and images (of their names if images are decoded on demand).
+        left_out: Lines on what the source holds besides the images.
     """
 
     class_names: list[str]
@@ -39,6 +40,7 @@ class ImageData(NamedTuple):
     std: list[float]
     datasets: dict[str, PreparedImages] | dict[str, DecodedImages]
     checksums: dict[str, str]
+    left_out: list[str]
 
 
 def prepare_in_memory(
@@ -71,7 +73,8 @@ def prepare_in_memory(
     }
     mean, std, class_names = (cache.metadata[name] for name in ("mean", "std", "class_names"))
     checksums = {"image_checksum": cache.checksum("train"), "label_checksum": cache.checksum("train/labels")}
-    return ImageData(class_names, sizes.channels, mean, std, datasets, checksums)
+    left_out = [*cache.metadata["left_out"], *([skipped_message(skipped)] if skipped else [])]
+    return ImageData(class_names, sizes.channels, mean, std, datasets, checksums, left_out)
 
 
 def prepare_decoding(
@@ -83,7 +86,7 @@ def prepare_decoding(
     skip_undecodable: bool,
 ) -> ImageData:
     """Datasets that decode on demand, with ImageNet's statistics and the arguments of `DecodedImages`."""
-    class_names, tables = collection
+    class_names, tables, left_out = collection
     if getattr(tables["train"].read, "temporary", None):
         raise ValueError(
             "images of a compressed archive cannot be decoded as they are needed: set in_memory to true, or use the "
@@ -98,13 +101,13 @@ def prepare_decoding(
         "name_checksum": f"{zlib.crc32(b''.join(name + bytes(1) for name in names)):08x}",
         "label_checksum": f"{zlib.crc32(labels.data):08x}",
     }
-    return ImageData(class_names, sizes.channels, mean, std, datasets, checksums)
+    return ImageData(class_names, sizes.channels, mean, std, datasets, checksums, list(left_out))
 
 
 def _decode_all(
     path: Path, collect: Callable[[], ImageCollection], sizes: ImageSizes, skip_undecodable: bool
 ) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
-    class_names, tables = collect()
+    class_names, tables, left_out = collect()
     rank_zero_info(f"Decoding {sum(map(len, tables.values()))} images into {path} (once) ...")
     arrays: dict[str, NDArray[Any]] = {}
     skipped: list[str] = []
@@ -122,8 +125,8 @@ def _decode_all(
             raise ValueError(f"none of the {len(good)} images of {split} can be decoded (such as {skipped[-1]}).")
         arrays[split], arrays[f"{split}/labels"] = images if good.all() else images[good], labels[good]
     mean, std = _statistics(arrays["train"])
-    metadata = {"class_names": class_names, "splits": list(tables), "skipped": skipped, "mean": mean, "std": std}
-    return arrays, metadata
+    metadata = {"class_names": class_names, "splits": list(tables), "mean": mean, "std": std}
+    return arrays, metadata | {"skipped": skipped, "left_out": list(left_out)}
 
 
 def _statistics(images: NDArray[np.uint8]) -> tuple[list[float], list[float]]:

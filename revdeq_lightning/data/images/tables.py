@@ -1,7 +1,7 @@
 """Tables of labeled images, the common output of all image sources, and their splits."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,10 +35,11 @@ class ImageTable(NamedTuple):
 
 
 class ImageCollection(NamedTuple):
-    """The splits of a source ("train" at least)."""
+    """The splits of a source ("train" at least), and lines on what is not among them."""
 
     class_names: list[str]
     tables: dict[str, ImageTable]
+    left_out: Sequence[str] = ()
 
 
 class ImageSource(NamedTuple):

@@ -7,14 +7,14 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from lightning import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import Dataset
 
+from revdeq_lightning.data.loading.files import SPLITS
 from revdeq_lightning.data.loading.sampler import ResumableBatchSampler, ResumableLoader
 from revdeq_lightning.equilibrium.validation import require_choice, require_in_range
 from revdeq_lightning.errors import CheckpointError
 
-SPLITS = ("train", "validation", "test")
 Split = TypeVar("Split")
 
 
@@ -33,6 +33,7 @@ class AbstractDataModule(LightningDataModule):
         self._open_loaders: list[ResumableLoader] = []
         self._resumed: dict[str, Any] = {}
         self._shared_batch_size: int | None = None
+        self._announced = False
 
     @abstractmethod
     def _prepared(self) -> Any:
@@ -58,6 +59,11 @@ class AbstractDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         self._prepared()
+        self._announce()
+
+    def found(self) -> dict[str, Any]:
+        """What the data holds, for the records of a run: plain containers, with sizes by split and `left_out`."""
+        return {"splits": list(self.splits)}
 
     def val_dataloader(self) -> ResumableLoader:
         return self._evaluation_loader("validation")
@@ -101,6 +107,21 @@ class AbstractDataModule(LightningDataModule):
     def __str__(self) -> str:
         # Lightning's version iterates over every batch of a loader that is not a DataLoader.
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.hparams.items())})"
+
+    def _announce(self) -> None:
+        """Print once what was found."""
+        if self._announced:
+            return
+        self._announced = True
+        parts = []
+        for name, value in self.found().items():
+            if isinstance(value, dict):
+                parts.append(f"{', '.join(f'{split} {size:,}' for split, size in value.items())} {name}")
+            elif name == "left_out":
+                parts += [f"left out: {line}" for line in value]
+            else:
+                parts.append(f"{len(value)} {name}: {', '.join(value[:10])}{', ...' * (len(value) > 10)}")
+        rank_zero_info(f"Data: {'; '.join(parts)}")
 
     def _of_split(self, by_split: Mapping[str, Split], split: str, advice: str) -> Split:
         require_choice("split", split, SPLITS)

@@ -1,19 +1,148 @@
-"""Files in folders, and datasets of the Hugging Face Hub or a local copy."""
+"""Files in folders, names of splits, and datasets of the Hugging Face Hub or a local copy."""
 
 import hashlib
+import json
 import os
+import re
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+SPLITS = ("train", "validation", "test")
+_SYSTEM_NAME = re.compile(
+    r"\..*|.+~|~\$.*|@eadir|@tmp|@recycle|@recently-snapshot|[#~]snapshot|#recycle|\$recycle\.bin|lost\+found|"
+    r"system volume information|found\.\d{3}|__macosx|__pycache__|(eh)?thumbs(_vista)?\.db(:.*)?|desktop\.ini|icon\r|"
+    r"network trash folder|temporary items",
+    re.IGNORECASE,
+)
+"""Hidden files, backups, and what operating systems and network storage put beside the user's files."""
+
+_SPLIT_NAMES = {
+    "train": ("train", "training", "trn"),
+    "validation": ("val", "valid", "validation", "dev", "devel", "development", "eval", "evaluation"),
+    "test": ("test", "testing", "tst"),
+}
+_SPLIT_OF = {name: split for split, names in _SPLIT_NAMES.items() for name in names}
+_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+")
 
 
-def list_files(root: Path) -> list[str]:
-    """Names of the files in a folder and its subfolders, relative and sorted, without hidden ones."""
-    names = []
-    for folder, subfolders, files in os.walk(root, followlinks=True):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        names += [Path(folder, name).relative_to(root).as_posix() for name in files if not name.startswith(".")]
-    return sorted(names)
+class Listing(NamedTuple):
+    """Names of the files and folders below a folder, relative and sorted, and lines on what is not data."""
+
+    files: list[str]
+    folders: list[str]
+    left_out: list[str]
+
+
+def list_files(root: Path) -> Listing:
+    """List a folder and its subfolders, through links; leaves out what the system made and links in circles."""
+    files, folders = [], []
+    left_out: dict[str, list[str]] = {}
+
+    def walk(folder: str | Path, prefix: str, above: list[str]) -> None:
+        with os.scandir(folder) as scan:
+            entries = list(scan)
+        for entry in entries:
+            name = prefix + entry.name
+            linked = entry.is_symlink()
+            if made_by_system(entry.name):
+                left_out.setdefault("made by the system", []).append(name)
+            elif os.path.isdir(entry.path) if linked else entry.is_dir():
+                real = os.path.realpath(entry.path) if linked else os.path.join(above[-1], entry.name)
+                if any(os.path.join(other, "").startswith(os.path.join(real, "")) for other in above):
+                    left_out.setdefault("link to a folder that contains it", []).append(name)
+                else:
+                    folders.append(name)
+                    walk(entry.path, f"{name}/", [*above, real])
+            elif os.path.isfile(entry.path) if linked else entry.is_file():
+                files.append(name)
+            else:
+                left_out.setdefault("neither file nor folder", []).append(name)
+
+    walk(root, "", [os.path.realpath(root)])
+    lines = sorted(count_names(reason, names) for reason, names in left_out.items())
+    return Listing(sorted(files), sorted(folders), lines)
+
+
+def made_by_system(path: str) -> bool:
+    """Whether a part of this path is hidden, a backup, or made by the operating system or a network storage."""
+    return any(map(_SYSTEM_NAME.fullmatch, path.split("/")))
+
+
+def count_names(reason: str, names: Iterable[str]) -> str:
+    """One line: how many, why, and the first names."""
+    found = sorted(names)
+    return f"{len(found)} {reason}: {', '.join(map(printable, found[:5]))}{', ...' * (len(found) > 5)}"
+
+
+def printable(name: str) -> str:
+    r"""The name of a file, with bytes that are not UTF-8 shown as `\xe9`."""
+    return os.fsencode(name).decode("utf-8", errors="backslashreplace")
+
+
+def split_of(name: str) -> str | None:
+    """The split that a usual name stands for, in any case: "Training", "VAL", "dev", "test_set", ..."""
+    word = re.sub(r"[\W_]*(set|data|split|images?|imgs?)?[\W_]*$", "", name.casefold())
+    return _SPLIT_OF.get(word)
+
+
+def names_of_splits(names: Iterable[str]) -> list[str]:
+    """Those of the names that differ only in the split: "wiki.train.raw" and "wiki.test.raw"."""
+    groups: dict[str, dict[str, str]] = {}
+    for name in names:
+        pattern = _WORD.sub(lambda word: "*" if word[0].lower() in _SPLIT_OF else word[0], name)
+        groups.setdefault(pattern, {}).update(dict.fromkeys(splits_within(name), name))
+    return next((sorted(group.values()) for group in groups.values() if len(group) > 1 and "train" in group), [])
+
+
+def splits_within(name: str) -> set[str]:
+    """The splits whose names are words of a longer name: "seg_train", "trainA", "test2", "wiki.valid.raw"."""
+    return {_SPLIT_OF[word.lower()] for word in _WORD.findall(name) if word.lower() in _SPLIT_OF}
+
+
+_MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+_PACKED = {
+    b"\x1f\x8b": "gzip: unpack it with `gunzip",
+    b"BZh": "bzip2: unpack it with `bunzip2",
+    b"\xfd7zXZ": "xz: unpack it with `unxz",
+    b"(\xb5/\xfd": "zstd: unpack it with `unzstd",
+    b"\x04\x22\x4d\x18": "lz4: unpack it with `unlz4",
+    b"7z\xbc\xaf": "7-Zip: unpack it with `7z x",
+    b"PK": "zip: unpack it with `unzip",
+    b"%PDF": "PDF: extract its text with `pdftotext",
+    b"PAR1": 'parquet: use source="huggingface" with its folder, see `ls',
+}
+
+
+def read_text(path: Path) -> str:
+    """Text of a file in UTF-8, or in UTF-16 or UTF-32 with a byte order mark, without the mark.
+
+    Raises:
+        ValueError: If it is anything else; the message says what it seems to be.
+    """
+    data = path.read_bytes()
+    encoding = next((name for mark, name in _MARKS.items() if data.startswith(mark)), "UTF-8-sig")
+    try:
+        text = data.decode(encoding)
+        if data.count(0) * 100 <= len(data) or encoding != "UTF-8-sig":
+            return text
+        fault = f"{data.count(0)} of its {len(data)} bytes are zero"
+    except UnicodeDecodeError as error:
+        fault = f"byte 0x{data[error.start]:02x} at offset {error.start}"
+    file = shlex.quote(str(path))
+    packed = next((advice for magic, advice in _PACKED.items() if data.startswith(magic)), None)
+    zeros = tuple(data[i::4].count(0) * 10 > len(data) for i in range(4))
+    wide = {(0, 1, 0, 1): "UTF-16LE", (1, 0, 1, 0): "UTF-16BE", (0, 1, 1, 1): "UTF-32LE", (1, 1, 1, 0): "UTF-32BE"}
+    if packed:
+        advice = f"it seems to be {packed} {file}`"
+    elif zeros in wide:
+        advice = f"it seems to be {wide[zeros]}: convert it with `iconv -f {wide[zeros]} -t UTF-8 {file} > NEW_FILE`"
+    elif 0 in data:
+        advice = "it seems to be binary data, or UTF-16 converted from a wrong encoding: use text files in UTF-8"
+    else:
+        advice = f"convert it: if it is Latin-1, with `iconv -f ISO-8859-1 -t UTF-8 {file} > NEW_FILE`"
+    raise ValueError(f"{path} is not {encoding.removesuffix('-sig')}: {fault}: {advice}.")
 
 
 def content_key(root: Path, names: Iterable[str]) -> str:
@@ -42,23 +171,28 @@ def hub_is_reachable() -> bool:
 def huggingface_key(path: str, name: str | None) -> str:
     """Identify a local copy by its content and a dataset of the Hub by its name, which needs no network later."""
     folder = Path(path)
-    return f"{content_key(folder, list_files(folder)) if folder.is_dir() else f'hub:{path}'}:{name}"
+    return f"{content_key(folder, list_files(folder).files) if folder.is_dir() else f'hub:{path}'}:{name}:2"
 
 
 def load_huggingface(path: str, name: str | None) -> dict[str, Any]:
     """Load the splits ("train" at least) of a Hugging Face dataset from the folder `path` if it exists, else the Hub.
 
+    A split with another usual name ("dev") is returned as the one it stands for ("validation").
+
     Raises:
         ConnectionError: If the Hub cannot be reached.
-        ValueError: If there is no training split.
+        ValueError: If there is no training split, it is empty, or two names stand for one split.
     """
     import datasets
     from huggingface_hub import constants
 
     folder = Path(path)
-    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        loaded: Any = datasets.load_from_disk(path)
-        loaded = loaded if isinstance(loaded, dict) else {"train": loaded}
+    loaded: Any
+    if (folder / "dataset_dict.json").is_file():
+        saved = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+        loaded = {split: _load_saved(folder / split) for split in saved}
+    elif (folder / "state.json").is_file():
+        loaded = {"train": _load_saved(folder)}
     else:
         try:
             if not folder.is_dir() and not constants.HF_HUB_OFFLINE and not hub_is_reachable():
@@ -70,6 +204,31 @@ def load_huggingface(path: str, name: str | None) -> dict[str, Any]:
                 "its save_to_disk copy, set HF_HUB_OFFLINE=1 if it was downloaded before, or use the embedded data, "
                 "which needs no network."
             ) from None
-    if "train" not in loaded:
+        except datasets.exceptions.DatasetGenerationError as error:
+            reason = str(error.__cause__ or error).partition("\n")[0]
+            raise ValueError(
+                f"cannot read the dataset {path} ({reason}): check its files, or load a new copy."
+            ) from None
+    splits = dict(loaded)
+    for split in SPLITS:
+        if split not in splits and (names := [name for name in loaded if split_of(name) == split]):
+            if len(names) > 1:
+                raise ValueError(
+                    f"{path} has several splits for {split} ({', '.join(names)}): save a copy with one of them by "
+                    "save_to_disk, and use its folder as path."
+                )
+            splits[split] = splits.pop(names[0])
+    if "train" not in splits:
         raise ValueError(f'{path} has the splits {sorted(loaded)}, "train" is not among them.')
-    return loaded  # type: ignore[no-any-return]
+    if not len(splits["train"]):
+        raise ValueError(f"the training split of {path} has no rows: use a dataset with rows.")
+    return splits
+
+
+def _load_saved(folder: Path) -> Any:
+    import datasets
+
+    state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    if not state["_data_files"]:  # without rows, which the library saves but cannot load
+        return datasets.Dataset.from_dict({})
+    return datasets.Dataset.load_from_disk(str(folder))

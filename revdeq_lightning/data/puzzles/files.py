@@ -88,12 +88,17 @@ def _table(path: str, split: str) -> Path | None:
 
 
 def _read_table(path: Path, most: int | None) -> Arrays:
-    with path.open(newline="", encoding="utf-8") as file:  # not by `datasets`, which takes the answers for integers
-        reader = csv.DictReader(file)
-        missing = [column for column in ("question", "answer") if column not in (reader.fieldnames or ())]
-        if missing:
-            raise ValueError(f"{path} has no column {missing[0]!r}, it has {', '.join(reader.fieldnames or ())}")
-        rows = [(row["question"], row["answer"]) for row in islice(reader, most)]
+    try:
+        with path.open(
+            newline="", encoding="utf-8-sig"
+        ) as file:  # not by `datasets`: it takes the answers for integers
+            reader = csv.DictReader(file)
+            missing = [column for column in ("question", "answer") if column not in (reader.fieldnames or ())]
+            if missing:
+                raise ValueError(f"{path} has no column {missing[0]!r}, it has {', '.join(reader.fieldnames or ())}")
+            rows = [(row["question"] or "", row["answer"] or "") for row in islice(reader, most)]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is not a table in UTF-8 ({error}): save it as CSV in UTF-8") from None
     if not rows:
         raise ValueError(f"{path} has no puzzles")
     questions, answers = zip(*rows, strict=True)

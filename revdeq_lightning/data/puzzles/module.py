@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from revdeq_lightning.data.loading.array_cache import load_or_build
-from revdeq_lightning.data.loading.base import SPLITS, AbstractDataModule, check_fractions, digest
+from revdeq_lightning.data.loading.base import AbstractDataModule, check_fractions, digest
+from revdeq_lightning.data.loading.files import SPLITS
 from revdeq_lightning.data.loading.sampler import IGNORE_INDEX, PADDING, ResumableLoader, shuffled
 from revdeq_lightning.data.puzzles.files import Arrays, read_npz, read_sudoku_tables
 from revdeq_lightning.data.puzzles.kinds import AbstractKind, Mazes, PrefixSums, Sudoku, checked
@@ -147,6 +148,10 @@ class PuzzleDataModule(AbstractDataModule):
     def test_shapes(self) -> list[tuple[int, ...]]:
         """Shapes of the puzzles of each test split. Prepares the data if necessary."""
         return [arrays[0].shape[1:] for arrays in self._prepared().get("test", [])]
+
+    def found(self) -> dict[str, Any]:
+        sizes = {split: sum(len(inputs) for inputs, _ in arrays) for split, arrays in self._by_split().items()}
+        return {"puzzles": {split: sizes[split] or ENDLESS_EPOCH for split in self.splits}}
 
     def kind_settings(self) -> dict[str, Any]:
         """What `build_kind` needs; plain containers."""

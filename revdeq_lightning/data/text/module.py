@@ -144,6 +144,14 @@ class TextDataModule(AbstractDataModule):
         self._tokens("train", at_least=self.hparams["context_length"] + 1)
         for split in self.splits:
             self._tokens(split, at_least=2)
+        self._announce()
+
+    def found(self) -> dict[str, Any]:
+        sizes = {split: self.split_statistics(split) for split in self.splits}
+        counts = {
+            unit: {split: getattr(sizes[split], f"num_{unit}") for split in sizes} for unit in ("tokens", "bytes")
+        }
+        return counts | {"left_out": self._prepared().metadata.get("left_out", [])}
 
     def train_dataloader(self) -> ResumableLoader:
         context_length = self.hparams["context_length"]
@@ -182,7 +190,8 @@ class TextDataModule(AbstractDataModule):
         rank_zero_info(f"Tokenizing the text into {path} (once) ...")
         limits = {"train": self.hparams["max_train_bytes"]}
         limit = self.hparams["max_eval_bytes"]
-        texts = {split: _first_bytes(text, limits.get(split, limit)) for split, text in source.read().items()}
+        whole, left_out = source.read()
+        texts = {split: _first_bytes(text, limits.get(split, limit)) for split, text in whole.items()}
         name, size = self.hparams["tokenizer"], self.hparams["bpe_vocab_size"]
         tokenizer = build_tokenizer(name, bpe_vocab_size=size, training_text=lambda: texts["train"])
         dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
@@ -194,7 +203,7 @@ class TextDataModule(AbstractDataModule):
                 raise ValueError(f"{split} text: {error}") from None
             arrays[split] = ids.astype(dtype)
             statistics[split] = _statistics(text, ids, tokenizer)._asdict()
-        return arrays, {"tokenizer": tokenizer.state(), "statistics": statistics}
+        return arrays, {"tokenizer": tokenizer.state(), "statistics": statistics, "left_out": left_out}
 
     def _tokens(self, split: str, at_least: int) -> StoredArray:
         tokens = self._of_split(self._by_split(), split, f"set {split}_fraction above 0 (or {split}_path)")

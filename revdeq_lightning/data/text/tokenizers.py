@@ -117,22 +117,21 @@ class BytePairTokenizer(AbstractTokenizer):
         from tokenizers import Tokenizer
 
         try:
-            self._tokenizer = Tokenizer.from_str(definition)
+            self._definition = Tokenizer.from_str(definition).to_str()
+            self._tokenizer = Tokenizer.from_str(_without_loss(self._definition))
         except Exception as error:  # the library raises plain Exceptions
             raise ValueError(f"not the JSON of the tokenizers library ({error}): use a tokenizer.json.") from None
-        self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         added = self._tokenizer.get_added_tokens_decoder()
         tokens = {i: self._tokenizer.id_to_token(i) or "" for i in range(self.vocab_size)}
         try:
             self._bytes = [t.encode() if i in added else bytes(_BYTE_OF[c] for c in t) for i, t in tokens.items()]
-            reproduced = self.decode(self.encode(_ALL_KINDS))
-        except KeyError:
-            reproduced = None
-        if reproduced != _ALL_KINDS:
-            raise ValueError(
-                "this tokenizer does not reproduce a text exactly, so it has no bits per byte: use a byte-level BPE "
-                'without normalizer (GPT-2\'s, or tokenizer="bpe").'
-            )
+            self._num_bytes = np.array([len(token) for token in self._bytes], dtype=np.int64)
+            lossless = all(self.decode(self.encode(sample)) == sample for sample in (_ALL_KINDS, _ALL_BYTES))
+        except (KeyError, ValueError):
+            lossless = False
+        if not lossless:
+            raise ValueError(_LOSSY)
 
     @classmethod
     def train(cls, text: str, vocab_size: int) -> "BytePairTokenizer":
@@ -142,7 +141,7 @@ class BytePairTokenizer(AbstractTokenizer):
         tokenizer = _byte_level(models.BPE())
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
-        tokenizer.train_from_iterator(_pieces(text), trainer)
+        tokenizer.train_from_iterator((part for piece in _pieces(text) for part in _short_words(piece)), trainer)
         return cls(tokenizer.to_str())
 
     @override
@@ -152,7 +151,10 @@ class BytePairTokenizer(AbstractTokenizer):
         for start in range(0, len(pieces), 64):  # bounds the memory of the library's Encoding objects
             encodings = self._tokenizer.encode_batch_fast(pieces[start : start + 64], add_special_tokens=False)
             ids.extend(np.array(encoding.ids, dtype=np.int64) for encoding in encodings)
-        return np.concatenate(ids)
+        joined = np.concatenate(ids)
+        if self._num_bytes[joined].sum() != len(text.encode("utf-8")):
+            raise ValueError(_LOSSY)
+        return joined
 
     @override
     def decode_bytes(self, ids: Sequence[int] | NDArray[np.int64]) -> bytes:
@@ -160,7 +162,7 @@ class BytePairTokenizer(AbstractTokenizer):
 
     @override
     def state(self) -> dict[str, str]:
-        return {"kind": "bpe", "definition": self._tokenizer.to_str()}
+        return {"kind": "bpe", "definition": self._definition}
 
 
 def tokenizer_from_state(state: dict[str, str]) -> AbstractTokenizer:
@@ -244,6 +246,15 @@ def _tokenizer_from_path(path: Path) -> AbstractTokenizer:
     return BytePairTokenizer(_byte_level(models.BPE.from_file(str(vocab), str(merges))).to_str())
 
 
+def _without_loss(definition: str) -> str:
+    """The definition without what drops, adds or varies tokens: truncation, padding, stripped spaces, dropout."""
+    content = json.loads(definition) | {"truncation": None, "padding": None}
+    content["added_tokens"] = [token | {"lstrip": False, "rstrip": False} for token in content["added_tokens"]]
+    if content["model"].get("dropout"):
+        content["model"]["dropout"] = None
+    return json.dumps(content)
+
+
 def _byte_level(model: Any) -> Any:
     from tokenizers import Tokenizer, decoders, pre_tokenizers
 
@@ -270,6 +281,20 @@ def _pieces(text: str, min_characters: int = 1 << 18) -> Iterator[str]:
         start = end
 
 
+# Learning a BPE takes the square of the length of a word, such as DNA of megabytes.
+_LONG_WORD = re.compile(r"[^\W\d_]{1000}|\d{1000}|(?:[^\w\s]|_){1000}|\s{1000}")
+
+
+def _short_words(text: str) -> Iterator[str]:
+    """The text in parts, cut after each 1,000 letters, digits, signs or spaces without another kind among them."""
+    start = 0
+    if len(text) >= 1000 and (max(map(len, text.split()), default=0) >= 1000 or re.search(r"\s{1000}", text)):
+        for word in _LONG_WORD.finditer(text):
+            yield text[start : word.end()]
+            start = word.end()
+    yield text[start:]
+
+
 def _byte_characters() -> dict[str, int]:
     """GPT-2's table: printable bytes map to themselves, the others to characters from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -278,6 +303,13 @@ def _byte_characters() -> dict[str, int]:
 
 
 _BYTE_OF = _byte_characters()
+# Characters with all bytes that may occur in UTF-8.
+_CODE_POINTS = (*range(0x100), *range(0x100, 0x800, 0x40), 0x800, *range(0x1000, 0x10000, 0x1000))
+_ALL_BYTES = "".join(map(chr, (*_CODE_POINTS, 0x10000, *range(0x40000, 0x110000, 0x40000))))
+_LOSSY = (
+    "this tokenizer does not reproduce a text exactly, so it has no bits per byte: use a byte-level BPE without "
+    'normalizer (GPT-2\'s, or tokenizer="bpe").'
+)
 _ALL_KINDS = " Some  words, 12 \n\n\tÄe\u0301\u00a0\u6f22\U0001f642 \r\n"
 # The library's threads do not survive a fork: a forked child must tokenize without them, or it hangs. The library
 # handles this, but warns in each DataLoader worker, although workers never tokenize.
