@@ -47,7 +47,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if is_sharded_checkpoint(path):
             raise CheckpointError(f"{path} is a sharded checkpoint (a folder): load it with EquilibriumFSDP2")
         try:
-            return read_checkpoint(path, map_location)
+            content = read_checkpoint(path, map_location)
+            if not {"state_dict", "pytorch-lightning_version"} <= content.keys():
+                raise CheckpointError(
+                    f"{path} is not the checkpoint of a training run but weights alone, as `export` writes them, or"
+                    " another file: use one in RUN/checkpoints"
+                )
+            return content
         except CheckpointError as error:
             raise CheckpointError(f"{error}{other_checkpoint(path)}") from None
 

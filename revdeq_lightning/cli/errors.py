@@ -47,13 +47,14 @@ def run_errors(what: str, lost_peer: Callable[[Exception], str | None] = lambda 
         lost_peer: Describes the loss of another process; returns None for other errors.
     """
     import torch
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.utilities import rank_zero_only
 
     rank = cast(Any, rank_zero_only).rank
     try:
         yield
-    except CheckpointError as error:
-        fail(str(error))
+    except (CheckpointError, MisconfigurationException) as error:
+        fail(" ".join(str(error).split()))
     except ParallelismError as error:  # raised on all processes
         if rank:
             sys.exit(2)

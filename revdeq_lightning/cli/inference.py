@@ -4,6 +4,7 @@ They import Lightning only to prepare images.
 """
 
 import csv
+import errno
 import json
 import os
 from dataclasses import asdict, dataclass, field
@@ -51,6 +52,22 @@ class ModelSettings:
 
 
 AS_TRAINED = ModelSettings()
+
+
+def check_output(path: str | Path) -> Path:
+    """Raise OSError, before the work, if this file cannot be written."""
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        beside.touch()
+        beside.unlink()
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror or error}; choose another --output") from None
+    return path
 
 
 def solver_for(settings: dict[str, Any], model: ModelSettings) -> SolverConfig:
@@ -184,11 +201,12 @@ def predict_images(
     from revdeq_lightning.data.images.module import find_images, preprocess_files
 
     require_count("batch_size", batch_size)
+    target = check_output(output)
     classifier, state = load_classifier(ckpt_path, device, model)
     names = state["class_names"]
     paths = find_images(images)
     num_written = 0
-    with Path(output).open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+    with target.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["path", "prediction", *names])
         for start in range(0, len(paths), batch_size):
@@ -241,6 +259,7 @@ def predict_puzzles(
     from revdeq_lightning.data.puzzles.module import build_kind
 
     require_count("batch_size", batch_size)
+    target = check_output(output)
     reasoner, kind_settings = load_reasoner(ckpt_path, device, model)
     inputs, _ = checked(build_kind(**kind_settings), read_npz(data.path, need_targets=False), data.path)
     answers, made = [], []
@@ -248,7 +267,6 @@ def predict_puzzles(
         result = reasoner(torch.from_numpy(inputs[start : start + batch_size]).to(device))
         answers.append(result.logits.argmax(1).cpu().numpy())
         made.append(result.evaluations.cpu().numpy())
-    target = Path(output)
     try:
         with target.open("wb") as file:
             np.savez_compressed(file, predictions=np.concatenate(answers), evaluations=np.concatenate(made))
@@ -287,9 +305,7 @@ def export_weights(ckpt_path: str, output: str | None = None) -> str:
     path = Path(ckpt_path)
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint {path}")
-    target = Path(output) if output else path.with_suffix(".safetensors")
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"cannot write {target}: there is no folder {target.parent}")
+    target = check_output(output or path.with_suffix(".safetensors"))
     try:
         checkpoint = load_checkpoint(path)
         weights, settings, step = (checkpoint[key] for key in ("state_dict", "hyper_parameters", "global_step"))

@@ -8,8 +8,8 @@ import torch
 from lightning.pytorch.cli import LightningArgumentParser
 
 from revdeq_lightning.callbacks.samples import TextSamples
-from revdeq_lightning.cli.errors import fail
-from revdeq_lightning.cli.inference import load_language_model
+from revdeq_lightning.cli.errors import fail, setting_errors
+from revdeq_lightning.cli.inference import check_output, load_language_model
 from revdeq_lightning.cli.trainer import AbstractCommandLine, run_command_line
 from revdeq_lightning.data.text.module import TextDataModule
 from revdeq_lightning.models.generation import continue_text
@@ -32,6 +32,12 @@ class LanguageCommandLine(AbstractCommandLine):
         parser.link_arguments("data.context_length", "model.network.context_length")
         parser.link_arguments("data", "model.network.vocab_size", compute_fn=vocab_size, apply_on="instantiate")
 
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "predict":
+            parser.add_argument("--output", type=str | None, help="file to write (default: beside the checkpoint)")
+        return parser
+
     def task_callbacks(self) -> list[Any]:
         run, every = cast(LanguageRunConfig, self.run_config), self.diagnostics.samples_every_n_validations
         if not (run.sample_tokens and every):
@@ -48,15 +54,18 @@ class LanguageCommandLine(AbstractCommandLine):
             print(f"\nSample ({run.sample_tokens} tokens, temperature {run.sample_temperature}):\n\n{text}")
 
     def predict(self, **kwargs: Any) -> None:
-        """Write the nats of every token of the test text, in order, to a file next to the checkpoint."""
+        """Write the nats of every token of the test text, in order, to a file."""
         import numpy as np
+
+        with setting_errors():
+            path = check_output(self.config["predict"].output or Path(kwargs["ckpt_path"]).with_suffix(".nats.npy"))
 
         if self.trainer.world_size > 1:
             fail(f"predict needs one process, got {self.trainer.world_size}: set --trainer.devices=1")
         with self._run_errors("the prediction"):
             nats = torch.cat(self.trainer.predict(**kwargs)).numpy()  # type: ignore[arg-type]
-        path = Path(kwargs["ckpt_path"]).with_suffix(".nats.npy")
-        np.save(path, nats)
+        with self._run_errors("the prediction"), path.open("wb") as file:
+            np.save(file, nats)
         print(f"{nats.size:,} tokens, {nats.mean():.4f} nats per token, in {path}")
 
 

@@ -19,10 +19,12 @@ class ReadableErrors:
         """Parse; report an interpolation `${...}` of what does not exist in one line."""
         try:
             return super().parse_args(*args, **kwargs)  # type: ignore[misc]
-        except ValueError as error:
-            text, _, where = str(error).partition("full_key:")
+        except Exception as error:
+            if not type(error).__module__.startswith("omegaconf"):
+                raise
+            text, _, where = " ".join(str(error).split()).partition("full_key: ")
             key = where.split()[0] if where else "the command line"
-            self.error(f"{key}: {text.strip()} (${{NAME}} is a variable or another setting; \\${{ is the text itself)")
+            self.error(f"{key}: {text}(${{NAME}} is a variable or another setting; \\${{ is the text itself)")
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the error and exit."""
@@ -59,11 +61,22 @@ def call_with_options(function: Callable[..., str], command: str, options: Seque
 
     parser = Parser(prog=f"{program()} {command}", allow_abbrev=False)
     parser.add_function_arguments(function)
-    settings = parser.instantiate(parser.parse_args(list(options)))
+    settings = parser.instantiate(parser.parse_args(list(options))).as_dict()
+    if "device" in settings:
+        _require_device(settings["device"])
     try:
-        return function(**settings.as_dict())
+        return function(**settings)
     except (ValueError, OSError) as error:
         fail(str(error))
+
+
+def _require_device(name: str) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # PyTorch without CUDA asserts
+        fail(f"--device={name} cannot be used ({str(error).splitlines()[0]}): choose another, for example cpu")
 
 
 def given_files(options: Sequence[str], *names: str) -> list[Path]:

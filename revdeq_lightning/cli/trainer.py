@@ -9,6 +9,13 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 from lightning import Trainer
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    EMAWeightAveraging,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -61,6 +68,15 @@ from revdeq_lightning.runs.random_state import ResumableRandomState
 from revdeq_lightning.runs.signals import STOP
 from revdeq_lightning.runs.stop_signal import SameStart, StopSignal
 from revdeq_lightning.tasks.recipe import deferred_weights
+
+NOT_SUPPORTED: dict[type, str] = {
+    LearningRateFinder: "it would train before the run; set model.optimizer.lr",
+    BatchSizeFinder: "it would train before the run; set data.batch_size",
+    StochasticWeightAveraging: "checkpoints would not have the average; set model.optimizer.ema_decay",
+    WeightAveraging: "checkpoints would not have the average; set model.optimizer.ema_decay",
+    EMAWeightAveraging: "set model.optimizer.ema_decay",
+}
+"""Callbacks of Lightning, and what to do instead."""
 
 
 class Parser(ReadableErrors, LightningArgumentParser):
@@ -211,6 +227,9 @@ class AbstractCommandLine(LightningCLI):
                 "diagnostics.gradient_error_every_n_steps and contraction_every_n_steps need the whole model in"
                 " each process: use trainer.strategy=ddp, not fsdp2"
             )
+        for callback, advice in ((c, NOT_SUPPORTED.get(type(c))) for c in as_list(settings.get("callbacks"))):
+            if advice:
+                fail(f"trainer.callbacks: {type(callback).__name__} is not supported: {advice}")
         if any(isinstance(logger, WandbLogger) for logger in as_list(settings.get("logger"))):
             fail("trainer.logger=WandbLogger would wait for a key: use run.wandb=auto, online or offline")
 
@@ -266,6 +285,10 @@ class AbstractCommandLine(LightningCLI):
                 sys.exit(1)
             except (DivergenceError, CheckpointError, BlockError) as error:
                 fail(str(error), code=1)
+            except ValueError as error:  # before the first step, about the settings
+                if any(getattr(callback, "has_started", False) for callback in cast(Any, self.trainer).callbacks):
+                    raise
+                fail(" ".join(str(error).split()))
             except SystemExit as stop:
                 end_after_interrupt(self.trainer, stop)
 

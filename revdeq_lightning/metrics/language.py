@@ -66,11 +66,11 @@ class LanguageMetrics(Metric):
         self.total_nats += torch.as_tensor(total_nats, dtype=torch.float64, device=self.total_nats.device).detach()
         self.num_tokens += torch.as_tensor(num_tokens, device=self.num_tokens.device)
 
-    def compute(self, statistics: SplitCounts) -> dict[str, Tensor]:  # type: ignore[override]
+    def compute(self, statistics: SplitCounts | None) -> dict[str, Tensor]:  # type: ignore[override]
         """Return the four figures, 0-dim float64.
 
         Args:
-            statistics: Sizes of the whole split.
+            statistics: Sizes of the whole split; None: unknown, only the two figures per token.
 
         Raises:
             ValueError: If no token was seen, more were seen than the split holds, or the split has no words or bytes.
@@ -78,6 +78,10 @@ class LanguageMetrics(Metric):
         num_tokens = int(self.num_tokens)
         if num_tokens < 1:
             raise ValueError("no target token was seen: the split is empty or every target is ignored")
+        loss = self.total_nats / num_tokens
+        figures = {"loss": loss, "token_perplexity": loss.exp()}
+        if statistics is None:
+            return figures
         if num_tokens > statistics.num_tokens:
             raise ValueError(
                 f"{num_tokens} target tokens were seen, but the split holds {statistics.num_tokens}: "
@@ -87,10 +91,7 @@ class LanguageMetrics(Metric):
             raise ValueError(
                 f"the split must hold words and bytes, got {statistics.num_words} and {statistics.num_bytes}"
             )
-        loss = self.total_nats / num_tokens
-        return {
-            "loss": loss,
-            "token_perplexity": loss.exp(),
+        return figures | {
             "word_perplexity": (loss * (statistics.num_tokens / statistics.num_words)).exp(),
             "bits_per_byte": loss * (statistics.num_tokens / statistics.num_bytes / math.log(2)),
         }

@@ -22,14 +22,14 @@ class RunReport(Callback):
     def __init__(self, run: RunConfig) -> None:
         self.run = run
         self.folder: Path | None = None
-        self._has_started = False
+        self.has_started = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":  # all processes must ask for `log_dir`, and only here do they do so together
             self.folder = Path(str(trainer.log_dir))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._has_started = True
+        self.has_started = True
         for logger in trainer.loggers:
             if isinstance(logger, ContinuedCSVLogger):
                 logger.rewind(trainer.global_step)
@@ -51,7 +51,7 @@ class RunReport(Callback):
                 logger.save()
             if isinstance(exception, KeyboardInterrupt | Stopped):
                 print(f"\n{str(exception) or 'Interrupted'} after step {trainer.global_step}.")
-            if self._has_started:
+            if self.has_started:
                 close_run(self.folder, self.run)
 
 

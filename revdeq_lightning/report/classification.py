@@ -37,7 +37,14 @@ class ClassificationReport(Callback):
         self._survives = Survives("drawing the predictions")
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        num_classes: int = trainer.datamodule.num_classes  # type: ignore[attr-defined]
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        needed = ("num_classes", "class_names", "preprocessing_state")
+        if missing := [name for name in needed if not hasattr(data, name)]:
+            raise ValueError(
+                f"ClassificationReport needs a data module with {missing[0]}, got {type(data).__name__}: use"
+                " ImageDataModule, or remove the callback"
+            )
+        num_classes: int = data.num_classes
         self.wrong = []
         self.matrix = None
         if num_classes <= MAX_CLASSES:

@@ -47,7 +47,8 @@ class ReasoningReport(Callback):
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._forget()
-        self._are_mazes: bool = trainer.datamodule.hparams["puzzle"] == "mazes"  # type: ignore[attr-defined]
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        self._are_mazes = getattr(data, "hparams", {}).get("puzzle") == "mazes"
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0

@@ -1,7 +1,7 @@
 """Base class of tasks: optimizer, schedule, and averaged weights from one dataclass, and the Jacobian penalty."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -46,6 +46,8 @@ class AbstractTask(LightningModule):
     """
 
     model: nn.Module
+    batch_type: type[Any]
+    """Named tuple of the batches; its first two fields are enough, as a pair of tensors."""
 
     def __init__(self, optimizer: OptimizerConfig, jacobian_weight: float = 0.0) -> None:
         super().__init__()
@@ -89,6 +91,30 @@ class AbstractTask(LightningModule):
         self.log("train/jacobian_penalty", penalty.detach())
         return loss + self.jacobian_weight * penalty
 
+    def from_data(self, name: str) -> Any:
+        """An attribute of the data module; None without it, as a task also trains on a loader of somebody else."""
+        return getattr(getattr(self.trainer, "datamodule", None), name, None)
+
+    def as_batch(self, batch: Any) -> Any:
+        """The batch, or one made of a pair of tensors.
+
+        Raises:
+            TypeError: If the batch is neither a pair nor has the fields of `batch_type`.
+        """
+        fields = self.batch_type._fields
+        if all(hasattr(batch, name) for name in fields):
+            return batch
+        if isinstance(batch, tuple | list) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch):
+            return self.batch_of(*batch)
+        raise TypeError(
+            f"{type(self).__name__} takes batches of a pair of tensors ({', '.join(fields[:2])}) or of the fields of"
+            f" {self.batch_type.__name__}, got {_described(batch)}: change the collate_fn of the DataLoader"
+        )
+
+    def batch_of(self, inputs: Tensor, targets: Tensor) -> Any:
+        """A batch of a pair of tensors."""
+        return self.batch_type(inputs, targets)
+
     @abstractmethod
     def _add_to(self, split: str, batch: Any) -> Any:
         """Add a batch to the sums over a split, "val" or "test"; the return value is for callbacks."""
@@ -98,10 +124,10 @@ class AbstractTask(LightningModule):
         """Log the metrics of a complete split."""
 
     def validation_step(self, batch: Any, batch_idx: int) -> Any:
-        return self._add_to("val", batch)
+        return self._add_to("val", self.as_batch(batch))
 
     def test_step(self, batch: Any, batch_idx: int) -> Any:
-        return self._add_to("test", batch)
+        return self._add_to("test", self.as_batch(batch))
 
     def on_validation_epoch_end(self) -> None:
         self._log_figures("val")
@@ -164,3 +190,12 @@ class AbstractTask(LightningModule):
     def configure_callbacks(self) -> list[Callback]:
         averaging = self.optimizer_config.ema_decay > 0 and self.trainer.state.fn == "fit"
         return [AveragedWeights(self.optimizer_config.ema_decay)] if averaging else []
+
+
+def _described(batch: Any) -> str:
+    """Type of a batch, with its parts."""
+    if isinstance(batch, Mapping):
+        return f"{type(batch).__name__} with {', '.join(map(str, batch))}"
+    if isinstance(batch, tuple | list):
+        return f"{type(batch).__name__} of {', '.join(type(part).__name__ for part in batch)}"
+    return type(batch).__name__

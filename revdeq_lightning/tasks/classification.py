@@ -10,7 +10,6 @@ from torchmetrics import MetricCollection, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from revdeq_lightning.data.images.batches import ImageBatch
-from revdeq_lightning.data.images.module import ImageDataModule
 from revdeq_lightning.data.loading.sampler import IGNORE_INDEX
 from revdeq_lightning.equilibrium import equilibria
 from revdeq_lightning.equilibrium.validation import require_in_range
@@ -25,7 +24,8 @@ class ClassificationTask(AbstractTask):
 
     Logs `train/loss` and, over whole splits, `val/` and `test/`: `loss` (nats per image, without label smoothing),
     `accuracy` and, with more than 5 classes, `top5_accuracy`. Checkpoints contain settings, class names, and the
-    preprocessing of the images, and suffice to classify files.
+    preprocessing of the images, and suffice to classify files. Any loader of pairs (images, labels) will do, of
+    floating-point images; checkpoints do then not classify files.
 
     Args:
         network: Sizes and architecture; classes and channels come from the data.
@@ -38,6 +38,7 @@ class ClassificationTask(AbstractTask):
     """
 
     model: Any
+    batch_type = ImageBatch
 
     def __init__(
         self,
@@ -69,14 +70,27 @@ class ClassificationTask(AbstractTask):
 
     def setup(self, stage: str) -> None:
         config = self.model.config
-        self._data.check_model(num_classes=config.num_classes, num_channels=config.num_channels)
+        if check_model := self.from_data("check_model"):
+            check_model(num_classes=config.num_classes, num_channels=config.num_channels)
+
+    def batch_of(self, inputs: Tensor, targets: Tensor) -> ImageBatch:
+        if not inputs.is_floating_point():
+            raise TypeError(f"images must be floating-point and normalized, got {inputs.dtype}: convert them")
+        return ImageBatch(
+            inputs,
+            targets,
+            targets,
+            torch.ones(len(targets), device=targets.device),
+            targets.new_empty(len(targets), 0),
+        )
 
     def forward(self, images_BCHW: Tensor) -> Any:
         """Logits and statistics of normalized images."""
         return self.model(images_BCHW.contiguous(memory_format=self.memory_format))
 
-    def training_step(self, batch: ImageBatch, batch_idx: int) -> dict[str, Any]:
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         """Mean nats per image, weighted by the shares of both labels for mixed images."""
+        batch = self.as_batch(batch)
         with self.penalized() as penalties:
             output = self(batch.images)
         logits_BV = output.logits_BV.float()
@@ -86,14 +100,12 @@ class ClassificationTask(AbstractTask):
         return {"loss": loss, "step": TrainingOutput(output.stats, len(batch.labels), "images")}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["preprocessing"] = self._data.preprocessing_state()
+        if preprocessing_state := self.from_data("preprocessing_state"):
+            checkpoint["preprocessing"] = preprocessing_state()
 
-    @property
-    def _data(self) -> ImageDataModule:
-        return cast(ImageDataModule, cast(Any, self.trainer).datamodule)
-
-    def evaluation_sums(self, batch: ImageBatch) -> dict[str, Tensor]:
+    def evaluation_sums(self, batch: Any) -> dict[str, Tensor]:
         """Sums over the images of the batch, for `DepthSweep`."""
+        batch = self.as_batch(batch)
         logits_BV = self(batch.images).logits_BV.float()
         nats = F.cross_entropy(logits_BV, batch.labels, reduction="sum", ignore_index=IGNORE_INDEX)
         correct = (logits_BV.argmax(-1) == batch.labels).sum()

@@ -7,7 +7,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from revdeq_lightning.data.text.module import TextDataModule
 from revdeq_lightning.data.text.windows import TextBatch
 from revdeq_lightning.equilibrium.function import is_compiled
 from revdeq_lightning.metrics import LanguageMetrics
@@ -25,7 +24,8 @@ class LanguageModelingTask(AbstractTask):
 
     Logs `train/loss` (without the penalty) and, over whole splits, `val/` and `test/`: `loss` (nats per token),
     `token_perplexity`, `word_perplexity`, `bits_per_byte`. Checkpoints contain settings and
-    tokenizer, and suffice to generate text.
+    tokenizer, and suffice to generate text. Any loader of pairs (tokens, targets) will do; without the statistics and
+    the tokenizer of `TextDataModule`, only the figures per token are logged, and checkpoints do not generate text.
 
     Args:
         network: Sizes and block; vocabulary and context length come from the data.
@@ -36,6 +36,7 @@ class LanguageModelingTask(AbstractTask):
     """
 
     model: Any  # ExplicitTransformerLM or TransformerLM
+    batch_type = TextBatch
 
     def __init__(
         self,
@@ -59,7 +60,8 @@ class LanguageModelingTask(AbstractTask):
             f.compile()
         self.check_penalty()
 
-    def training_step(self, batch: TextBatch, batch_idx: int) -> dict[str, Any]:
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        batch = self.as_batch(batch)
         with self.penalized() as penalties:
             output = self.model.loss(batch.tokens, batch.targets)
         self.log("train/loss", output.loss)
@@ -67,8 +69,9 @@ class LanguageModelingTask(AbstractTask):
         loss = self.with_penalty(output.loss, penalties)
         return {"loss": loss, "step": TrainingOutput(stats, batch.tokens.numel(), "tokens")}
 
-    def predict_step(self, batch: TextBatch, batch_idx: int) -> Tensor:
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Nats of each target of the batch, in text order."""
+        batch = self.as_batch(batch)
         logits_BTV = self.model(batch.tokens).logits_BTV
         nats_N = nn.functional.cross_entropy(
             logits_BTV.flatten(0, 1).float(), batch.targets.flatten(), reduction="none"
@@ -76,24 +79,24 @@ class LanguageModelingTask(AbstractTask):
         return nats_N[batch.targets.flatten() >= 0]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["tokenizer"] = self._data.tokenizer_state()
+        if tokenizer_state := self.from_data("tokenizer_state"):
+            checkpoint["tokenizer"] = tokenizer_state()
 
-    @property
-    def _data(self) -> TextDataModule:
-        return cast(TextDataModule, cast(Any, self.trainer).datamodule)
-
-    def evaluation_sums(self, batch: TextBatch) -> dict[str, Tensor]:
+    def evaluation_sums(self, batch: Any) -> dict[str, Tensor]:
         """Sums over the predicted tokens of the batch, for `DepthSweep`."""
+        batch = self.as_batch(batch)
         output = self.model.loss(batch.tokens, batch.targets)
         count = torch.as_tensor(output.num_targets)
         return {"loss": output.loss.double() * count, "count": count}
 
     def sample_text(self, prompt: str, *, max_new_tokens: int, temperature: float) -> str:
         """A continuation of the prompt, for `TextSamples`; the same random numbers each time."""
+        if (tokenizer := self.from_data("tokenizer")) is None:
+            raise ValueError("TextSamples needs data with a tokenizer, as TextDataModule has: remove the callback")
         sampling: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature}
         # Compiled for the shapes of training; those of generation would cause recompilation.
         with torch.compiler.set_stance("force_eager") if is_compiled(self.model) else nullcontext():
-            return continue_text(self.model, self._data.tokenizer, prompt, **sampling)[len(prompt) :]
+            return continue_text(self.model, tokenizer, prompt, **sampling)[len(prompt) :]
 
     def _add_to(self, name: str, batch: TextBatch) -> None:
         output = self.model.loss(batch.tokens, batch.targets)
@@ -102,7 +105,8 @@ class LanguageModelingTask(AbstractTask):
 
     def _log_figures(self, name: str) -> None:
         metric = cast(LanguageMetrics, self.metrics[name])
-        figures = metric.compute(self._data.split_statistics(SPLITS[name]))
+        split_statistics = self.from_data("split_statistics")
+        figures = metric.compute(split_statistics(SPLITS[name]) if split_statistics else None)
         metric.reset()
         # Already the same on all processes, but Lightning requires the flag.
         values = {f"{name}/{key}": value.to(torch.float32) for key, value in figures.items()}

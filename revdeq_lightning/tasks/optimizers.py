@@ -235,6 +235,7 @@ def build_scheduler(optimizer: Optimizer, config: OptimizerConfig, total_steps: 
     if config.schedule != "constant" and not math.isfinite(total_steps):
         raise ValueError(
             f"schedule={config.schedule!r} decays over the run: set trainer.max_steps or trainer.max_epochs"
+            " (trainer.max_time alone leaves the number of steps open)"
         )
 
     def factor(step: int) -> float:

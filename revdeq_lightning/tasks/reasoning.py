@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from revdeq_lightning.data.loading.sampler import IGNORE_INDEX
-from revdeq_lightning.data.puzzles.module import PuzzleBatch, PuzzleDataModule
+from revdeq_lightning.data.puzzles.module import PuzzleBatch
 from revdeq_lightning.equilibrium import equilibria
 from revdeq_lightning.equilibrium.validation import require_count, require_in_range
 from revdeq_lightning.metrics import ReasoningMetrics
@@ -27,7 +27,8 @@ class ReasoningTask(AbstractTask):
     `cell_accuracy`, `solved` (fraction of the puzzles in which every cell is right) and `evaluations` of f per puzzle.
     A test also logs them for each size (`test/solved_39x39`), and, for the first batch of each size,
     `solved_from_random` and `same_from_random`: the fractions of the puzzles that are solved from a random initial
-    state, and that get the same answer as from zero.
+    state, and that get the same answer as from zero. Any loader of pairs (inputs, targets) will do; without a
+    `PuzzleDataModule`, there are no figures for each size, and only the answer in the targets solves a puzzle.
 
     Args:
         network: Sizes and block; symbols, answers and shape come from the data.
@@ -42,6 +43,7 @@ class ReasoningTask(AbstractTask):
     """
 
     model: Any
+    batch_type = PuzzleBatch
 
     def __init__(
         self,
@@ -79,8 +81,9 @@ class ReasoningTask(AbstractTask):
         self.check_penalty()
 
     def setup(self, stage: str) -> None:
-        self._data.check_model(self.model.config)
-        self._sizes = [shape_name(shape) for shape in self._data.test_shapes]
+        if check_model := self.from_data("check_model"):
+            check_model(self.model.config)
+        self._sizes = [shape_name(shape) for shape in self.from_data("test_shapes") or ()]
         for size in self._sizes:
             self.metrics[f"test_{size}"] = ReasoningMetrics()
             self.metrics[f"random_{size}"] = ReasoningMetrics()
@@ -89,8 +92,9 @@ class ReasoningTask(AbstractTask):
         """Logits `(B, A, ...)` and how they were reached."""
         return self.model(inputs)
 
-    def training_step(self, batch: PuzzleBatch, batch_idx: int) -> dict[str, Any]:
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         """Mean nats per cell; with fixed-point correction, the weighted mean over the parts of the solve."""
+        batch = self.as_batch(batch)
         with self.penalized() as penalties:
             starts = {"z0": self._starts(batch.inputs)} if self.random_start or self.late_start else {}
             output = self.model(batch.inputs, **starts)
@@ -107,31 +111,34 @@ class ReasoningTask(AbstractTask):
         return {"loss": loss, "step": TrainingOutput(stats, len(batch.inputs), "puzzles")}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["puzzles"] = self._data.kind_settings()
+        if kind_settings := self.from_data("kind_settings"):
+            checkpoint["puzzles"] = kind_settings()
 
-    def evaluation_sums(self, batch: PuzzleBatch) -> dict[str, Tensor]:
+    def evaluation_sums(self, batch: Any) -> dict[str, Tensor]:
         """Sums over the puzzles of the batch, for `DepthSweep`."""
+        batch = self.as_batch(batch)
         sums = self._sums(batch, self(batch.inputs))
         accuracy = sums["right_cells"] / sums["cells"].clamp(min=1) * sums["puzzles"]
         return {"solved": sums["solved"], "cell_accuracy": accuracy, "count": sums["puzzles"]}
 
-    def test_step(self, batch: PuzzleBatch, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+        batch = self.as_batch(batch)
         logits: Tensor = self._add_to("test", batch)
-        if batch_idx == 0 and equilibria(self.model):
+        size = shape_name(batch.inputs.shape[1:])
+        if batch_idx == 0 and equilibria(self.model) and size in self._sizes:
             generator = torch.Generator(batch.inputs.device).manual_seed(0)
             output = self.model(batch.inputs, z0=self.model.random_state(batch.inputs, generator))
             sums = self._sums(batch, output)
             same = (output.logits.argmax(1) == logits.argmax(1)).flatten(1).all(1) & is_real(batch)
-            metric = self._metric(f"random_{shape_name(batch.inputs.shape[1:])}")
-            metric.update(**sums | {"right_cells": same.sum(), "cells": sums["puzzles"]})
+            self._metric(f"random_{size}").update(**sums | {"right_cells": same.sum(), "cells": sums["puzzles"]})
         return logits
 
     def _add_to(self, split: str, batch: PuzzleBatch) -> Tensor:
         output = self(batch.inputs)
         sums = self._sums(batch, output)
         self._metric(split).update(**sums)
-        if split == "test":
-            self._metric(f"test_{shape_name(batch.inputs.shape[1:])}").update(**sums)
+        if split == "test" and (size := shape_name(batch.inputs.shape[1:])) in self._sizes:
+            self._metric(f"test_{size}").update(**sums)
         logits: Tensor = output.logits
         return logits
 
@@ -160,10 +167,11 @@ class ReasoningTask(AbstractTask):
         counted = targets != IGNORE_INDEX
         is_right = (answers == targets) | ~counted
         is_solved, real = is_right.flatten(1).all(1), is_real(batch)
-        wrong = ~is_solved
-        pairs = zip(*(tensor[wrong].cpu().numpy() for tensor in (batch.inputs, answers)), strict=True)
-        found = [self._data.kind.is_solved(*pair) for pair in pairs]  # a maze may have several shortest paths
-        is_solved[wrong] = torch.tensor(found, dtype=torch.bool, device=wrong.device)
+        if kind := self.from_data("kind"):  # a maze may have several shortest paths
+            wrong = ~is_solved
+            pairs = zip(*(tensor[wrong].cpu().numpy() for tensor in (batch.inputs, answers)), strict=True)
+            found = [kind.is_solved(*pair) for pair in pairs]
+            is_solved[wrong] = torch.tensor(found, dtype=torch.bool, device=wrong.device)
         return {
             "nats": self._nats(output.logits, targets, reduction="sum"),
             "right_cells": (is_right & counted).sum(),
@@ -190,10 +198,6 @@ class ReasoningTask(AbstractTask):
             with torch.no_grad():
                 z0[late] = self.model(inputs[late], max_steps=steps, z0=z0[late]).solution.value
         return z0
-
-    @property
-    def _data(self) -> PuzzleDataModule:
-        return cast(PuzzleDataModule, cast(Any, self.trainer).datamodule)
 
 
 def is_real(batch: PuzzleBatch) -> Tensor:

@@ -6,6 +6,9 @@ import pytest
 
 from tests.helpers.runs import run, tiny_config
 
+LINEAR = "--model.optimizer.schedule=linear"
+EPOCHS, INTERVAL = "--trainer.check_val_every_n_epoch=1", "--trainer.val_check_interval=9"
+
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
@@ -37,6 +40,19 @@ from tests.helpers.runs import run, tiny_config
             ["fit", "--model.solver.solver=anderson", "--model.solver.mismatch=raise"],
             ["mismatch='raise' belongs to adjoint='reversible', got adjoint='implicit'"],
         ),
+        (["fit", "--trainer.callbacks=LearningRateFinder"], ["LearningRateFinder", "set model.optimizer.lr"]),
+        (["fit", "--trainer.callbacks=BatchSizeFinder"], ["BatchSizeFinder", "set data.batch_size"]),
+        (
+            ["fit", "--trainer.callbacks=StochasticWeightAveraging", "--trainer.callbacks.swa_lrs=0.1"],
+            ["StochasticWeightAveraging", "set model.optimizer.ema_decay"],
+        ),
+        (
+            ["fit", "--trainer.max_steps=-1", "--trainer.max_epochs=-1", "--trainer.max_time=00:00:00:09", LINEAR],
+            ["schedule='linear' decays over the run", "set trainer.max_steps"],
+        ),
+        (["fit", "--trainer.limit_train_batches=2", EPOCHS, INTERVAL], ["val_check_interval", "9"]),
+        (["fit", "--run.sample_prompt=${NO_SUCH_VARIABLE}"], ["run.sample_prompt", "NO_SUCH_VARIABLE", r"\${"]),
+        (["fit", "--run.sample_prompt=a${b"], [r"\${"]),
         (["test"], ["test needs a checkpoint", "--ckpt_path"]),
         (["test", "--ckpt_path=best"], ["no best.ckpt under"]),
         (["validate", "--ckpt_path=nowhere.ckpt"], ["no checkpoint nowhere.ckpt"]),

@@ -3,8 +3,10 @@
 import resource
 import signal
 
+import numpy as np
 import pytest
 
+from revdeq_lightning.tasks.language_modeling import LanguageModelingTask
 from tests.helpers.runs import run, tiny_config
 
 
@@ -15,12 +17,12 @@ def checkpoint(tmp_path_factory):
     return folder / "runs/tiny/v/checkpoints/last.ckpt"
 
 
-def error(capsys, *arguments):
+def error(capsys, *arguments, code=2):
     """The only line."""
     with pytest.raises(SystemExit) as stop:
         run(*arguments)
-    assert stop.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == code
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("INFO: Tokenizing")]
     return line
 
 
@@ -57,3 +59,33 @@ def test_a_full_disk_is_told_and_leaves_the_file_of_before(checkpoint, tmp_path,
     assert "File too large" in told
     assert target.read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == [target.name]
+
+
+@pytest.mark.parametrize("command", ["fit", "test"])
+def test_exported_weights_are_no_checkpoint_of_a_run(checkpoint, tmp_path, capsys, command):
+    weights = tmp_path / "w.safetensors"
+    run("export", "--ckpt_path", checkpoint, "--output", weights)
+    config = tiny_config(tmp_path)
+    told = error(capsys, command, "--config", config, "--ckpt_path", weights, code=1 if command == "fit" else 2)
+    assert told.startswith(f"error: {weights} is not the checkpoint of a training run but weights alone")
+
+
+def test_a_device_that_is_missing_is_told(checkpoint, capsys):
+    for device in ("cuda:97", "gpu"):
+        told = error(capsys, "generate", "--ckpt_path", checkpoint, "--device", device)
+        assert told.startswith(f"error: --device={device} cannot be used (")
+        assert told.endswith("choose another, for example cpu")
+
+
+def test_predictions_go_where_output_says_and_a_read_only_folder_is_told_before_the_work(
+    checkpoint, tmp_path, capsys, monkeypatch
+):
+    target = tmp_path / "nats.bin"
+    run("predict", "--ckpt_path", checkpoint, "--output", target)
+    assert f"in {target}" in capsys.readouterr().out
+    assert np.load(target).ndim == 1
+    monkeypatch.setattr(LanguageModelingTask, "predict_step", lambda *_: pytest.fail("the work was done"))
+    (tmp_path / "file").touch()
+    for path, reason in ((tmp_path, "it is a folder"), (tmp_path / "file/x", "there is no folder")):
+        told = error(capsys, "predict", "--ckpt_path", checkpoint, "--output", path)
+        assert told.startswith(f"error: cannot write {path}: {reason}")
