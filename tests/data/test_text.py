@@ -11,6 +11,7 @@ import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
+from tokenizers import AddedToken, Tokenizer
 
 from revdeq_lightning.data.loading.sampler import IGNORE_INDEX
 from revdeq_lightning.data.text import sources as text_sources
@@ -89,6 +90,37 @@ def test_files_and_folders_are_concatenated_in_order_of_names(module, tmp_path):
         (folder / name).write_text(f"content of {name}\n")
     data = module(path=[str(tmp_path / "text.txt"), str(folder)], validation_fraction=0.0, test_fraction=0.0)
     assert split_text(data, "train") == PROSE + "".join(f"content of {n}\n" for n in ("a.txt", "b.txt", "sub/c.txt"))
+
+
+def test_files_are_not_joined_word_to_word(module, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    contents = {
+        "1": b"\xef\xbb\xbfno line end",
+        "2": b"",
+        "3": b"windows\r\n",
+        "4": "wide".encode("utf-16"),
+        "5": b"mac\r",
+    }
+    for name, content in (contents | {"6": b"last", "Thumbs.db": b"\0\0", "6~": b"backup"}).items():
+        (folder / name).write_bytes(content)
+    data = module(path=str(folder), validation_fraction=0.0, test_fraction=0.0)
+    assert split_text(data, "train") == "no line end\nwindows\r\nwide\nmac\rlast"
+    (line,) = data.found()["left_out"]
+    assert line.endswith("folder: 2 made by the system: 6~, Thumbs.db")
+    assert data.found()["tokens"] == {"train": len("no line end\nwindows\r\nwide\nmac\rlast")}
+
+
+def test_a_folder_of_splits_is_not_one_text(module, tmp_path):
+    folder = tmp_path / "folder"
+    for name in ("wiki.train.raw", "wiki.valid.raw", "train.py", "eval.py", "notes/test.txt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(PROSE)
+    message = r"holds several splits \(wiki.train.raw, wiki.valid.raw\), .*: set path, validation_path and test_path"
+    with pytest.raises(ValueError, match=message):
+        module(path=str(folder)).setup("fit")
+    (folder / "wiki.valid.raw").unlink()
+    module(path=str(folder)).setup("fit")
 
 
 def test_explicit_files_are_the_splits_whatever_the_fractions(module, tmp_path):
@@ -489,6 +521,52 @@ def test_datasets_without_text_or_training_split_are_told(module, tmp_path):
     datasets.DatasetDict({"test": datasets.Dataset.from_dict({"text": ["a"]})}).save_to_disk(tmp_path / "test")
     with pytest.raises(ValueError, match=r"has the splits \['test'\], \"train\" is not among them"):
         module(source="huggingface", path=str(tmp_path / "test")).prepare_data()
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            list(range(50)),
+            r"train, row 0: \"text\" must be a text, got 0: save a copy with a column \"text\" of strings",
+        ),
+        ([["a", "b"]] * 50, r"train, row 0: .* got \['a', 'b'\]"),
+        ([None] * 50, r"no row of train has a text"),
+        ([], r"the training split of \S+ has no rows"),
+    ],
+)
+def test_rows_that_are_no_texts_are_told(module, tmp_path, rows, message):
+    datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": rows})}).save_to_disk(tmp_path / "rows")
+    with pytest.raises(ValueError, match=message) as error:
+        module(source="huggingface", path=str(tmp_path / "rows")).setup("fit")
+    assert "\n" not in str(error.value)
+
+
+def test_missing_rows_and_unused_splits_are_left_out_and_told(module, tmp_path):
+    rows = ["one two three"] * 3
+    parts = {"Train": [*rows, None, *rows, None], "valid": rows, "testing": [], "extra": rows}
+    parts = {name: datasets.Dataset.from_dict({"text": texts}) for name, texts in parts.items()}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "rows")
+    data = module(source="huggingface", path=str(tmp_path / "rows"))
+    left_out = ["2 rows of train without text, such as row 3", "the split extra (3 rows)", "the split test (0 rows)"]
+    with pytest.warns(UserWarning, match=re.escape("left out: ")):
+        data.setup("fit")
+    assert {split: split_text(data, split) for split in data.splits} == {
+        "train": "one two three\n" * 6,
+        "validation": "one two three\n" * 3,
+    }
+    again = module(source="huggingface", path=str(tmp_path / "rows"))
+    assert sorted(data.found()["left_out"]) == sorted(again.found()["left_out"]) == left_out
+
+
+def test_bytes_are_counted_although_a_tokenizer_strips_spaces(module, tmp_path):
+    library = Tokenizer.from_str(BytePairTokenizer.train(PROSE, 300).state()["definition"])
+    library.add_special_tokens([AddedToken("<mask>", lstrip=True, rstrip=True)])
+    library.save(str(tmp_path / "tokenizer.json"))
+    text = "To be, or not to be, that is the  <mask>  question.\n" * 40
+    data = module(text, tokenizer=str(tmp_path / "tokenizer.json"), validation_fraction=0.0, test_fraction=0.0)
+    assert split_text(data, "train") == text
+    assert data.split_statistics("train").num_bytes == len(text) - 1
 
 
 def test_a_library_without_source_is_told(tmp_path, monkeypatch):

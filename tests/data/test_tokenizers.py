@@ -1,13 +1,15 @@
 import json
+import random
 import subprocess
 import sys
+import time
 
 import huggingface_hub
 import huggingface_hub.constants
 import pytest
 import torch
 from hypothesis import given, strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from revdeq_lightning.data.text import tokenizers as ours
 from revdeq_lightning.data.text.tokenizers import (
@@ -97,7 +99,7 @@ def test_state_is_plain_and_survives_a_weights_only_checkpoint(tokenizer, tmp_pa
 def test_tokenizer_from_files_equals_the_trained_one(tmp_path):
     definition = json.loads(BPE.state()["definition"])
     (tmp_path / "tokenizer.json").write_text(json.dumps(definition))
-    (tmp_path / "state.json").write_text(json.dumps(BPE.state()))
+    (tmp_path / "state.json").write_text(json.dumps(BPE.state()), encoding="utf-8-sig")  # Windows adds a mark
     (tmp_path / "two").mkdir()
     (tmp_path / "two" / "vocab.json").write_text(json.dumps(definition["model"]["vocab"]))
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in definition["model"]["merges"]]
@@ -158,6 +160,66 @@ def test_a_tokenizer_that_changes_texts_is_refused(tmp_path):
     for name in ("lower", "words"):
         with pytest.raises(ValueError, match="does not reproduce a text exactly"):
             build(str(tmp_path / f"{name}.json"))
+
+
+def test_settings_of_a_tokenizer_neither_drop_nor_add_nor_vary_tokens(tmp_path):
+    library = Tokenizer.from_str(BPE.state()["definition"])
+    library.enable_truncation(5)
+    library.enable_padding(length=900)
+    library.model.dropout = 0.5
+    (tmp_path / "saved.json").write_text(library.to_str())
+    tokenizer = build(str(tmp_path / "saved.json"))
+    assert tokenizer.encode(TEXT) == BPE.encode(TEXT)
+    assert json.loads(tokenizer.state()["definition"]) == json.loads(library.to_str())  # that of earlier versions
+
+
+def test_tokenizers_that_lose_bytes_or_add_spaces_are_refused(tmp_path):
+    unseen = Tokenizer(models.BPE())
+    unseen.pre_tokenizer, unseen.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    unseen.train_from_iterator([TEXT + ours._ALL_KINDS], trainers.BpeTrainer(vocab_size=400, show_progress=False))
+    prefixed = Tokenizer.from_str(BPE.state()["definition"])
+    prefixed.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    for library in (unseen, prefixed):
+        with pytest.raises(ValueError, match="does not reproduce a text exactly"):
+            BytePairTokenizer(library.to_str())
+
+
+def test_a_text_that_a_tokenizer_changes_is_refused():
+    library = Tokenizer.from_str(BPE.state()["definition"])
+    library.normalizer = normalizers.Replace("the", "a")  # no check of a sample finds that
+    tokenizer = BytePairTokenizer(library.to_str())
+    assert tokenizer.decode(tokenizer.encode("a text")) == "a text"
+    with pytest.raises(ValueError, match="does not reproduce a text exactly"):
+        tokenizer.encode("the text")
+
+
+def test_ids_with_gaps_are_in_the_vocabulary():
+    definition = json.loads(BPE.state()["definition"])
+    definition["model"]["vocab"] = {t: i + 50 * (i >= 260) for t, i in definition["model"]["vocab"].items()}
+    tokenizer = BytePairTokenizer(json.dumps(definition))
+    assert tokenizer.vocab_size == 330
+    assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
+
+
+@pytest.mark.parametrize("alphabet", ["ACGT", "0123456789", " ", "-", "\u6f22\u5b57"])
+def test_learning_and_encoding_take_linear_time_in_a_text_of_one_word(alphabet):
+    def seconds(count):
+        text = "".join(random.Random(0).choices(alphabet, k=count))
+        start = time.process_time()
+        tokenizer = BytePairTokenizer.train(text, 270)
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+        return time.process_time() - start
+
+    times = [min(seconds(count) for _ in range(2)) for count in (20_000, 80_000)]
+    assert times[1] < 10 * times[0]  # 4 if linear, with a part that is constant; 16 if quadratic
+
+
+@given(st.text(alphabet="ab1-_ \n\u00b2\u0301\u6f22", max_size=60))
+def test_words_are_cut_only_if_they_are_long(text):
+    assert list(ours._short_words(text)) == [text]
+    parts = list(ours._short_words(text + "a" * 2500 + text + " " * 1000))
+    assert "".join(parts) == text + "a" * 2500 + text + " " * 1000
+    assert len(parts) == 4
 
 
 @pytest.mark.parametrize(

@@ -127,8 +127,10 @@ def read_text(path: Path) -> str:
         text = data.decode(encoding)
         if data.count(0) * 100 <= len(data) or encoding != "UTF-8-sig":
             return text
+        if text.startswith(("\xff\xfe", "\xfe\xff")):  # UTF-16 that was converted as if it were Latin-1
+            return text.encode("latin-1").decode("utf-16")
         fault = f"{data.count(0)} of its {len(data)} bytes are zero"
-    except UnicodeDecodeError as error:
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
         fault = f"byte 0x{data[error.start]:02x} at offset {error.start}"
     file = shlex.quote(str(path))
     packed = next((advice for magic, advice in _PACKED.items() if data.startswith(magic)), None)
@@ -139,7 +141,7 @@ def read_text(path: Path) -> str:
     elif zeros in wide:
         advice = f"it seems to be {wide[zeros]}: convert it with `iconv -f {wide[zeros]} -t UTF-8 {file} > NEW_FILE`"
     elif 0 in data:
-        advice = "it seems to be binary data, or UTF-16 converted from a wrong encoding: use text files in UTF-8"
+        advice = "it seems to be binary data: use text files only"
     else:
         advice = f"convert it: if it is Latin-1, with `iconv -f ISO-8859-1 -t UTF-8 {file} > NEW_FILE`"
     raise ValueError(f"{path} is not {encoding.removesuffix('-sig')}: {fault}: {advice}.")

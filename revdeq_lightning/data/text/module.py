@@ -147,11 +147,8 @@ class TextDataModule(AbstractDataModule):
         self._announce()
 
     def found(self) -> dict[str, Any]:
-        sizes = {split: self.split_statistics(split) for split in self.splits}
-        counts = {
-            unit: {split: getattr(sizes[split], f"num_{unit}") for split in sizes} for unit in ("tokens", "bytes")
-        }
-        return counts | {"left_out": self._prepared().metadata.get("left_out", [])}
+        tokens = {split: len(self._by_split()[split]) for split in self.splits}
+        return {"tokens": tokens, "left_out": self._prepared().metadata.get("left_out", [])}
 
     def train_dataloader(self) -> ResumableLoader:
         context_length = self.hparams["context_length"]

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import override
 
-from revdeq_lightning.data.loading.files import content_key, hub_is_reachable
+from revdeq_lightning.data.loading.files import content_key, hub_is_reachable, read_text
 
 TOKENIZERS = ("bytes", "characters", "bpe", "gpt2")
 _GPT2_REPOSITORY = "openai-community/gpt2"
@@ -234,7 +234,7 @@ def _tokenizer_from_path(path: Path) -> AbstractTokenizer:
 
     definition = path / "tokenizer.json" if path.is_dir() else path
     if definition.is_file():
-        text = definition.read_text(encoding="utf-8")
+        text = read_text(definition)
         try:
             content = json.loads(text)
         except json.JSONDecodeError as error:
