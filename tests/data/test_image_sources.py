@@ -251,6 +251,12 @@ def test_folders_whose_splits_are_not_clear_are_refused(module, tmp_path, names,
     assert "\n" not in str(error.value)
 
 
+def test_splits_within_classes_are_refused(module, tmp_path):
+    root = make_folder(tmp_path / "other", {"ant": 1, "bee": 2}, classes=("train", "test"))
+    with pytest.raises(ValueError, match=r"has splits within its classes \(ant, bee\): move them to train/CLASS"):
+        module(root).setup("fit")
+
+
 def test_images_without_class_folders_are_no_classes(module, tmp_path):
     root = make_folder(tmp_path / "other", {"": 2}, classes=("trainA", "trainB", "testA", "testB"))
     with pytest.raises(ValueError, match="look like splits"):
@@ -318,7 +324,7 @@ def test_names_need_not_be_utf8(module, tmp_path, in_memory):
         assert sum(data.found()["images"].values()) == len(split(data, "train")[1]) + 3 == 12
     with open(odd, "wb") as file:
         file.write(b"no image")
-    with pytest.warns(UserWarning, match=r"1 image\(s\) that cannot be decoded are skipped"):
+    with pytest.warns(UserWarning, match=r"1 image\(s\) that cannot be decoded are skipped: train/cat/caf\\xe9.jpg"):
         module(root, undecodable="skip", validation_fraction=0.0).setup("fit")
 
 

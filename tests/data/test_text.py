@@ -481,6 +481,7 @@ def test_wrong_arguments_are_refused_at_construction(module, arguments, message)
         ("", {}, "the train text is empty"),
         (b"good\xe9bad", {}, r"text.txt is not UTF-8: byte 0xe9 at offset 4: convert it"),
         ("short", {"test_fraction": 0.0}, "the train text has 4 tokens, a window needs 9.*context_length than 8"),
+        (" " * 400, {}, "the validation text has no words, only spaces"),
         (PROSE, {"validation_fraction": 0.0003}, "the validation text has 1 tokens, a window needs 2"),
         (
             PROSE,

@@ -73,7 +73,7 @@ def decode_image(content: bytes | NDArray[np.uint8], name: str, channels: int) -
                 image = _upper_bits(np.asarray(image), may_have_fewer=is_deep)
                 if getattr(file, "tag_v2", {}).get(262) == 0:  # white is zero, which Pillow applies to 8 bits only
                     image = ImageOps.invert(image)
-            elif is_deep and 0 < np.asarray(image)[..., :3].max() < 16:
+            elif is_deep and 0 < np.asarray(image.convert("RGB")).max() < 16:
                 raise ValueError("colors of 12 bits or fewer in 16 are not supported: convert it to 8 bits")
         if image.mode in ("I", "F"):
             raise ValueError(f"pixels of mode {image.mode} have no fixed range: convert it to 8 or 16 bits")

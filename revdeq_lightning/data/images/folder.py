@@ -150,6 +150,14 @@ def _split_folders(names: list[str], where: str) -> dict[str, str]:
     if not folders:
         alike = {top: splits_within(top) for top in others if splits_within(top)}
         direct = any(name.partition("/")[0] in alike and name.count("/") == 1 and _is_image(name) for name in names)
+        below: dict[str, set[str | None]] = {}
+        for top, folder in (name.split("/")[:2] for name in names if name.count("/") > 1 and _is_image(name)):
+            below.setdefault(top, set()).add(split_of(folder))
+        if within := [printable(top) for top, splits in sorted(below.items()) if len(splits - {None}) > 1]:
+            raise ValueError(
+                f"{where} has splits within its classes ({', '.join(within[:5])}): move them to train/CLASS, val/CLASS "
+                "and test/CLASS."
+            )
         if len(alike) > 1 and (not direct or (len(alike) == len(others) and len(set.union(*alike.values())) > 1)):
             raise ValueError(
                 f"{where} has folders that look like splits, not like classes ({', '.join(map(printable, alike))}): "

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 SPLITS = ("train", "validation", "test")
 _SYSTEM_NAME = re.compile(
     r"\..*|.+~|~\$.*|@eadir|@tmp|@recycle|@recently-snapshot|[#~]snapshot|#recycle|\$recycle\.bin|lost\+found|"
-    r"system volume information|found\.\d{3}|__macosx|__pycache__|(eh)?thumbs(_vista)?\.db(:.*)?|desktop\.ini|icon\r|"
-    r"network trash folder|temporary items",
+    r"system volume information|found\.\d{3}|__macosx|paxheaders?(\.\d+)?|__pycache__|(eh)?thumbs(_vista)?\.db(:.*)?|"
+    r"desktop\.ini|icon\r|network trash folder|temporary items",
     re.IGNORECASE,
 )
 """Hidden files, backups, and what operating systems and network storage put beside the user's files."""
@@ -221,7 +221,10 @@ def load_huggingface(path: str, name: str | None) -> dict[str, Any]:
                 )
             splits[split] = splits.pop(names[0])
     if "train" not in splits:
-        raise ValueError(f'{path} has the splits {sorted(loaded)}, "train" is not among them.')
+        raise ValueError(
+            f'{path} has the splits {sorted(loaded)}, "train" is not among them: save a copy with that name by '
+            "save_to_disk, and use its folder as path."
+        )
     if not len(splits["train"]):
         raise ValueError(f"the training split of {path} has no rows: use a dataset with rows.")
     return splits

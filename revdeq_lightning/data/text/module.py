@@ -143,7 +143,8 @@ class TextDataModule(AbstractDataModule):
         # Fail here, not at the first evaluation, if a text is too short.
         self._tokens("train", at_least=self.hparams["context_length"] + 1)
         for split in self.splits:
-            self._tokens(split, at_least=2)
+            if self.split_statistics(split).num_words < 1 and split != "train":
+                raise ValueError(f"the {split} text has no words, only spaces, so it has no perplexity: use more text.")
         self._announce()
 
     def found(self) -> dict[str, Any]:

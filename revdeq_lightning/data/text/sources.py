@@ -156,7 +156,10 @@ def _read_huggingface(path: str, name: str | None, fractions: tuple[float, float
             left_out.append(f"the split {split} ({len(part)} rows)")
             continue
         if "text" not in part.column_names:
-            raise ValueError(f'{path} has the columns {part.column_names}, "text" is not among them.')
+            raise ValueError(
+                f'{path} has the columns {part.column_names}, "text" is not among them: save a copy with a column of '
+                "that name by save_to_disk, and use its folder as path."
+            )
         rows = list(part["text"])
         if missing := [row for row, text in enumerate(rows) if text is None]:
             left_out.append(f"{len(missing)} rows of {split} without text, such as row {missing[0]}")
