@@ -10,7 +10,8 @@ from pathlib import Path
 
 from revdeq_lightning import __version__
 from revdeq_lightning.cli.errors import fail, nearest
-from revdeq_lightning.cli.parser import ReadableErrors, call_with_options, given_files
+from revdeq_lightning.cli.option_names import check_options, short_help
+from revdeq_lightning.cli.parser import ReadableErrors, call_with_options, given_files, with_config_of_checkpoint
 from revdeq_lightning.cli.paths import expanded, with_expanded_paths
 from revdeq_lightning.program import program
 
@@ -49,7 +50,7 @@ EXAMPLES = {
     "reasoning fit --config configs/reasoning/mazes.yaml": "train a reasoner",
     "reasoning predict --ckpt_path CHECKPOINT --data.path PUZZLES.npz": "solve puzzles",
     "report RUN [RUN ...]": "curves and figures as a web page",
-    "COMMAND --help": "all options of a command",
+    "COMMAND --help": "all options of a command; --help=all: with their meaning",
 }
 
 
@@ -94,7 +95,11 @@ def main(args: Sequence[str] | None = None) -> None:
             module, name = function
             call = getattr(importlib.import_module(f"revdeq_lightning.cli.{module}"), name)
             print(call_with_options(call, command, options))
+        elif {"-h", "--help"} & set(options):
+            print(short_help(task, subcommand))
         else:
+            options = with_config_of_checkpoint(options)
+            check_options(task, subcommand, options)
             importlib.import_module(f"revdeq_lightning.cli.{TASKS[task]}").run(subcommand, options)
     except KeyboardInterrupt:
         fail("interrupted", code=130)
@@ -102,8 +107,6 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def _report(options: Sequence[str]) -> None:
     import argparse
-
-    from revdeq_lightning.report import write_report
 
     class Parser(ReadableErrors, argparse.ArgumentParser):
         """Errors of one line."""
@@ -116,6 +119,8 @@ def _report(options: Sequence[str]) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, with metrics.csv")
     parser.add_argument("--output", metavar="FILE", help="default: RUN/report.html, or comparison.html above the runs")
     given = parser.parse_args(list(map(expanded, options)))
+    from revdeq_lightning.report import write_report
+
     try:
         print(f"Report in {write_report(given.runs, given.output)}")
     except (ValueError, OSError) as error:

@@ -28,7 +28,7 @@ from revdeq_lightning.checkpoints.io import AtomicCheckpointIO
 from revdeq_lightning.checkpoints.last import LastCheckpoint
 from revdeq_lightning.checkpoints.names import is_sharded_checkpoint
 from revdeq_lightning.cli.errors import fail, run_errors, setting_errors
-from revdeq_lightning.cli.parser import ReadableErrors, with_config_of_checkpoint
+from revdeq_lightning.cli.parser import ReadableErrors
 from revdeq_lightning.cli.paths import with_variables
 from revdeq_lightning.cli.process_end import (
     children_ended,
@@ -346,6 +346,7 @@ def run_command_line(
     command_line: type[AbstractCommandLine], task: type, data: type, subcommand: str, options: Sequence[str]
 ) -> None:
     """Parse and run a command; report what the user can fix in one line."""
+    options = ["--help" if option == "--help=all" else option for option in options]
     quieten_lightning()
     prepare_jsonargparse()
     register_strategies()
@@ -353,7 +354,7 @@ def run_command_line(
         command_line(
             task,
             data,
-            args=[subcommand, *map(with_variables, with_config_of_checkpoint(options))],
+            args=[subcommand, *map(with_variables, options)],
             seed_everything_default=0,
             trainer_defaults={"num_sanity_val_steps": 0, "enable_model_summary": False},
             parser_class=Parser,
