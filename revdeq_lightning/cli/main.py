@@ -76,6 +76,8 @@ def main(args: Sequence[str] | None = None) -> None:
         print(overview())
         sys.exit(0 if arguments else 2)
     subcommand, *options = with_expanded_paths(arguments)
+    wants_names = bool({"-h", "--help"} & set(options))
+    options = ["--help" if option == "--help=all" else option for option in options]
     if subcommand not in SUBCOMMANDS:
         fail(f"unknown command {subcommand!r}{nearest(subcommand, SUBCOMMANDS)}; commands: {', '.join(SUBCOMMANDS)}")
     for path in given_files(options, "--config", "-c"):
@@ -95,7 +97,7 @@ def main(args: Sequence[str] | None = None) -> None:
             module, name = function
             call = getattr(importlib.import_module(f"revdeq_lightning.cli.{module}"), name)
             print(call_with_options(call, command, options))
-        elif {"-h", "--help"} & set(options):
+        elif wants_names:
             print(short_help(task, subcommand))
         else:
             options = with_config_of_checkpoint(options)

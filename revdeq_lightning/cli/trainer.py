@@ -346,7 +346,6 @@ def run_command_line(
     command_line: type[AbstractCommandLine], task: type, data: type, subcommand: str, options: Sequence[str]
 ) -> None:
     """Parse and run a command; report what the user can fix in one line."""
-    options = ["--help" if option == "--help=all" else option for option in options]
     quieten_lightning()
     prepare_jsonargparse()
     register_strategies()
