@@ -75,6 +75,7 @@ def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
 )
 def test_usual_names_of_splits_in_any_case(split, names):
     assert [split_of(name) for name in names.split()] == [split] * len(names.split())
+    assert [split_of(f" {name} ") for name in names.split()] == [split] * len(names.split())
 
 
 def test_names_that_differ_only_in_the_split():

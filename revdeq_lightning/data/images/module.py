@@ -53,10 +53,10 @@ class ImageDataModule(AbstractDataModule):
     Args:
         source: "digits" (scikit-learn's 1,797 gray digits of 8x8 pixels, of which 297 are the test split), "cifar10",
             "cifar100", "folder" or "huggingface".
-        path: For "folder" a folder with `train/CLASS/*` (and `val/CLASS/*`, `test/CLASS/*`) or `CLASS/*`, or a tar
-            archive of one, which is not unpacked. For "huggingface" the dataset, or a local folder with its parquet
-            files or its `save_to_disk` copy. For CIFAR the folder (default: data) with the published archive or its
-            content, or to download it to; or the archive.
+        path: For "folder" a folder with `train/CLASS/*` (and `val/CLASS/*`, `test/CLASS/*`; or `Training`, `dev`, and
+            other usual names) or `CLASS/*`, or a tar archive of one, which is not unpacked. For "huggingface" the
+            dataset, or a local folder with its parquet files or its `save_to_disk` copy. For CIFAR the folder (default:
+            data) with the published archive or its content, or to download it to; or the archive.
         dataset_name: For "huggingface" the configuration.
         image_column: For "huggingface", if there is more than one column of images.
         label_column: For "huggingface", if the choice is ambiguous.

@@ -83,7 +83,7 @@ def printable(name: str) -> str:
 
 def split_of(name: str) -> str | None:
     """The split that a usual name stands for, in any case: "Training", "VAL", "dev", "test_set", ..."""
-    word = re.sub(r"[\W_]*(set|data|split|images?|imgs?)?[\W_]*$", "", name.casefold())
+    word = re.sub(r"^[\W_]+|[\W_]*(set|data|split|images?|imgs?)?[\W_]*$", "", name.casefold())
     return _SPLIT_OF.get(word)
 
 

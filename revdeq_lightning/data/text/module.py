@@ -49,8 +49,9 @@ class TextDataModule(AbstractDataModule):
 
     Args:
         source: "python" (source code of this Python's standard library, about 12 MB), "files" or "huggingface".
-        path: For "files" a text file, a folder, or a list of them, in UTF-8, concatenated. For "huggingface" the
-            dataset (`Salesforce/wikitext`), or a local folder with its parquet files or its `save_to_disk` copy.
+        path: For "files" a text file, a folder, or a list of them, in UTF-8 (or UTF-16 with a byte order mark),
+            concatenated, with a line end between files. For "huggingface" the dataset (`Salesforce/wikitext`), or a
+            local folder with its parquet files or its `save_to_disk` copy.
         dataset_name: For "huggingface" the configuration (`wikitext-103-v1`).
         validation_path: For "files" the validation text. If it or `test_path` is given, the fractions are not used.
         test_path: For "files" the test text.
