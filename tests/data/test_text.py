@@ -543,13 +543,23 @@ def test_rows_that_are_no_texts_are_told(module, tmp_path, rows, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_dataset_that_cannot_be_read_is_told(module, tmp_path):
+    for name, content in {"table.parquet": b"PAR1", "text.txt": b"\xff"}.items():
+        folder = tmp_path / name.partition(".")[0]
+        folder.mkdir()
+        (folder / name).write_bytes(content)
+        with pytest.raises(ValueError, match=r"cannot read the dataset \S+ \(.*\): check its files") as error:
+            module(source="huggingface", path=str(folder)).setup("fit")
+        assert "\n" not in str(error.value)
+
+
 def test_missing_rows_and_unused_splits_are_left_out_and_told(module, tmp_path):
     rows = ["one two three"] * 3
     parts = {"Train": [*rows, None, *rows, None], "valid": rows, "testing": [], "extra": rows}
     parts = {name: datasets.Dataset.from_dict({"text": texts}) for name, texts in parts.items()}
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "rows")
     data = module(source="huggingface", path=str(tmp_path / "rows"))
-    left_out = ["2 rows of train without text, such as row 3", "the split extra (3 rows)", "the split test (0 rows)"]
+    left_out = ["2 row(s) of train without text, such as row 3", "the split extra (3 rows)", "the split test (0 rows)"]
     with pytest.warns(UserWarning, match=re.escape("left out: ")):
         data.setup("fit")
     assert {split: split_text(data, split) for split in data.splits} == {

@@ -143,7 +143,8 @@ def read_text(path: Path) -> str:
     elif 0 in data:
         advice = "it seems to be binary data: use text files only"
     else:
-        advice = f"convert it: if it is Latin-1, with `iconv -f ISO-8859-1 -t UTF-8 {file} > NEW_FILE`"
+        convert = f"iconv -f WINDOWS-1252 -t UTF-8 {file} > NEW_FILE"
+        advice = f"convert it from its encoding, for example with `{convert}` if it is Western European"
     raise ValueError(f"{path} is not {encoding.removesuffix('-sig')}: {fault}: {advice}.")
 
 
@@ -206,11 +207,9 @@ def load_huggingface(path: str, name: str | None) -> dict[str, Any]:
                 "its save_to_disk copy, set HF_HUB_OFFLINE=1 if it was downloaded before, or use the embedded data, "
                 "which needs no network."
             ) from None
-        except datasets.exceptions.DatasetGenerationError as error:
-            reason = str(error.__cause__ or error).partition("\n")[0]
-            raise ValueError(
-                f"cannot read the dataset {path} ({reason}): check its files, or load a new copy."
-            ) from None
+        except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
+            reason = " ".join(str(error.__cause__ or error).split())
+            raise ValueError(f"cannot read the dataset {path} ({reason}): check its files and dataset_name.") from None
     splits = dict(loaded)
     for split in SPLITS:
         if split not in splits and (names := [name for name in loaded if split_of(name) == split]):

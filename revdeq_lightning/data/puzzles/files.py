@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from revdeq_lightning.data.loading.files import hub_is_reachable
+from revdeq_lightning.data.loading.files import hub_is_reachable, split_of
 from revdeq_lightning.data.loading.sampler import IGNORE_INDEX
 
 Arrays = tuple[NDArray[np.int64], NDArray[np.int64]]
@@ -70,7 +70,8 @@ def read_sudoku_tables(path: str, most: Mapping[str, int | None]) -> dict[str, A
 def _table(path: str, split: str) -> Path | None:
     name, folder = f"{split}.csv", Path(path)
     if folder.is_dir():
-        return folder / name if (folder / name).is_file() else None
+        tables = sorted(file for file in folder.iterdir() if file.suffix.lower() == ".csv")
+        return next((file for file in tables if split_of(file.stem) == split), None)
     from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 

@@ -162,7 +162,7 @@ def _read_huggingface(path: str, name: str | None, fractions: tuple[float, float
             )
         rows = list(part["text"])
         if missing := [row for row, text in enumerate(rows) if text is None]:
-            left_out.append(f"{len(missing)} rows of {split} without text, such as row {missing[0]}")
+            left_out.append(f"{len(missing)} row(s) of {split} without text, such as row {missing[0]}")
         for row, text in enumerate(rows):
             if not isinstance(text, str | None):
                 raise ValueError(
