@@ -3,6 +3,7 @@
 import shlex
 import shutil
 import sys
+import unicodedata
 from contextlib import suppress
 from pathlib import Path
 
@@ -21,8 +22,16 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
+def printable(text: str) -> str:
+    """The text with replaced control characters, which untrained models write and terminals obey."""
+    text = text.replace("\r\n", "\n")
+    return "".join("\ufffd" if unicodedata.category(c) == "Cc" and c not in "\n\t" else c for c in text)
+
+
 def _typed(path: Path, name: str) -> str:
     """Its name alone if the shell finds it there; otherwise with its path, shortened in the current folder."""
     if shutil.which(name) == str(path):
         return name
-    return shlex.quote(str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path))
+    if path.parent != Path.cwd() and path.is_relative_to(Path.cwd()):
+        path = path.relative_to(Path.cwd())
+    return shlex.quote(str(path))

@@ -12,6 +12,7 @@ from revdeq_lightning.equilibrium.validation import require_count
 from revdeq_lightning.loggers.media import log_picture, log_table, step_of
 from revdeq_lightning.loggers.pictures import ClassifiedImage, classified_images, draw_sheet
 from revdeq_lightning.loggers.step_rows import append_rows, read_rows, rewind_rows
+from revdeq_lightning.program import printable
 from revdeq_lightning.runs.random_state import untouched_random_state
 
 
@@ -125,7 +126,7 @@ class ImageSamples(AbstractSamples):
 
 def write_readably(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """The samples as a text; no file where there are none."""
-    texts = [f"--- after step {row['step'] + 1}\n{row['prompt']}{row['text']}\n" for row in rows]
+    texts = [f"--- after step {row['step'] + 1}\n{printable(row['prompt'] + row['text'])}\n" for row in rows]
     if texts:
         path.write_text("\n".join(texts), encoding="utf-8")
     else:

@@ -13,6 +13,7 @@ from revdeq_lightning.cli.inference import check_output, load_language_model
 from revdeq_lightning.cli.trainer import AbstractCommandLine, run_command_line
 from revdeq_lightning.data.text.module import TextDataModule
 from revdeq_lightning.models.generation import continue_text
+from revdeq_lightning.program import printable
 from revdeq_lightning.runs.folder import LanguageRunConfig
 from revdeq_lightning.tasks.language_modeling import LanguageModelingTask
 
@@ -51,7 +52,7 @@ class LanguageCommandLine(AbstractCommandLine):
             model, tokenizer = load_language_model(checkpoint)
             sampling: Any = {"max_new_tokens": run.sample_tokens, "temperature": run.sample_temperature}
             text = continue_text(model, tokenizer, run.sample_prompt, **sampling)
-            print(f"\nSample ({run.sample_tokens} tokens, temperature {run.sample_temperature}):\n\n{text}")
+            print(f"\nSample ({run.sample_tokens} tokens, temperature {run.sample_temperature}):\n\n{printable(text)}")
 
     def predict(self, **kwargs: Any) -> None:
         """Write the nats of every token of the test text, in order, to a file."""

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from revdeq_lightning import __version__
 from revdeq_lightning.cli.errors import fail, nearest
-from revdeq_lightning.cli.option_names import check_options, short_help
+from revdeq_lightning.cli.option_names import check_arguments, check_options, short_help
 from revdeq_lightning.cli.parser import ReadableErrors, call_with_options, given_files, with_config_of_checkpoint
 from revdeq_lightning.cli.paths import expanded, with_expanded_paths
-from revdeq_lightning.program import program
+from revdeq_lightning.program import printable, program
 
 SUBCOMMANDS = {
     "fit": "train a model",
@@ -95,8 +95,9 @@ def main(args: Sequence[str] | None = None) -> None:
             fail(f"generate is a command of language models, not of {task!r}")
         elif function := FUNCTIONS.get(command):
             module, name = function
+            check_arguments(module, name, options)
             call = getattr(importlib.import_module(f"revdeq_lightning.cli.{module}"), name)
-            print(call_with_options(call, command, options))
+            print(printable(call_with_options(call, command, options)))
         elif wants_names:
             print(short_help(task, subcommand))
         else:

@@ -90,6 +90,17 @@ def check_options(task: str, subcommand: str, options: Sequence[str]) -> None:
                 fail(f"{path} has an unknown setting: {name}{_advice(task, subcommand, name)}")
 
 
+def check_arguments(module: str, function: str, options: Sequence[str]) -> None:
+    """Fail if the command line has a name that is no argument of a command's function in `cli`."""
+    tree = ast.parse((PACKAGE / f"cli/{module}.py").read_text(encoding="utf-8"))
+    node = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function)
+    names = [argument.arg for argument in node.args.args]
+    for option in options:
+        name = option.removeprefix("--").split("=")[0]
+        if option.startswith("--") and name.split(".")[0] not in (*names, "help", "config", "print_config"):
+            fail(f"unrecognized arguments: {option}{nearest(name, names)}")
+
+
 def _is_known(task: str, name: str) -> bool:
     groups, parts = option_groups(task), name.split(".")
     if len(parts) == 1:

@@ -44,6 +44,7 @@ PANELS = (
         scale="log",
     ),
     Panel("spectral radius of df/dz", {"equilibrium/spectral_radius": ""}, mark=1),
+    Panel("learning rate", {"train/lr": "AdamW", "train/muon_lr": "Muon"}),
     Panel("peak memory [MiB]", {"system/peak_memory_bytes": ""}, factor=2**-20),
     Panel("{unit}s a second", {f"system/{item}_per_second": item for item in UNITS}),
     Panel("seconds a step", SECONDS, ("system/seconds_per_step",)),

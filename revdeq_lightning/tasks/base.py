@@ -123,6 +123,12 @@ class AbstractTask(LightningModule):
     def _log_figures(self, split: str) -> None:
         """Log the metrics of a complete split."""
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Log the learning rates of this step: `train/lr` of AdamW and, with Muon, `train/muon_lr`."""
+        groups = self.trainer.optimizers[0].param_groups  # embeddings, whose rate may differ, come first
+        rates = {"train/muon_lr" if "momentum" in group else "train/lr": group["lr"] for group in groups}
+        self.log_dict({name: torch.tensor(rate) for name, rate in rates.items()})  # on the host, without a wait
+
     def validation_step(self, batch: Any, batch_idx: int) -> Any:
         return self._add_to("val", self.as_batch(batch))
 

@@ -49,6 +49,8 @@ def test_every_configuration_passes(path):
         ("fit --modle.network.d_model=3", "(did you mean model.network.d_model?)"),
         ("fit --data.image_size=32", "is of the task image: use python -m revdeq_lightning image fit"),
         ("image fit --config configs/lm/default.yaml", "is of the task lm: use python -m revdeq_lightning lm fit"),
+        ("generate --promt=x", "unrecognized arguments: --promt=x (did you mean prompt?)"),
+        ("image predict --imagse x", "unrecognized arguments: --imagse (did you mean images?)"),
         ("report --outputt x RUN", "unrecognized arguments: --outputt"),
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from revdeq_lightning.loggers.progress import RunProgress
-from revdeq_lightning.program import say
+from revdeq_lightning.program import printable, program, say
 from revdeq_lightning.runs.output import LastingFile
 from tests.helpers.runs import run, tiny_config
 
@@ -121,3 +121,27 @@ def test_a_run_whose_reader_goes_away_trains_to_its_end(tmp_path):
     folder = tmp_path / "runs/tiny/v"
     assert (folder / "report.html").is_file()
     run("test", "--ckpt_path", folder / "checkpoints" / "last.ckpt")
+
+
+def test_printed_samples_hold_no_control_characters():
+    shown = "a\n\t\u00e9\U0001f600\u200d"
+    assert printable(shown) == shown
+    assert printable("a\r\nb") == "a\nb"
+    for control in (*range(0x20), *range(0x7F, 0xA0)):
+        if chr(control) not in "\n\t":
+            assert printable(f"a{chr(control)}b") == "a\ufffdb"
+
+
+def test_commands_name_the_interpreter_in_use(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["revdeq_lightning/__main__.py"])
+    python = tmp_path / "python"
+    python.write_text("")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert program() == f"{python} -m revdeq_lightning"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert program() == "python -m revdeq_lightning"
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.chdir(tmp_path.parent)
+    assert program() == f"{tmp_path.name}/python -m revdeq_lightning"

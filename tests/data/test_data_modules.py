@@ -127,3 +127,9 @@ def test_an_unreachable_hub_is_reported_within_seconds(tmp_path, monkeypatch, us
     with pytest.raises(ConnectionError, match=message):
         use()
     assert time.monotonic() - start < 8
+
+
+def test_errors_of_the_cache_folder_name_the_setting(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"cache_dir=.*file/x cannot be written to: Not a directory; set data.cache_dir"):
+        TextDataModule(cache_dir=str(tmp_path / "file/x")).setup("fit")

@@ -5,7 +5,8 @@ import os
 import secrets
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,14 +60,32 @@ def load_or_build(path: Path, build: Callable[[], tuple[dict[str, NDArray[Any]],
         build: Returns the arrays (uint8, uint16, uint32, or int64) and JSON-serializable metadata.
     """
     if (cache := _read(path)) is None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):
+        with ExitStack() as stack:
+            with _written_to(path.parent):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(FileLock(f"{path}.lock"))
             if (cache := _read(path, quiet=True)) is None:
-                _write(path, *build())
+                content = build()
+                with _written_to(path.parent):
+                    _write(path, *content)
                 cache = _read(path)
     if cache is None:
         raise OSError(f"{path} cannot be read back after writing: check the disk, or set cache_dir to a different one.")
     return cache
+
+
+@contextmanager
+def _written_to(folder: Path) -> Iterator[None]:
+    """Name the setting in errors."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(
+            f"cache_dir={folder} cannot be written to: {reason}; set data.cache_dir to another folder"
+        ) from None
 
 
 def _write(path: Path, arrays: dict[str, NDArray[Any]], metadata: dict[str, Any]) -> None:
