@@ -256,3 +256,20 @@ def test_tables_of_sudokus_are_read(tmp_path):
     assert len(test[0]) == 3
     few = data(tmp_path / "cache", puzzle="sudoku", size=9, path=str(tmp_path), validation_fraction=0.0, num_train=2)
     assert len(few._prepared()["train"][0][0]) == 2
+
+
+def test_tables_of_sudokus_are_utf8_under_any_usual_name(tmp_path):
+    puzzle = make_sudoku(Draws(7), 9, 40)
+    question, answer = ("".join(map(str, array.ravel())) for array in puzzle)
+    lines = f"question,answer\n{question},{answer}\n"
+    for name in ("Training.csv", "TEST.CSV"):
+        (tmp_path / name).write_text(lines, encoding="utf-8-sig")
+    settings = {"puzzle": "sudoku", "size": 9, "path": str(tmp_path), "validation_fraction": 0.0}
+    assert data(tmp_path / "cache", **settings).found() == {"puzzles": {"train": 1, "test": 1}}
+    for content, message in (
+        (lines.encode("utf-16"), r"TEST.CSV is not a table in UTF-8 \(.*\): save it as CSV in UTF-8"),
+        (f"question,answer\n{question}\n".encode(), "a Sudoku must have 81 characters, got ''"),
+    ):
+        (tmp_path / "TEST.CSV").write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            data(tmp_path / "cache", **settings).setup("fit")
