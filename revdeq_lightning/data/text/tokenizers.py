@@ -15,6 +15,7 @@ from typing_extensions import override
 from revdeq_lightning.data.loading.files import content_key, hub_is_reachable, read_text
 
 TOKENIZERS = ("bytes", "characters", "bpe", "gpt2")
+_PATH_FORMAT = 2  # 1 encoded with the truncation, padding, and stripped spaces of the file
 _GPT2_REPOSITORY = "openai-community/gpt2"
 
 
@@ -211,7 +212,8 @@ def tokenizer_key(name: str) -> str:
         return name
     path = Path(name)
     files = [path] if path.is_file() else [path / file for file in ("tokenizer.json", "vocab.json", "merges.txt")]
-    return content_key(path.parent, (str(file.relative_to(path.parent)) for file in files if file.is_file()))
+    names = (str(file.relative_to(path.parent)) for file in files if file.is_file())
+    return f"{content_key(path.parent, names)}:{_PATH_FORMAT}"
 
 
 def _download_gpt2() -> str:
