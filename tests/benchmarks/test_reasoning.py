@@ -1,9 +1,12 @@
 """The comparison of gradients on mazes: its competitors, its table, and the memory of a step."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+import torch.nn.functional as F
 
-from benchmarks.quality import __main__ as quality, mazes, reasoning, reasoning_memory
+from benchmarks.quality import __main__ as quality, mazes, puzzles, reasoning, reasoning_memory
 from benchmarks.quality.budget import settings_of
 from benchmarks.quality.mazes import EXACT, LAST, ONE_STEP, PAPER, STACK, STORED, THIN_STACK
 from benchmarks.quality.training import read
@@ -77,3 +80,28 @@ def test_memory_of_the_exact_gradient_is_flat_and_that_of_bptt_is_not():
     assert all(requirement.is_met for requirement in reasoning_memory.judge(rows))
     growing = [row | {"bytes": row["bytes"] * row["evaluations"]} for row in rows]
     assert not any(requirement.is_met for requirement in reasoning_memory.judge(growing))
+
+
+class Adder(torch.nn.Linear):
+    """A model of prefix sums that needs one evaluation a bit, and is right up to some length."""
+
+    longest = 4096
+
+    def steps_for(self, shape):
+        return shape[0]
+
+    def forward(self, inputs, max_steps):
+        assert max_steps == inputs.shape[1]
+        right = inputs.cumsum(1) % 2 if inputs.shape[1] <= self.longest else inputs
+        return SimpleNamespace(logits=F.one_hot(right, 2).movedim(-1, 1))
+
+
+@pytest.mark.parametrize(("longest", "code"), [(4096, 0), (128, 1)])
+def test_strings_are_judged_by_their_lengths(tmp_path, monkeypatch, longest, code):
+    monkeypatch.setattr(Adder, "longest", longest)
+    monkeypatch.setattr(puzzles, "load_reasoner", lambda path: (Adder(1, 1), {"puzzle": "prefix_sums", "size": 32}))
+    assert puzzles.main(["--checkpoint", "a", "b", "--output", str(tmp_path)]) == code
+    solved = {(row["seed"], row["size"]): float(row["solved"]) for row in read(tmp_path / "puzzles.csv")}
+    assert solved == {
+        (seed, size): float(int(size) <= longest) for seed in "01" for size in ("32", "128", "512", "4096")
+    }
