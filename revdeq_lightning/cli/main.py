@@ -3,12 +3,14 @@
 Lightning is imported only where a command needs it, so that help and early errors are immediate.
 """
 
+import errno
 import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from revdeq_lightning import __version__
+from revdeq_lightning.checkpoints.names import CHECKPOINTS
 from revdeq_lightning.cli.errors import fail, nearest
 from revdeq_lightning.cli.option_names import check_arguments, check_options, short_help
 from revdeq_lightning.cli.parser import ReadableErrors, call_with_options, given_files, with_config_of_checkpoint
@@ -87,6 +89,10 @@ def main(args: Sequence[str] | None = None) -> None:
     for path in given_files(options, "--ckpt_path"):
         if str(path) not in ("last", "best") and not path.exists():
             fail(f"no checkpoint {path}")
+        if (path / CHECKPOINTS).is_dir():
+            fail(f"{path} is the folder of a run: set --ckpt_path to a file in {path / CHECKPOINTS}")
+        if path.suffix == ".safetensors" and subcommand in ("fit", "validate", "test"):
+            fail(f"{path} holds weights alone, as `export` writes them: use a checkpoint in RUN/{CHECKPOINTS}")
     command = f"{task} predict" if subcommand == "predict" else subcommand
     try:
         if subcommand == "report":
@@ -127,4 +133,5 @@ def _report(options: Sequence[str]) -> None:
     try:
         print(f"Report in {write_report(given.runs, given.output)}")
     except (ValueError, OSError) as error:
-        fail(str(error))
+        is_refused = isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS
+        fail(f"{error}{'; choose another --output' if is_refused else ''}")

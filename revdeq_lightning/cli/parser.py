@@ -74,7 +74,7 @@ def _require_device(name: str) -> None:
     import torch
 
     try:
-        torch.empty(0, device=name)
+        torch.empty(1, device=name).item()
     except (RuntimeError, AssertionError) as error:  # PyTorch without CUDA asserts
         fail(f"--device={name} cannot be used ({str(error).splitlines()[0]}): choose another, for example cpu")
 

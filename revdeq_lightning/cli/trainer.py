@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 from lightning import Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     EMAWeightAveraging,
@@ -199,7 +200,11 @@ class AbstractCommandLine(LightningCLI):
                 callbacks.append(WandbCheckpoints(run.checkpoints))
         self.trainer_defaults = {"callbacks": callbacks}
         kwargs["plugins"] = [*as_list(settings.get("plugins")), AtomicCheckpointIO(errors="warn")]
-        trainer = super().instantiate_trainer(logger=loggers or False, **kwargs)
+        try:
+            trainer = super().instantiate_trainer(logger=loggers or False, **kwargs)
+        except MisconfigurationException as error:
+            given = ", ".join(f"{name}={settings.get(name)}" for name in ("accelerator", "devices", "strategy"))
+            raise MisconfigurationException(f"trainer ({given}): {error}") from None
         require_meeting_place(trainer)
         return trainer
 

@@ -5,6 +5,7 @@ import signal
 
 import numpy as np
 import pytest
+import torch
 
 from revdeq_lightning.tasks.language_modeling import LanguageModelingTask
 from tests.helpers.runs import run, tiny_config
@@ -66,12 +67,22 @@ def test_exported_weights_are_no_checkpoint_of_a_run(checkpoint, tmp_path, capsy
     weights = tmp_path / "w.safetensors"
     run("export", "--ckpt_path", checkpoint, "--output", weights)
     config = tiny_config(tmp_path)
+    told = error(capsys, command, "--ckpt_path", weights)
+    assert told == f"error: {weights} holds weights alone, as `export` writes them: use a checkpoint in RUN/checkpoints"
+    weights = tmp_path / "w.ckpt"
+    torch.save({"w": torch.zeros(1)}, weights)
     told = error(capsys, command, "--config", config, "--ckpt_path", weights, code=1 if command == "fit" else 2)
     assert told.startswith(f"error: {weights} is not the checkpoint of a training run but weights alone")
 
 
+def test_the_folder_of_a_run_is_no_checkpoint(checkpoint, capsys):
+    folder = checkpoint.parent.parent
+    told = error(capsys, "fit", "--ckpt_path", folder)
+    assert told == f"error: {folder} is the folder of a run: set --ckpt_path to a file in {folder}/checkpoints"
+
+
 def test_a_device_that_is_missing_is_told(checkpoint, capsys):
-    for device in ("cuda:97", "gpu"):
+    for device in ("cuda:97", "gpu", "meta"):
         told = error(capsys, "generate", "--ckpt_path", checkpoint, "--device", device)
         assert told.startswith(f"error: --device={device} cannot be used (")
         assert told.endswith("choose another, for example cpu")

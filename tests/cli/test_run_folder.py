@@ -48,7 +48,7 @@ def checkpoint(folder: Path) -> dict:
         ("--data.tokenizer=bytes", "does not fit this model"),
         ("--trainer.max_steps=-2", "max_steps"),
         ("--data.path=/nowhere", "nowhere"),
-        ("--trainer.accelerator=gpu", "gpu"),
+        ("--trainer.accelerator=gpu", "trainer (accelerator=gpu, "),
     ],
 )
 def test_a_refused_resumption_changes_no_file_of_the_run(trained, capsys, change, reason):
