@@ -24,7 +24,7 @@ from benchmarks.requirements import Requirement
 from revdeq_lightning.cli.inference import load_reasoner
 from revdeq_lightning.data.puzzles.module import build_kind, make_puzzle
 
-STRINGS = {32: 500, 128: 500, 512: 200, 4096: 100}
+STRINGS = {32: 500, 128: 500, 512: 200, 4096: 20}
 REQUIRED_OF_STRINGS = {512: 1.0, 4096: 0.99}
 NUM_SUDOKUS, REQUIRED_OF_SUDOKUS = 500, 0.995
 
