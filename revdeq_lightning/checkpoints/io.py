@@ -48,7 +48,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise CheckpointError(f"{path} is a sharded checkpoint (a folder): load it with EquilibriumFSDP2")
         try:
             content = read_checkpoint(path, map_location)
-            if not {"state_dict", "pytorch-lightning_version"} <= content.keys():
+            is_result = Path(path).name == ".temp.ckpt"  # the weights that Lightning's forked processes return
+            if not is_result and not {"state_dict", "pytorch-lightning_version"} <= content.keys():
                 raise CheckpointError(
                     f"{path} is not the checkpoint of a training run but weights alone, as `export` writes them, or"
                     " another file: use one in RUN/checkpoints"
