@@ -9,8 +9,7 @@ from lightning import LightningModule, Trainer
 from torch import Tensor
 
 from revdeq_lightning.callbacks.abstract import AbstractWatching
-from revdeq_lightning.equilibrium import AbstractSolver, SolverStats
-from revdeq_lightning.equilibrium.layer import solvers_of
+from revdeq_lightning.equilibrium import AbstractSolver, SolverStats, equilibria
 from revdeq_lightning.loggers.media import log_histogram
 from revdeq_lightning.tasks.training_step import is_logging_step
 
@@ -51,7 +50,7 @@ class FunctionEvaluations(AbstractWatching):
             return
         self.total_forward_nfe += sum(s.forward_nfe for s in stats)
         self.total_backward_nfe += sum(s.backward_nfe or 0 for s in stats)
-        for i, (solver, s) in enumerate(zip(solvers_of(pl_module, len(stats)), stats, strict=False), 1):
+        for i, (solver, s) in enumerate(zip(_solvers(pl_module, len(stats)), stats, strict=False), 1):
             if s.converged is not None:
                 self._count_samples("" if len(stats) == 1 else f"{i}/", solver, s)
         if not is_logging_step(trainer):
@@ -82,6 +81,14 @@ class FunctionEvaluations(AbstractWatching):
             counts = torch.nn.functional.pad(counts, (0, solver.max_steps + 1 - len(counts)))
         steps = torch.arange(len(counts), device=counts.device)
         self._counts[name] = counts + (stats.num_steps[:, None] == steps).sum(0), solver
+
+
+def _solvers(pl_module: LightningModule, num_solves: int) -> list[AbstractSolver]:
+    """The solver of each solve of a step; none if the layers are not called once each."""
+    solvers = [layer.solver for layer in equilibria(pl_module)]
+    if len(solvers) == 1:
+        return solvers * num_solves
+    return solvers if len(solvers) == num_solves else []
 
 
 def _figures(stats: Sequence[SolverStats]) -> dict[str, Any]:

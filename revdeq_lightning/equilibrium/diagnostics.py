@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from .adjoints.backprop import BackpropAdjoint
 from .adjoints.base import AbstractAdjoint
-from .function import EquilibriumFunction, evaluate_recorded, named_parameters, vector_jacobian_products
+from .function import EquilibriumFunction, evaluate_recorded, modules, vector_jacobian_products
 from .norms import Leaves, Map, join, scaled
 from .solve import solve_fixed_point
 from .solvers.base import AbstractSolver
@@ -149,7 +149,8 @@ def _gradient(
             f = copy.deepcopy(cast(nn.Module, f)).to(dtype)
             z0, x = (tree_map(lambda leaf: leaf.to(dtype) if _is_floating(leaf) else leaf, tree) for tree in (z0, x))
         leaves = {f"x[{i}]": leaf.requires_grad_() for i, leaf in enumerate(tree_leaves(x)) if _is_floating(leaf)}
-        sources = {name: p for name, p in named_parameters(f).items() if p.requires_grad} | leaves
+        own = f.named_parameters() if isinstance(f, nn.Module) else ()
+        sources = {name: p for name, p in own if p.requires_grad} | leaves
         if not sources:
             return {}
         value = tree_leaves(solve_fixed_point(f, z0, x, solver=solver, adjoint=adjoint).value)
@@ -192,8 +193,7 @@ def _norm(leaves: Leaves, per_sample: bool) -> Tensor:
 @contextlib.contextmanager
 def _aside(f: Map, z: Any) -> Iterator[None]:
     """Autograd records, wherever this is called; random state and buffers are afterwards what they were."""
-    modules = f.modules() if isinstance(f, nn.Module) else ()
-    buffers = [(m, name, b, b.clone()) for m in modules for name, b in m._buffers.items() if b is not None]
+    buffers = [(m, name, b, b.clone()) for m in modules(f) for name, b in m._buffers.items() if b is not None]
     devices = {leaf.device for leaf in tree_leaves(z) if leaf.device.type == "cuda"}
     with torch.random.fork_rng(devices=list(devices)):
         try:

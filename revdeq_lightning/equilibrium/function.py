@@ -1,15 +1,20 @@
 """f as the solvers see it: on leaves instead of pytrees, checked, counted, and the same function at every call."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
+from threading import RLock, get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils import parametrize
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
 
+from ..state import Place, counting, exchanged, parameter_places, versions
+from ..transforms import has_numbers, is_functorch
 from .norms import Leaves, Map
-from .weights import ComputedWeights
 
 
 class EquilibriumFunction:
@@ -18,41 +23,66 @@ class EquilibriumFunction:
     * One random state: every call draws the same numbers (one dropout mask), in the backward pass too.
     * The autocast state of the forward pass holds in every call. Under autocast the result may be of lower precision
       than the state, and is cast back; otherwise a changed shape, dtype or device is an error.
-    * Weights that f computes from its parameters are computed once (in a compiled f, with every call).
+    * Weights that f computes from its parameters are computed once (in a compiled f, with every call), which also keeps
+      spectral normalization in training mode, whose estimate moves with every access, the same map.
+    * f may work in place on z: it then gets copies. On x that is an error.
     * `nfe` counts the calls.
     """
 
     def __init__(self, f: Map, z_leaves: Sequence[Tensor], z_spec: TreeSpec, x: Any) -> None:
         self.f, self.z_spec = f, z_spec
         self.x, self.x_spec = tree_flatten(x)
+        if any(isinstance(module, LazyModuleMixin) and module.has_uninitialized_params() for module in modules(f)):
+            with torch.no_grad():
+                f(tree_unflatten(z_leaves, z_spec), x)  # gives them their shapes
         self.expected = [_kind(z) for z in z_leaves]
         device = z_leaves[0].device
         self.device_type = device.type
         self.autocast_enabled = torch.is_autocast_enabled(device.type)
         self.autocast_dtype = torch.get_autocast_dtype(device.type)
         self.randomness = _Randomness(device)
-        self.weights = ComputedWeights(None if is_compiled(f) else f)
+        self.parameters: list[tuple[Place, Tensor]] = []  # in place of f's own
+        is_eager = not is_compiled(f)  # otherwise f would also be compiled for copies of z
+        self.overwrites_z: bool | None = None if is_eager else False  # None: the first call shows
+        self.computing = [m for m in modules(f) if is_eager and isinstance(m, parametrize.ParametrizationList)]
+        with _LOCK:  # while no other thread has its own tensors there
+            self.places = parameter_places(modules(f))
+            self.weights: list[Tensor] = [module() for module in self.computing]
         self.nfe = 0
 
     def __call__(self, z: Leaves) -> Leaves:
         """Evaluate f once."""
         self.nfe += 1
-        z_tree, x_tree = tree_unflatten(z, self.z_spec), tree_unflatten(self.x, self.x_spec)
-        with self._autocast(), self.weights.in_place(), self.randomness.same_draws():
-            value = self.f(z_tree, x_tree)
+        x = self.x
+        if is_uncounted := is_functorch():
+            x = tree_map_only(Tensor, torch.clone, x)
+        if is_uncounted or self.overwrites_z is not False:
+            z = [leaf.clone() for leaf in z]
+        if torch.is_inference_mode_enabled():
+            z, x = tree_map_only(Tensor, counting, (z, x))
+        before = versions(z), versions(x)
+        exchanges = [*self.parameters, *self._weights_in_place()]
+        may_interfere = exchanges or self.randomness.may_be_drawn or torch.is_grad_enabled()
+        alone = _LOCK if may_interfere else contextlib.nullcontext()
+        with self._autocast(), alone, exchanged(exchanges), self.randomness.same_draws():
+            value = self.f(tree_unflatten(z, self.z_spec), tree_unflatten(x, self.x_spec))
+        is_overwritten = not is_uncounted and versions(z) != before[0]
+        if (is_overwritten and self.overwrites_z is False) or (not is_uncounted and versions(x) != before[1]):
+            raise RuntimeError(
+                f"f changes its {'z' if is_overwritten else 'x'} in place (evaluation {self.nfe}), which later ones"
+                " need: use inplace=False in its modules, or let f work on a copy, x.clone()"
+            )
+        self.overwrites_z = is_overwritten or bool(self.overwrites_z)
         leaves, spec = tree_flatten(value)
         if spec != self.z_spec:
             raise ValueError(f"f must return the structure of the state, {self.z_spec}; it returned {spec}")
         return [self._checked(leaf, i) for i, leaf in enumerate(leaves)]
 
-    def run_with(self, x: list[Any], parameters: dict[str, Tensor], weights: Leaves, run: Callable[[], Any]) -> Any:
-        """`run()` with these leaves of x, parameters of f, and weights that f computes, in place of its own."""
-        own = self.x, self.weights.values
-        self.x, self.weights.values = x, weights
-        try:
-            return call_with_parameters(self.f, parameters, run)
-        finally:
-            self.x, self.weights.values = own
+    def _weights_in_place(self) -> list[tuple[Place, Any]]:
+        own = zip(self.computing, self.weights, strict=True)
+        forwards = [((vars(m), "forward"), partial(_computed, get_ident(), m, weight)) for m, weight in own]
+        # Under `parametrize.cached()` a weight made under no_grad would be handed to a later call.
+        return [((vars(parametrize), "_cache"), {}), *forwards] if forwards else []
 
     def _checked(self, leaf: Any, i: int) -> Tensor:
         if not isinstance(leaf, Tensor):
@@ -76,6 +106,15 @@ class EquilibriumFunction:
         return torch.autocast(self.device_type, self.autocast_dtype, self.autocast_enabled, cache_enabled=cache)
 
 
+_LOCK = RLock()
+"""Threads may share f: where its weights are exchanged or random numbers rewound, they wait for one another."""
+
+
+def _computed(thread: int, module: nn.Module, weight: Tensor) -> Tensor:
+    """What a parametrized weight is: in other threads, as ever."""
+    return weight if get_ident() == thread else type(module).forward(module)
+
+
 def _kind(tensor: Tensor) -> dict[str, Any]:
     return {"shape": tuple(tensor.shape), "dtype": tensor.dtype, "device": tensor.device}
 
@@ -86,7 +125,7 @@ class _Randomness:
     def __init__(self, device: torch.device) -> None:
         self.devices = [device] if device.type == "cuda" else []
         self.start: list[Tensor] | None = None
-        self.is_drawn = False
+        self.may_be_drawn = True
 
     def _states(self) -> list[Tensor]:
         """Generator states of the CPU and of the state's device."""
@@ -94,45 +133,31 @@ class _Randomness:
 
     @contextlib.contextmanager
     def same_draws(self) -> Iterator[None]:
-        """Around a call of f: the first one shows whether f draws at all; only then are the later ones rewound."""
+        """Around a call of f: the first shows whether f draws; if so, later ones are rewound, and leave no trace."""
         if self.start is None:
             self.start = self._states()
             yield
-            self.is_drawn = any(not torch.equal(a, b) for a, b in zip(self.start, self._states(), strict=True))
+            pairs = zip(self.start, self._states(), strict=True)
+            self.may_be_drawn = has_numbers(torch.empty(0)) and any(not torch.equal(a, b) for a, b in pairs)
             return
-        if self.is_drawn:
-            torch.set_rng_state(self.start[0])
-            for device, state in zip(self.devices, self.start[1:], strict=True):
-                torch.cuda.set_rng_state(state, device)
-        yield
-
-    def untouched(self) -> contextlib.AbstractContextManager[None]:
-        """Around a backward pass: the generators are afterwards where they were."""
-        return torch.random.fork_rng(self.devices, enabled=self.is_drawn)
+        with torch.random.fork_rng(self.devices, enabled=self.may_be_drawn):
+            if self.may_be_drawn:
+                torch.set_rng_state(self.start[0])
+                for device, state in zip(self.devices, self.start[1:], strict=True):
+                    torch.cuda.set_rng_state(state, device)
+            yield
 
 
-def named_parameters(f: Map) -> dict[str, Tensor]:
-    """Parameters of f by name; empty if f is no module."""
-    return dict(f.named_parameters()) if isinstance(f, nn.Module) else {}
+def modules(f: Map) -> list[nn.Module]:
+    """All modules of f; none if f is no module."""
+    return list(f.modules()) if isinstance(f, nn.Module) else []
 
 
 def is_compiled(f: Map) -> bool:
     """Whether torch.compile was applied to f or to a part of it."""
-    if hasattr(f, "_torchdynamo_orig_callable"):
-        return True
-    return isinstance(f, nn.Module) and any(
-        hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in f.modules()
+    return hasattr(f, "_torchdynamo_orig_callable") or any(
+        hasattr(module, "_orig_mod") or module._compiled_call_impl is not None for module in modules(f)
     )
-
-
-def call_with_parameters(f: Map, parameters: dict[str, Tensor], run: Callable[[], Any]) -> Any:
-    """`run()` with these tensors in place of f's parameters."""
-    if not parameters:
-        return run()
-    assert isinstance(f, nn.Module)
-    around = nn.Module()  # `functional_call` runs a module: one that owns f, and runs
-    around.f, around.forward = f, run
-    return torch.func.functional_call(around, {f"f.{name}": tensor for name, tensor in parameters.items()}, ())
 
 
 def evaluate_recorded(f: EquilibriumFunction, z: Leaves) -> tuple[Leaves, Leaves]:
@@ -150,21 +175,17 @@ def vector_jacobian_products(
     if not outputs:
         return [None] * len(sources)
     tensors, weights = (list(column) for column in zip(*outputs, strict=True))
-    retain_graph |= create_graph
-    settings = {"retain_graph": retain_graph, "create_graph": create_graph, "allow_unused": True}
-    return list(torch.autograd.grad(tensors, sources, weights, **settings))
+    keep = {"retain_graph": retain_graph or create_graph, "create_graph": create_graph}
+    return list(torch.autograd.grad(tensors, sources, weights, allow_unused=True, **keep))
 
 
 def graph_leaves(value: Leaves) -> Iterator[Tensor]:
     """The tensors in which the graph of `value` ends: parameters and inputs that need a gradient."""
-    seen: set[Any] = set()
-    stack = [v.grad_fn for v in value if v.grad_fn is not None]
+    seen: set[Any] = {None}
+    stack: list[Any] = [v.grad_fn for v in value]
     while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None:
-            yield variable
-        stack.extend(parent for parent, _ in node.next_functions if parent is not None)
+        if (node := stack.pop()) not in seen:
+            seen.add(node)
+            if (variable := getattr(node, "variable", None)) is not None:
+                yield variable
+            stack.extend(parent for parent, _ in node.next_functions)

@@ -66,11 +66,3 @@ class EquilibriumLayer(nn.Module):
 def equilibria(module: nn.Module) -> list[EquilibriumLayer]:
     """The equilibrium layers of a module, in order."""
     return [m for m in module.modules() if isinstance(m, EquilibriumLayer)]
-
-
-def solvers_of(module: nn.Module, num_solves: int) -> list[AbstractSolver]:
-    """The solver of each solve of a step; none if the layers are not called once each."""
-    solvers = [layer.solver for layer in equilibria(module)]
-    if len(solvers) == 1:
-        return solvers * num_solves
-    return solvers if len(solvers) == num_solves else []

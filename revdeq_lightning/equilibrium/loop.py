@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..transforms import has_numbers
 from .norms import Leaves, residual
 from .solution import SolverStats
 from .solvers.base import AbstractSolver, State
@@ -19,8 +20,7 @@ class Iteration(NamedTuple):
 
     state: State
     value: Leaves
-    num_evaluations: int
-    """Evaluations whose result entered the state."""
+    num_evaluations: int  # whose result entered the state
     stats: SolverStats
 
 
@@ -39,7 +39,7 @@ def iterate_to_fixed_point(
         iteration = _step_until_converged(solver, watch, state, num_steps.zero_())
     else:
         iteration = _step_to_the_end(solver, watch, state, num_steps)
-    watch.check()
+    iteration = iteration._replace(value=watch.check(iteration.value))
     iteration.stats.residual_curve = None if watch.curve is None else torch.stack(watch.curve)
     return iteration
 
@@ -59,7 +59,7 @@ def _step_to_the_end(solver: AbstractSolver, watch: "_Watch", state: State, num_
 def _step_until_converged(solver: AbstractSolver, watch: "_Watch", state: State, num_steps: Tensor) -> Iteration:
     """Test each sample at the start of every step, with the evaluation that the step needs anyway."""
     active = torch.ones_like(num_steps, dtype=torch.bool)
-    interval = host_check_interval(num_steps.device)
+    interval = host_check_interval(num_steps.device) if has_numbers(num_steps) else solver.max_steps
     for step in range(solver.max_steps + 1):
         for part in range(solver.evaluations_per_step):
             iterate = solver.iterate(state)
@@ -71,7 +71,7 @@ def _step_until_converged(solver: AbstractSolver, watch: "_Watch", state: State,
                     stats = SolverStats(num_steps, watch.nfe, last.relative, last.converged)
                     return Iteration(state, iterate, step * solver.evaluations_per_step, stats)
             state = solver.advance(state, value, active)
-        num_steps += active
+        num_steps = num_steps + active
     raise AssertionError("the last step always returns")
 
 
@@ -102,11 +102,14 @@ class _Watch:
         """Keep the smallest and the largest element: `vector_norm(inf)` is 20 times slower on CPUs."""
         self.extremes.append([extreme for leaf in iterate for extreme in torch.aminmax(leaf)])
 
-    def check(self) -> None:
-        """Raise DivergenceError for the first iterate that is out of range."""
+    def check(self, value: Leaves) -> Leaves:
+        """Raise DivergenceError for the first iterate out of range; where the host cannot look, the value is NaN."""
         limit = self.solver.limit()
         extremes = torch.stack([e for row in self.extremes for e in row]).view(len(self.extremes), -1)
-        sizes = extremes.abs().amax(1).tolist()
+        magnitudes = extremes.abs().amax(1)
+        if not has_numbers(magnitudes):
+            return [torch.where((magnitudes < limit).all(), v, math.nan) for v in value]
+        sizes = magnitudes.tolist()
         for k, size in enumerate(sizes):
             if size < limit and math.isfinite(size):
                 continue
@@ -119,6 +122,7 @@ class _Watch:
                 " in z0, x and the parameters; if f expands, normalize its output or lower beta or max_steps. Solver:"
                 f" {self.solver}"
             )
+        return value
 
 
 class DivergenceError(RuntimeError):

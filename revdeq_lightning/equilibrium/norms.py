@@ -8,11 +8,8 @@ import torch
 from torch import Tensor
 
 Leaves = list[Tensor]
-Map = Callable[[Any, Any], Any]
-"""`f(z, x)`, on pytrees of tensors."""
-
-Mask = Tensor | None
-"""The samples that still move, shape `(batch,)`; None: all."""
+Map = Callable[[Any, Any], Any]  # `f(z, x)`, on pytrees of tensors
+Mask = Tensor | None  # the samples that still move, shape `(batch,)`; None: all
 
 EPSILON = 1e-5
 """Keeps the relative residual finite where f vanishes (value of the paper's released code)."""
@@ -21,10 +18,8 @@ EPSILON = 1e-5
 class Residual(NamedTuple):
     """How far each sample is from its fixed point, each of shape `(batch,)`."""
 
-    relative: Tensor
-    """`norm(f - z) / (norm(f) + EPSILON)`; of several leaves the largest."""
-    converged: Tensor
-    """Whether `norm(f - z) <= atol + rtol * (norm(f) + EPSILON)` holds in every leaf."""
+    relative: Tensor  # `norm(f - z) / (norm(f) + EPSILON)`; of several leaves the largest
+    converged: Tensor  # whether `norm(f - z) <= atol + rtol * (norm(f) + EPSILON)` holds in every leaf
 
 
 @torch.no_grad()
@@ -70,8 +65,7 @@ def split(vector: Tensor, like: Leaves) -> Leaves:
     return [part.reshape(leaf.shape).to(leaf.dtype) for part, leaf in zip(parts, like, strict=True)]
 
 
-NOISE = 10.0
-"""Rounding errors of f, in units of the last place of its norm, below which a residual says nothing."""
+NOISE = 10.0  # rounding errors of f, in units of the last place of its norm, below which a residual says nothing
 
 
 @torch.no_grad()

@@ -32,10 +32,8 @@ class SolverStats:
     def __init__(
         self, num_steps: Tensor, forward_nfe: int, relative_residual: Tensor, converged: Tensor | None = None
     ) -> None:
-        self.num_steps = num_steps
-        self.forward_nfe = forward_nfe
-        self.relative_residual = relative_residual
-        self.converged = converged
+        self.num_steps, self.forward_nfe = num_steps, forward_nfe
+        self.relative_residual, self.converged = relative_residual, converged
         self.backward_nfe: int | None = None
         self.reconstruction_mismatch: Tensor | None = None
         self.backward_num_products: int | None = None

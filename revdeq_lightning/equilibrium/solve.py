@@ -1,5 +1,6 @@
 """The entry point: `solve_fixed_point` finds z with f(z, x) = z and makes it differentiable."""
 
+import contextlib
 import dataclasses
 import math
 from typing import Any
@@ -8,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from ..transforms import is_traced, outside_of_compilers
 from .adjoints.base import AbstractAdjoint
 from .adjoints.implicit import ImplicitAdjoint
 from .adjoints.phantom import PhantomAdjoint
-from .function import EquilibriumFunction
+from .function import EquilibriumFunction, modules
 from .loop import DivergenceError, deferred_errors
 from .norms import Leaves, Map
 from .solution import FixedPointSolution, SolverStats
@@ -19,6 +21,7 @@ from .solvers.base import AbstractSolver
 from .validation import require_count
 
 
+@outside_of_compilers
 def solve_fixed_point(
     f: Map, z0: Any, x: Any, *, solver: AbstractSolver, adjoint: AbstractAdjoint
 ) -> FixedPointSolution:
@@ -53,17 +56,23 @@ def solve_fixed_point(
     z_leaves, z_spec = tree_flatten(z0)
     z_leaves = _checked_state(z_leaves)
     function = EquilibriumFunction(f, z_leaves, z_spec, x)
+    if is_traced() and any(module.training for module in modules(f)):
+        raise ValueError(f"a solve is exported in evaluation mode only: call {type(f).__name__}.eval(), or the model's")
     try:
-        value, stats = adjoint.solve(function, z_leaves, solver)
+        with torch.no_grad() if is_traced() else contextlib.nullcontext():
+            value, stats = adjoint.solve(function, z_leaves, solver)
     except DivergenceError as error:
         if (errors := deferred_errors.get()) is None:
             raise
         errors.append(error)
         function.x = tree_leaves(x)  # the adjoint may have taken it up
         value, stats = _diverged(function, z_leaves, solver)
+    # Memory of its own, whatever f and the gradient keep; a traced program has no gradient.
+    value = [(v.detach() if is_traced() else v).clone() for v in value]
     return FixedPointSolution(tree_unflatten(value, z_spec), stats)
 
 
+@outside_of_compilers
 def solve_in_parts(
     f: Map, z0: Any, x: Any, *, solver: AbstractSolver, adjoint: AbstractAdjoint, num_parts: int
 ) -> FixedPointSolution:
@@ -78,9 +87,9 @@ def solve_in_parts(
     `PhantomAdjoint(num_steps=1, beta=1)`.
 
     Args:
-        f: As of `solve_fixed_point`.
-        z0: As of `solve_fixed_point`.
-        x: As of `solve_fixed_point`.
+        f: This and z0 and x as of `solve_fixed_point`.
+        z0: Initial state.
+        x: Injected input.
         solver: Its `max_steps` are divided among the parts, the later ones getting the remainder.
         adjoint: Gradient rule of every part.
         num_parts: At least 1; more than `max_steps` is as `max_steps`.
@@ -101,7 +110,7 @@ def solve_in_parts(
         part = dataclasses.replace(solver, max_steps=steps)
         rule = adjoint if k == num_parts - 1 else on_the_way
         solutions.append(solve_fixed_point(f, z0, x, solver=part, adjoint=rule))
-        z0 = tree_map(Tensor.detach, solutions[-1].value) if is_detached else solutions[-1].value
+        z0 = tree_map(lambda v: v.detach().clone() if is_detached else v.clone(), solutions[-1].value)
     return solutions[-1]._replace(earlier=tuple(solutions[:-1]))
 
 

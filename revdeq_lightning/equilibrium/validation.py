@@ -1,23 +1,22 @@
 """Range checks. Every error shows the value received: "beta must be in (0, 2), got 2.5"."""
 
+import math
 from collections.abc import Collection
+from numbers import Integral, Real
 
 
 def require_in_range(name: str, value: object, interval: str, advice: str = "") -> None:
     """Raise ValueError unless `value` is a number, not a boolean, in an interval such as "[0, 1)" or "(0, inf)"."""
     low, high = map(float, interval[1:-1].split(","))
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or not (low <= value if interval[0] == "[" else low < value)
-        or not (value <= high if interval[-1] == "]" else value < high)
-    ):
+    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    is_above = low <= number if interval[0] == "[" else low < number
+    if not is_above or not (number <= high if interval[-1] == "]" else number < high):
         raise ValueError(_message(name, f"in {interval}", value, advice))
 
 
 def require_count(name: str, value: object, *, at_least: int = 1, advice: str = "") -> None:
     """Raise ValueError unless `value` is an integer of at least `at_least`."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise ValueError(_message(name, "an integer", value, advice))
     if value < at_least:
         raise ValueError(_message(name, f"at least {at_least}", value, advice))

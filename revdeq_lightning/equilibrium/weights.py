@@ -1,57 +1,21 @@
-"""Weights that f computes from its parameters (torch.nn.utils.parametrizations), once per solve."""
+"""Weights of f that are normalized, by torch.nn.utils.parametrizations."""
 
-import contextlib
-from collections.abc import Iterator
 from typing import Literal, get_args
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
-from .norms import Map
 from .validation import require_choice
 
 NormalizationKind = Literal["weight", "spectral"]
 NORMALIZED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-class ComputedWeights:
-    """The parametrized weights of f, computed once and the same in every evaluation.
-
-    Otherwise each evaluation would pay for them, and spectral normalization in training mode, which improves its
-    estimate with every access, would make f a different function each time. `values` has the autograd graph to the
-    parameters.
-    """
-
-    def __init__(self, f: Map | None) -> None:
-        modules = f.modules() if isinstance(f, nn.Module) else ()
-        self._lists: list[nn.Module] = [m for m in modules if isinstance(m, parametrize.ParametrizationList)]
-        self.values: list[Tensor] = [computed() for computed in self._lists]
-
-    @contextlib.contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Around a call of f: its modules find `values`."""
-        # Under `parametrize.cached()` a weight made under no_grad would be handed to a later call.
-        is_caching, parametrize._cache_enabled = parametrize._cache_enabled, 0
-        own = [vars(computed) for computed in self._lists]
-        # An equilibrium around this one may have done the same.
-        before = [{k: v for k, v in attributes.items() if k == "forward"} for attributes in own]
-        try:
-            for attributes, value in zip(own, self.values, strict=True):
-                attributes["forward"] = lambda value=value: value
-            yield
-        finally:
-            parametrize._cache_enabled = is_caching
-            for attributes, forward in zip(own, before, strict=True):
-                del attributes["forward"]
-                attributes.update(forward)
-
-
 def normalize_weights(f: nn.Module, kind: NormalizationKind = "spectral", *, norm: float | None = None) -> nn.Module:
     """Normalize the weight of every linear map and convolution in f, in place, to keep f from expanding in training.
 
-    The weights are computed once per solve and are differentiated with any adjoint. So is every other parametrization:
-    on single layers use PyTorch's own functions, `torch.nn.utils.parametrizations.spectral_norm(f.linear)`.
+    Any adjoint differentiates the weights, which a solve computes once. So it is with every other parametrization: on
+    single layers use PyTorch's own functions, `torch.nn.utils.parametrizations.spectral_norm(f.linear)`.
 
     Args:
         f: The map.
@@ -97,7 +61,3 @@ class _Scaled(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         return self.factor * weight
-
-    def right_inverse(self, weight: Tensor) -> Tensor:
-        """The tensor that gives the weight; only its shape is asked for."""
-        return torch.as_tensor(weight / self.factor)

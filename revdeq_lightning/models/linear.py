@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
+from revdeq_lightning.transforms import is_transformed
+
 
 class Linear(nn.Linear):
     """`x @ weight.T + bias`; parameters, initialization, and gradients are those of `nn.Linear`."""
@@ -53,12 +55,7 @@ def _is_plain(tensor: Tensor) -> bool:
 
 def _is_transformed() -> bool:
     """Whether a mode or transform intercepts the product, which the operator does not support."""
-    return (
-        torch.compiler.is_compiling()
-        or torch.is_autocast_enabled("cpu")
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-    )
+    return torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu") or is_transformed()
 
 
 class _OneDNNLinear(torch.autograd.Function):

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 from torchmetrics import Metric, MetricCollection
 
 from revdeq_lightning.equilibrium import AbstractAdjoint, AbstractSolver, EquilibriumLayer, SolverStats, equilibria
-from revdeq_lightning.equilibrium.function import call_with_parameters, is_compiled
+from revdeq_lightning.equilibrium.function import is_compiled
 from revdeq_lightning.runs.random_state import random_state, set_random_state
 from revdeq_lightning.tasks.training_step import StepStatistics
 
@@ -85,7 +85,7 @@ class Probe:
             self._watched(lambda *call: self.stats.append(call[-1].stats)),
         ):
             with _Float64() if float64 else nullcontext():
-                found: Gradients = call_with_parameters(self.module, parameters | buffers, run)
+                found: Gradients = _call_with(self.module, parameters | buffers, run)
             return found
 
     @torch.no_grad()
@@ -98,7 +98,7 @@ class Probe:
 
         buffers: dict[str, Tensor] = {name: b.clone() for name, b in self.module.named_buffers()}
         with self.untraced(), self._watched(note):
-            call_with_parameters(self.module, buffers, self._loss)
+            _call_with(self.module, buffers, self._loss)
         return seen
 
     @contextmanager
@@ -201,6 +201,13 @@ def chosen_solvers(module: nn.Module, choose: Callable[[EquilibriumLayer], Choic
     finally:
         for layer, (solver, adjoint) in zip(layers, own, strict=True):
             layer.solver, layer.adjoint = solver, adjoint
+
+
+def _call_with(module: nn.Module, tensors: dict[str, Tensor], run: Callable[[], Any]) -> Any:
+    """`run()` with these tensors in place of the module's."""
+    around = nn.Module()  # `functional_call` runs a module: one that owns this one, and runs
+    around.module, around.forward = module, run
+    return torch.func.functional_call(around, {f"module.{name}": tensor for name, tensor in tensors.items()}, ())
 
 
 def _cast(tensor: Tensor, float64: bool) -> Tensor:

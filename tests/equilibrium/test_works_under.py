@@ -9,7 +9,15 @@ from torch import nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
-from revdeq_lightning.equilibrium import EquilibriumLayer, ReversibleAdjoint
+from revdeq_lightning.equilibrium import (
+    AndersonSolver,
+    BackpropAdjoint,
+    EquilibriumLayer,
+    ImplicitAdjoint,
+    MomentumSolver,
+    PhantomAdjoint,
+    ReversibleAdjoint,
+)
 from tests.helpers.equilibrium import (
     BPTT,
     REVERSIBLE,
@@ -318,6 +326,79 @@ def test_equilibrium_inside_f(solver):
         return EquilibriumLayer(Nested(solver, adjoint), solver=solver, adjoint=adjoint), sequence()
 
     assert_layer_matches_bptt(make)
+
+
+class Contracting(nn.Module):
+    """With an inner equilibrium, an outer f whose fixed point every adjoint differentiates."""
+
+    def __init__(self, solver, inner=None):
+        super().__init__()
+        self.linear = nn.Linear(4, 4, dtype=torch.float64)
+        self.inner = inner and EquilibriumLayer(Contracting(solver), solver=solver, adjoint=inner)
+
+    def forward(self, z, x):
+        z = self.inner(z).value if self.inner else z
+        return 0.25 * torch.tanh(self.linear(z)) + x
+
+
+LINEAR = AndersonSolver(max_steps=30, rtol=1e-12)
+NESTED = {
+    "reversible": REVERSIBLE,
+    "recorded": ReversibleAdjoint(mismatch="raise", forward_with_grad=True),
+    "backprop": BPTT,
+    "checkpointed": BackpropAdjoint(checkpoint=True),
+    "implicit": ImplicitAdjoint(solver=LINEAR),
+    "unrolled": PhantomAdjoint(num_steps=16, beta=1.0),
+    "neumann": PhantomAdjoint(num_steps=16, beta=1.0, kind="neumann"),
+}
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
+@pytest.mark.parametrize("outer", NESTED.values(), ids=NESTED)
+def test_equilibria_of_any_two_adjoints_nest(outer, frozen):
+    """At the fixed points all gradients are that of BPTT."""
+
+    def run(outer, inner):
+        torch.manual_seed(0)
+        solver = MomentumSolver(max_steps=14)
+        layer = EquilibriumLayer(Contracting(solver, inner), solver=solver, adjoint=outer).requires_grad_(not frozen)
+        x = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        project(layer(x).value).backward()
+        return [gradient for gradient in gradients_of(layer, x) if gradient is not None]
+
+    reference = run(BPTT, BPTT)
+    for inner in NESTED.values():
+        assert_equal_gradients(run(outer, inner), reference, 1e-4)  # 14 steps leave 1e-5 of the way to it
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
+def test_energy_whose_gradient_f_takes(frozen):
+    """Its own leaf, made in every evaluation, has no gradient to lose."""
+
+    class Energy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4, dtype=torch.float64)
+
+        def forward(self, z, x):
+            with torch.enable_grad():
+                own = z if z.requires_grad else z.detach().requires_grad_()
+                energy = torch.cosh(self.linear(own)).log().sum()
+                (gradient,) = torch.autograd.grad(energy, own, create_graph=True)
+            return x - 0.3 * gradient
+
+    def run(adjoint):
+        torch.manual_seed(0)
+        layer = EquilibriumLayer(Energy(), solver=MomentumSolver(max_steps=5), adjoint=adjoint)
+        x = torch.randn(3, 4, dtype=torch.float64)
+        layer.requires_grad_(not frozen)
+        value = layer(x.requires_grad_(not frozen)).value
+        if frozen:
+            return [value.detach()]
+        project(value).backward()
+        return gradients_of(layer, x)
+
+    assert_matches_bptt(run, 1e-10)
 
 
 def test_gradient_hooks_fire_once():

@@ -145,6 +145,28 @@ EVERY_SOLVER = {
 
 with_every_solver = pytest.mark.parametrize("make", EVERY_SOLVER.values(), ids=EVERY_SOLVER)
 
+
+def _pairs():
+    adjoints = {
+        "reversible": ReversibleAdjoint(mismatch="raise"),
+        "backprop": BackpropAdjoint(),
+        "checkpointed": BackpropAdjoint(checkpoint=True),
+        "implicit": ImplicitAdjoint(unconverged="ignore"),
+        "unrolled": PhantomAdjoint(num_steps=3),
+        "neumann": PhantomAdjoint(num_steps=3, kind="neumann"),
+    }
+    for solver, make in EVERY_SOLVER.items():
+        for name, adjoint in adjoints.items():
+            if name != "reversible" or solver in ("reversible", "momentum"):
+                yield f"{solver}-{name}", (make(max_steps=4), adjoint)
+                if name != "checkpointed":
+                    yield f"{solver}-{name}-tolerance", (make(max_steps=4, rtol=0.3), adjoint)
+
+
+PAIRS = dict(_pairs())
+"""Every solver with every adjoint that supports it, without and with a tolerance."""
+with_every_pair = pytest.mark.parametrize(("solver", "adjoint"), PAIRS.values(), ids=PAIRS)
+
 TIGHT = ImplicitAdjoint(solver=AndersonSolver(max_steps=100, rtol=1e-12))
 
 ADJOINTS = [

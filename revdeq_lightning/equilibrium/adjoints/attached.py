@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...transforms import is_transformed
 from ..function import EquilibriumFunction, evaluate_recorded, graph_leaves, vector_jacobian_products
 from ..loop import iterate_to_fixed_point
 from ..norms import Leaves, join, scaled
@@ -37,8 +38,7 @@ def solve_with_cotangents(
         return value, stats
     state, recorded = evaluate_recorded(f, value)
     stats.forward_nfe = f.nfe
-    own = {id(leaf) for leaf in state}
-    if all(id(leaf) in own for leaf in graph_leaves(recorded)) and not any(z.requires_grad for z in z0):
+    if {*map(id, graph_leaves(recorded))} <= {*map(id, state)} and not any(z.requires_grad for z in z0):
         return value, stats
     system = AdjointSystem(state, recorded)
     return attach(value, recorded, z0, partial(cotangents, system, stats)), stats
@@ -77,6 +77,8 @@ def attach(value: Leaves, carrier: Leaves, z0: Leaves, cotangents: Callable[[Lea
 
     Zeros rather than nothing: a learned z0 would otherwise count as unused, for example under DDP.
     """
+    if is_transformed():
+        return [v + (c - c.detach()) for v, c in zip(value, cotangents(carrier), strict=True)]
     return list(_Attached.apply(value, cotangents, len(z0), *z0, *carrier))
 
 

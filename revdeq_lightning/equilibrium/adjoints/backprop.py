@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from ...transforms import is_transformed
 from ..function import EquilibriumFunction
 from ..loop import iterate_to_fixed_point
 from ..norms import Leaves
@@ -49,13 +50,16 @@ class BackpropAdjoint(AbstractAdjoint):
             return f(z)
 
         def evaluate(z: Leaves) -> Leaves:
-            with torch.set_grad_enabled(f.nfe >= num_constant):
-                return checkpoint(counted, z, use_reentrant=False) if self.checkpoint else f(z)
+            if f.nfe < num_constant:
+                with torch.no_grad():
+                    return [v.detach() for v in f(z)]
+            is_checkpointed = self.checkpoint and not is_transformed()  # `torch.func` has no saved-tensor hooks
+            return checkpoint(counted, z, use_reentrant=False) if is_checkpointed else f(z)
 
         start = [z.detach() for z in z0] if num_constant else z0
         iteration = iterate_to_fixed_point(solver, evaluate, start)
         stats, value = iteration.stats, iteration.value
-        if num_constant and any(z.requires_grad for z in z0):
+        if num_constant and not is_transformed() and any(z.requires_grad for z in z0):
             value = attach([v.detach() for v in value], value, z0, lambda grads: grads)
         return value, stats
 

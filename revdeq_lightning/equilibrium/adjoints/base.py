@@ -25,6 +25,14 @@ class AbstractAdjoint(abc.ABC):
     def check(self, solver: AbstractSolver) -> None:  # noqa: B027
         """Raise ValueError if this adjoint does not support the solver."""
 
+    def refuse_transforms(self, is_transformed: bool) -> None:
+        """Raise where a transform would not see this gradient."""
+        if is_transformed:
+            raise RuntimeError(
+                f"{type(self).__name__} has no gradient in forward mode, within torch.func (grad, vmap, jvp, ...) or of"
+                " many outputs at once: use BackpropAdjoint(), or torch.no_grad() if vmap is to give the value alone"
+            )
+
     def refuse_double_backward(self) -> None:
         """Raise where the backward pass itself would be differentiated."""
         if torch.is_grad_enabled():

@@ -12,6 +12,7 @@ from typing import get_args
 
 import torch
 
+from ...transforms import is_forward_mode, is_functorch
 from ..function import EquilibriumFunction
 from ..loop import DivergenceError, deferred_errors, iterate_to_fixed_point
 from ..norms import Leaves
@@ -36,11 +37,9 @@ class ImplicitAdjoint(AbstractAdjoint):
     """The gradient of the fixed point, for every solver; memory of one evaluation of f.
 
     It costs one more evaluation of f in the forward pass, and in the backward pass one vector-Jacobian product for each
-    step of the linear solver.
-
-    It assumes that a fixed point was reached. Otherwise the gradient is off by about the residual over one minus the
-    contraction of f, and where f has no fixed point it is meaningless (relative error 0.9 on an untrained pre-norm
-    transformer block): there use `ReversibleAdjoint` or `BackpropAdjoint`, which differentiate the iterates.
+    step of the linear solver. It assumes that a fixed point was reached. Otherwise the gradient is off by about the
+    residual over one minus the contraction of f, and where f has no fixed point it is meaningless (relative error 0.9
+    on an untrained transformer block): there use `ReversibleAdjoint` or `BackpropAdjoint`, of the iterates.
 
     The cotangent of each sample is scaled to norm 1 for the linear solve, so that its tolerances do not depend on the
     scale of the loss. f may use any tensor. The gradient of z0 is 0. Keep the equilibrium out of checkpointed regions:
@@ -68,10 +67,12 @@ class ImplicitAdjoint(AbstractAdjoint):
         require_choice("unconverged", self.unconverged, get_args(Policy))
 
     def solve(self, f: EquilibriumFunction, z0: Leaves, solver: AbstractSolver) -> tuple[Leaves, SolverStats]:
+        self.refuse_transforms(is_forward_mode() or (is_functorch() and torch.is_grad_enabled()))
         errors = deferred_errors.get()  # asked here: the backward pass may run in another thread
 
         def cotangents(system: AdjointSystem, stats: SolverStats, grads: Leaves) -> Leaves:
             self.refuse_double_backward()
+            self.refuse_transforms(is_functorch() or torch._C._functorch.is_legacy_batchedtensor(grads[0]))
             start = system.begin(grads)
             try:
                 solution = iterate_to_fixed_point(self.solver, system, start)

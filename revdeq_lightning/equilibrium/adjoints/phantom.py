@@ -9,6 +9,7 @@ from typing import Literal, get_args
 
 import torch
 
+from ...transforms import is_forward_mode, is_functorch
 from ..function import EquilibriumFunction
 from ..norms import Leaves
 from ..solution import SolverStats
@@ -51,9 +52,10 @@ class PhantomAdjoint(AbstractAdjoint):
 
     def solve(self, f: EquilibriumFunction, z0: Leaves, solver: AbstractSolver) -> tuple[Leaves, SolverStats]:
         if self.kind == "neumann":
+            self.refuse_transforms(is_forward_mode() or (is_functorch() and torch.is_grad_enabled()))
             return solve_with_cotangents(f, z0, solver, self._cotangents)
         value, stats = solve_without_gradient(f, z0, solver)
-        if not torch.is_grad_enabled():
+        if not (torch.is_grad_enabled() or is_forward_mode()):
             return value, stats
         h = value
         for _ in range(self.num_steps):

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ...state import exchanged
+from ...transforms import is_functorch, is_transformed
 from ..exact import kernels
 from ..function import (
     EquilibriumFunction,
     evaluate_recorded,
     graph_leaves,
     is_compiled,
-    named_parameters,
     vector_jacobian_products,
 )
 from ..loop import Iteration, iterate_to_fixed_point
@@ -33,6 +34,7 @@ from ..solution import SolverStats
 from ..solvers.base import AbstractSolver
 from ..solvers.reversible import AbstractTwoStepSolver, TwoStepState
 from ..validation import require_choice
+from .backprop import BackpropAdjoint
 from .base import AbstractAdjoint, Policy, report
 
 
@@ -52,9 +54,8 @@ class ReversibleAdjoint(AbstractAdjoint):
     pass the reconstructed initial state is compared with the true one, bit for bit, and the elements that differ are
     counted in `stats.reconstruction_mismatch`. With arithmetic "exact" a difference means that f was not the same
     function (dropout outside torch's generators, data changed in place, another kernel); with "float64" and "float32"
-    there always is one.
-
-    Every tensor that f uses and that needs a gradient must be a parameter of the module f, or in x, or the state.
+    there always is one. Every tensor that f uses and that needs a gradient must be a parameter of f, in x, or z0.
+    Within `torch.func` and in forward mode it is `BackpropAdjoint`, with the same gradient and its memory.
 
     Args:
         mismatch: With arithmetic "exact", what to do when elements differ: "warn", "raise" or "ignore".
@@ -78,17 +79,17 @@ class ReversibleAdjoint(AbstractAdjoint):
     def solve(self, f: EquilibriumFunction, z0: Leaves, solver: AbstractSolver) -> tuple[Leaves, SolverStats]:
         assert isinstance(solver, AbstractTwoStepSolver)
         refuse_unsuitable(f.f)
-        parameters = named_parameters(f.f)
-        x_tensors, x_rest = _separated(f.x)
-        inputs = (*z0, *x_tensors, *parameters.values(), *f.weights.values)
+        if is_transformed():
+            return BackpropAdjoint().solve(f, z0, solver)
+        of_x = {i: leaf for i, leaf in enumerate(f.x) if isinstance(leaf, Tensor)}
+        inputs = (*z0, *of_x.values(), *f.places, *f.weights)
         if not (torch.is_grad_enabled() and any(t.requires_grad for t in inputs)):
             iteration = iterate_to_fixed_point(solver, f, z0)
-            _refuse_foreign_leaves(iteration.value, [])
+            _refuse_foreign_leaves(f, iteration.value, [], iteration.value)
             return iteration.value, iteration.stats
-        f.x = x_rest
-        solve = _Solve(self, f, solver, len(z0), list(parameters))
-        value = _ReversibleFunction.apply(solve, *inputs)
-        return list(value), solve.iteration.stats
+        f.x = [None if i in of_x else leaf for i, leaf in enumerate(f.x)]
+        solve = _Solve(self, f, solver, len(z0), list(of_x))
+        return list(_ReversibleFunction.apply(solve, *inputs)), solve.iteration.stats
 
 
 @dataclass
@@ -96,30 +97,31 @@ class _Solve:
     """What a solve hands from its forward to its backward pass, besides the tensors that autograd saves."""
 
     adjoint: ReversibleAdjoint
-    f: EquilibriumFunction
-    """Its x holds no tensors: they are among the inputs."""
+    f: EquilibriumFunction  # without the tensors in x: they are among the inputs
     solver: AbstractTwoStepSolver
     num_leaves: int
-    names: list[str]
-    iteration: Iteration = field(init=False)
-    """Without its state, of which autograd saves the tensors, and its value."""
-    is_consumed: bool = False
+    positions: list[int]  # of the tensors among the leaves of x
+    iteration: Iteration = field(init=False)  # without its value and its state, of which autograd saves the tensors
+
+    def leaves(self, inputs: Sequence[Tensor], needs_grad: Sequence[bool]) -> Leaves:
+        """The inputs cut off from the graph that made them. Parameters that f still has stay in place if possible."""
+        first = len(inputs) - len(self.f.places) - len(self.f.weights)
+        leaves = [t.detach().requires_grad_(needed) for t, needed in zip(inputs, needs_grad, strict=True)]
+        for i, (own, places) in enumerate(self.f.places.items(), first):
+            is_there = inputs[i] is own and all(space.get(name) is own for space, name in places)
+            if is_there and own.is_leaf and not own._backward_hooks and own.requires_grad == needs_grad[i]:
+                leaves[i] = own
+        return leaves
 
     def run_with(self, inputs: Sequence[Tensor], run: Callable[[], Any]) -> Any:
         """`run()` with x, the parameters and the computed weights from the flat inputs."""
         rest = iter(inputs[self.num_leaves :])
-        x = [next(rest) if leaf is _TENSOR else leaf for leaf in self.f.x]
-        return self.f.run_with(x, {name: next(rest) for name in self.names}, list(rest), run)
-
-
-_TENSOR = object()
-"""Takes the place of a tensor among leaves that are none."""
-
-
-def _separated(leaves: Sequence[Any]) -> tuple[Leaves, list[Any]]:
-    """Tensors, which pass through autograd, and the other leaves."""
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    return tensors, [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        x = [next(rest) if i in self.positions else leaf for i, leaf in enumerate(self.f.x)]
+        pairs = [(own, places, next(rest)) for own, places in self.f.places.items()]
+        parameters = [(place, tensor) for own, places, tensor in pairs if tensor is not own for place in places]
+        new = {"x": x, "parameters": parameters, "weights": list(rest)}
+        with exchanged(((vars(self.f), name), value) for name, value in new.items()):
+            return run()
 
 
 class _ReversibleFunction(torch.autograd.Function):
@@ -132,14 +134,13 @@ class _ReversibleFunction(torch.autograd.Function):
             return [v.detach() for v in evaluate_recorded(f, z)[1]] if recorded else f(z)
 
         iteration = solve.run_with(
-            _as_leaves(inputs, ctx.needs_input_grad[1:]) if recorded else inputs,
+            solve.leaves(inputs, ctx.needs_input_grad[1:]) if recorded else inputs,
             lambda: iterate_to_fixed_point(solve.solver, evaluate, z0, reversible=True),
         )
         state_tensors, ctx.state_spec = tree_flatten(iteration.state._replace(dtypes=[]))
         ctx.solve = solve
         solve.iteration = iteration._replace(state=None, value=[])
-        # Everything large goes through autograd's own saving: so saved-tensor hooks (checkpoint, offloading) see it,
-        # and an input that is changed in place before the backward pass is noticed.
+        # By autograd's own saving: so hooks (checkpoint, offloading) see it, and changes of an input are noticed.
         ctx.save_for_backward(*inputs, *state_tensors)
         return tuple(iteration.value)
 
@@ -147,20 +148,15 @@ class _ReversibleFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         solve: _Solve = ctx.solve
         solve.adjoint.refuse_double_backward()
-        if solve.is_consumed:
-            raise RuntimeError(
-                "second backward through one solve: its states were consumed by the first. Add the losses up and"
-                " call backward once, or solve again, or use BackpropAdjoint()"
-            )
+        solve.adjoint.refuse_transforms(is_functorch())
         saved = ctx.saved_tensors
-        solve.is_consumed = True
         needs_grad = ctx.needs_input_grad[1:]
-        inputs = _as_leaves(saved[: len(needs_grad)], needs_grad)
-        state = tree_unflatten(saved[len(needs_grad) :], ctx.state_spec)
+        inputs, state_tensors = solve.leaves(saved[: len(needs_grad)], needs_grad), list(saved[len(needs_grad) :])
+        if torch._C._autograd._get_current_graph_task_keep_graph():
+            state_tensors = [tensor.clone() for tensor in state_tensors]  # they are overwritten
+        state = tree_unflatten(state_tensors, ctx.state_spec)
         state = state._replace(dtypes=[z.dtype for z in inputs[: solve.num_leaves]])
-        with solve.f.randomness.untouched():
-            backward = _BackwardPass(solve, state, inputs, grads)
-            return None, *solve.run_with(inputs, backward.run)
+        return None, *solve.run_with(inputs, _BackwardPass(solve, state, inputs, grads).run)
 
 
 class _BackwardPass:
@@ -227,7 +223,7 @@ class _BackwardPass:
         z, value = evaluate_recorded(self.f, iterate)
         sources = [*z, *self.differentiated.values()]
         if self.nfe == 1:
-            _refuse_foreign_leaves(value, sources)
+            _refuse_foreign_leaves(self.f, value, sources, iterate)
         weights = [w.to(v.dtype, copy=True) for w, v in zip(g, value, strict=True)]  # a product may be its weight
         products = vector_jacobian_products(value, sources, weights)
         for i, product in zip(self.differentiated, products[len(z) :], strict=True):
@@ -243,7 +239,7 @@ class _BackwardPass:
         z0, policy = self.inputs[: self.solve.num_leaves], self.solve.adjoint.mismatch
         mismatch = self.solver.reconstruction_mismatch(self.state, z0)
         self.solve.iteration.stats.reconstruction_mismatch = mismatch
-        # Floating-point states never come back exactly, whatever f does: there the count says nothing of f.
+        # Floating-point states never come back exactly, whatever f does.
         if policy == "ignore" or self.solver.arithmetic != "exact" or not (count := int(mismatch)):
             return
         message = (
@@ -270,16 +266,14 @@ def _carry_(
     return g_previous, g_current.mul_(a)
 
 
-def _as_leaves(inputs: Sequence[Tensor], needs_grad: Sequence[bool]) -> Leaves:
-    """The inputs cut off from the graph that made them."""
-    return [t.detach().requires_grad_(needed) for t, needed in zip(inputs, needs_grad, strict=True)]
-
-
-def _refuse_foreign_leaves(value: Leaves, sources: Leaves) -> None:
+def _refuse_foreign_leaves(f: EquilibriumFunction, value: Leaves, sources: Leaves, iterate: Leaves) -> None:
     """Raise if the graph of `value` ends in a tensor that is not among `sources`: its gradient would vanish."""
     known = {id(source) for source in sources}
-    for variable in graph_leaves(value):
-        if id(variable) not in known:
+    foreign = [variable for variable in graph_leaves(value) if id(variable) not in known]
+    # Those that every evaluation makes for itself have no gradient to lose: equilibria in f do it, and energies.
+    again = {id(variable) for variable in graph_leaves(evaluate_recorded(f, iterate)[1])} if foreign else set()
+    for variable in foreign:
+        if id(variable) in again:
             raise RuntimeError(
                 f"f uses a tensor of shape {tuple(variable.shape)} ({variable.dtype}) that needs a gradient, or"
                 " comes from one that does, but is neither in x nor a parameter of f: its gradient would be lost. Pass"

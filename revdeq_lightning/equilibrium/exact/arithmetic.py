@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...transforms import is_transformed
 from ..norms import Mask
 from . import kernels
 from .remainders import Remainders, divisor
@@ -56,6 +57,13 @@ class AbstractArithmetic(abc.ABC):
     def advance_(self, u_before: Tensor, u: Tensor, v: Tensor, kept: Kept = None, active: Mask = None) -> Tensor:
         """u_{k+1} from u_{k-1}, u_k and v, in the memory of `u_before`."""
 
+    def advance_transformed(self, u_before: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        """As `AdvanceWithGradient`, of operations that `torch.func` knows: the derivative is added as a zero."""
+        a, c, b = self.recurrence
+        linear = float(a) * u_before + c * u + (b * self.scale) * v.to(self.dtype)
+        following = self.advance_(u_before.detach() + torch.zeros_like(linear), u.detach(), v.detach())
+        return following + (linear - linear.detach())
+
     @abc.abstractmethod
     def invert_(self, u_next: Tensor, u: Tensor, v: Tensor, kept: Kept = None, active: Mask = None) -> Tensor:
         """u_{k-1} from u_{k+1}, u_k and v, in the memory of `u_next`."""
@@ -98,7 +106,7 @@ class ExactArithmetic(AbstractArithmetic):
         self.coefficients = self.p, self.q, recurrence.c, recurrence.b * self.scale
 
     def encode(self, u: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and u.requires_grad:
+        if is_transformed() or (torch.is_grad_enabled() and u.requires_grad):
             scaled = u.to(torch.float64) * self.scale
             return scaled.detach().round() + (scaled - scaled.detach())  # rounded, with the derivative of the scaling
         return u.to(torch.float64, copy=True).mul_(self.scale).round_()
@@ -109,8 +117,7 @@ class ExactArithmetic(AbstractArithmetic):
             return u_before
         if self.p != 1:
             u_before.mul_(self.p)
-        scratch = torch.empty_like(u_before) if kept is None else kept.scratch
-        quotient = torch.div(u_before, divisor(self.q, u_before), out=scratch).floor_()
+        quotient = torch.div(u_before, divisor(self.q, u_before), out=None if kept is None else kept.scratch).floor_()
         if kept is not None:
             kept.push_(u_before.sub_(quotient, alpha=self.q), active)
         return self._increment(u, v, out=u_before).add_(quotient)

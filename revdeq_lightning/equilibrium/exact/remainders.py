@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from functools import cached_property
+from itertools import count
 from math import log2
 
 import torch
@@ -104,10 +105,7 @@ def digits_per_group(radix: int) -> tuple[int, torch.dtype]:
 
 def most_digits(radix: int, limit: int) -> int:
     """How many digits a whole number up to `limit` holds: the largest power of the radix that is not above it."""
-    digits = 1
-    while radix ** (digits + 1) <= limit:
-        digits += 1
-    return digits
+    return next(digits for digits in count(1) if radix ** (digits + 1) > limit)
 
 
 register_pytree_node(

@@ -2,6 +2,7 @@
 
 import abc
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 from ..norms import Leaves, Mask
@@ -33,6 +34,9 @@ class AbstractSolver(abc.ABC):
     """Name in `ADJOINTS` of the adjoint that a configuration uses if it names none."""
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, Real) and hasattr(value, "dtype"):  # of NumPy: the decimals shown are meant
+                object.__setattr__(self, name, (int if isinstance(value, Integral) else float)(str(value)))
         require_count("max_steps", self.max_steps)
         require_in_range("rtol", self.rtol, "[0, inf)")
         require_in_range("atol", self.atol, "[0, inf)")

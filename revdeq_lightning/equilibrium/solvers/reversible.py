@@ -19,6 +19,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from ...transforms import is_transformed
 from ..exact.arithmetic import AbstractArithmetic, AdvanceWithGradient, ExactArithmetic, FloatArithmetic, Recurrence
 from ..exact.remainders import Remainders
 from ..norms import Leaves, Mask, select
@@ -107,7 +108,9 @@ class AbstractTwoStepSolver(AbstractSolver):
         differentiated = torch.is_grad_enabled() and any(u.requires_grad for u in inputs)
         following = []
         for u_before, u, v, remainders in zip(state.previous, state.current, value, state.remainders, strict=True):
-            if differentiated:
+            if is_transformed():
+                following.append(arithmetic.advance_transformed(u_before, u, v))
+            elif differentiated:
                 following.append(AdvanceWithGradient.apply(arithmetic, u_before, u, v))
             else:
                 memory = u_before if active is None else u_before.clone()
