@@ -93,6 +93,21 @@ def test_compiled_model(adjoint, compile_f):
     assert_equal_gradients(*results, 1e-5)  # inductor rounds otherwise than eager does, outside of the solve
 
 
+@pytest.mark.parametrize("adjoint", [REVERSIBLE, BPTT, ImplicitAdjoint()])
+def test_compiled_f_that_works_in_place(adjoint):
+    class InPlace(Gated):
+        def forward(self, z, x):
+            return super().forward(z.relu_(), x)
+
+    torch.compiler.reset()
+    f = InPlace()
+    f.compile(backend="aot_eager")
+    layer = EquilibriumLayer(f, solver=MomentumSolver(max_steps=3), adjoint=adjoint)
+    for context in (torch.no_grad, torch.enable_grad):
+        with context(), pytest.raises(RuntimeError, match=r"in.place"):
+            layer(torch.randn(3, 8))
+
+
 def test_compiled_model_as_a_whole_graph_is_refused_by_name():
     torch.compiler.reset()
     model = torch.compile(Model(REVERSIBLE, Gated()), fullgraph=True, backend="eager")
