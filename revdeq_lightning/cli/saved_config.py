@@ -42,5 +42,8 @@ class SaveRunConfig(SaveConfigCallback):
             write_environment(folder / ENVIRONMENT, environment)
             for logger in trainer.loggers:
                 logger.log_hyperparams(settings | {"environment": environment})
-        for logger in trainer.loggers:
+        self.on_fit_end(trainer, pl_module)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
+        for logger in trainer.loggers:  # also of a run that was complete already, for its final test
             release(logger)

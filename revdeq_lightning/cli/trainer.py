@@ -139,6 +139,8 @@ class AbstractCommandLine(LightningCLI):
         if folder and run.version is None:
             run_folder, name = str(folder.parent.parent), folder.parent.name
             self.run_config = replace(self.run_config, folder=run_folder, name=name, version=folder.name)
+            if folder.parent.resolve() != Path(run.folder, run.name).resolve():  # another name, or a moved folder
+                run.folder, run.name = run_folder, name
         if self.config.subcommand == "fit":
             self._find_run_to_go_on_with(folder)
         else:

@@ -77,6 +77,19 @@ def test_what_a_resumed_run_takes_from_its_checkpoint_is_recorded(trained):
     assert {group["lr"] for group in saved["optimizer_states"][0]["param_groups"]} == {0.01, 0.02}
 
 
+def test_a_complete_run_is_tested_again_and_the_folder_in_use_is_recorded(tmp_path):
+    run("fit", "--config", tiny_config(tmp_path), "--run.version=v", "--trainer.max_steps=2", "--run.test=false")
+    moved = (tmp_path / "runs").rename(tmp_path / "moved") / "tiny/v"
+    last = moved / "checkpoints/last.ckpt"
+    before = content(moved)
+    run("fit", "--ckpt_path", last, *QUIET[1:], "--run.test=true")  # nothing is left to train
+    assert "test/loss" in (moved / "metrics.csv").read_text()
+    assert content(moved)[str(moved / "config.yaml")] == before[str(moved / "config.yaml")]
+    run("fit", "--ckpt_path", last, "--run.name=other", "--trainer.max_steps=3", *QUIET)
+    recorded = yaml.safe_load((moved / "config.yaml").read_text())["run"]
+    assert (recorded["folder"], recorded["name"]) == (str(tmp_path / "moved"), "tiny")
+
+
 def test_the_batch_size_of_another_number_of_processes_is_recorded(tmp_path):
     run("fit", "--config", tiny_config(tmp_path), "--run.version=v", "--trainer.max_steps=3", *QUIET)
     folder = tmp_path / "runs/tiny/v"
