@@ -31,14 +31,14 @@ def exchanged(exchanges: Iterable[tuple[Place, Any]]) -> Iterator[None]:
             parametrize._cache = {}
 
 
-def parameter_places(modules: Iterable[nn.Module]) -> dict[Tensor, list[Place]]:
+def parameter_places(modules: Iterable[nn.Module]) -> list[tuple[Tensor, list[Place]]]:
     """Their parameters, and where they keep them: tied ones in several places."""
-    places: dict[Tensor, list[Place]] = {}
+    found: dict[int, tuple[Tensor, list[Place]]] = {}
     for module in modules:
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                places.setdefault(parameter, []).append((module._parameters, name))
-    return places
+                found.setdefault(id(parameter), (parameter, []))[1].append((module._parameters, name))
+    return list(found.values())
 
 
 def versions(leaves: Iterable[Any]) -> list[int]:
@@ -46,10 +46,16 @@ def versions(leaves: Iterable[Any]) -> list[int]:
     return [leaf._version for leaf in leaves if isinstance(leaf, Tensor) and not leaf.is_inference()]
 
 
-def counting(leaf: Tensor) -> Tensor:
-    """The same memory as a tensor that counts its changes in place, as those made in inference mode do not."""
+def counting(leaves: list[Any]) -> list[Any]:
+    """In inference mode, the same memory as tensors that count their changes in place, as those made there do not."""
+    if not torch.is_inference_mode_enabled():
+        return leaves
+    with torch.inference_mode(False):
+        return [_alias(leaf) if isinstance(leaf, Tensor) and leaf.is_inference() else leaf for leaf in leaves]
+
+
+def _alias(leaf: Tensor) -> Tensor:
     if type(leaf) is not Tensor or leaf.layout != torch.strided or leaf.is_conj() or leaf.is_neg():
         return leaf
-    with torch.inference_mode(False):
-        alias = torch.empty(0, dtype=leaf.dtype, device=leaf.device)
-        return alias.set_(leaf) if leaf.is_inference() else leaf  # type: ignore[call-overload]
+    alias = torch.empty(0, dtype=leaf.dtype, device=leaf.device)
+    return alias.set_(leaf)  # type: ignore[call-overload,no-any-return]

@@ -179,7 +179,7 @@ def _constant(leaf: Any) -> Any:
 
 def _random_like(leaves: Leaves, seed: int) -> Leaves:
     """Normal numbers from a generator of their own, the same on every device."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(int(seed))
     return [torch.randn(leaf.shape, generator=generator).to(leaf) for leaf in leaves]
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ..state import Place, counting, exchanged, parameter_places, versions
 from ..transforms import has_numbers, is_functorch
@@ -31,7 +31,8 @@ class EquilibriumFunction:
 
     def __init__(self, f: Map, z_leaves: Sequence[Tensor], z_spec: TreeSpec, x: Any) -> None:
         self.f, self.z_spec = f, z_spec
-        self.x, self.x_spec = tree_flatten(x)
+        x_leaves, self.x_spec = tree_flatten(x)
+        self.x = counting(x_leaves)
         if any(isinstance(module, LazyModuleMixin) and module.has_uninitialized_params() for module in modules(f)):
             with torch.no_grad():
                 f(tree_unflatten(z_leaves, z_spec), x)  # gives them their shapes
@@ -55,11 +56,10 @@ class EquilibriumFunction:
         self.nfe += 1
         x = self.x
         if is_uncounted := is_functorch():
-            x = tree_map_only(Tensor, torch.clone, x)
+            x = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in x]
         if is_uncounted or self.overwrites_z is not False:
             z = [leaf.clone() for leaf in z]
-        if torch.is_inference_mode_enabled():
-            z, x = tree_map_only(Tensor, counting, (z, x))
+        z = counting(z)
         before = versions(z), versions(x)
         exchanges = [*self.parameters, *self._weights_in_place()]
         may_interfere = exchanges or self.randomness.may_be_drawn or torch.is_grad_enabled()
@@ -140,7 +140,7 @@ class _Randomness:
             pairs = zip(self.start, self._states(), strict=True)
             self.may_be_drawn = has_numbers(torch.empty(0)) and any(not torch.equal(a, b) for a, b in pairs)
             return
-        with torch.random.fork_rng(self.devices, enabled=self.may_be_drawn):
+        with torch.random.fork_rng(self.devices) if self.may_be_drawn else contextlib.nullcontext():
             if self.may_be_drawn:
                 torch.set_rng_state(self.start[0])
                 for device, state in zip(self.devices, self.start[1:], strict=True):

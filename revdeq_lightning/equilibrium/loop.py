@@ -34,7 +34,7 @@ def iterate_to_fixed_point(
     """
     state = solver.init(z0, reversible=reversible)
     watch = _Watch(solver, f)
-    num_steps = torch.full((len(z0[0]),), solver.max_steps, device=z0[0].device)
+    num_steps = torch.full(z0[0].shape[:1], solver.max_steps, device=z0[0].device)
     if solver.has_tolerance:
         iteration = _step_until_converged(solver, watch, state, num_steps.zero_())
     else:

@@ -27,8 +27,8 @@ def residual(value: Sequence[Tensor], state: Sequence[Tensor], rtol: float = 0.0
     """Compare `value = f(state)` with `state`, sample by sample (L2 norm over all but the first dimension)."""
     relatives, converged = [], []
     for f, z in zip(value, state, strict=True):
-        difference = torch.linalg.vector_norm((f - z).reshape(len(f), -1), dim=1)
-        scale = torch.linalg.vector_norm(f.reshape(len(f), -1), dim=1) + EPSILON
+        difference = torch.linalg.vector_norm((f - z).reshape(f.shape[0], -1), dim=1)
+        scale = torch.linalg.vector_norm(f.reshape(f.shape[0], -1), dim=1) + EPSILON
         relatives.append(difference / scale)
         # An infinite f would be within any share of itself.
         converged.append((difference <= atol + rtol * scale) & difference.isfinite())
@@ -55,7 +55,7 @@ def select(active: Mask, new: Leaves, old: Leaves) -> Leaves:
 def join(leaves: Leaves) -> Tensor:
     """All leaves as `(batch, elements)`, in float32 at least."""
     dtype = functools.reduce(torch.promote_types, [leaf.dtype for leaf in leaves], torch.float32)
-    flat = [leaf.reshape(len(leaf), -1).to(dtype) for leaf in leaves]
+    flat = [leaf.reshape(leaf.shape[0], -1).to(dtype) for leaf in leaves]
     return flat[0] if len(flat) == 1 else torch.cat(flat, 1)
 
 

@@ -126,7 +126,7 @@ def require_solver_and_adjoint(solver: Any, adjoint: Any) -> None:
 def _diverged(f: EquilibriumFunction, z0: Leaves, solver: AbstractSolver) -> tuple[Leaves, SolverStats]:
     """NaN, by one more evaluation: so everything that f uses has a gradient, NaN, which other processes wait for."""
     value = [v * math.nan for v in f(z0)]
-    steps = torch.full((len(z0[0]),), solver.max_steps, device=z0[0].device)
+    steps = torch.full(z0[0].shape[:1], solver.max_steps, device=z0[0].device)
     residual = torch.full(steps.shape, math.nan, device=steps.device)
     converged = torch.zeros_like(steps, dtype=torch.bool) if solver.has_tolerance else None
     return value, SolverStats(steps, f.nfe, residual, converged)
@@ -143,7 +143,7 @@ def _checked_state(leaves: list[Any]) -> Leaves:
             raise ValueError(f"z0 must not be empty: batch and other sizes at least 1, got shape {tuple(leaf.shape)}")
     batch_sizes = [leaf.shape[0] for leaf in leaves]
     devices = {leaf.device for leaf in leaves}
-    if len(set(batch_sizes)) > 1 or len(devices) > 1:
+    if any(size != batch_sizes[0] for size in batch_sizes) or len(devices) > 1:
         received = f"{batch_sizes} on {sorted(map(str, devices))}"
         raise ValueError(f"the tensors of z0 must share one device and one batch size, got {received}")
     if torch.is_autocast_enabled(leaves[0].device.type):

@@ -256,6 +256,17 @@ def test_exported_program_has_the_value(name, context):
         assert program(X * 1e7).isnan().all()
 
 
+@pytest.mark.parametrize("name", ["momentum-reversible", "broyden-implicit", "relaxed-unrolled-tolerance"])
+def test_exported_program_takes_any_batch(name):
+    net = Net(*PAIRS[name]).eval()
+    batch = torch.export.Dim("batch", min=2, max=64)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter
+        program = torch.export.export(net, (X,), dynamic_shapes=({0: batch},)).module()
+        for x in (X, torch.cat([X, normal(7)])):
+            assert relative_error(program(x), net(x)) <= 1e-12
+
+
 def test_traced_program_has_the_value():
     for name in ("momentum-reversible", "picard-backprop-tolerance", "broyden-implicit"):
         net = Net(*PAIRS[name]).eval()

@@ -82,7 +82,7 @@ class ReversibleAdjoint(AbstractAdjoint):
         if is_transformed():
             return BackpropAdjoint().solve(f, z0, solver)
         of_x = {i: leaf for i, leaf in enumerate(f.x) if isinstance(leaf, Tensor)}
-        inputs = (*z0, *of_x.values(), *f.places, *f.weights)
+        inputs = (*z0, *of_x.values(), *(own for own, _ in f.places), *f.weights)
         if not (torch.is_grad_enabled() and any(t.requires_grad for t in inputs)):
             iteration = iterate_to_fixed_point(solver, f, z0)
             _refuse_foreign_leaves(f, iteration.value, [], iteration.value)
@@ -107,7 +107,7 @@ class _Solve:
         """The inputs cut off from the graph that made them. Parameters that f still has stay in place if possible."""
         first = len(inputs) - len(self.f.places) - len(self.f.weights)
         leaves = [t.detach().requires_grad_(needed) for t, needed in zip(inputs, needs_grad, strict=True)]
-        for i, (own, places) in enumerate(self.f.places.items(), first):
+        for i, (own, places) in enumerate(self.f.places, first):
             is_there = inputs[i] is own and all(space.get(name) is own for space, name in places)
             if is_there and own.is_leaf and not own._backward_hooks and own.requires_grad == needs_grad[i]:
                 leaves[i] = own
@@ -117,7 +117,7 @@ class _Solve:
         """`run()` with x, the parameters and the computed weights from the flat inputs."""
         rest = iter(inputs[self.num_leaves :])
         x = [next(rest) if i in self.positions else leaf for i, leaf in enumerate(self.f.x)]
-        pairs = [(own, places, next(rest)) for own, places in self.f.places.items()]
+        pairs = [(own, places, next(rest)) for own, places in self.f.places]
         parameters = [(place, tensor) for own, places, tensor in pairs if tensor is not own for place in places]
         new = {"x": x, "parameters": parameters, "weights": list(rest)}
         with exchanged(((vars(self.f), name), value) for name, value in new.items()):
