@@ -76,4 +76,4 @@ def test_continuous_integration_calls_targets_of_the_makefile():
         for word in line.split()
         if "=" not in word
     }
-    assert named == {"lint", "typecheck", "test", "test-slow", "notebooks", "docs"}
+    assert named == {"lint", "typecheck", "test", "test-slow", "test-pythons", "notebooks", "docs"}
