@@ -1,5 +1,6 @@
 """Base class of the command lines of all tasks: the trainer with its callbacks, loggers and checkpoints."""
 
+import json
 import sys
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
+from safetensors import SafetensorError, safe_open
 
 from revdeq_lightning.callbacks.config import DiagnosticsConfig
 from revdeq_lightning.callbacks.depth_sweep import DepthSweep
@@ -68,6 +70,7 @@ from revdeq_lightning.runs.lock import LockedError, locked
 from revdeq_lightning.runs.random_state import ResumableRandomState
 from revdeq_lightning.runs.signals import STOP
 from revdeq_lightning.runs.stop_signal import SameStart, StopSignal
+from revdeq_lightning.tasks.checkpoint_fit import changed_settings, check_weights
 from revdeq_lightning.tasks.recipe import deferred_weights
 
 NOT_SUPPORTED: dict[type, str] = {
@@ -91,6 +94,8 @@ class AbstractCommandLine(LightningCLI):
     figures: ClassVar[dict[str, str]]
     """Figures that an evaluation prints: logged key without its split, and format."""
     run_config: RunConfig
+    weights: str | None = None
+    """File of exported weights with which the run begins."""
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
@@ -127,6 +132,11 @@ class AbstractCommandLine(LightningCLI):
             with setting_errors():
                 found = find_checkpoint(checkpoint, self.run_class(**run.as_dict()))
             checkpoint = config.ckpt_path = chosen(found)
+        self.weights = checkpoint if checkpoint and Path(checkpoint).suffix == ".safetensors" else None
+        if self.weights:  # of `export`: a new run begins with them
+            checkpoint = config.ckpt_path = None
+            if is_fsdp2(config.trainer.strategy):
+                fail(f"--ckpt_path={self.weights}: a run cannot begin with weights alone and fsdp2: use ddp")
         if self.config.subcommand != "fit" and checkpoint is None:
             fail(f"{self.config.subcommand} needs a checkpoint: set --ckpt_path to a file, last or best")
         if checkpoint and is_sharded_checkpoint(checkpoint) and not is_fsdp2(config.trainer.strategy):
@@ -266,6 +276,8 @@ class AbstractCommandLine(LightningCLI):
         try:
             with setting_errors(), deferred_weights(is_fsdp2(strategy)):
                 super().instantiate_classes()
+                if self.weights:
+                    load_weights(self.model, self.weights)
         except SystemExit:
             if self.subcommand == "fit":
                 with suppress(OSError):  # as it holds a run
@@ -371,6 +383,18 @@ def run_command_line(
             load_from_checkpoint_support=False,
         )
     end_process_group()
+
+
+def load_weights(task: Any, path: str) -> None:
+    """Load exported weights into a task's model; CheckpointError if they do not fit."""
+    try:
+        with safe_open(path, "pt") as file:
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
+            settings = json.loads((file.metadata() or {}).get("hyper_parameters", "{}"))
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is no file of weights, or a damaged one ({error})") from None
+    check_weights(weights, task.model.state_dict(), changed_settings(settings, dict(task.hparams)))
+    task.model.load_state_dict(weights)
 
 
 def chosen(found: Found) -> str:

@@ -62,13 +62,38 @@ def test_a_full_disk_is_told_and_leaves_the_file_of_before(checkpoint, tmp_path,
     assert [path.name for path in tmp_path.iterdir()] == [target.name]
 
 
+def test_a_new_run_begins_with_exported_weights(checkpoint, tmp_path, capsys, monkeypatch):
+    weights = checkpoint.with_name("w.safetensors")
+    run("export", "--ckpt_path", checkpoint, "--output", weights)
+    begun = {}
+    start = LanguageModelingTask.on_train_batch_start
+    monkeypatch.setattr(
+        LanguageModelingTask,
+        "on_train_batch_start",
+        lambda task, *step: (begun.update({n: w.clone() for n, w in task.state_dict().items()}), start(task, *step))[1],
+    )
+    run("fit", "--ckpt_path", weights, "--run.version=new", "--seed_everything=7", "--run.test=false")
+    before = torch.load(checkpoint, weights_only=True)["state_dict"]
+    assert all(torch.equal(begun[name], before[name]) for name in before if name.startswith("model."))
+    new = checkpoint.parents[2] / "new/checkpoints/last.ckpt"
+    assert torch.load(new, weights_only=True)["global_step"] == 1
+    capsys.readouterr()
+    options = ("--run.version=other", "--model.network.d_mlp=40")
+    assert "network.d_mlp 24 -> 40" in error(capsys, "fit", "--ckpt_path", weights, *options)
+    weights.write_bytes(weights.read_bytes()[:100])
+    told = error(capsys, "fit", "--ckpt_path", weights, "--run.version=other")
+    assert told.startswith(f"error: {weights} is no file of weights, or a damaged one")
+
+
 @pytest.mark.parametrize("command", ["fit", "test"])
-def test_exported_weights_are_no_checkpoint_of_a_run(checkpoint, tmp_path, capsys, command):
+def test_weights_alone_are_no_checkpoint_of_a_run(checkpoint, tmp_path, capsys, command):
+    config = tiny_config(tmp_path)
     weights = tmp_path / "w.safetensors"
     run("export", "--ckpt_path", checkpoint, "--output", weights)
-    config = tiny_config(tmp_path)
-    told = error(capsys, command, "--ckpt_path", weights)
-    assert told == f"error: {weights} holds weights alone, as `export` writes them: use a checkpoint in RUN/checkpoints"
+    capsys.readouterr()
+    if command == "test":
+        told = error(capsys, command, "--ckpt_path", weights)
+        assert told.startswith(f"error: {weights} holds weights alone, as `export` writes them: use a checkpoint in")
     weights = tmp_path / "w.ckpt"
     torch.save({"w": torch.zeros(1)}, weights)
     told = error(capsys, command, "--config", config, "--ckpt_path", weights, code=1 if command == "fit" else 2)
