@@ -7,6 +7,7 @@ warning or other message on standard error, or an output that contains a path of
 
 import argparse
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -54,7 +55,8 @@ def execute(path: Path) -> Any:
         # Use sockets in a folder instead of the network.
         settings["config"] = Config(KernelManager={"transport": "ipc", "ip": f"{sockets}/kernel"})
         settings["resources"] = {"metadata": {"path": folder}}
-        NotebookClient(notebook, timeout=CELL_SECONDS, **settings).execute()
+        # What a cell writes is in the notebook; the kernel's own complaints while it shuts down are nobody's.
+        NotebookClient(notebook, timeout=CELL_SECONDS, **settings).execute(stderr=subprocess.DEVNULL)
         private = {folder, str(Path.home()), str(FOLDER.parent), sys.prefix, sys.base_prefix} - {"/", "/usr"}
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
