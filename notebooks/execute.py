@@ -31,6 +31,8 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     if given.small:
         os.environ["REVDEQ_NOTEBOOK_SMALL"] = "1"
+    # As in an activated environment: commands that the notebooks print are `python ...`.
+    os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
     for path in given.notebooks:
         begin = time.monotonic()
         try:
