@@ -87,7 +87,7 @@ def page(rows: Rows) -> list[str]:
         line = lines.setdefault(row["gradient"], {"gradient": row["gradient"], **dict.fromkeys(map(str, counts))})
         line[str(row["evaluations"])] = f"{row['bytes'] / 2**20:.1f}"
     return [
-        "Peak of the tensors of one training step of `configs/reasoning/mazes.yaml` (32 mazes of 11 x 11 pixels), MiB,"
+        "Peak of the tensors of one training step of `configs/reasoning/mazes.yaml` (16 mazes of 11 x 11 pixels), MiB,"
         " by evaluations of f; for explicit stacks by layers, whose weights have gradients of their own. Momentum and"
         " BPTT make the same iteration, the exact state in integers, BPTT in float32.",
         part.markdown_table(list(lines.values())),
