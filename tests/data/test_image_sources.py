@@ -340,7 +340,9 @@ def test_what_was_found_is_printed_once_and_kept_with_prepared_images(module, fo
         data.setup("fit")
         data.setup("fit")
     expected = f"Data: train 30, validation 9, test 6 images; 3 classes: ant, bee, cat; left out: {line}"
-    assert [record.getMessage() for record in caplog.records] == [expected]
+    # Other libraries' threads may log meanwhile.
+    ours = [record.getMessage() for record in caplog.records if record.name.startswith("lightning")]
+    assert ours == [expected]
 
 
 # The validation split
