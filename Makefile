@@ -76,7 +76,7 @@ test: $(READY)  ## Run the tests: ARGS="-k golden"
 test-slow: $(READY)  ## Run the tests that take minutes: several processes, kills, several machines, SLURM
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(SLOW_WORKERS) --dist loadgroup -m slow $(ARGS)
 
-test-pythons: $(READY)  ## Run the tests that depend on it under every other Python from 3.11 on found here: PYTHONS="/path/to/python3.13 ..."
+test-pythons: $(READY)  ## Run the tests that depend on the Python version under every other Python found here: PYTHONS="/path/to/python3.13 ..."
 	@OMP_NUM_THREADS=1 PYTHONS='$(PYTHONS)' $(RUN) tests/pythons.py $(ARGS)
 
 lint: $(READY)  ## Check style
@@ -132,5 +132,5 @@ bench-scaling: $(READY)  ## Model training steps on 8 to 1,024 GPUs, and measure
 bench-pairs: $(READY)  ## Measure every solver with every adjoint: gradient, evaluations, memory (a few minutes)
 	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.core.pairs $(ARGS)
 
-clean:  ## Remove the virtual environment and caches (never runs/)
-	@rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build site *.egg-info
+clean:  ## Remove the virtual environments and caches (never runs/)
+	@rm -rf $(VENV) .venvs .pytest_cache .mypy_cache .ruff_cache build site *.egg-info

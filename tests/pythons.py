@@ -30,8 +30,8 @@ def found() -> dict[Version, Path]:
     """The interpreters by version: those of `PYTHONS`, or those on the path and of pyenv."""
     if names := os.environ.get("PYTHONS"):
         candidates = [Path(name) for name in names.split()]
-        if missing := [str(path) for path in candidates if not path.exists()]:
-            sys.exit(f"PYTHONS must be paths of interpreters, there is no {' '.join(missing)}")
+        if wrong := [str(path) for path in candidates if not path.exists() or (version_of(path) or (0,)) < OLDEST]:
+            sys.exit(f"PYTHONS must be paths of Python 3.11 or newer, got {' '.join(wrong)}")
     else:
         pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
         folders = [Path(folder) for folder in os.get_exec_path()]

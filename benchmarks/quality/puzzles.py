@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from benchmarks import part
 from benchmarks.part import Result, Skipped, markdown_table
-from benchmarks.quality.extrapolation import Mazes as Arrays, batches
+from benchmarks.quality.extrapolation import batches
 from benchmarks.requirements import Requirement
 from revdeq_lightning.cli.inference import load_reasoner
 from revdeq_lightning.data.puzzles.module import build_kind, make_puzzle
@@ -27,6 +28,7 @@ from revdeq_lightning.data.puzzles.module import build_kind, make_puzzle
 STRINGS = {32: 500, 128: 500, 512: 200, 4096: 20}
 REQUIRED_OF_STRINGS = {512: 1.0, 4096: 0.99}
 NUM_SUDOKUS, REQUIRED_OF_SUDOKUS = 500, 0.995
+Arrays = tuple[NDArray[np.int64], NDArray[np.int64]]
 
 
 def strings(length: int, count: int) -> Arrays:

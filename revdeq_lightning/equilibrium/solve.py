@@ -87,7 +87,7 @@ def solve_in_parts(
     `PhantomAdjoint(num_steps=1, beta=1)`.
 
     Args:
-        f: This and z0 and x as of `solve_fixed_point`.
+        f: Map `(z, x) -> z`, as in `solve_fixed_point`.
         z0: Initial state.
         x: Injected input.
         solver: Its `max_steps` are divided among the parts, the later ones getting the remainder.

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from revdeq_lightning.errors import RecordWarning
+from revdeq_lightning.runs.environment import replace_text
 
 
 def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -81,14 +82,9 @@ def rewind_rows(path: Path, step: int) -> None:
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write a file of these rows atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.part")
     columns = list(dict.fromkeys(key for row in rows for key in row))
     header = [{key: key for key in columns}] if path.suffix == ".csv" else []
-    try:
-        beside.write_text(_text(path, columns, [*header, *rows]), encoding="utf-8", newline="")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    replace_text(path, _text(path, columns, [*header, *rows]))
 
 
 def _text(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> str:

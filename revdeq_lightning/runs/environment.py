@@ -65,7 +65,7 @@ def replace_text(path: Path, text: str) -> None:
     """Write a file atomically: a kill or a full disk leaves the old one intact."""
     part = path.with_name(f".{path.name}.part")
     try:
-        part.write_text(text, encoding="utf-8")
+        part.write_text(text, encoding="utf-8", newline="")
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)

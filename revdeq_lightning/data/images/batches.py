@@ -21,7 +21,7 @@ from revdeq_lightning.data.images.decoding import (
 from revdeq_lightning.data.images.keyed_random import uniform
 from revdeq_lightning.data.images.tables import ImageTable
 from revdeq_lightning.data.loading.array_cache import StoredArray
-from revdeq_lightning.data.loading.files import printable
+from revdeq_lightning.data.loading.files import text_of
 from revdeq_lightning.data.loading.sampler import IGNORE_INDEX, PADDING
 
 
@@ -129,7 +129,7 @@ class DecodedImages(Dataset[ImageBatch]):
         return names
 
     def _name(self, item: int) -> str:
-        return printable(os.fsdecode(self.table.names[item]))
+        return text_of(os.fsdecode(self.table.names[item]))
 
 
 def _batch(images: NDArray[np.uint8], labels: NDArray[np.int64], keys: NDArray[np.int64], training: bool) -> ImageBatch:

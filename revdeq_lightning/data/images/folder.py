@@ -25,9 +25,9 @@ from revdeq_lightning.data.loading.files import (
     count_names,
     list_files,
     made_by_system,
-    printable,
     split_of,
     splits_within,
+    text_of,
 )
 
 ARCHIVE_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2")
@@ -145,7 +145,7 @@ def _split_folders(names: list[str], where: str) -> dict[str, str]:
     with_images = {name.partition("/")[0] for name in names if "/" in name and _is_image(name)}
     tops = sorted(with_images | {name.partition("/")[0] for name in names if "/" in name})
     folders = {f"{top}/": split for top in tops if (split := split_of(top))}
-    shown = ", ".join(map(printable, folders))
+    shown = ", ".join(map(text_of, folders))
     others = sorted(with_images - {folder[:-1] for folder in folders})
     if not folders:
         alike = {top: splits_within(top) for top in others if splits_within(top)}
@@ -153,14 +153,14 @@ def _split_folders(names: list[str], where: str) -> dict[str, str]:
         below: dict[str, set[str | None]] = {}
         for top, folder in (name.split("/")[:2] for name in names if name.count("/") > 1 and _is_image(name)):
             below.setdefault(top, set()).add(split_of(folder))
-        if within := [printable(top) for top, splits in sorted(below.items()) if len(splits - {None}) > 1]:
+        if within := [text_of(top) for top, splits in sorted(below.items()) if len(splits - {None}) > 1]:
             raise ValueError(
                 f"{where} has splits within its classes ({', '.join(within[:5])}): move them to train/CLASS, val/CLASS "
                 "and test/CLASS."
             )
         if len(alike) > 1 and (not direct or (len(alike) == len(others) and len(set.union(*alike.values())) > 1)):
             raise ValueError(
-                f"{where} has folders that look like splits, not like classes ({', '.join(map(printable, alike))}): "
+                f"{where} has folders that look like splits, not like classes ({', '.join(map(text_of, alike))}): "
                 "rename them to train, val and test, with one folder per class in each."
             )
         return {"": "train"}
@@ -169,11 +169,11 @@ def _split_folders(names: list[str], where: str) -> dict[str, str]:
     if others:
         raise ValueError(
             f"{where} has folders of splits ({shown}) and other folders with images "
-            f"({', '.join(map(printable, others[:5]))}): remove or rename those, or, if all are classes, move all into "
+            f"({', '.join(map(text_of, others[:5]))}): remove or rename those, or, if all are classes, move all into "
             "one folder train/."
         )
     for split in folders.values():
-        same = [printable(folder) for folder, other in folders.items() if other == split]
+        same = [text_of(folder) for folder, other in folders.items() if other == split]
         if len(same) > 1:
             raise ValueError(f"{where} has both {' and '.join(same)} for {split}: remove or rename one of them.")
     return folders
@@ -190,7 +190,7 @@ def _class_of_folder(splits: dict[str, dict[str, str]], where: str) -> dict[str,
         other = alike.setdefault(" ".join(name.casefold().split()), name)
         if other != name and len(name) > 1:  # single letters are classes of characters
             raise ValueError(
-                f"{where} has the class folders {printable(other)!r} and {printable(name)!r}, which differ only in "
+                f"{where} has the class folders {text_of(other)!r} and {text_of(name)!r}, which differ only in "
                 "case or spaces: give a class one name."
             )
     return {folder: found[0] for found in spellings.values() for folder in found}
@@ -207,7 +207,7 @@ def _arrange(
         splits[split] = {name: label for name, label in class_of.items() if _is_image(name)}
         if empty := sorted(set(class_of.values()) - set(splits[split].values())):
             raise ValueError(
-                f"the class folder {printable(folder + empty[0])} in {where} has no images "
+                f"the class folder {text_of(folder + empty[0])} in {where} has no images "
                 f"({', '.join(IMAGE_SUFFIXES)}): fill it or remove it."
             )
     class_of_folder = _class_of_folder(splits, where)
@@ -220,9 +220,7 @@ def _arrange(
         )
     for split, class_of in splits.items():
         if unknown := sorted(set(class_of.values()) - set(class_names)):
-            raise ValueError(
-                f"{where} has the class {printable(unknown[0])} in {split} but not in train: add it there."
-            )
+            raise ValueError(f"{where} has the class {text_of(unknown[0])} in {split} but not in train: add it there.")
         if not class_of:
             raise ValueError(f"{where} has a folder for {split} without class folders: fill it or remove it.")
     if ignored := {name for name in names if not name.endswith("/")}.difference(*splits.values()):
@@ -238,4 +236,4 @@ def _arrange(
         )
         for split, class_of in splits.items()
     }
-    return ImageCollection([printable(name) for name in class_names], tables, left_out)
+    return ImageCollection([text_of(name) for name in class_names], tables, left_out)

@@ -73,10 +73,10 @@ def made_by_system(path: str) -> bool:
 def count_names(reason: str, names: Iterable[str]) -> str:
     """One line: how many, why, and the first names."""
     found = sorted(names)
-    return f"{len(found)} {reason}: {', '.join(map(printable, found[:5]))}{', ...' * (len(found) > 5)}"
+    return f"{len(found)} {reason}: {', '.join(map(text_of, found[:5]))}{', ...' * (len(found) > 5)}"
 
 
-def printable(name: str) -> str:
+def text_of(name: str) -> str:
     r"""The name of a file, with bytes that are not UTF-8 shown as `\xe9`."""
     return os.fsencode(name).decode("utf-8", errors="backslashreplace")
 
