@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -213,7 +213,10 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     ]
     if config.optimizer == "adamw":
         groups.append(adam | {"params": matrices, "weight_decay": config.weight_decay})
-        return AdamW([group for group in groups if group["params"]], fused=True)
+        optimizer: Any = AdamW([group for group in groups if group["params"]], fused=True)
+        # Otherwise a gradient scaler leaves the unscaling to the step, and Lightning refuses to clip before it.
+        optimizer._step_supports_amp_scaling = False
+        return cast(Optimizer, optimizer)
     if not matrices:
         raise ValueError(f"optimizer='muon' needs linear layers to train, {type(model).__name__} has none: use 'adamw'")
     muon = {"lr": config.muon_lr, "momentum": config.muon_momentum, "weight_decay": config.weight_decay}

@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 
 from revdeq_lightning.tasks.optimizers import (
@@ -13,7 +14,7 @@ from revdeq_lightning.tasks.optimizers import (
     build_scheduler,
     group_parameters,
 )
-from tests.helpers.modules import make_model
+from tests.helpers.modules import Stranger, loader, make_model, trainer
 
 
 def muon(parameters):
@@ -184,3 +185,26 @@ def test_decay_over_a_run_without_end_is_an_error():
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     with pytest.raises(ValueError, match=r"decays over the run: set trainer\.max_steps"):
         build_scheduler(optimizer, OptimizerConfig(schedule="linear"), math.inf)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-true", "bf16-mixed", "16-mixed"])
+def test_gradients_are_clipped_at_every_precision(optimizer, precision, tmp_path):
+    seen = []
+
+    class Clipped(Stranger):
+        def configure_optimizers(self):
+            made = build_optimizer(self, OptimizerConfig(optimizer=optimizer))
+            made.register_step_post_hook(lambda *_: seen.append([p.grad.double() for p in self.parameters()]))
+            return made
+
+    plugins = []
+    if precision == "16-mixed":  # Lightning has it on GPUs only; with the scaler's first scale, the step is skipped
+        plugins = [MixedPrecision(precision, "cpu", torch.amp.GradScaler("cpu", init_scale=8.0))]
+    settings = {"plugins": plugins} if plugins else {"precision": precision}
+    for algorithm, order in (("norm", 2), ("value", math.inf)):
+        clip = {"gradient_clip_val": 1e-3, "gradient_clip_algorithm": algorithm}
+        trainer(tmp_path, max_steps=2, logger=False, **settings, **clip).fit(Clipped(), loader())
+        norms = [torch.cat([g.flatten() for g in gradients]).norm(order).item() for gradients in seen]
+        assert norms == pytest.approx([1e-3, 1e-3], rel=0.01)  # bfloat16 has 8 bits
+        seen.clear()
