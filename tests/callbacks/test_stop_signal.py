@@ -62,8 +62,10 @@ def fit(folder, *callbacks, ckpt_path=None, seed=0, **settings):
     [(signal.SIGHUP, 1, 1, 2), (signal.SIGTERM, 2, 1, 3), (signal.SIGUSR1, 3, 3, 2)],
     ids=["between validations", "at a validation", "in the midst of accumulated gradients"],
 )
-def test_the_run_in_two_parts_is_the_whole_run(tmp_path, number, batch, accumulate, stopped_at):
+def test_the_run_in_two_parts_is_the_whole_run(request, tmp_path, number, batch, accumulate, stopped_at):
     settings = {"max_steps": 5, "accumulate_grad_batches": accumulate, "val_check_interval": 3 * accumulate}
+    inherited = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the tests themselves run under nohup
+    request.addfinalizer(lambda: signal.signal(signal.SIGHUP, inherited))
     before = [signal.getsignal(s) for s in (signal.SIGUSR1, signal.SIGTERM)]
     undisturbed, first, second = SendSignal(), SendSignal(number, batch), SendSignal()
     end = fit(tmp_path, undisturbed, **settings)
