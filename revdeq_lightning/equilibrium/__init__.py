@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         ReconstructionWarning as ReconstructionWarning,
         ReversibleAdjoint as ReversibleAdjoint,
     )
+    from .checks import check_later as check_later, settle_checks as settle_checks
     from .diagnostics import (
         GradientComparison as GradientComparison,
         gradient_error as gradient_error,

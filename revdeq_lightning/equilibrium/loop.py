@@ -4,12 +4,14 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..transforms import has_numbers
+from . import checks
 from .norms import Leaves, residual
 from .solution import SolverStats
 from .solvers.base import AbstractSolver, State
@@ -22,6 +24,7 @@ class Iteration(NamedTuple):
     value: Leaves
     num_evaluations: int  # whose result entered the state
     stats: SolverStats
+    diverged: Tensor | None = None  # whether it did, 0-dim, where the host looks later
 
 
 def iterate_to_fixed_point(
@@ -39,7 +42,7 @@ def iterate_to_fixed_point(
         iteration = _step_until_converged(solver, watch, state, num_steps.zero_())
     else:
         iteration = _step_to_the_end(solver, watch, state, num_steps)
-    iteration = iteration._replace(value=watch.check(iteration.value))
+    iteration = watch.check(iteration)
     iteration.stats.residual_curve = None if watch.curve is None else torch.stack(watch.curve)
     return iteration
 
@@ -77,7 +80,7 @@ def _step_until_converged(solver: AbstractSolver, watch: "_Watch", state: State,
 
 def host_check_interval(device: torch.device) -> int:
     """Steps between two checks by the host whether all samples have stopped: free on a CPU, a stall elsewhere."""
-    return 1 if device.type == "cpu" else 4
+    return 4 if checks.host_must_wait(device) else 1
 
 
 class _Watch:
@@ -102,14 +105,24 @@ class _Watch:
         """Keep the smallest and the largest element: `vector_norm(inf)` is 20 times slower on CPUs."""
         self.extremes.append([extreme for leaf in iterate for extreme in torch.aminmax(leaf)])
 
-    def check(self, value: Leaves) -> Leaves:
-        """Raise DivergenceError for the first iterate out of range; where the host cannot look, the value is NaN."""
-        limit = self.solver.limit()
+    def check(self, iteration: Iteration) -> Iteration:
+        """Raise DivergenceError for the first iterate out of range; where the host does not look, the value is NaN."""
         extremes = torch.stack([e for row in self.extremes for e in row]).view(len(self.extremes), -1)
         magnitudes = extremes.abs().amax(1)
-        if not has_numbers(magnitudes):
-            return [torch.where((magnitudes < limit).all(), v, math.nan) for v in value]
-        sizes = magnitudes.tolist()
+        # With a tolerance the host waits for the device anyway.
+        is_later = checks.host_must_wait(magnitudes.device) and not self.solver.has_tolerance
+        if has_numbers(magnitudes) and not is_later:
+            self._judge(magnitudes.tolist())
+            return iteration
+        diverged = ~(magnitudes < self.solver.limit()).all()
+        if has_numbers(magnitudes):
+            checks.own_checks().later(magnitudes, partial(_noting, deferred_errors.get(), self._judge))
+        return iteration._replace(
+            value=[torch.where(diverged, math.nan, v) for v in iteration.value], diverged=diverged
+        )
+
+    def _judge(self, sizes: list[float]) -> None:
+        limit = self.solver.limit()
         for k, size in enumerate(sizes):
             if size < limit and math.isfinite(size):
                 continue
@@ -122,7 +135,6 @@ class _Watch:
                 " in z0, x and the parameters; if f expands, normalize its output or lower beta or max_steps. Solver:"
                 f" {self.solver}"
             )
-        return value
 
 
 class DivergenceError(RuntimeError):
@@ -132,6 +144,16 @@ class DivergenceError(RuntimeError):
 _records_residuals: ContextVar[bool] = ContextVar("records_residuals", default=False)
 deferred_errors: ContextVar[list[DivergenceError] | None] = ContextVar("deferred_errors", default=None)
 """The list of `deferred_divergence`, None outside of it."""
+
+
+def _noting(errors: list[DivergenceError] | None, judge: checks.Judge, numbers: list[float]) -> None:
+    """Judge; within `deferred_divergence` its error goes to the list."""
+    try:
+        judge(numbers)
+    except DivergenceError as error:
+        if errors is None:
+            raise
+        errors.append(error)
 
 
 @contextmanager
@@ -150,6 +172,8 @@ def recorded_residuals() -> AbstractContextManager[None]:
 
 def deferred_divergence(errors: list[DivergenceError]) -> AbstractContextManager[None]:
     """Within, a solve that diverges returns NaN and appends its error to the list; so does its backward pass, later.
+
+    On a GPU the error may come later: at the latest from `settle_checks()`.
 
     For several processes that work together: if one raised, the others would wait for it forever. NaN reaches all of
     them through the collective operations; whoever opened this context must then look at the list and raise.

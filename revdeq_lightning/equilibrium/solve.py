@@ -13,6 +13,7 @@ from ..transforms import is_traced, outside_of_compilers
 from .adjoints.base import AbstractAdjoint
 from .adjoints.implicit import ImplicitAdjoint
 from .adjoints.phantom import PhantomAdjoint
+from .checks import own_checks
 from .function import EquilibriumFunction, modules
 from .loop import DivergenceError, deferred_errors
 from .norms import Leaves, Map
@@ -48,11 +49,13 @@ def solve_fixed_point(
         ValueError: If the adjoint does not support the solver or f, if z0 is not as above, or if f changes the
             structure, shape, dtype or device of z.
         DivergenceError: If the state becomes non-finite or leaves the range of its arithmetic; within
-            `deferred_divergence` the value is NaN instead.
+            `deferred_divergence` the value is NaN instead. On a GPU, where the host does not wait for each solve, the
+            value is NaN at first, and a later solve or `settle_checks()` raises.
 
     Source: McCallum et al. 2025, arXiv:2509.12917, section 3.
     """
     require_solver_and_adjoint(solver, adjoint)
+    own_checks().settle(wait=False)
     z_leaves, z_spec = tree_flatten(z0)
     z_leaves = _checked_state(z_leaves)
     function = EquilibriumFunction(f, z_leaves, z_spec, x)

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ...state import exchanged
 from ...transforms import is_functorch, is_transformed
+from ..checks import Checks, own_checks
 from ..exact import kernels
 from ..function import (
     EquilibriumFunction,
@@ -101,6 +102,7 @@ class _Solve:
     solver: AbstractTwoStepSolver
     num_leaves: int
     positions: list[int]  # of the tensors among the leaves of x
+    checks: Checks = field(default_factory=own_checks)  # of this thread: the backward pass may run in another
     iteration: Iteration = field(init=False)  # without its value and its state, of which autograd saves the tensors
 
     def leaves(self, inputs: Sequence[Tensor], needs_grad: Sequence[bool]) -> Leaves:
@@ -239,11 +241,19 @@ class _BackwardPass:
         z0, policy = self.inputs[: self.solve.num_leaves], self.solve.adjoint.mismatch
         mismatch = self.solver.reconstruction_mismatch(self.state, z0)
         self.solve.iteration.stats.reconstruction_mismatch = mismatch
-        # Floating-point states never come back exactly, whatever f does.
-        if policy == "ignore" or self.solver.arithmetic != "exact" or not (count := int(mismatch)):
+        # Floating-point states never come back exactly, whatever f does; nor do those that diverged.
+        if policy == "ignore" or self.solver.arithmetic != "exact":
             return
+        diverged = self.solve.iteration.diverged
+        checked = mismatch if diverged is None else mismatch.masked_fill(diverged, 0)
+        total = 2 * sum(z.numel() for z in z0)
+        self.solve.checks.later(checked.view(1), lambda counts: _report(policy, int(counts[0]), total))
+
+
+def _report(policy: Policy, count: int, total: int) -> None:
+    if count:
         message = (
-            f"this gradient is not exact: {count} of {2 * sum(z.numel() for z in z0)} elements of the reconstructed"
+            f"this gradient is not exact: {count} of {total} elements of the reconstructed"
             " initial state differ, so f was not the same function in the forward and the backward pass. Look for"
             " random numbers that torch's generators do not make, buffers that f updates, data changed in place, and"
             " kernels chosen again (a part of f under torch.compile: ReversibleAdjoint(forward_with_grad=True))"
