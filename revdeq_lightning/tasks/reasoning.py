@@ -12,6 +12,7 @@ from revdeq_lightning.data.loading.sampler import IGNORE_INDEX
 from revdeq_lightning.data.puzzles.module import PuzzleBatch
 from revdeq_lightning.equilibrium import equilibria
 from revdeq_lightning.equilibrium.validation import require_count, require_in_range
+from revdeq_lightning.host import send
 from revdeq_lightning.metrics import ReasoningMetrics
 from revdeq_lightning.models import ReasonerConfig
 from revdeq_lightning.models.build import SolverConfig, build_reasoner, plain
@@ -191,9 +192,9 @@ class ReasoningTask(AbstractTask):
         # Drawn on the CPU, as the host would wait for masks on the device.
         at_zero = torch.rand(len(inputs)) >= self.random_start
         is_late = torch.rand(len(inputs)) < self.late_start
-        z0[at_zero.nonzero().flatten().to(inputs.device)] = 0
+        z0[send(at_zero.nonzero().flatten(), inputs.device)] = 0
         if is_late.any():
-            late = is_late.nonzero().flatten().to(inputs.device)
+            late = send(is_late.nonzero().flatten(), inputs.device)
             steps = int(torch.randint(1, self.late_steps + 1, ()))
             with torch.no_grad():
                 z0[late] = self.model(inputs[late], max_steps=steps, z0=z0[late]).solution.value

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from torch.overrides import TorchFunctionMode
 from torchvision.transforms.v2 import InterpolationMode, RandAugment, functional as TF
 
 from revdeq_lightning.data.images.augmentation import (
@@ -21,6 +22,7 @@ from revdeq_lightning.data.images.augmentation import (
     resized_crop,
     symmetric_beta,
 )
+from revdeq_lightning.data.images.decoding import normalize
 from revdeq_lightning.data.images.keyed_random import uniform
 from revdeq_lightning.data.images.randaugment import MAX_MAGNITUDE, OPERATIONS, apply_operations, rand_augment
 
@@ -358,6 +360,38 @@ def test_settings_out_of_range_are_refused(arguments, message):
 # Devices
 
 
+class Waits(TorchFunctionMode):
+    """Counts copies from the host for which it waits; to read numbers of the "meta" device is an error anyway."""
+
+    count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        source = args[0].device if args and isinstance(args[0], torch.Tensor) else torch.device("cpu")
+        copies = func in (torch.tensor, torch.as_tensor, torch.Tensor.to) and result.device != source
+        self.count += copies and not kwargs.get("non_blocking")
+        return result
+
+
+def test_the_host_waits_for_no_augmentation_on_a_device():
+    mixing = {"erasing_probability": 0.5, "mixup_alpha": 0.4, "cutmix_alpha": 1.0}
+    crops = ({"crop_padding": 4}, {"random_resized_crop": (0.08, 1.0)})
+    batch = torch.zeros(256, 3, 32, 32, dtype=torch.uint8, device="meta")
+    with Waits() as waits:
+        for crop in crops:
+            config = AugmentationConfig(**crop, **mixing, flip=True, randaugment_ops=2)
+            pixels = augment_pixels(batch, config, MANY[:256], 7)
+            result = augment_normalized(normalize(pixels, [0.5] * 3, [0.2] * 3), config, MANY[:256], 7)
+    assert result.images.is_meta
+    assert waits.count == 0
+    with Waits() as waits:
+        torch.ones(2).to(device="meta") + torch.tensor([1.0], device="meta")
+    assert waits.count == 2
+    with pytest.raises(RuntimeError, match="meta"):
+        result.weights.sum().item()
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_cuda_device_augments_as_the_cpu_does():
@@ -366,10 +400,10 @@ def test_a_cuda_device_augments_as_the_cpu_does():
     )
     batch, keys = images(64, height=32, width=32), MANY[:64]
     assert torch.equal(uniform(keys, 7, "crop", 5), uniform(keys.cuda(), 7, "crop", 5).cpu())
-    pixels = [augment_pixels(batch.to(d), config, keys.to(d), 7) for d in ("cpu", "cuda")]
+    pixels = [augment_pixels(batch.to(d), config, keys, 7) for d in ("cpu", "cuda")]
     difference = (pixels[0].int() - pixels[1].cpu().int()).abs()
     assert (difference > 1).float().mean() < 0.01  # interpolated values that round the other way, then equalized
     normalized = pixels[0] / 255
-    ours, theirs = (augment_normalized(normalized.to(d), config, keys.to(d), 7) for d in ("cpu", "cuda"))
+    ours, theirs = (augment_normalized(normalized.to(d), config, keys, 7) for d in ("cpu", "cuda"))
     torch.testing.assert_close(ours.weights, theirs.weights.cpu())
     torch.testing.assert_close(ours.images, theirs.images.cpu())

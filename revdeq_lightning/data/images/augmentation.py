@@ -79,13 +79,13 @@ def crop_and_flip(images: Tensor, config: AugmentationConfig, keys: Tensor, seed
     """Crop at random, and mirror with probability 1/2."""
     size = images.shape[-1]
     if config.crop_padding:
-        offsets = (uniform(keys, seed, "crop", 2) * (2 * config.crop_padding + 1)).long()
+        offsets = (uniform(keys, seed, "crop", 2, images.device) * (2 * config.crop_padding + 1)).long()
         images = padded_crop(images, config.crop_padding, offsets[:, 0], offsets[:, 1])
     if config.random_resized_crop is not None:
-        boxes = random_box(uniform(keys, seed, "crop", 4), size, size, config.random_resized_crop)
+        boxes = random_box(uniform(keys, seed, "crop", 4, images.device), size, size, config.random_resized_crop)
         images = resized_crop(images, boxes)
     if config.flip:
-        mirrored = uniform(keys, seed, "flip", 1) < 0.5
+        mirrored = uniform(keys, seed, "flip", 1, images.device) < 0.5
         images = torch.where(mirrored[:, :, None, None], images.flip(-1), images)
     return images
 
@@ -140,7 +140,7 @@ def erase(images: Tensor, probability: float, keys: Tensor, seed: int) -> Tensor
     Source: Zhong et al. 2017, arXiv:1708.04896.
     """
     height, width = images.shape[-2:]
-    draws = uniform(keys, seed, "erase", 5)
+    draws = uniform(keys, seed, "erase", 5, images.device)
     area = (0.02 + 0.31 * draws[:, 1]) * (height * width)
     ratio = (math.log(0.3) + math.log(3.3 / 0.3) * draws[:, 2]).exp()
     top, box_height = _interval(area * ratio, draws[:, 3], height)
@@ -159,7 +159,7 @@ def mix(images: Tensor, config: AugmentationConfig, keys: Tensor, seed: int) -> 
     height, width = images.shape[-2:]
     partners = torch.arange(len(images), device=images.device).roll(1)
     other = images[partners]
-    draws = uniform(keys, seed, "mix", 7)
+    draws = uniform(keys, seed, "mix", 7, images.device)
     mixes = draws[:, 0] < config.mix_probability
     cuts = draws[:, 1] < (config.cutmix_alpha > 0) * (0.5 if config.mixup_alpha else 1.0)
     share = torch.ones_like(draws[:, 0])  # share of the image itself
@@ -205,7 +205,8 @@ def augment_pixels(images: Tensor, config: AugmentationConfig, keys: Tensor, see
     Args:
         images: `(batch, channels, height, width)`, square.
         config: Augmentations.
-        keys: One key per image, int64 `(batch,)`; every random number is a function of key and `seed`.
+        keys: One key per image, int64 `(batch,)`, on the host, which draws; every random number is a function of key
+            and `seed`.
         seed: Seed of the random numbers.
     """
     images = crop_and_flip(images, config, keys, seed)
@@ -220,4 +221,5 @@ def augment_normalized(images: Tensor, config: AugmentationConfig, keys: Tensor,
         images = erase(images, config.erasing_probability, keys, seed)
     if config.mixup_alpha or config.cutmix_alpha:
         return mix(images, config, keys, seed)
-    return Mixed(images, torch.arange(len(keys), device=keys.device), torch.ones(len(keys), device=keys.device))
+    device = images.device
+    return Mixed(images, torch.arange(len(images), device=device), torch.ones(len(images), device=device))

@@ -15,6 +15,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode, functional as TF
 
 from revdeq_lightning.data.loading.files import list_files
+from revdeq_lightning.host import constant
 
 UNDECODABLE = ("raise", "skip")
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -115,9 +116,9 @@ def to_array(image: Image.Image) -> NDArray[np.uint8]:
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Map uint8 images to float32 of about zero mean and unit variance; `mean` and `std` on the scale 0 ... 1."""
-    scale = torch.tensor([1 / (255 * s) for s in std], device=images.device).view(-1, 1, 1)
-    offset = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=images.device).view(-1, 1, 1)
-    return images.to(torch.float32).mul_(scale).add_(offset)
+    scale = constant(tuple(1 / (255 * s) for s in std), images.device)
+    offset = constant(tuple(-m / s for m, s in zip(mean, std, strict=True)), images.device)
+    return images.to(torch.float32).mul_(scale[:, None, None]).add_(offset[:, None, None])
 
 
 def find_images(path: str | os.PathLike[str]) -> list[Path]:

@@ -5,9 +5,11 @@ import zlib
 import torch
 from torch import Tensor
 
+from revdeq_lightning.host import send
 
-def uniform(keys: Tensor, seed: int, purpose: str, count: int) -> Tensor:
-    """`count` uniform numbers in [0, 1) for each key, float32 `(batch, count)`.
+
+def uniform(keys: Tensor, seed: int, purpose: str, count: int, device: torch.device | None = None) -> Tensor:
+    """`count` uniform numbers in [0, 1) for each key, float32 `(batch, count)`; sent to `device` if given.
 
     SplitMix64 seeded with (seed, key, purpose): the numbers of an item do not depend on the rest of the batch, and
     different purposes are independent.
@@ -18,7 +20,8 @@ def uniform(keys: Tensor, seed: int, purpose: str, count: int) -> Tensor:
     state = _mix(keys + _mix(stream)).unsqueeze(1)
     steps = torch.arange(1, count + 1, device=keys.device) * _signed(_GOLDEN)
     bits = _mix(state + steps)
-    return _shifted(bits, 40).to(torch.float32) * 2.0**-24  # exact
+    numbers = _shifted(bits, 40).to(torch.float32) * 2.0**-24  # exact
+    return numbers if device is None else send(numbers, device)
 
 
 def _signed(value: int) -> int:

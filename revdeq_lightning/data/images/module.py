@@ -9,6 +9,7 @@ from typing import Any, Literal
 from unicodedata import normalize as in_unicode
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from revdeq_lightning.data.images.augmentation import (
@@ -204,6 +205,11 @@ class ImageDataModule(AbstractDataModule):
         dataset = self._dataset("train")
         order = partial(_training_order, len(dataset), self.hparams["seed"])
         return self._training_loader(dataset, len(dataset), order)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
+        # The host draws: it must know which images an operation changes.
+        return moved._replace(keys=batch.keys) if isinstance(batch, ImageBatch) else moved
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         if not isinstance(batch, ImageBatch):

@@ -8,6 +8,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 from revdeq_lightning.data.images.keyed_random import uniform
+from revdeq_lightning.host import constant, send
 
 MAX_MAGNITUDE = 30
 OPERATIONS = (
@@ -26,7 +27,7 @@ def rand_augment(images: Tensor, num_ops: int, magnitude: int, keys: Tensor, see
     sharpness 0.9 either way, 4 bits, solarization above 0.
     """
     for number in range(num_ops):
-        draws = uniform(keys, seed, f"randaugment/{number}", 2).cpu()  # the only synchronization with a GPU
+        draws = uniform(keys, seed, f"randaugment/{number}", 2)
         operations = (draws[:, 0] * len(OPERATIONS)).long()
         signs = 1 - 2 * (draws[:, 1] < 0.5).to(torch.float32)
         images = apply_operations(images, operations, signs, magnitude)
@@ -38,23 +39,23 @@ def apply_operations(images: Tensor, operations: Tensor, signs: Tensor, magnitud
     images = images.clone()
     geometric = ((operations >= _GEOMETRIC.start) & (operations < _GEOMETRIC.stop)).nonzero().flatten()
     if len(geometric):
-        rows = geometric.to(images.device)
+        rows = send(geometric, images.device)
         matrices = _matrices(operations[geometric], signs[geometric], magnitude, *images.shape[-2:])
-        images[rows] = affine(images[rows], matrices.to(images.device))
+        images[rows] = affine(images[rows], matrices)
     for operation in range(_GEOMETRIC.stop, len(OPERATIONS)):
         for sign in (1, -1) if operation in _SIGNED_COLORS else (None,):
             chosen = operations == operation if sign is None else (operations == operation) & (signs == sign)
-            if len(rows := chosen.nonzero().flatten().to(images.device)):
+            if len(rows := send(chosen.nonzero().flatten(), images.device)):
                 images[rows] = _color(images[rows], OPERATIONS[operation], (sign or 1) * magnitude / MAX_MAGNITUDE)
     return images
 
 
 def affine(images: Tensor, matrices: Tensor) -> Tensor:
-    """Sample each pixel p at M p bilinearly, black outside; M `(batch, 2, 3)`, in pixels from the center."""
+    """Sample each pixel p at M p bilinearly, black outside; M `(batch, 2, 3)` in pixels from the center, on the host."""
     height, width = images.shape[-2:]
-    half = torch.tensor([width / 2, height / 2], device=images.device)
+    half = torch.tensor([width / 2, height / 2])
     relative = matrices * torch.cat([half, half.new_ones(1)]) / half[:, None]
-    grid = F.affine_grid(relative, list(images.shape), align_corners=False)
+    grid = F.affine_grid(send(relative, images.device), list(images.shape), align_corners=False)
     return F.grid_sample(images.to(torch.float32), grid, align_corners=False).round_().to(images.dtype)
 
 
@@ -80,6 +81,16 @@ def _matrices(operations: Tensor, signs: Tensor, magnitude: int, height: int, wi
     return of_operation[operations - _GEOMETRIC.start, torch.arange(len(operations))]
 
 
+def sharpen(images: Tensor, factor: float) -> Tensor:
+    """As torchvision's `adjust_sharpness`, which sends its kernel to the device and waits for it."""
+    channels, pixels = images.shape[1], images.to(torch.float32)
+    kernel = constant((1 / 13,) * 4 + (5 / 13,) + (1 / 13,) * 4, images.device).view(1, 1, 3, 3)
+    blurred = F.conv2d(pixels, kernel.expand(channels, 1, 3, 3), groups=channels).round_()
+    inner = pixels[..., 1:-1, 1:-1]
+    inner.add_(blurred.sub_(inner), alpha=1 - factor)
+    return pixels.clamp_(0, 255).to(images.dtype)
+
+
 def _color(images: Tensor, operation: str, fraction: float) -> Tensor:
     """One color operation on all images."""
     factor = 1 + 0.9 * fraction
@@ -87,7 +98,7 @@ def _color(images: Tensor, operation: str, fraction: float) -> Tensor:
         "Brightness": lambda: TF.adjust_brightness(images, factor),
         "Color": lambda: TF.adjust_saturation(images, factor),
         "Contrast": lambda: TF.adjust_contrast(images, factor),
-        "Sharpness": lambda: TF.adjust_sharpness(images, factor),
+        "Sharpness": lambda: sharpen(images, factor),
         "Posterize": lambda: TF.posterize(images, 8 - round(4 * fraction)),
         "Solarize": lambda: TF.solarize(images, 255 * (1 - fraction)),
         "AutoContrast": lambda: TF.autocontrast(images),
