@@ -51,7 +51,7 @@ def apply_operations(images: Tensor, operations: Tensor, signs: Tensor, magnitud
 
 
 def affine(images: Tensor, matrices: Tensor) -> Tensor:
-    """Sample each pixel p at M p bilinearly, black outside; M `(batch, 2, 3)` in pixels from the center, on the host."""
+    """Sample each pixel p at M p bilinearly, black outside; M `(batch, 2, 3)` on the host, pixels from the center."""
     height, width = images.shape[-2:]
     half = torch.tensor([width / 2, height / 2])
     relative = matrices * torch.cat([half, half.new_ones(1)]) / half[:, None]
