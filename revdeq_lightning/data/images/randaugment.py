@@ -1,6 +1,8 @@
 """RandAugment (Cubuk et al. 2019, arXiv:1909.13719) with its 14 operations, drawn per image."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -94,7 +96,7 @@ def sharpen(images: Tensor, factor: float) -> Tensor:
 def _color(images: Tensor, operation: str, fraction: float) -> Tensor:
     """One color operation on all images."""
     factor = 1 + 0.9 * fraction
-    result: Tensor = {
+    operations: dict[str, Callable[[], Any]] = {
         "Brightness": lambda: TF.adjust_brightness(images, factor),
         "Color": lambda: TF.adjust_saturation(images, factor),
         "Contrast": lambda: TF.adjust_contrast(images, factor),
@@ -103,5 +105,6 @@ def _color(images: Tensor, operation: str, fraction: float) -> Tensor:
         "Solarize": lambda: TF.solarize(images, 255 * (1 - fraction)),
         "AutoContrast": lambda: TF.autocontrast(images),
         "Equalize": lambda: TF.equalize(images),
-    }[operation]()
+    }
+    result: Tensor = operations[operation]()
     return result
