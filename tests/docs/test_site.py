@@ -42,7 +42,7 @@ def test_every_page_is_built(site):
     pages = [path.relative_to(ROOT / "docs").with_suffix("") for path in (ROOT / "docs").rglob("*.md")]
     assert len(pages) >= 16
     assert not [page for page in pages if page.name != "index" and not (site / page / "index.html").is_file()]
-    assert len(list((site / "notebooks").glob("*/index.html"))) == 5
+    assert len(list((site / "notebooks").glob("*/index.html"))) == 6
     assert (site / "benchmarks/results/core/index.html").is_file()
 
 

@@ -12,8 +12,8 @@ NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 FILES = sorted(NOTEBOOKS.glob("*.ipynb"))
 
 
-def test_there_are_five():
-    assert [path.name[0] for path in FILES] == ["1", "2", "3", "4", "5"]
+def test_there_are_six():
+    assert [path.name[0] for path in FILES] == ["1", "2", "3", "4", "5", "6"]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem[:1])
