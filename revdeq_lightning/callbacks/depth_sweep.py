@@ -162,7 +162,7 @@ def most_steps(module: nn.Module) -> int:
 
 def evaluations(module: nn.Module) -> int:
     """Evaluations of f in one forward pass, at most."""
-    return sum(layer.solver.max_steps * layer.solver.evaluations_per_step for layer in equilibria(module))
+    return sum(layer.solver.num_evaluations for layer in equilibria(module))
 
 
 def depths(steps: int) -> list[int]:

@@ -20,43 +20,48 @@ from .solvers.base import AbstractSolver, State
 class Iteration(NamedTuple):
     """How a forward loop ended."""
 
-    state: State
+    state: State  # the newest that can be undone
     value: Leaves
-    num_evaluations: int  # whose result entered the state
+    num_evaluations: int  # whose result entered that state
     stats: SolverStats
     diverged: Tensor | None = None  # whether it did, 0-dim, where the host looks later
 
 
 def iterate_to_fixed_point(
-    solver: AbstractSolver, f: Callable[[Leaves], Leaves], z0: Leaves, *, reversible: bool = False
+    solver: AbstractSolver, f: Callable[[Leaves], Leaves], z0: Leaves, *, reversible: bool = False, num_kept: int = 0
 ) -> Iteration:
-    """Run the solver from z0; `reversible` keeps what is needed to undo the steps.
+    """Run the solver from z0; `reversible` keeps what is needed to undo the steps, but for the last `num_kept` of them.
 
     Calls f `max_steps * evaluations_per_step` times, with a tolerance at most once more. Raises DivergenceError if an
     iterate is not finite or beyond the solver's limit.
     """
-    state = solver.init(z0, reversible=reversible)
+    state = solver.init(z0, reversible=reversible and num_kept < solver.num_evaluations)
     watch = _Watch(solver, f)
     num_steps = torch.full(z0[0].shape[:1], solver.max_steps, device=z0[0].device)
     if solver.has_tolerance:
         iteration = _step_until_converged(solver, watch, state, num_steps.zero_())
     else:
-        iteration = _step_to_the_end(solver, watch, state, num_steps)
+        iteration = _step_to_the_end(solver, watch, state, num_steps, num_kept)
     iteration = watch.check(iteration)
     iteration.stats.residual_curve = None if watch.curve is None else torch.stack(watch.curve)
     return iteration
 
 
-def _step_to_the_end(solver: AbstractSolver, watch: "_Watch", state: State, num_steps: Tensor) -> Iteration:
-    num_evaluations = solver.max_steps * solver.evaluations_per_step
-    for _ in range(num_evaluations):
+def _step_to_the_end(
+    solver: AbstractSolver, watch: "_Watch", state: State, num_steps: Tensor, num_kept: int
+) -> Iteration:
+    undone: State = None
+    num_undone = max(0, solver.num_evaluations - num_kept)
+    for k in range(solver.num_evaluations):
+        if k == num_undone > 0:
+            undone, state = state, solver.branch(state)
         iterate = solver.iterate(state)
         value = watch.evaluate(iterate)
         state = solver.advance(state, value, None)
     stats = SolverStats(num_steps, watch.nfe, residual(value, iterate).relative)
     iterate = solver.iterate(state)
     watch.look_at(iterate)
-    return Iteration(state, iterate, num_evaluations, stats)
+    return Iteration(undone if num_kept else state, iterate, num_undone, stats)
 
 
 def _step_until_converged(solver: AbstractSolver, watch: "_Watch", state: State, num_steps: Tensor) -> Iteration:

@@ -63,7 +63,7 @@ def describe_solver(model: Any) -> str:
     num_f = sum(p.numel() for layer in layers for p in layer.f.parameters())
     names = dict.fromkeys(type(layer.solver).__name__ for layer in layers)
     at_most = "at most " if any(layer.solver.has_tolerance for layer in layers) else ""
-    counts = " + ".join(str(layer.solver.max_steps * layer.solver.evaluations_per_step) for layer in layers)
+    counts = " + ".join(str(layer.solver.num_evaluations) for layer in layers)
     return f"{num_f:,} of them in f; {', '.join(names)}, {at_most}{counts} evaluations of f"
 
 

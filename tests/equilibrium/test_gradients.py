@@ -1,11 +1,15 @@
 """The gradient of the reversible solvers against back-propagation through plain loops that share no code with them."""
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from revdeq_lightning.equilibrium import (
     BackpropAdjoint,
+    EquilibriumLayer,
     MomentumSolver,
     ReversibleAdjoint,
     ReversibleSolver,
@@ -128,3 +132,69 @@ def test_many_evaluations_with_a_large_denominator_spill_and_come_back():
     f, z0, x = problem("conv", torch.float32)
     solver = MomentumSolver(beta=0.8, momentum=0.123, max_steps=60)  # a = -123/1000: 5 digits a word
     check(f, z0, x, solver, momentum_loop(f, z0, x, 0.8, 0.123, 60), 1e-5)
+
+
+# Evaluations whose activations are kept from the forward pass
+
+
+class Counted(AttentionBlock):
+    """Counts its calls."""
+
+    def forward(self, z, x):
+        self.calls = getattr(self, "calls", 0) + 1
+        return super().forward(z, x)
+
+
+@pytest.mark.parametrize("around", ["plain", "checkpoint", "retained", "recorded"])
+@pytest.mark.parametrize("solver", [ReversibleSolver(max_steps=4), MomentumSolver(beta=0.8, max_steps=8)])
+def test_stored_evaluations_change_the_calls_of_f_and_no_bit(solver, around):
+    def run(stored):
+        torch.manual_seed(0)
+        f, x = Counted(16, 2, dropout=0.3), torch.randn(2, 5, 16, requires_grad=True)
+        adjoint = ReversibleAdjoint(mismatch="raise", forward_with_grad=around == "recorded", stored_evaluations=stored)
+        solutions = []
+
+        def value(x):
+            solutions.append(solve_fixed_point(f, 0.1 * x, x, solver=solver, adjoint=adjoint))
+            return solutions[-1].value
+
+        result = checkpoint(value, x, use_reentrant=False) if around == "checkpoint" else value(x)
+        if around == "retained":
+            result.square().sum().backward(retain_graph=True)
+        result.square().sum().backward()
+        assert solutions[-1].stats.reconstruction_mismatch == 0
+        return [result, x.grad, *(p.grad for p in f.parameters())], solutions[-1].stats.backward_nfe, f.calls
+
+    reference, nfe, calls = run(0)
+    assert nfe == 8
+    for stored in (1, 5, 8, 9):
+        tensors, nfe, fewer = run(stored)
+        assert all(torch.equal(a, b) for a, b in zip(tensors, reference, strict=True))
+        assert nfe == max(0, 8 - stored)
+        if around != "checkpoint":  # which runs all again for what is stored
+            assert calls - fewer == min(stored, 8) * (1 + (around == "retained"))
+
+
+def test_stored_evaluations_are_not_reconstructed_and_need_a_fixed_number():
+    """A part of f that no pass repeats is certified where all is stored, and nowhere else."""
+    f, z0, x = problem("attention", torch.float32)
+    calls = itertools.count()
+    solver = ReversibleSolver(max_steps=2)
+
+    def mismatch(stored):
+        adjoint = ReversibleAdjoint(mismatch="ignore", stored_evaluations=stored)
+        solution = solve_fixed_point(lambda z, x: z + x / (1 + next(calls)), z0, x, solver=solver, adjoint=adjoint)
+        solution.value.sum().backward()
+        return solution.stats.reconstruction_mismatch
+
+    assert mismatch(4) == 0
+    assert mismatch(3) > 0
+    adjoint = ReversibleAdjoint(stored_evaluations=1)
+    with pytest.raises(ValueError, match=r"stored_evaluations=1 needs a solver without a tolerance, got .*rtol=0.1"):
+        EquilibriumLayer(f, solver=ReversibleSolver(rtol=0.1), adjoint=adjoint)
+    with pytest.raises(ValueError, match="stored_evaluations must be at least 0, got -1"):
+        ReversibleAdjoint(stored_evaluations=-1)
+    closure = torch.ones((), requires_grad=True)
+    adjoint = ReversibleAdjoint(stored_evaluations=4)
+    with pytest.raises(RuntimeError, match="its gradient would be lost"):
+        solve_fixed_point(lambda z, x: z * closure, z0, x, solver=solver, adjoint=adjoint).value.sum().backward()

@@ -73,3 +73,13 @@ def test_bptt_grows_linearly():
     """The twin: the instrument sees memory that does grow."""
     peaks = [peak_bytes(ReversibleSolver(max_steps=n), BackpropAdjoint()) for n in (4, 8, 12)]
     assert peaks[2] - peaks[1] == peaks[1] - peaks[0] > 8 * 4 * ELEMENTS
+
+
+def test_each_stored_evaluation_takes_the_memory_of_one():
+    """Linear in their number: as much as BPTT's, and the state and the value of each beside."""
+    solver = ReversibleSolver(max_steps=8)
+    peaks = [peak_bytes(solver, ReversibleAdjoint(stored_evaluations=k)) for k in (4, 8, 12)]
+    bptt = [peak_bytes(ReversibleSolver(max_steps=n), BackpropAdjoint()) for n in (4, 8)]
+    assert peaks[2] - peaks[1] == peaks[1] - peaks[0] > 0
+    assert 2 * (peaks[1] - peaks[0]) <= bptt[1] - bptt[0] + 8 * 2 * 4 * ELEMENTS
+    assert peak_bytes(solver, ReversibleAdjoint(stored_evaluations=1)) <= 1.05 * peak_bytes(solver)

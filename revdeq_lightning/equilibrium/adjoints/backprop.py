@@ -41,7 +41,7 @@ class BackpropAdjoint(AbstractAdjoint):
             return iteration.value, iteration.stats
         num_constant = 0
         if self.num_evaluations is not None:
-            num_constant = max(0, solver.max_steps * solver.evaluations_per_step - self.num_evaluations)
+            num_constant = max(0, solver.num_evaluations - self.num_evaluations)
         stats: SolverStats | None = None
 
         def counted(z: Leaves) -> Leaves:

@@ -12,7 +12,7 @@ z_0.
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ from ..norms import Leaves, Map, select
 from ..solution import SolverStats
 from ..solvers.base import AbstractSolver
 from ..solvers.reversible import AbstractTwoStepSolver, TwoStepState
-from ..validation import require_choice
+from ..validation import require_choice, require_count
 from .backprop import BackpropAdjoint
 from .base import AbstractAdjoint, Policy, report
 
@@ -58,23 +58,36 @@ class ReversibleAdjoint(AbstractAdjoint):
     there always is one. Every tensor that f uses and that needs a gradient must be a parameter of f, in x, or z0.
     Within `torch.func` and in forward mode it is `BackpropAdjoint`, with the same gradient and its memory.
 
+    `stored_evaluations` is a dial between memory and time. What an evaluation stores need not be reconstructed: the
+    certificate then is about the others. Each takes one more evaluation of f off the backward pass and keeps its
+    activations until then; with all of them stored this is `BackpropAdjoint()`, in its time and memory.
+
     Args:
         mismatch: With arithmetic "exact", what to do when elements differ: "warn", "raise" or "ignore".
         forward_with_grad: Whether the forward pass records f for autograd too (and drops the record), so that a
             compiled f runs the same program in both passes. None: only where torch.compile is found in f.
+        stored_evaluations: How many of the last evaluations keep their activations, at least 0; all if there are fewer.
+            Needs a solver without a tolerance.
     """
 
     mismatch: Policy = "warn"
     forward_with_grad: bool | None = None
+    stored_evaluations: int = 0
 
     def __post_init__(self) -> None:
         require_choice("mismatch", self.mismatch, get_args(Policy))
+        require_count("stored_evaluations", self.stored_evaluations, at_least=0)
 
     def check(self, solver: AbstractSolver) -> None:
         if not isinstance(solver, AbstractTwoStepSolver):
             raise ValueError(
                 f"ReversibleAdjoint cannot run {type(solver).__name__} backwards: use ReversibleSolver or"
                 " MomentumSolver, or BackpropAdjoint, ImplicitAdjoint or PhantomAdjoint"
+            )
+        if self.stored_evaluations and solver.has_tolerance:
+            raise ValueError(
+                f"stored_evaluations={self.stored_evaluations} needs a solver without a tolerance, got {solver}: which"
+                " evaluation is the last would not be known. Set rtol=0 and atol=0, or leave it out"
             )
 
     def solve(self, f: EquilibriumFunction, z0: Leaves, solver: AbstractSolver) -> tuple[Leaves, SolverStats]:
@@ -93,6 +106,14 @@ class ReversibleAdjoint(AbstractAdjoint):
         return list(_ReversibleFunction.apply(solve, *inputs)), solve.iteration.stats
 
 
+class _Evaluation(NamedTuple):
+    """`value = f(z)` as autograd recorded it, and the inputs that it was recorded with."""
+
+    z: Leaves
+    value: Leaves
+    inputs: Leaves
+
+
 @dataclass
 class _Solve:
     """What a solve hands from its forward to its backward pass, besides the tensors that autograd saves."""
@@ -104,6 +125,7 @@ class _Solve:
     positions: list[int]  # of the tensors among the leaves of x
     checks: Checks = field(default_factory=own_checks)  # of this thread: the backward pass may run in another
     iteration: Iteration = field(init=False)  # without its value and its state, of which autograd saves the tensors
+    stored: list["_Evaluation"] = field(default_factory=list)  # the last ones, oldest first
 
     def leaves(self, inputs: Sequence[Tensor], needs_grad: Sequence[bool]) -> Leaves:
         """The inputs cut off from the graph that made them. Parameters that f still has stay in place if possible."""
@@ -129,17 +151,25 @@ class _Solve:
 class _ReversibleFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, solve: _Solve, *inputs: Tensor) -> tuple[Tensor, ...]:
-        f, z0, with_grad = solve.f, list(inputs[: solve.num_leaves]), solve.adjoint.forward_with_grad
-        recorded = is_compiled(f.f) if with_grad is None else with_grad
+        f, z0, adjoint = solve.f, list(inputs[: solve.num_leaves]), solve.adjoint
+        num_stored = min(adjoint.stored_evaluations, solve.solver.num_evaluations)
+        recorded = is_compiled(f.f) if adjoint.forward_with_grad is None else adjoint.forward_with_grad
+        leaves = solve.leaves(inputs, ctx.needs_input_grad[1:]) if recorded or num_stored else list(inputs)
 
-        def evaluate(z: Leaves) -> Leaves:  # recorded as in the backward pass, and the record dropped
-            return [v.detach() for v in evaluate_recorded(f, z)[1]] if recorded else f(z)
+        def evaluate(z: Leaves) -> Leaves:
+            is_stored = f.nfe >= solve.solver.num_evaluations - num_stored
+            if not (recorded or is_stored):
+                return f(z)
+            evaluation = _Evaluation(*evaluate_recorded(f, z), leaves)  # as in the backward pass
+            solve.stored.extend([evaluation] * is_stored)
+            return [v.detach() for v in evaluation.value]
 
         iteration = solve.run_with(
-            solve.leaves(inputs, ctx.needs_input_grad[1:]) if recorded else inputs,
-            lambda: iterate_to_fixed_point(solve.solver, evaluate, z0, reversible=True),
+            leaves,
+            lambda: iterate_to_fixed_point(solve.solver, evaluate, z0, reversible=True, num_kept=num_stored),
         )
-        state_tensors, ctx.state_spec = tree_flatten(iteration.state._replace(dtypes=[]))
+        state = iteration.state._replace(dtypes=[]) if iteration.num_evaluations else ()  # there is none to undo
+        state_tensors, ctx.state_spec = tree_flatten(state)
         ctx.solve = solve
         solve.iteration = iteration._replace(state=None, value=[])
         # By autograd's own saving: so hooks (checkpoint, offloading) see it, and changes of an input are noticed.
@@ -154,27 +184,29 @@ class _ReversibleFunction(torch.autograd.Function):
         saved = ctx.saved_tensors
         needs_grad = ctx.needs_input_grad[1:]
         inputs, state_tensors = solve.leaves(saved[: len(needs_grad)], needs_grad), list(saved[len(needs_grad) :])
-        if torch._C._autograd._get_current_graph_task_keep_graph():
-            state_tensors = [tensor.clone() for tensor in state_tensors]  # they are overwritten
+        if keep_graph := torch._C._autograd._get_current_graph_task_keep_graph():
+            state_tensors = [t if t is None else t.clone() for t in state_tensors]  # they are overwritten
         state = tree_unflatten(state_tensors, ctx.state_spec)
-        state = state._replace(dtypes=[z.dtype for z in inputs[: solve.num_leaves]])
-        return None, *solve.run_with(inputs, _BackwardPass(solve, state, inputs, grads).run)
+        state = state and state._replace(dtypes=[z.dtype for z in inputs[: solve.num_leaves]])
+        return None, *solve.run_with(inputs, _BackwardPass(solve, state, inputs, grads, keep_graph).run)
 
 
 class _BackwardPass:
     """Undoes every evaluation, newest first, and adds up the gradients of x and the parameters."""
 
-    def __init__(self, solve: _Solve, state: TwoStepState, inputs: Leaves, grads: Sequence[Tensor]) -> None:
+    def __init__(
+        self, solve: _Solve, state: TwoStepState, inputs: Leaves, grads: Sequence[Tensor], keep_graph: bool
+    ) -> None:
         self.solve, self.solver, self.f, self.state, self.inputs = solve, solve.solver, solve.f, state, inputs
+        self.stored, self.keep_graph = list(solve.stored) if keep_graph else solve.stored, keep_graph
         # Both are carried times b, so that they are the products' weights as they stand, and as precisely as the state:
         # their rounding errors add up over the evaluations just as the state's do.
         wide = solve.solver.state_arithmetic.dtype
         self.g_current = [self.solver.recurrence.b * g.to(torch.promote_types(g.dtype, wide)) for g in grads]
         self.g_previous = [torch.zeros_like(g) for g in self.g_current]
-        later = enumerate(inputs[solve.num_leaves :], solve.num_leaves)
-        self.differentiated = {i: leaf for i, leaf in later if leaf.requires_grad}
+        self.differentiated = [i for i, leaf in enumerate(inputs) if i >= solve.num_leaves and leaf.requires_grad]
         self.sums: dict[int, Tensor] = {}
-        self.nfe = 0
+        self.nfe, self.is_known = 0, False
 
     def run(self) -> list[Tensor | None]:
         """The gradients of the inputs."""
@@ -192,12 +224,17 @@ class _BackwardPass:
         ]
 
     def _undo_all_steps(self) -> None:
+        while self.stored:  # newest first, each freed when its gradient is known
+            self._carry(self._differentiate(self.stored.pop(), self.g_current, self.keep_graph))
         for _ in range(self.solve.iteration.num_evaluations):
             value, products = self._evaluate(self.solver.iterate_before(self.state, None), self.g_current)
             self.state = self.solver.invert_step(self.state, value, None)
-            for i, product in enumerate(products):
-                carried = _carry_(self.g_previous[i], self.g_current[i], product, self.solver)
-                self.g_current[i], self.g_previous[i] = carried
+            self._carry(products)
+
+    def _carry(self, products: list[Tensor | None]) -> None:
+        for i, product in enumerate(products):
+            carried = _carry_(self.g_previous[i], self.g_current[i], product, self.solver)
+            self.g_current[i], self.g_previous[i] = carried
 
     def _undo_the_steps_of_each_sample(self) -> None:
         """With a tolerance: each sample waits, its gradient held, until the evaluation at which it stopped."""
@@ -222,24 +259,31 @@ class _BackwardPass:
     def _evaluate(self, iterate: Leaves, g: Leaves) -> tuple[Leaves, list[Tensor | None]]:
         """`v = f(iterate, x)` and `(dv/du)^T g`; the products for everything else go to `sums`."""
         self.nfe += 1
-        z, value = evaluate_recorded(self.f, iterate)
-        sources = [*z, *self.differentiated.values()]
-        if self.nfe == 1:
-            _refuse_foreign_leaves(self.f, value, sources, iterate)
+        evaluation = _Evaluation(*evaluate_recorded(self.f, iterate), self.inputs)
+        products = self._differentiate(evaluation, g)
+        return [v.detach() for v in evaluation.value], products
+
+    def _differentiate(self, evaluation: _Evaluation, g: Leaves, keep_graph: bool = False) -> list[Tensor | None]:
+        z, value, inputs = evaluation
+        sources = [*z, *(inputs[i] for i in self.differentiated)]
+        if not self.is_known:
+            _refuse_foreign_leaves(self.f, value, sources, z)
+            self.is_known = True
         weights = [w.to(v.dtype, copy=True) for w, v in zip(g, value, strict=True)]  # a product may be its weight
-        products = vector_jacobian_products(value, sources, weights)
+        products = vector_jacobian_products(value, sources, weights, retain_graph=keep_graph)
         for i, product in zip(self.differentiated, products[len(z) :], strict=True):
             if product is not None and i in self.sums:
                 self.sums[i].add_(product)
             elif product is not None:
                 # float32 at least: sums of many small contributions lose them in fewer bits.
                 self.sums[i] = product.to(torch.promote_types(product.dtype, torch.float32), copy=True)
-        return [v.detach() for v in value], products[: len(z)]
+        return products[: len(z)]
 
     def _certify(self) -> None:
         """Compare the reconstructed initial state with the true one."""
         z0, policy = self.inputs[: self.solve.num_leaves], self.solve.adjoint.mismatch
-        mismatch = self.solver.reconstruction_mismatch(self.state, z0)
+        nothing = torch.zeros((), dtype=torch.int64, device=z0[0].device)
+        mismatch = self.solver.reconstruction_mismatch(self.state, z0) if self.state else nothing
         self.solve.iteration.stats.reconstruction_mismatch = mismatch
         # Floating-point states never come back exactly, whatever f does; nor do those that diverged.
         if policy == "ignore" or self.solver.arithmetic != "exact":

@@ -42,6 +42,11 @@ class AbstractSolver(abc.ABC):
         require_in_range("atol", self.atol, "[0, inf)")
 
     @property
+    def num_evaluations(self) -> int:
+        """Most evaluations of f that enter the state."""
+        return self.max_steps * self.evaluations_per_step
+
+    @property
     def has_tolerance(self) -> bool:
         """Whether samples can stop before `max_steps`."""
         return self.rtol > 0 or self.atol > 0
@@ -57,6 +62,10 @@ class AbstractSolver(abc.ABC):
     @abc.abstractmethod
     def advance(self, state: State, value: Leaves, active: Mask) -> State:
         """State after one evaluation, `value = f(iterate)`; samples that are not active stay as they are."""
+
+    def branch(self, state: State) -> State:
+        """The state as one that goes on and is not to be undone, while the given one stays as it is."""
+        return state
 
     def limit(self) -> float:
         """Magnitude that the iterates must stay below."""

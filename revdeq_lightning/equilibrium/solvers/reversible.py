@@ -11,6 +11,7 @@ u_0 = z_0, u_1 = y_1, u_2 = z_1, ...
 """
 
 import abc
+import functools
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -94,6 +95,10 @@ class AbstractTwoStepSolver(AbstractSolver):
         current = [self.state_arithmetic.encode(z) for z in z0]
         remainders = [self.state_arithmetic.remainders(u) if reversible else None for u in current]
         return TwoStepState([u.clone() for u in current], current, remainders, [z.dtype for z in z0])
+
+    def branch(self, state: TwoStepState) -> TwoStepState:
+        previous, current = ([u.clone() for u in leaves] for leaves in (state.previous, state.current))
+        return state._replace(previous=previous, current=current, remainders=[None] * len(current))
 
     def iterate(self, state: TwoStepState) -> Leaves:
         return self._decode(state.current, state)
@@ -201,6 +206,7 @@ class MomentumSolver(AbstractTwoStepSolver):
         return Recurrence(-_fraction(self.momentum), 1.0 - self.beta + self.momentum, float(self.beta))
 
 
+@functools.cache
 def _fraction(number: float) -> Fraction:
     """The simple fraction that a decimal stands for (0.8 is 4/5), else the float's own value."""
     simple = Fraction(number).limit_denominator(MAX_DENOMINATOR)
