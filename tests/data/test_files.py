@@ -121,7 +121,7 @@ def test_the_advice_on_another_encoding_gives_the_text(tmp_path, encoding):
 @pytest.mark.parametrize(
     ("content", "advice"),
     [
-        (gzip.compress(TEXT.encode()), "gzip: unpack it with `gunzip "),
+        (gzip.compress(TEXT.encode(), mtime=0), "gzip: unpack it with `gunzip "),
         (bz2.compress(TEXT.encode()), "bzip2: unpack it with `bunzip2 "),
         (lzma.compress(TEXT.encode()), "xz: unpack it with `unxz "),
         (b"PK\x03\x04\x14\x00\xff", "zip: unpack it with `unzip "),
