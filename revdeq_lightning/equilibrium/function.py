@@ -41,6 +41,7 @@ class EquilibriumFunction:
         self.device_type = device.type
         self.autocast_enabled = torch.is_autocast_enabled(device.type)
         self.autocast_dtype = torch.get_autocast_dtype(device.type)
+        self.autocast_cache = torch.is_autocast_cache_enabled()
         self.randomness = _Randomness(device)
         self.parameters: list[tuple[Place, Tensor]] = []  # in place of f's own
         is_eager = not is_compiled(f)  # otherwise f would also be compiled for copies of z
@@ -60,6 +61,8 @@ class EquilibriumFunction:
         if is_uncounted or self.overwrites_z is not False:
             z = [leaf.clone() for leaf in z]
         z = counting(z)
+        if self._keeps_casts:
+            z = [leaf.view_as(leaf) for leaf in z]  # autocast would keep what it makes of a leaf, too
         before = versions(z), versions(x)
         exchanges = [*self.parameters, *self._weights_in_place()]
         may_interfere = exchanges or self.randomness.may_be_drawn or torch.is_grad_enabled()
@@ -98,12 +101,23 @@ class EquilibriumFunction:
                 )
         return leaf  # type: ignore[no-any-return]
 
+    @property
+    def _keeps_casts(self) -> bool:
+        # Not without gradients: a weight cast there would be handed to a later call that needs its gradient.
+        return self.autocast_enabled and self.autocast_cache and torch.is_grad_enabled()
+
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        # Without the cache: a weight cast under no_grad would be handed to a later call that needs its gradient.
         if not self.autocast_enabled and not torch.is_autocast_enabled(self.device_type):
             return contextlib.nullcontext()
-        cache = torch.is_grad_enabled() and torch.is_autocast_cache_enabled()
-        return torch.autocast(self.device_type, self.autocast_dtype, self.autocast_enabled, cache_enabled=cache)
+        settings = self.autocast_dtype, self.autocast_enabled, self._keeps_casts
+        return torch.autocast(self.device_type, *settings)
+
+    def casts_kept(self) -> contextlib.AbstractContextManager[Any]:
+        """Around many calls: autocast casts each weight once, as it forgets them only at the end of this."""
+        if not self.autocast_enabled:
+            return contextlib.nullcontext()
+        settings = torch.get_autocast_dtype(self.device_type), torch.is_autocast_enabled(self.device_type)
+        return torch.autocast(self.device_type, *settings, torch.is_autocast_cache_enabled())
 
 
 _LOCK = RLock()

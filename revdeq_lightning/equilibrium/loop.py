@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..transforms import has_numbers
 from . import checks
-from .norms import Leaves, residual
+from .norms import Leaves, in_memory_order, residual
 from .solution import SolverStats
 from .solvers.base import AbstractSolver, State
 
@@ -108,7 +108,7 @@ class _Watch:
     @torch.no_grad()
     def look_at(self, iterate: Leaves) -> None:
         """Keep the smallest and the largest element: `vector_norm(inf)` is 20 times slower on CPUs."""
-        self.extremes.append([extreme for leaf in iterate for extreme in torch.aminmax(leaf)])
+        self.extremes.append([extreme for leaf in iterate for extreme in torch.aminmax(in_memory_order(leaf))])
 
     def check(self, iteration: Iteration) -> Iteration:
         """Raise DivergenceError for the first iterate out of range; where the host does not look, the value is NaN."""

@@ -27,12 +27,20 @@ def residual(value: Sequence[Tensor], state: Sequence[Tensor], rtol: float = 0.0
     """Compare `value = f(state)` with `state`, sample by sample (L2 norm over all but the first dimension)."""
     relatives, converged = [], []
     for f, z in zip(value, state, strict=True):
-        difference = torch.linalg.vector_norm((f - z).reshape(f.shape[0], -1), dim=1)
-        scale = torch.linalg.vector_norm(f.reshape(f.shape[0], -1), dim=1) + EPSILON
+        difference, scale = _norm(f - z), _norm(f) + EPSILON
         relatives.append(difference / scale)
         # An infinite f would be within any share of itself.
         converged.append((difference <= atol + rtol * scale) & difference.isfinite())
     return Residual(torch.stack(relatives).amax(0), torch.stack(converged).all(0))
+
+
+def _norm(leaf: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(leaf, dim=tuple(range(1, leaf.ndim))) if leaf.ndim > 1 else leaf.abs()
+
+
+def in_memory_order(leaf: Tensor) -> Tensor:
+    """A view with the dimensions as they lie in memory: a reduction of all elements would copy others first."""
+    return leaf if leaf.is_contiguous() else leaf.permute(sorted(range(leaf.ndim), key=leaf.stride, reverse=True))
 
 
 def broadcast_to_leaf(mask: Tensor, leaf: Tensor) -> Tensor:

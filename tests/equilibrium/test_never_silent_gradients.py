@@ -18,6 +18,7 @@ from revdeq_lightning.equilibrium import (
     ReversibleSolver,
     solve_fixed_point,
 )
+from revdeq_lightning.equilibrium.function import EquilibriumFunction
 from tests.helpers.equilibrium import BPTT, REVERSIBLE, SOLVERS, attention_layer, project, sequence
 
 SOLVER = SOLVERS["reversible"]
@@ -101,6 +102,15 @@ def test_batch_norm_in_training_mode(norm):
     solution = layer(x)
     project(solution.value).backward()
     assert solution.stats.reconstruction_mismatch == 0
+
+
+def test_cudnn_that_chooses_kernels_by_time_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    on_a_gpu = property(lambda f: "cuda", lambda f, _: None)
+    monkeypatch.setattr(EquilibriumFunction, "device_type", on_a_gpu, raising=False)
+    layer, x = attention_layer(SOLVER, REVERSIBLE), sequence()
+    with pytest.raises(ValueError, match=r"cudnn.benchmark=True.*trainer.benchmark=false"):
+        layer(x)
 
 
 # Not the same function

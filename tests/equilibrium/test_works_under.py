@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.measure import peak_tensor_bytes
 from revdeq_lightning.equilibrium import (
     AndersonSolver,
     BackpropAdjoint,
@@ -62,6 +64,64 @@ def test_bf16_autocast_is_as_close_to_float64_as_bptt(solver, inside):
     error, bptt_error = (relative_error(run(adjoint), exact) for adjoint in (REVERSIBLE, BPTT))
     assert 1e-4 < bptt_error < 0.3  # bf16 is at work
     assert error <= 1.5 * bptt_error
+
+
+class Casts(TorchDispatchMode):
+    """Shapes of what is cast to bfloat16."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.__name__.startswith("_to_copy") and (kwargs or {}).get("dtype") == torch.bfloat16:
+            self.shapes.append(args[0].shape)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("stored", [0, 3])
+def test_autocast_casts_a_weight_once_a_pass(stored):
+    """And keeps no cast of a state: the gradient has the bits of an autocast that keeps nothing."""
+    gradients = []
+    for cache in (True, False):
+        adjoint = ReversibleAdjoint(mismatch="raise", stored_evaluations=stored)
+        layer, x = attention_layer(SOLVERS["momentum"], adjoint), sequence()
+        layer.f.norm1 = nn.Identity()
+        with Casts() as forward, torch.autocast("cpu", torch.bfloat16, cache_enabled=cache):
+            loss = project(layer(x).value)
+        with Casts() as backward:
+            loss.backward()
+        gradients.append(gradients_of(layer, x))
+        for casts, calls in ((forward, 7), (backward, 7 - stored)):
+            assert casts.shapes.count(layer.f.up.weight.shape) == (1 if cache else calls)
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_autocast_keeps_no_cast_of_a_state():
+    class Direct(nn.Module):
+        """A matrix product of the state itself."""
+
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(64, 64, bias=False)
+
+        def forward(self, z, x):
+            return torch.tanh(self.linear(z) + x)
+
+    def peak(num_steps):
+        torch.manual_seed(0)
+        layer, x = EquilibriumLayer(Direct(), solver=MomentumSolver(max_steps=num_steps)), torch.randn(64, 64)
+
+        def run():
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = layer(x).value.sum()
+            loss.backward()
+            layer.zero_grad()
+
+        return peak_tensor_bytes(run)
+
+    peak(2)
+    assert peak(16) <= 1.02 * peak(4)
 
 
 @with_solver

@@ -1,5 +1,7 @@
 """torch.compile of f with the real inductor: the same program in both passes, gradients as BPTT's."""
 
+import threading
+
 import pytest
 import torch
 from torch import nn
@@ -150,3 +152,25 @@ def test_compiled_f(way):
         x = inputs.clone().requires_grad_()
         project(eager(x).value).backward()
         assert_equal_gradients(gradients[0], gradients_of(eager, x), 1e-4)  # inductor rounds otherwise than eager does
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_one_program_serves_the_thread_of_the_backward_pass_too(cache):
+    """On a GPU that thread is autograd's, with flags of its own."""
+    torch.compiler.reset()
+    programs = []
+
+    def backend(graph, inputs):
+        programs.append(graph)
+        return graph.forward
+
+    f = Gated()
+    f.compile(backend=backend)
+    layer = EquilibriumLayer(f, solver=MomentumSolver(max_steps=3), adjoint=REVERSIBLE)
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=cache):
+        loss = project(layer(torch.ones(3, 8)).value)
+    thread = threading.Thread(target=loss.backward)
+    thread.start()
+    thread.join()
+    assert f.up.weight.grad is not None
+    assert len(programs) == 1

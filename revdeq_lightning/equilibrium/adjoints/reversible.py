@@ -64,8 +64,9 @@ class ReversibleAdjoint(AbstractAdjoint):
 
     Args:
         mismatch: With arithmetic "exact", what to do when elements differ: "warn", "raise" or "ignore".
-        forward_with_grad: Whether the forward pass records f for autograd too (and drops the record), so that a
-            compiled f runs the same program in both passes. None: only where torch.compile is found in f.
+        forward_with_grad: Whether the forward pass records f for autograd too (and drops the record), so that both
+            passes run the same kernels. None: where these are known to depend on it, which is on GPUs, under autocast,
+            and where torch.compile is found in f.
         stored_evaluations: How many of the last evaluations keep their activations, at least 0; all if there are fewer.
             Needs a solver without a tolerance.
     """
@@ -101,6 +102,11 @@ class ReversibleAdjoint(AbstractAdjoint):
             iteration = iterate_to_fixed_point(solver, f, z0)
             _refuse_foreign_leaves(f, iteration.value, [], iteration.value)
             return iteration.value, iteration.stats
+        if f.device_type == "cuda" and torch.backends.cudnn.benchmark and solver.arithmetic == "exact":
+            raise ValueError(
+                "torch.backends.cudnn.benchmark=True may choose other kernels in the backward pass, whose gradient"
+                " would not be exact: set it to False (trainer.benchmark=false), or use arithmetic='float64'"
+            )
         f.x = [None if i in of_x else leaf for i, leaf in enumerate(f.x)]
         solve = _Solve(self, f, solver, len(z0), list(of_x))
         return list(_ReversibleFunction.apply(solve, *inputs)), solve.iteration.stats
@@ -144,7 +150,7 @@ class _Solve:
         pairs = [(own, places, next(rest)) for own, places in self.f.places]
         parameters = [(place, tensor) for own, places, tensor in pairs if tensor is not own for place in places]
         new = {"x": x, "parameters": parameters, "weights": list(rest)}
-        with exchanged(((vars(self.f), name), value) for name, value in new.items()):
+        with exchanged(((vars(self.f), name), value) for name, value in new.items()), self.f.casts_kept():
             return run()
 
 
@@ -153,7 +159,8 @@ class _ReversibleFunction(torch.autograd.Function):
     def forward(ctx: Any, solve: _Solve, *inputs: Tensor) -> tuple[Tensor, ...]:
         f, z0, adjoint = solve.f, list(inputs[: solve.num_leaves]), solve.adjoint
         num_stored = min(adjoint.stored_evaluations, solve.solver.num_evaluations)
-        recorded = is_compiled(f.f) if adjoint.forward_with_grad is None else adjoint.forward_with_grad
+        chooses_kernels = is_compiled(f.f) or f.autocast_enabled or f.device_type != "cpu"
+        recorded = chooses_kernels if adjoint.forward_with_grad is None else adjoint.forward_with_grad
         leaves = solve.leaves(inputs, ctx.needs_input_grad[1:]) if recorded or num_stored else list(inputs)
 
         def evaluate(z: Leaves) -> Leaves:
