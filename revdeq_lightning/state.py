@@ -2,6 +2,8 @@
 
 import contextlib
 from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
+from threading import Lock
 from typing import Any
 
 import torch
@@ -19,7 +21,8 @@ def exchanged(exchanges: Iterable[tuple[Place, Any]]) -> Iterator[None]:
     before = []
     try:
         for (space, name), value in exchanges:
-            before.append((space, name, space.get(name, _NOTHING)))
+            # Not `get`, which the parameters of TorchScript lack.
+            before.append((space, name, space[name] if name in space else _NOTHING))  # noqa: SIM401
             space[name] = value
         yield
     finally:
@@ -59,3 +62,36 @@ def _alias(leaf: Tensor) -> Tensor:
         return leaf
     alias = torch.empty(0, dtype=leaf.dtype, device=leaf.device)
     return alias.set_(leaf)  # type: ignore[call-overload,no-any-return]
+
+
+class Turns:
+    """A lock whose holder lends its turn to what was begun within it, in whatever thread that goes on.
+
+    Autograd runs the backward pass in a thread of the device: where f takes a gradient through an equilibrium, that
+    thread evaluates on behalf of the one that waits for it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._running: object = None
+        self._of_this_thread: ContextVar[object] = ContextVar("turn", default=None)
+
+    def current(self) -> object:
+        """The turn that this thread has, to be given to `turn` by what is begun now."""
+        return self._of_this_thread.get()
+
+    @contextlib.contextmanager
+    def turn(self, within: object) -> Iterator[None]:
+        """Within the turn of this thread or `within`, if one of them lasts; otherwise wait for an own one."""
+        running = self._running
+        is_lent = running is not None and any(own is running for own in (within, self.current()))
+        with contextlib.nullcontext() if is_lent else self._lock:
+            if not is_lent:
+                self._running = running = object()
+            reset = self._of_this_thread.set(running)
+            try:
+                yield
+            finally:
+                self._of_this_thread.reset(reset)
+                if not is_lent:
+                    self._running = None

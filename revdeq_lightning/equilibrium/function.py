@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator, Sequence
 from functools import partial
-from threading import RLock, get_ident
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from ..state import Place, counting, exchanged, parameter_places, versions
+from ..state import Place, Turns, counting, exchanged, parameter_places, versions
 from ..transforms import has_numbers, is_functorch
 from .norms import Leaves, Map
 
@@ -47,7 +47,8 @@ class EquilibriumFunction:
         is_eager = not is_compiled(f)  # otherwise f would also be compiled for copies of z
         self.overwrites_z: bool | None = None if is_eager else False  # None: the first call shows
         self.computing = [m for m in modules(f) if is_eager and isinstance(m, parametrize.ParametrizationList)]
-        with _LOCK:  # while no other thread has its own tensors there
+        self.within = _TURNS.current()
+        with _TURNS.turn(self.within):  # while no other thread has its own tensors there
             self.places = parameter_places(modules(f))
             self.weights: list[Tensor] = [module() for module in self.computing]
         self.nfe = 0
@@ -66,7 +67,7 @@ class EquilibriumFunction:
         before = versions(z), versions(x)
         exchanges = [*self.parameters, *self._weights_in_place()]
         may_interfere = exchanges or self.randomness.may_be_drawn or torch.is_grad_enabled()
-        alone = _LOCK if may_interfere else contextlib.nullcontext()
+        alone = _TURNS.turn(self.within) if may_interfere else contextlib.nullcontext()
         with self._autocast(), alone, exchanged(exchanges), self.randomness.same_draws():
             value = self.f(tree_unflatten(z, self.z_spec), tree_unflatten(x, self.x_spec))
         is_overwritten = not is_uncounted and versions(z) != before[0]
@@ -120,7 +121,7 @@ class EquilibriumFunction:
         return torch.autocast(self.device_type, *settings, torch.is_autocast_cache_enabled())
 
 
-_LOCK = RLock()
+_TURNS = Turns()
 """Threads may share f: where its weights are exchanged or random numbers rewound, they wait for one another."""
 
 

@@ -1,7 +1,7 @@
 """An equilibrium as a layer: f, solver and adjoint."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +49,10 @@ class EquilibriumLayer(nn.Module):
         """
         if z0 is None:
             if not isinstance(x, Tensor):
-                raise ValueError(f"z0 is needed where x is not a single tensor, got x of type {type(x).__name__}")
+                advice = (
+                    ": make EquilibriumLayer a leaf of the torch.fx.Tracer" if isinstance(x, torch.fx.Proxy) else ""
+                )
+                raise ValueError(f"z0 is needed where x is not a tensor, got x of type {type(x).__name__}{advice}")
             z0 = torch.zeros_like(x)
         return self.solve(self.f, z0, x, adjoint=self.adjoint, **changes)
 
@@ -57,6 +60,9 @@ class EquilibriumLayer(nn.Module):
         """The same solve with another map or adjoint in place of its own."""
         solver = dataclasses.replace(self.solver, **changes) if changes else self.solver
         return solve_in_parts(f, z0, x, solver=solver, adjoint=adjoint, num_parts=self.num_parts)
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise RuntimeError("EquilibriumLayer is not a program of torch.jit.script: use torch.jit.trace or torch.export")
 
     def extra_repr(self) -> str:
         parts = f", num_parts={self.num_parts}" if self.num_parts > 1 else ""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from ..transforms import is_traced, outside_of_compilers
+from ..transforms import is_recorded, is_traced, outside_of_compilers
 from .adjoints.base import AbstractAdjoint
 from .adjoints.implicit import ImplicitAdjoint
 from .adjoints.phantom import PhantomAdjoint
@@ -61,6 +61,8 @@ def solve_fixed_point(
     function = EquilibriumFunction(f, z_leaves, z_spec, x)
     if is_traced() and any(module.training for module in modules(f)):
         raise ValueError(f"a solve is exported in evaluation mode only: call {type(f).__name__}.eval(), or the model's")
+    if is_recorded() and torch.is_grad_enabled():
+        raise ValueError("make_fx would record a solve with another gradient: call it within torch.no_grad()")
     try:
         with torch.no_grad() if is_traced() else contextlib.nullcontext():
             value, stats = adjoint.solve(function, z_leaves, solver)

@@ -13,6 +13,7 @@ from revdeq_lightning.equilibrium import (
     MomentumSolver,
     PhantomAdjoint,
     PicardSolver,
+    ReconstructionError,
     ReversibleAdjoint,
     ReversibleSolver,
     solve_fixed_point,
@@ -184,6 +185,21 @@ def test_lazy_modules_take_their_shapes_from_the_first_solve(adjoint):
     assert all(p.grad is not None for p in layer.parameters())
     assert first.stats.forward_nfe == layer(x).stats.forward_nfe
     assert torch.equal(first.value, layer(x).value)
+
+
+def test_a_change_that_pytorch_does_not_count():
+    """Through `.data`, say: only the certificate notices it."""
+
+    def f(z, x):
+        x.data.mul_(0.9)
+        return torch.tanh(0.5 * z + x)
+
+    x = inputs()[0].requires_grad_()
+    solution = solve_fixed_point(
+        f, torch.zeros(3, 4), x, solver=MomentumSolver(max_steps=3), adjoint=ReversibleAdjoint(mismatch="raise")
+    )
+    with pytest.raises(ReconstructionError, match="data changed in place"):
+        project(solution.value).backward()
 
 
 def test_picard_does_not_copy_at_every_evaluation():

@@ -1,6 +1,7 @@
 """Threads that share f: each gets what it would get alone, and afterwards the modules are what they were."""
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -174,3 +175,31 @@ def test_an_inner_equilibrium_of_one_thread_is_the_layer_of_another():
     alone = [work(k) for k in range(NUM_THREADS)]
     for together, expected in zip(in_threads(work), alone, strict=True):
         assert_equal_gradients(together, expected, 0.0)
+
+
+@pytest.mark.parametrize("outer", ["reversible", "backprop"])
+@pytest.mark.parametrize("inner", ["reversible", "checkpointed", "implicit"])
+def test_a_gradient_in_f_may_be_taken_in_another_thread(inner, outer):
+    """As autograd does on a GPU: its backward pass evaluates on behalf of the thread that evaluates f."""
+
+    class Energy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.pool = layer_of(ADJOINTS[inner], "plain"), None
+
+        def forward(self, z, x):
+            with torch.enable_grad():
+                own = z.detach().requires_grad_()
+                energy = self.inner(own).value.square().sum()
+            take = lambda: torch.autograd.grad(energy, own)[0]  # noqa: E731
+            return x - 0.1 * (self.pool.submit(take).result(timeout=30) if self.pool else take())
+
+    f = Energy()
+    layer = EquilibriumLayer(f, solver=MomentumSolver(max_steps=2), adjoint=ADJOINTS[outer])
+    with torch.no_grad():
+        alone = layer(inputs(0)).value
+    x = inputs(0).requires_grad_()
+    with ThreadPoolExecutor(1) as f.pool:
+        value = layer(x).value
+        project(value).backward()
+    assert torch.equal(value, alone)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from revdeq_lightning.equilibrium import (
     AndersonSolver,
@@ -278,8 +279,24 @@ def test_traced_program_has_the_value():
 
 def test_training_mode_is_not_exported():
     """Its dropout would draw a mask for every evaluation."""
-    with pytest.raises(Exception, match=r"evaluation mode.*\.eval\(\)"):
-        torch.export.export(Net(MomentumSolver(max_steps=3), ReversibleAdjoint()), (X,))
+    for export in (lambda net: torch.export.export(net, (X,)), lambda net: make_fx(net)(X)):
+        with pytest.raises(Exception, match=r"evaluation mode.*\.eval\(\)"):
+            export(Net(MomentumSolver(max_steps=3), ReversibleAdjoint()))
+
+
+@pytest.mark.parametrize("name", ["momentum-reversible", "reversible-reversible-tolerance", "anderson-implicit"])
+def test_recorded_operations_give_the_value(name):
+    net = Net(*PAIRS[name]).eval()
+    with pytest.raises(ValueError, match=r"make_fx.*no_grad"):
+        make_fx(net)(X)
+    with torch.no_grad():
+        assert torch.equal(make_fx(net)(X)(normal(7)), net(normal(7)))
+
+
+def test_scripts_are_refused():
+    for script in (torch.jit.script, torch.fx.symbolic_trace):
+        with pytest.raises((RuntimeError, ValueError), match=r"EquilibriumLayer.*torch\.(export|fx\.Tracer)"):
+            script(Net(MomentumSolver(max_steps=3), ReversibleAdjoint()))
 
 
 @with_every_pair

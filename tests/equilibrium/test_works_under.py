@@ -431,6 +431,33 @@ def test_equilibria_of_any_two_adjoints_nest(outer, frozen):
         assert_equal_gradients(run(outer, inner), reference, 1e-4)  # 14 steps leave 1e-5 of the way to it
 
 
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4, dtype=torch.float64)
+
+    def forward(self, z, x):
+        return 0.25 * torch.tanh(self.linear(z)) + x
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+@pytest.mark.parametrize("adjoint", NESTED.values(), ids=NESTED)
+def test_script_as_f(adjoint):
+    """The gradients of the same f as a Python module."""
+
+    def run(is_script):
+        torch.manual_seed(0)
+        f = Small()
+        layer = EquilibriumLayer(
+            torch.jit.script(f) if is_script else f, solver=MomentumSolver(max_steps=8), adjoint=adjoint
+        )
+        x = torch.ones(3, 4, dtype=torch.float64, requires_grad=True)
+        project(layer(x).value).backward()
+        return gradients_of(layer, x)
+
+    assert_equal_gradients(run(True), run(False), 1e-12)
+
+
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
 def test_energy_whose_gradient_f_takes(frozen):
     """Its own leaf, made in every evaluation, has no gradient to lose."""

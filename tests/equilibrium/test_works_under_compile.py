@@ -110,11 +110,33 @@ def test_compiled_f_that_works_in_place(adjoint):
             layer(torch.randn(3, 8))
 
 
-def test_compiled_model_as_a_whole_graph_is_refused_by_name():
+def test_one_program_for_the_whole_model_is_refused():
+    """Not in the words of the compiler alone, which are about its own functions."""
     torch.compiler.reset()
-    model = torch.compile(Model(REVERSIBLE, Gated()), fullgraph=True, backend="eager")
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="solve_in_parts"):
-        model(torch.ones(3, 8))
+    model, x = Model(REVERSIBLE, Gated()), torch.ones(3, 8)
+    for attempt in (
+        lambda: torch.compile(model, fullgraph=True, backend="eager")(x),
+        lambda: torch.export.export(model, (x,), strict=True),
+    ):
+        with pytest.raises(torch._dynamo.exc.Unsupported, match=r"is solved outside.*fullgraph=True.*strict"):
+            attempt()
+
+
+@pytest.mark.parametrize("adjoint", [REVERSIBLE, ADJOINTS["implicit"]], ids=["reversible", "implicit"])
+def test_compiled_backward_pass(adjoint):
+    """Compiled autograd, against the eager backward pass; a reversible mismatch raises."""
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    model, x = Model(adjoint, Gated()), torch.randn(3, 8)
+    expected = torch.autograd.grad(project(model(x)), list(model.parameters()))
+    loss = project(model(x))
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        if isinstance(adjoint, ImplicitAdjoint):
+            with pytest.raises(RuntimeError, match=r"compiled_autograd off, or use ReversibleAdjoint\(\)"):
+                loss.backward()
+            return
+        loss.backward()
+    assert_equal_gradients([p.grad for p in model.parameters()], list(expected), 1e-6)
 
 
 def compiled_f(way):

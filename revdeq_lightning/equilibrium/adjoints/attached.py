@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...transforms import is_transformed
+from ...transforms import is_backward_compiled, is_transformed, outside_of_compilers
 from ..function import EquilibriumFunction, evaluate_recorded, graph_leaves, vector_jacobian_products
 from ..loop import iterate_to_fixed_point
 from ..norms import Leaves, join, scaled
@@ -52,6 +52,11 @@ class AdjointSystem:
 
     def begin(self, grads: Leaves) -> Leaves:
         """Take g up; returns it scaled, the first iterate."""
+        if is_backward_compiled():
+            raise RuntimeError(
+                "compiled autograd frees what the products with the Jacobian need: leave"
+                " torch._dynamo.config.compiled_autograd off, or use ReversibleAdjoint() or BackpropAdjoint()"
+            )
         self.num_products = 0
         self.dtypes = [g.dtype for g in grads]
         wide = [g.to(torch.promote_types(g.dtype, torch.float32)) for g in grads]
@@ -91,6 +96,7 @@ class _Attached(torch.autograd.Function):
         return tuple(v.detach() for v in value)
 
     @staticmethod
+    @outside_of_compilers
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad[3:]
         zeros = [

@@ -54,7 +54,7 @@ class BackpropAdjoint(AbstractAdjoint):
                 with torch.no_grad():
                     return [v.detach() for v in f(z)]
             is_checkpointed = self.checkpoint and not is_transformed()  # `torch.func` has no saved-tensor hooks
-            return checkpoint(counted, z, use_reentrant=False) if is_checkpointed else f(z)
+            return checkpoint(counted, z, use_reentrant=False, early_stop=False) if is_checkpointed else f(z)
 
         start = [z.detach() for z in z0] if num_constant else z0
         iteration = iterate_to_fixed_point(solver, evaluate, start)

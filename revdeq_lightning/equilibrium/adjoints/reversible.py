@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ...state import exchanged
-from ...transforms import is_functorch, is_transformed
+from ...transforms import is_functorch, is_transformed, outside_of_compilers
 from ..checks import Checks, own_checks
 from ..exact import kernels
 from ..function import (
@@ -138,7 +138,7 @@ class _Solve:
         first = len(inputs) - len(self.f.places) - len(self.f.weights)
         leaves = [t.detach().requires_grad_(needed) for t, needed in zip(inputs, needs_grad, strict=True)]
         for i, (own, places) in enumerate(self.f.places, first):
-            is_there = inputs[i] is own and all(space.get(name) is own for space, name in places)
+            is_there = inputs[i] is own and all(name in space and space[name] is own for space, name in places)
             if is_there and own.is_leaf and not own._backward_hooks and own.requires_grad == needs_grad[i]:
                 leaves[i] = own
         return leaves
@@ -184,6 +184,7 @@ class _ReversibleFunction(torch.autograd.Function):
         return tuple(iteration.value)
 
     @staticmethod
+    @outside_of_compilers
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         solve: _Solve = ctx.solve
         solve.adjoint.refuse_double_backward()
