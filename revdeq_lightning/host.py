@@ -1,5 +1,6 @@
 """What passes between the host and the device of a run, so that the host does not wait for the device."""
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -18,3 +19,9 @@ def constant(values: tuple[float, ...], device: torch.device) -> Tensor:
     """These float32 numbers on the device, made once; not to be changed."""
     with torch.inference_mode(False):  # also the first call's result can be used in training
         return send(torch.tensor(values), device)
+
+
+def read(numbers: Sequence[Tensor]) -> list[Tensor]:
+    """0-dim tensors on the host, after one wait for the device."""
+    together = torch.stack([number.double() for number in numbers]).cpu()
+    return [value.to(number.dtype) for value, number in zip(together, numbers, strict=True)]

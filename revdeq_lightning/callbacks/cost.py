@@ -18,7 +18,7 @@ from revdeq_lightning.callbacks.abstract import AbstractWatching
 from revdeq_lightning.equilibrium import BackpropAdjoint, EquilibriumLayer, ReversibleAdjoint, equilibria
 from revdeq_lightning.equilibrium.validation import require_in_range
 from revdeq_lightning.runs.probe import Choice, Loss, Probe, batch_size, first_samples, reason_against
-from revdeq_lightning.tasks.training_step import is_logging_step, made_step
+from revdeq_lightning.tasks.training_step import is_logging_step, log_on_host, made_step
 
 LOGGED_PHASES = ("data", "forward", "backward", "optimizer", "other")
 PAUSED = "paused"
@@ -116,8 +116,8 @@ class Cost(AbstractWatching):
             self._num_flops = None if of_sample is None else self._num_flops + of_sample * batch_size(batch)
         if is_logging_step(trainer):
             unit = "samples" if step is None else step.unit
-            logged = {f"system/{key}": float(value) for key, value in self._figures(trainer, pl_module, unit).items()}
-            pl_module.log_dict(logged, on_step=True, on_epoch=False)
+            figures = self._figures(trainer, pl_module, unit)
+            log_on_host(pl_module, {f"system/{key}": value for key, value in figures.items()})
             self._reset()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,19 +1,27 @@
 """Whether every gradient of a run was exact."""
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
-from torch import Tensor
 
 from revdeq_lightning.callbacks.abstract import AbstractWatching
-from revdeq_lightning.equilibrium import ReconstructionError, ReconstructionWarning, equilibria
+from revdeq_lightning.equilibrium import (
+    ReconstructionError,
+    ReconstructionWarning,
+    SolverStats,
+    check_later,
+    equilibria,
+    settle_checks,
+)
 from revdeq_lightning.equilibrium.validation import require_choice
+from revdeq_lightning.processes import summed
 from revdeq_lightning.program import say
 from revdeq_lightning.runs.signals import Stopped
-from revdeq_lightning.tasks.training_step import is_logging_step, log_now, run_folder
+from revdeq_lightning.tasks.training_step import is_logging_step, log_now, log_on_host, run_folder
 
 POLICIES = ("warn", "raise", "stop")
 INEXACT = "inexact.ckpt"
@@ -24,7 +32,8 @@ class ReconstructionCertificate(AbstractWatching):
 
     A gradient is the backward pass of one batch on one process, through all equilibria of the model. It is certified
     exact if every initial state was reconstructed bit for bit. At the end of training the first process prints
-    "N of N gradients certified exact". The counts stay on the device until a logging step and are kept in checkpoints.
+    "N of N gradients certified exact". A `DivergenceGuard` reads the mismatches with its own numbers; without one, the
+    host waits for the device at logging steps. The counts are kept in checkpoints.
 
     Keys, at each logging step and at the end, sums over the run and all processes: `equilibrium/num_gradients`,
     `equilibrium/num_certified_gradients`, `equilibrium/total_reconstruction_mismatch` (elements).
@@ -48,27 +57,28 @@ class ReconstructionCertificate(AbstractWatching):
         self.policy, self.folder = policy, folder
         self.num_gradients = self.num_certified = self.mismatch = 0
         """Of the run and all processes, as of the newest logging step, checkpoint or end."""
-        self._new: Tensor | None = None
+        self._new = [0, 0, 0]
+        self._is_counted = False
         self._num_forgiven = self._num_logged = 0
         self._is_told = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._new = torch.zeros(3, dtype=torch.int64, device=pl_module.device)
+        self._new, self._is_counted = [0, 0, 0], False
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._count(self._statistics.take(None))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        stats = self._statistics.take(outputs)
-        mismatches = [s.reconstruction_mismatch for s in stats if s.reconstruction_mismatch is not None]
-        if mismatches:
-            assert self._new is not None
-            mismatch = torch.stack([m.to(self._new.device) for m in mismatches]).sum()
-            self._new += torch.stack([torch.ones_like(mismatch), (mismatch == 0).long(), mismatch])
+        if not self._is_counted:  # solves without an EquilibriumLayer
+            self._count(self._statistics.take(outputs))
+        self._is_counted = False
         if is_logging_step(trainer):
             self._gather(trainer)
             if self.num_gradients:
-                pl_module.log_dict(self._figures, on_step=True, on_epoch=False)
+                log_on_host(pl_module, self._figures)
                 self._num_logged = self.num_gradients
             if self._must_tell(pl_module):
                 self._tell(trainer, self._stop(trainer) if self.policy == "stop" else "")
@@ -123,6 +133,17 @@ class ReconstructionCertificate(AbstractWatching):
             " backward pass. ReversibleAdjoint(mismatch='raise') stops at the first one and says what to look for"
         )
 
+    def _count(self, stats: Sequence[SolverStats]) -> None:
+        """Count the gradient of one batch, when its mismatch is known."""
+        mismatches = [s.reconstruction_mismatch for s in stats if s.reconstruction_mismatch is not None]
+        if mismatches:
+            self._is_counted = True
+            check_later(torch.stack([m.to(mismatches[0].device) for m in mismatches]).sum(), self._add)
+
+    def _add(self, numbers: list[float]) -> None:
+        mismatch = int(numbers[0])
+        self._new = [old + new for old, new in zip(self._new, (1, mismatch == 0, mismatch), strict=True)]
+
     def _must_tell(self, pl_module: LightningModule) -> bool:
         """Whether a gradient of exact arithmetic is not exact, and this was not reported yet."""
         is_new = self.num_gradients - self.num_certified > self._num_forgiven
@@ -131,13 +152,12 @@ class ReconstructionCertificate(AbstractWatching):
 
     def _gather(self, trainer: Trainer) -> None:
         """Add the new counts of all processes; all must call it."""
-        if self._new is not None:
-            counts: Tensor = trainer.strategy.reduce(self._new.clone(), reduce_op="sum")
-            num_gradients, num_certified, mismatch = counts.tolist()
-            self.num_gradients += num_gradients
-            self.num_certified += num_certified
-            self.mismatch += mismatch
-            self._new.zero_()
+        settle_checks()
+        num_gradients, num_certified, mismatch = summed(self._new)
+        self.num_gradients += num_gradients
+        self.num_certified += num_certified
+        self.mismatch += mismatch
+        self._new = [0, 0, 0]
 
     def _stop(self, trainer: Trainer) -> str:
         path = Path(self.folder or run_folder(trainer, None) / "checkpoints") / INEXACT

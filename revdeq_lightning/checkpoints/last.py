@@ -17,6 +17,7 @@ from revdeq_lightning.checkpoints.files import newest_good, remove, remove_lefto
 from revdeq_lightning.checkpoints.names import BEST, LAST
 from revdeq_lightning.equilibrium.validation import require_count, require_in_range
 from revdeq_lightning.errors import CheckpointError
+from revdeq_lightning.processes import largest
 from revdeq_lightning.tasks.training_step import is_logging_step, made_step, validation_follows
 
 KEPT = re.compile(r"step-(\d+)\.ckpt")
@@ -93,8 +94,7 @@ class LastCheckpoint(AbstractCheckpoint):
         if trainer.world_size == 1 or is_logging_step(trainer):
             late = self.every_minutes is not None and self.clock() - self._saved_at >= 60 * self.every_minutes
             # The clock of the first process decides.
-            late = trainer.strategy.reduce_boolean_decision(late and trainer.is_global_zero, all=False)
-            self._due = self._due or late
+            self._due = self._due or bool(largest([late and trainer.is_global_zero])[0])
         at_interval = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
         # A run resumed between a step and its validation would skip the validation. After a signal, save at once: the
         # validation may take too long.

@@ -10,7 +10,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from revdeq_lightning.checkpoints.files import read_checkpoint
 from revdeq_lightning.data.images.batches import ImageBatch
 from revdeq_lightning.data.text.windows import TextBatch
-from revdeq_lightning.equilibrium import equilibria
+from revdeq_lightning.equilibrium import equilibria, settle_checks
 from revdeq_lightning.errors import CheckpointError
 from revdeq_lightning.runs.divergence import WEIGHTS
 from revdeq_lightning.runs.random_state import set_random_state
@@ -64,6 +64,7 @@ def _run(task: Any, batch: Any, precision: str) -> str:
         with context:
             loss = task.training_step(batch, 0)["loss"]
         loss.backward()
+        settle_checks()
     except RuntimeError as error:  # DivergenceError among others
         return f"{type(error).__name__}: {error}"
     parameters = [(name, p.grad) for name, p in task.named_parameters() if p.grad is not None]

@@ -51,6 +51,7 @@ from revdeq_lightning.errors import BlockError, CheckpointError
 from revdeq_lightning.loggers.csv_logger import ContinuedCSVLogger
 from revdeq_lightning.loggers.endurance import enduring
 from revdeq_lightning.loggers.progress import RunProgress
+from revdeq_lightning.loggers.read_once import ReadOnce
 from revdeq_lightning.loggers.wandb_logger import WandbCheckpoints, wandb_logger
 from revdeq_lightning.program import program
 from revdeq_lightning.report.at_end import RunReport, close_run
@@ -194,7 +195,7 @@ class AbstractCommandLine(LightningCLI):
         loggers: list[Logger] = []
         if self.subcommand == "fit":
             watching = diagnostics.callbacks(has_equilibrium=bool(equilibria(self.model)))
-            callbacks[:0] = [StopSignal(), SameStart(), *watching, ResumableRandomState(), RunReport(run)]
+            callbacks[:0] = [StopSignal(), SameStart(), *watching, ReadOnce(), ResumableRandomState(), RunReport(run)]
             callbacks.append(DivergenceGuard())
             if settings.get("enable_checkpointing") is not False:
                 if "validation" in self.datamodule.splits:

@@ -44,7 +44,7 @@ from revdeq_lightning.checkpoints.sharded import (
 )
 from revdeq_lightning.distributed.sharding import fill_from_first_process, shard_equilibria
 from revdeq_lightning.errors import CheckpointError, ParallelismError
-from revdeq_lightning.processes import gathered
+from revdeq_lightning.processes import gathered, host_group
 
 
 class CheckedProcesses:
@@ -65,6 +65,7 @@ class CheckedProcesses:
                 " install a build with CUDA for Linux, or use one GPU (trainer.devices=1)"
             )
         super().setup_environment()  # type: ignore[misc]
+        host_group(self._timeout)
         if self.root_device.type == "cuda":
             properties = torch.cuda.get_device_properties(self.root_device)
             kinds = gathered(f"{properties.name} ({properties.total_memory / 2**30:.0f} GiB)")
@@ -76,8 +77,7 @@ class CheckedProcesses:
                 )
 
     def on_validation_start(self: Any) -> None:
-        # DDP lets BatchNorm's running statistics diverge while gradients are accumulated; a checkpoint has the first
-        # process's.
+        # BatchNorm's running statistics are each process's own in training; a checkpoint has the first process's.
         for buffer in self.lightning_module.buffers():
             dist.broadcast(buffer, 0)
 
@@ -85,7 +85,7 @@ class CheckedProcesses:
 
 
 class EquilibriumDDP(CheckedProcesses, DDPStrategy):
-    """DDP without search for unused parameters, and with gradients as views into the communication buckets.
+    """DDP that exchanges nothing but gradients, without copies: no buffers, no search for unused parameters.
 
     Args:
         compress_gradients: Exchange gradients in bfloat16, half the bytes; the average is rounded to 8 bits.
@@ -111,9 +111,10 @@ class EquilibriumDDP(CheckedProcesses, DDPStrategy):
 
     def configure_ddp(self) -> None:
         super().configure_ddp()
+        assert isinstance(self.model, DistributedDataParallel)
+        self.model.broadcast_buffers = False  # in each step; they are the same in evaluations and checkpoints anyway
         if self.compress_gradients:
             # Lightning registers hooks only on CUDA and ignores them elsewhere.
-            assert isinstance(self.model, DistributedDataParallel)
             self.model.register_comm_hook(None, bf16_compress_hook)
 
 

@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from revdeq_lightning.checkpoints.files import write_checkpoint
-from revdeq_lightning.equilibrium import DivergenceError, deferred_divergence, equilibria
-from revdeq_lightning.processes import gathered, local, whole
+from revdeq_lightning.equilibrium import DivergenceError, check_later, deferred_divergence, equilibria, settle_checks
+from revdeq_lightning.processes import gathered, largest, local, whole
 from revdeq_lightning.program import program
 from revdeq_lightning.runs.random_state import random_state
+from revdeq_lightning.runs.signals import STOP
 from revdeq_lightning.tasks.training_step import run_folder
 
 DIVERGED = "diverged"
@@ -37,8 +38,10 @@ class DivergenceGuard(Callback):
     equilibrium that diverges on one process returns NaN there (`deferred_divergence`), which reaches the other
     processes with the gradient.
 
-    It costs one read of the gradient and one host synchronization per step. With a gradient scaler (16-mixed), which
-    skips overflowing steps by itself, only the loss is checked. Must come after callbacks that call `training_step`.
+    It costs one read of the gradient and, per step, one wait for the device, in which all checks of the solves are
+    read too, and one small exchange on the host, which also tells the processes of a `StopSignal`. With a gradient
+    scaler (16-mixed), which skips overflowing steps by itself, only the loss is checked. Must come after callbacks that
+    call `training_step`.
 
     Args:
         folder: Folder of the run; None: the trainer's.
@@ -91,8 +94,11 @@ class DivergenceGuard(Callback):
         self._begins = True
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         gradients = () if scaled else (p.grad for p in pl_module.parameters() if p.grad is not None)
-        diverged = bool(self._errors) or not all_finite([*self._losses, *norms(gradients)])
-        if trainer.strategy.reduce_boolean_decision(diverged, all=False):
+        diverged = not all_finite([*self._losses, *norms(gradients)]) or bool(self._errors)
+        if trainer.world_size > 1:
+            anyones, STOP.agreed = largest([diverged, STOP.received])  # `StopSignal` exchanges nothing of its own
+            diverged = bool(anyones)
+        if diverged:
             self._end(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -102,6 +108,7 @@ class DivergenceGuard(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            settle_checks()
             for error in chain(*gathered([str(error) for error in self._validation_errors[:1]])):
                 self._raise(trainer, f"in the validation {error}")
 
@@ -112,7 +119,7 @@ class DivergenceGuard(Callback):
     def _check_weights(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the weights: an update may overflow although its gradient does not."""
         finite = all_finite(norms(p.detach() for p in pl_module.parameters()))
-        if trainer.strategy.reduce_boolean_decision(not finite, all=False):
+        if largest([not finite])[0]:
             self._raise(trainer, "the weights are not finite: the last update overflowed")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -124,7 +131,7 @@ class DivergenceGuard(Callback):
 
     def _end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         mine = bool(self._errors) or not all_finite(self._losses)
-        anyones = trainer.strategy.reduce_boolean_decision(mine, all=False)
+        (anyones,) = largest([mine])
         losses = ", ".join(f"{loss.item():.4g}" for loss in self._losses)
         if self._errors:
             reason = str(self._errors[0])
@@ -173,5 +180,9 @@ def norms(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 def all_finite(values: list[Tensor]) -> bool:
-    """Whether all numbers are finite, with one synchronization."""
-    return not values or bool(torch.stack([value.float() for value in values]).isfinite().all())
+    """Whether all numbers are finite, read with all that the solves left to be checked: one wait for the device."""
+    found: list[float] = []
+    if values:
+        check_later(torch.stack([value.float() for value in values]).isfinite().all(), found.extend)
+    settle_checks()
+    return all(found)

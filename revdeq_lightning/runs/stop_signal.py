@@ -4,11 +4,12 @@ import signal
 import threading
 from typing import Any, cast
 
-import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
+from revdeq_lightning.processes import largest
 from revdeq_lightning.program import say
+from revdeq_lightning.runs.divergence import DivergenceGuard
 from revdeq_lightning.runs.signals import STOP, Stopped
 from revdeq_lightning.tasks.training_step import made_step
 
@@ -36,26 +37,30 @@ class StopSignal(Callback):
     """Ends training at Ctrl-C, SIGTERM, SIGHUP or SIGUSR1, on all ranks after the same optimizer step.
 
     A signal may reach only one rank, or each at a different time; ranks that acted on their own would deadlock in
-    different collectives. Therefore, the handler only records the signal, and the ranks exchange one number after each
-    optimizer step. `LastCheckpoint` saves once they agree, and training ends when the next step starts. A validation in
-    progress, or due after that step, is finished first. A test is interrupted, because it has no state to save.
+    different collectives. Therefore, the handler only records the signal, and the ranks exchange one number at each
+    optimizer step; a `DivergenceGuard` does so with its own. `LastCheckpoint` saves once they agree, and training ends
+    when the next step starts. A validation in progress, or due after that step, is finished first. A test is
+    interrupted, because it has no state to save.
 
     A second Ctrl-C ends training immediately, without a checkpoint.
     """
 
     def __init__(self) -> None:
         self._previous_interrupt: Any = None
-        self._took = False
+        self._took = self._is_guarded = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._took = STOP.take() or self._took
-        # Lightning's handlers call collectives, and under SLURM save, at any time: a rank that receives the signal in a
-        # different collective hangs.
-        cast(Any, trainer)._signal_connector.register_signal_handlers = lambda: None  # no public option
+        # Neither has a public option. Lightning's handlers call collectives, and under SLURM save, at any time: a rank
+        # that receives the signal in a different collective hangs.
+        cast(Any, trainer)._signal_connector.register_signal_handlers = lambda: None
+        # Before each batch, Lightning broadcasts whether they received SIGTERM, and waits for the device.
+        cast(Any, trainer).fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if threading.current_thread() is threading.main_thread():
             self._previous_interrupt = signal.signal(signal.SIGINT, self._interrupt)
+        self._is_guarded = any(isinstance(callback, DivergenceGuard) for callback in cast(Any, trainer).callbacks)
         self._agree(trainer)  # a signal received by now ends the run before its first step
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -64,7 +69,7 @@ class StopSignal(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if made_step(trainer):
+        if made_step(trainer) and not (self._is_guarded and trainer.world_size > 1):
             self._agree(trainer)
 
     def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
@@ -89,11 +94,7 @@ class StopSignal(Callback):
             self._took = False
 
     def _agree(self, trainer: Trainer) -> None:
-        if trainer.world_size == 1:
-            STOP.agreed = STOP.received
-        else:
-            received = torch.tensor(float(STOP.received), device=trainer.strategy.root_device)
-            STOP.agreed = int(trainer.strategy.reduce(received, reduce_op="max"))
+        STOP.agreed = STOP.received if trainer.world_size == 1 else largest([STOP.received])[0]
 
     def _end_if_asked(self) -> None:
         if not STOP.agreed:

@@ -9,7 +9,7 @@ import torch
 from lightning import Callback, LightningModule
 from torch import Tensor, nn
 
-from revdeq_lightning.equilibrium import SolverStats, equilibria, jacobian_regularization
+from revdeq_lightning.equilibrium import SolverStats, equilibria, jacobian_regularization, settle_checks
 from revdeq_lightning.equilibrium.function import is_compiled
 from revdeq_lightning.equilibrium.validation import require_in_range
 from revdeq_lightning.errors import ParallelismError
@@ -136,9 +136,11 @@ class AbstractTask(LightningModule):
         return self._add_to("test", self.as_batch(batch))
 
     def on_validation_epoch_end(self) -> None:
+        settle_checks()
         self._log_figures("val")
 
     def on_test_epoch_end(self) -> None:
+        settle_checks()
         self._log_figures("test")
 
     def make_model(self, build: Callable[[], nn.Module]) -> None:

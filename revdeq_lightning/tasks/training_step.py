@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from lightning import Trainer
+from lightning import LightningModule, Trainer
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -31,6 +31,11 @@ def validation_follows(trainer: Trainer) -> bool:
     """Whether Lightning validates between this batch and the next (use in `on_train_batch_end`)."""
     loop: Any = trainer.fit_loop
     return bool(loop.epoch_loop._should_check_val_fx(loop._data_fetcher))
+
+
+def log_on_host(module: LightningModule, values: Mapping[str, float]) -> None:
+    """Log numbers at this step; Lightning would send each to the device, and wait for it."""
+    module.log_dict({key: torch.tensor(float(value)) for key, value in values.items()}, on_step=True, on_epoch=False)
 
 
 def log_now(trainer: Trainer, values: Mapping[str, float]) -> None:

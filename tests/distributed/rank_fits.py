@@ -3,6 +3,8 @@
 A scenario is `TASK-STRATEGY-RANKS-ACCUMULATION`; all have the same global batch of 8, and 20 optimizer steps.
 """
 
+import collections
+import contextlib
 import functools
 import logging
 import sys
@@ -11,6 +13,7 @@ from pathlib import Path
 
 import torch
 from lightning import Callback
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from revdeq_lightning.callbacks.reconstruction_certificate import ReconstructionCertificate
 from revdeq_lightning.data.images.augmentation import AugmentationConfig
@@ -19,7 +22,9 @@ from revdeq_lightning.distributed.strategies import EquilibriumDDP, EquilibriumF
 from revdeq_lightning.models import ClassifierConfig
 from revdeq_lightning.models.build import SolverConfig
 from revdeq_lightning.processes import whole
+from revdeq_lightning.runs.divergence import DivergenceGuard
 from revdeq_lightning.runs.probe import _Float64 as Float64
+from revdeq_lightning.runs.stop_signal import StopSignal
 from revdeq_lightning.tasks.classification import ClassificationTask
 from revdeq_lightning.tasks.optimizers import OptimizerConfig
 from tests.helpers.processes import run_group
@@ -41,6 +46,31 @@ class Seen(Callback):
 
     def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx):
         self.statistics = [float(b.double().sum()) for b in pl_module.model.buffers()]
+
+
+class Collectives(Callback):
+    """Counts the collective operations of one step, which is no logging step."""
+
+    step = 5
+
+    def __init__(self):
+        self.counts, self.watched = collections.Counter(), contextlib.ExitStack()
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.watched.close()
+        if trainer.global_step == self.step - 1:
+            self.watched.enter_context(_Counted(self.counts))
+
+
+class _Counted(TorchDispatchMode):
+    def __init__(self, counts):
+        super().__init__()
+        self.counts = counts
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace.startswith(("c10d", "_c10d")):
+            self.counts[func.__name__.split(".")[0]] += 1
+        return func(*args, **(kwargs or {}))
 
 
 class DoubleClassification(ClassificationTask):
@@ -84,12 +114,15 @@ def fit(folder, name):
     seen = Seen()
     settings = {"devices": int(ranks), "accumulate_grad_batches": int(accumulation), "max_steps": NUM_STEPS}
     settings |= {"val_check_interval": 7 * int(accumulation), "limit_val_batches": 40 // (batch_size * int(ranks))}
-    trainer = tiny_trainer(folder, [ReconstructionCertificate(), seen], strategy=STRATEGIES[strategy](), **settings)
+    collectives = Collectives()
+    callbacks = [collectives, StopSignal(), ReconstructionCertificate(), seen, DivergenceGuard(folder)]
+    trainer = tiny_trainer(folder, callbacks, strategy=STRATEGIES[strategy](), **settings)
     trainer.fit(task, data)
     weights = {key: whole(p.detach()).clone() for key, p in task.named_parameters()}
     moved = max(float((w - b).abs().max()) for w, b in zip(weights.values(), before, strict=True))
     figures = {key: float(value) for key, value in trainer.callback_metrics.items()}
     result = {"weights": weights, "moved": moved, "figures": figures, "seen": seen.sums, "statistics": seen.statistics}
+    result["collectives"] = dict(collectives.counts)
     torch.save(result, folder / f"{name}.{trainer.global_rank}.pt")
 
 

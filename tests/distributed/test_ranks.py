@@ -66,6 +66,11 @@ def test_two_processes_train_the_weights_of_one(fast, name):
     assert_same_as_one_process(fast, name)
 
 
+def test_a_step_exchanges_its_gradients_and_one_small_tensor(fast):
+    """With the stop signal, the divergence guard and the certificate; the gradients fit into one bucket."""
+    assert [result["collectives"] for result in results(fast, "lm-ddp-2-1")] == [{"allreduce_": 2}] * 2
+
+
 @pytest.mark.slow
 def test_gradients_sent_in_bfloat16_train_nearly_the_same_weights(slow):
     (reference,), halved = results(slow, REFERENCES["lm"]), results(slow, "lm-half-2-1")

@@ -136,6 +136,7 @@ def set_up(request, monkeypatch):
     calls, (_, lightnings) = [], request.param.__bases__
     monkeypatch.setattr(request.param, "root_device", torch.device("cuda:3"))
     monkeypatch.setattr(lightnings, "setup_environment", lambda self: calls.append("met"))
+    monkeypatch.setattr(strategies, "host_group", lambda timeout: None)
 
     def set_up(**settings):
         strategy = request.param(**settings)
