@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from threading import get_ident
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ..state import Place, Turns, counting, exchanged, parameter_places, versions
 from ..transforms import has_numbers, is_functorch
+from .checks import is_capturing
 from .norms import Leaves, Map
 
 
@@ -42,7 +44,7 @@ class EquilibriumFunction:
         self.autocast_enabled = torch.is_autocast_enabled(device.type)
         self.autocast_dtype = torch.get_autocast_dtype(device.type)
         self.autocast_cache = torch.is_autocast_cache_enabled()
-        self.randomness = _Randomness(device)
+        self.randomness = _Randomness(f, device)
         self.parameters: list[tuple[Place, Tensor]] = []  # in place of f's own
         is_eager = not is_compiled(f)  # otherwise f would also be compiled for copies of z
         self.overwrites_z: bool | None = None if is_eager else False  # None: the first call shows
@@ -134,10 +136,15 @@ def _kind(tensor: Tensor) -> dict[str, Any]:
     return {"shape": tuple(tensor.shape), "dtype": tensor.dtype, "device": tensor.device}
 
 
+_DRAWING: WeakSet[Any] = WeakSet()
+"""Modules that drew random numbers when they were last asked."""
+
+
 class _Randomness:
     """Gives every call of f the random numbers of the first one."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, f: Map, device: torch.device) -> None:
+        self.f, self.device = f, device
         self.devices = [device] if device.type == "cuda" else []
         self.start: list[Tensor] | None = None
         self.may_be_drawn = True
@@ -149,11 +156,17 @@ class _Randomness:
     @contextlib.contextmanager
     def same_draws(self) -> Iterator[None]:
         """Around a call of f: the first shows whether f draws; if so, later ones are rewound, and leave no trace."""
+        if self.start is None and is_capturing(self.device):  # when generators cannot be asked
+            self.start, self.may_be_drawn = [], False
+            if self.f in _DRAWING:
+                raise RuntimeError("f draws random numbers (dropout): a CUDA graph of the solve would have other masks")
         if self.start is None:
             self.start = self._states()
             yield
             pairs = zip(self.start, self._states(), strict=True)
             self.may_be_drawn = has_numbers(torch.empty(0)) and any(not torch.equal(a, b) for a, b in pairs)
+            if isinstance(self.f, nn.Module):
+                (_DRAWING.add if self.may_be_drawn else _DRAWING.discard)(self.f)
             return
         with torch.random.fork_rng(self.devices) if self.may_be_drawn else contextlib.nullcontext():
             if self.may_be_drawn:

@@ -35,6 +35,8 @@ def iterate_to_fixed_point(
     Calls f `max_steps * evaluations_per_step` times, with a tolerance at most once more. Raises DivergenceError if an
     iterate is not finite or beyond the solver's limit.
     """
+    if solver.has_tolerance and checks.is_capturing(z0[0].device):
+        raise ValueError(f"a CUDA graph makes a fixed number of steps: set rtol=0 and atol=0, got {solver}")
     state = solver.init(z0, reversible=reversible and num_kept < solver.num_evaluations)
     watch = _Watch(solver, f)
     num_steps = torch.full(z0[0].shape[:1], solver.max_steps, device=z0[0].device)

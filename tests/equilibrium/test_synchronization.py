@@ -21,6 +21,7 @@ from revdeq_lightning.equilibrium import (
     ReversibleSolver,
     checks,
     deferred_divergence,
+    function,
     loop,
     settle_checks,
 )
@@ -181,6 +182,27 @@ def test_a_mismatch_found_in_another_thread_is_raised_in_that_of_the_solve():
     layer(x)
     with pytest.raises(ReconstructionError, match=r"^this gradient is not exact: \d+ of"):
         settle_checks()
+
+
+def test_in_a_cuda_graph_nothing_is_left_to_be_checked_and_what_draws_is_refused(monkeypatch):
+    """Capture itself needs a GPU; here what it must not meet is counted or refused."""
+    solver, x = ReversibleSolver(max_steps=4), sequence()
+    layers = [attention_layer(solver, REVERSIBLE, dropout=dropout) for dropout in (0.0, 0.3)]
+    for layer in layers:
+        project(layer(x).value).backward()
+    monkeypatch.setattr(checks, "host_must_wait", lambda device: True)
+    for module in (checks, function):
+        monkeypatch.setattr(module, "is_capturing", lambda device: True)
+    monkeypatch.setattr(torch, "get_rng_state", None)
+    with Spy() as spy:
+        project(layers[0](x).value).backward()
+    assert spy.count == 0
+    assert not checks.own_checks()._waiting
+    with pytest.raises(RuntimeError, match="draws random numbers"):
+        layers[1](x)
+    layers[0].solver = ReversibleSolver(rtol=0.1)
+    with pytest.raises(ValueError, match="a CUDA graph makes a fixed number of steps"):
+        layers[0](x)
 
 
 def test_what_arrived_without_waiting_is_judged_by_the_next_solve():
