@@ -114,9 +114,9 @@ def _is_known(task: str, name: str) -> bool:
 def _advice(task: str, subcommand: str, name: str) -> str:
     if other := next((other for other in SOURCES if _is_known(other, name)), None):
         return f" is of the task {other}: use {program()} {other} {subcommand}"
-    return nearest(
-        name, [*GENERAL, *(f"{group}.{own}" for group, names in option_groups(task).items() for own in names)]
-    )
+    groups = option_groups(task)
+    options = [*GENERAL, *(f"{group}.{own}" for group, names in groups.items() for own in names)]
+    return nearest(name, options) or nearest(name.rpartition(".")[0], groups)
 
 
 def _names_in(path: Path) -> Iterator[str]:

@@ -3,8 +3,8 @@
 import json
 import sys
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -67,7 +67,7 @@ from revdeq_lightning.runs.folder import (
     new_version,
     run_of_checkpoint,
 )
-from revdeq_lightning.runs.lock import LockedError, locked
+from revdeq_lightning.runs.lock import LOCK, LockedError, locked
 from revdeq_lightning.runs.random_state import ResumableRandomState
 from revdeq_lightning.runs.signals import STOP
 from revdeq_lightning.runs.stop_signal import SameStart, StopSignal
@@ -95,6 +95,8 @@ class AbstractCommandLine(LightningCLI):
     figures: ClassVar[dict[str, str]]
     """Figures that an evaluation prints: logged key without its split, and format."""
     run_config: RunConfig
+    made: Sequence[Path] = ()
+    """Folders that this start made, the innermost first."""
     weights: str | None = None
     """File of exported weights with which the run begins."""
 
@@ -254,16 +256,17 @@ class AbstractCommandLine(LightningCLI):
     def _take_folder(self) -> None:
         """Create the run's folder, of a new version if it has none; only the first process."""
         run = self.run_config
+        folder = run.path if run.version else run.path.parent
+        if cast(Any, rank_zero_only).rank:
+            run.version = run.version or date_and_time()
+            return
+        self.made = [path for path in (folder, *folder.parents) if not path.exists()]
         try:
-            if cast(Any, rank_zero_only).rank:
-                run.version = run.version or date_and_time()
-            elif run.version:
-                try_folder(run.path)
-            else:
-                try_folder(run.path.parent)
-                run.version = new_version(run.path.parent)
+            try_folder(folder)
+            if not run.version:
+                run.version = new_version(folder)
+                self.made.insert(0, run.path)
         except OSError as error:
-            folder = run.path if run.version else run.path.parent
             raise OSError(f"cannot write to {folder}: {error.strerror or error}; choose another run.folder") from None
 
     @property
@@ -271,28 +274,36 @@ class AbstractCommandLine(LightningCLI):
         """The settings of the diagnostics."""
         return cast(DiagnosticsConfig, self._get(self.config_init, "diagnostics"))
 
-    def instantiate_classes(self) -> None:
-        """Build data, model and trainer; report errors of their settings in one line, without leaving a folder."""
-        strategy = self._get(self.config, "trainer").get("strategy")
+    @contextmanager
+    def _without_a_trace(self) -> Iterator[None]:
+        """If the start is refused, remove the folders that it made, unless something is in them."""
         try:
-            with setting_errors(), deferred_weights(is_fsdp2(strategy)):
-                super().instantiate_classes()
-                if self.weights:
-                    load_weights(self.model, self.weights)
+            yield
         except SystemExit:
-            if self.subcommand == "fit":
-                with suppress(OSError):  # as it holds a run
-                    self.run_config.path.rmdir()
+            if self.made and not (self.run_config.path / CONFIG).exists():
+                with suppress(OSError):
+                    (self.made[0] / LOCK).unlink(missing_ok=True)
+                    for folder in [*sorted(self.made[0].rglob("*"), reverse=True), *self.made]:
+                        folder.rmdir()
             raise
+
+    def instantiate_classes(self) -> None:
+        """Build data, model and trainer; report errors of their settings in one line."""
+        strategy = self._get(self.config, "trainer").get("strategy")
+        with self._without_a_trace(), setting_errors(), deferred_weights(is_fsdp2(strategy)):
+            super().instantiate_classes()
+            if self.weights:
+                load_weights(self.model, self.weights)
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run the command; training holds a lock on the run's folder until its final test has ended."""
         trains = subcommand == "fit" and self.trainer.is_global_zero
-        try:
-            with locked(self.run_config.path) if trains else nullcontext():
-                super()._run_subcommand(subcommand)
-        except LockedError as error:
-            fail(str(error))
+        with self._without_a_trace():
+            try:
+                with locked(self.run_config.path) if trains else nullcontext():
+                    super()._run_subcommand(subcommand)
+            except LockedError as error:
+                fail(str(error))
 
     def fit(self, **kwargs: Any) -> None:
         let_sigterm_end_the_wait(self.trainer)

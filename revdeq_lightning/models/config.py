@@ -52,7 +52,7 @@ class TransformerConfig:
             `MyBlock(d_model, **block_options)` and maps `z` and `x` of shape `(batch, tokens, d_model)` to a new `z`,
             each token from itself and earlier ones. Embedded tokens then include a learned position, and
             generation has no cache.
-        block_options: Keyword arguments of your own block.
+        block_options: Keyword arguments of your own block. Texts are read as YAML, in quotes too: `yes` is true.
         num_layers: Layers in one evaluation of f (the paper's f has one).
         d_mlp: Width of the MLP; 0 for `4 * d_model`.
         double_projection: Paper block only: project q, k, v twice, as the released code does.
@@ -134,7 +134,7 @@ class ClassifierConfig:
         block: f of `stages` and `joint`: `modern`, `paper`, or the import path of your own `nn.Module`, such as
             `my_package.MyBlock`: f of a stage is `MyBlock(channels, **block_options)` and maps `z` and `x` of shape
             `(batch, channels, height, width)` to a new `z`.
-        block_options: Keyword arguments of your own block.
+        block_options: Keyword arguments of your own block. Texts are read as YAML, in quotes too: `yes` is true.
         group_size: Modern block only: channels that GroupNorm normalizes together; 0 for all.
         stem_stride: Total stride of the first stage: 1 or 2 for images of 32x32, 4 for 224x224.
         dropout: Fraction of the channels inside f that are dropped in training, with one mask per solve.
@@ -199,7 +199,7 @@ class ReasonerConfig:
         block: f: `convolution` (puzzles of any size), `attention` (of one size), or the import path of your own
             `nn.Module`, such as `my_package.MyBlock`: f is `MyBlock(channels, **block_options)` and maps `z` and `x` of
             shape `(batch, channels, ...)` to a new `z`.
-        block_options: Keyword arguments of your own block.
+        block_options: Keyword arguments of your own block. Texts are read as YAML, in quotes too: `yes` is true.
         num_layers: Layers in one evaluation of f.
         num_heads: Attention only: heads; divides `channels`.
         d_mlp: Attention only: width of the MLP; 0 for `4 * channels`.

@@ -139,11 +139,14 @@ def test_runs_that_start_in_the_same_second_have_folders_of_their_own(tmp_path, 
     assert all((tmp_path / "runs" / version).is_dir() for version in versions)
 
 
-def test_a_refused_new_run_leaves_no_folder(tmp_path, capsys):
+@pytest.mark.parametrize("version", [(), ("--run.version=mine",)])
+@pytest.mark.parametrize("wrong", ["--trainer.devices=0", "--ckpt_path={}/other.ckpt"], ids=["settings", "checkpoint"])
+def test_a_refused_new_run_leaves_no_folder(wrong, version, tmp_path, capsys):
+    torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
     with pytest.raises(SystemExit):
-        run("fit", "--config", tiny_config(tmp_path), "--trainer.devices=0")
+        run("fit", "--config", tiny_config(tmp_path), wrong.format(tmp_path), *version)
     assert capsys.readouterr().err.startswith("error: ")
-    assert not list((tmp_path / "runs").glob("*/*"))
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("damaged", ["", "{", "[]", "null"])
