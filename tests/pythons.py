@@ -4,8 +4,9 @@
     make test-pythons PYTHONS="/path/to/python3.13"     # under these
     make test-pythons ARGS="-m 'not slow'"              # all tests but the slow ones
 
-Each Python gets an environment in `.venvs/`: packages of its own, or, where it differs from the project's own Python
-only in the last number of its version, the packages of `.venv`.
+Each Python gets an environment in `.venvs/` with packages of its own. Without ARGS, one that differs from the project's
+own Python only in the last number of its version takes the packages of `.venv`: some of those for documentation do not
+support it, and no test of these needs them.
 """
 
 import os
@@ -41,14 +42,14 @@ def found() -> dict[Version, Path]:
     return dict(sorted((version, path) for version, path in versions.items() if version != sys.version_info[:3]))
 
 
-def environment(version: Version, python: Path) -> Path:
+def environment(version: Version, python: Path, may_share: bool) -> Path:
     """The interpreter of the environment for this Python, made if need be."""
-    folder = Path(".venvs", ".".join(map(str, version)))
+    shared = may_share and version[:2] == sys.version_info[:2]
+    folder = Path(".venvs", ".".join(map(str, version)) + ("-shared" if shared else ""))
     inside, ready = folder / "bin/python", folder / ".ready"
     if ready.exists() and ready.stat().st_mtime >= Path("pyproject.toml").stat().st_mtime:
         return inside
     print(f"Setting up {folder} ...", flush=True)
-    shared = version[:2] == sys.version_info[:2]
     subprocess.run([python, "-m", "venv", *(["--without-pip"] if shared else []), folder], check=True)
     if shared:
         packages = next(Path(path) for path in sys.path if path.endswith("site-packages"))
@@ -68,7 +69,8 @@ def main(arguments: list[str]) -> int:
         name = ".".join(map(str, version))
         print(f"Python {name}: pytest {shlex.join(arguments or TESTS)}", flush=True)
         options = ["-q", "--durations=3", "-n", "auto", "--dist", "loadgroup", *(arguments or TESTS)]
-        if subprocess.run([environment(version, path), "-m", "pytest", *options], check=False).returncode:
+        inside = environment(version, path, may_share=not arguments)
+        if subprocess.run([inside, "-m", "pytest", *options], check=False).returncode:
             failed.append(name)
     names = ", ".join(".".join(map(str, version)) for version in pythons) or "none but the project's own"
     print(f"Pythons: {names}. " + (f"Failed: {', '.join(failed)}" if failed else "All tests passed."))
