@@ -114,7 +114,7 @@ def test_a_command_line_builds_it_from_yaml(tmp_path, monkeypatch, kind):
         ),
         (lambda: ImageDataModule("huggingface", "a/b").prepare_data(), "the dataset a/b from the Hub .* path=FOLDER"),
         (
-            lambda: build_tokenizer("gpt2", bpe_vocab_size=300, training_text=str),
+            lambda: build_tokenizer("gpt2", bpe_vocab_size=300, training_text=[]),
             r"gpt2.* Hub is not reachable .*tokenizer.json.* path",
         ),
     ],

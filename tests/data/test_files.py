@@ -1,4 +1,3 @@
-import bz2
 import gzip
 import lzma
 import os
@@ -90,20 +89,20 @@ def test_names_that_differ_only_in_the_split():
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
 def test_text_has_no_byte_order_mark(tmp_path, encoding):
     (tmp_path / "text").write_bytes(TEXT.encode(encoding))
-    assert read_text(tmp_path / "text") == TEXT
+    assert "".join(read_text(tmp_path / "text")) == TEXT
 
 
 def test_utf16_that_was_converted_as_latin1_is_read(tmp_path):
     (tmp_path / "text").write_bytes(TEXT.encode("utf-16").decode("latin-1").encode())
-    assert read_text(tmp_path / "text") == TEXT
+    assert "".join(read_text(tmp_path / "text")) == TEXT
 
 
 def test_text_is_not_changed(tmp_path):
     text = "a\r\nb\rc\0d\x1a" + "e" * 400 + "\ufeff"  # a NUL here and there is text
     (tmp_path / "text").write_bytes(text.encode())
-    assert read_text(tmp_path / "text") == text
+    assert "".join(read_text(tmp_path / "text")) == text
     (tmp_path / "text").write_bytes(b"")
-    assert read_text(tmp_path / "text") == ""
+    assert "".join(read_text(tmp_path / "text")) == ""
 
 
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be", "latin-1"])
@@ -111,7 +110,7 @@ def test_the_advice_on_another_encoding_gives_the_text(tmp_path, encoding):
     file = tmp_path / "a text"
     file.write_bytes(TEXT.encode(encoding))
     with pytest.raises(ValueError, match="is not UTF-8: ") as error:
-        read_text(file)
+        list(read_text(file))
     assert "\n" not in str(error.value)
     command = str(error.value).split("`")[1].replace("NEW_FILE", shlex.quote(str(tmp_path / "new")))
     subprocess.run(command, shell=True, check=True)
@@ -121,11 +120,10 @@ def test_the_advice_on_another_encoding_gives_the_text(tmp_path, encoding):
 @pytest.mark.parametrize(
     ("content", "advice"),
     [
-        (gzip.compress(TEXT.encode(), mtime=0), "gzip: unpack it with `gunzip "),
-        (bz2.compress(TEXT.encode()), "bzip2: unpack it with `bunzip2 "),
         (lzma.compress(TEXT.encode()), "xz: unpack it with `unxz "),
         (b"PK\x03\x04\x14\x00\xff", "zip: unpack it with `unzip "),
-        (b"\x28\xb5\x2f\xfd\x04\x00", "zstd: unpack it with `unzstd "),
+        (b"\x28\xb5\x2f\xfd\x04\x00", "cannot be unpacked .*: it may be cut short"),
+        (gzip.compress(TEXT.encode(), mtime=0)[:-9], "cannot be unpacked .*: it may be cut short"),
         (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "binary data: use text files only"),
         (b"name\0\0\0\0\0\0\0\0" + bytes(90) + b"text", "104 bytes|binary data"),
         (TEXT.encode("utf-16")[:-1], "is not UTF-16: byte"),
@@ -134,5 +132,5 @@ def test_the_advice_on_another_encoding_gives_the_text(tmp_path, encoding):
 def test_what_is_no_text_is_told_with_what_it_seems_to_be(tmp_path, content, advice):
     (tmp_path / "text").write_bytes(content)
     with pytest.raises(ValueError, match=advice) as error:
-        read_text(tmp_path / "text")
+        list(read_text(tmp_path / "text"))
     assert "\n" not in str(error.value)

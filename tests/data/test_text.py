@@ -2,6 +2,7 @@ import json
 import logging
 import multiprocessing
 import re
+import sys
 import sysconfig
 import time
 from pathlib import Path
@@ -9,10 +10,13 @@ from pathlib import Path
 import datasets
 import huggingface_hub.constants
 import numpy as np
+import pyarrow
 import pytest
 import torch
+import yaml
 from tokenizers import AddedToken, Tokenizer
 
+from revdeq_lightning.data.loading import files
 from revdeq_lightning.data.loading.sampler import IGNORE_INDEX
 from revdeq_lightning.data.text import sources as text_sources
 from revdeq_lightning.data.text.module import SplitStatistics, TextDataModule
@@ -34,10 +38,12 @@ def module(tmp_path):
     def build(text=PROSE, **arguments):
         if isinstance(text, str):
             text = text.encode("utf-8")
-        (tmp_path / "text.txt").write_bytes(text)
+        file = tmp_path / "text.txt"
+        if not file.exists() or file.read_bytes() != text:
+            file.write_bytes(text)
         defaults = {"source": "files", "cache_dir": str(tmp_path / "cache"), "context_length": 8, "batch_size": 4}
         if arguments.get("source", "files") == "files":
-            defaults["path"] = str(tmp_path / "text.txt")
+            defaults["path"] = str(file)
         return TextDataModule(**defaults | arguments)
 
     return build
@@ -67,6 +73,17 @@ def test_python_source_is_the_library_split_by_file(tmp_path):
     fraction = {split: len(text) / sum(map(len, texts.values())) for split, text in texts.items()}
     assert 0.6 < fraction["train"] < 0.95
     assert min(fraction["validation"], fraction["test"]) > 0.02
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.version_info[:3] != (3, 11, 7), reason="recorded with the library of Python 3.11.7")
+def test_the_default_text_has_the_ids_of_earlier_versions(tmp_path):
+    settings = yaml.safe_load(Path("configs/lm/default.yaml").read_text())["data"]
+    data = TextDataModule(**settings, cache_dir=str(tmp_path))
+    found = {split: (len(split_ids(data, split)), data._prepared().checksum(split)) for split in data.splits}
+    expected = {"train": (3_093_937, "b84841dd"), "validation": (127_425, "4db0fe12"), "test": (123_518, "c18737f1")}
+    assert found == expected
+    assert data.split_statistics("test") == SplitStatistics(123_517, 399_999, 50_768)
 
 
 def test_last_tenth_is_cut_like_nanogpt_does(module):
@@ -151,11 +168,108 @@ def test_local_huggingface_dataset(module, tmp_path, form):
 
 def test_a_hub_dataset_that_was_tokenized_needs_no_hub(module, monkeypatch):
     rows = {split: datasets.Dataset.from_dict({"text": ["once upon a time"]}) for split in ("train", "test")}
-    monkeypatch.setattr(text_sources, "load_huggingface", lambda path, name: rows)
+    monkeypatch.setattr(text_sources, "load_huggingface", lambda path, name, streaming: rows)
     first = module(source="huggingface", path="a/b", context_length=4)
     assert split_text(first, "train") == "once upon a time\n"
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     assert module(source="huggingface", path="a/b", context_length=4).vocab_size == 256
+
+
+ROWS = ["", "one\n", "two \u00e9 words", None]
+
+
+def write_table(path, rows):
+    """JSON lines or parquet, compressed as the name says."""
+    if ".parquet" in path.name:
+        datasets.Dataset.from_dict({"id": list(range(len(rows))), "text": rows}).to_parquet(path)
+        return
+    content = "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(rows)).encode()
+    compression = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".lz4": "lz4"}.get(path.suffix)
+    with pyarrow.output_stream(str(path), compression=compression) as file:
+        file.write(content)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a [1].jsonl.gz", "a.jsonl.zst", "a.ndjson.bz2", "a.parquet"])
+def test_tables_are_the_column_text_a_line_a_row(module, tmp_path, name):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write_table(folder / name, ROWS)
+    (folder / "0.txt").write_text("before")
+    data = module(path=str(folder), validation_fraction=0.0, test_fraction=0.0)
+    assert split_text(data, "train") == "before\n\none\ntwo \u00e9 words\n"
+    assert data.found()["left_out"] == ["1 row(s) of the file without text, such as row 3"]
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst", "bz2", "lz4"])
+def test_compressed_text_is_unpacked(module, tmp_path, suffix):
+    compression = {"gz": "gzip", "zst": "zstd"}.get(suffix, suffix)
+    with pyarrow.output_stream(str(tmp_path / f"text.{suffix}"), compression=compression) as file:
+        file.write(PROSE.encode())
+    data = module(path=str(tmp_path / f"text.{suffix}"), validation_fraction=0.0, test_fraction=0.0)
+    assert split_text(data, "train") == PROSE
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"text": "a"}\n{"text": ', "cannot read the dataset .*a.jsonl"),
+        ('{"words": "a"}', "has the columns .'words'."),
+    ],
+)
+def test_tables_that_hold_no_text_are_told(module, tmp_path, content, message):
+    (tmp_path / "a.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=message) as error:
+        module(path=str(tmp_path / "a.jsonl")).setup("fit")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("limit", [{"max_train_bytes": 3000}, {"max_train_tokens": 2000, "tokenizer": "bpe"}])
+def test_a_part_of_a_hub_dataset_is_streamed_and_no_more_is_read(module, monkeypatch, limit):
+    read = []
+
+    def rows():
+        for number in range(10**9):
+            read.append(number)
+            yield {"text": f"document {number} of many", "url": "x"}
+
+    def load_dataset(path, name, streaming):
+        assert (path, name, streaming) == ("HuggingFaceFW/fineweb-edu", "sample-10BT", True)
+        return {"train": datasets.IterableDataset.from_generator(rows)}
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(files, "hub_is_reachable", lambda: True)
+    hub = {"source": "huggingface", "path": "HuggingFaceFW/fineweb-edu", "dataset_name": "sample-10BT"}
+    data = module(**hub, **limit, bpe_vocab_size=300, validation_fraction=0.2)
+    text = "".join(f"document {number} of many\n" for number in range(10**4))
+    assert text.startswith(split_text(data, "train"))
+    assert data.splits == ("train", "validation", "test")
+    if "max_train_tokens" in limit:
+        assert len(split_ids(data, "train")) == 2000
+        expected = data.tokenizer.decode_bytes(split_ids(data, "train")[1:])
+        assert data.split_statistics("train") == SplitStatistics(
+            1999, len(expected), len(expected.split()) + expected.count(b"\n")
+        )
+    else:
+        assert abs(len(split_text(data, "train")) - 3000) < 10
+    assert len(read) < 1500
+    assert split_ids(module(**hub, **limit, bpe_vocab_size=300, validation_fraction=0.2), "test") == split_ids(
+        data, "test"
+    )
+
+
+def test_a_text_larger_than_a_block_is_cut_at_the_same_characters(module):
+    text = "".join(f"{i} \u6f22\u5b57 caf\u00e9\U0001f642 \u00a0 . \n" for i in range(20_000))
+    data = module(text, tokenizer="characters", validation_fraction=0.2, test_fraction=0.1)
+    ends = int(0.7 * len(text)), int(0.9 * len(text))
+    parts = dict(
+        zip(("train", "validation", "test"), (text[: ends[0]], text[ends[0] : ends[1]], text[ends[1] :]), strict=True)
+    )
+    assert {split: split_text(data, split) for split in data.splits} == parts
+    for split, part in parts.items():
+        words = len(part[1:].split()) + part[1:].count("\n")
+        assert data.split_statistics(split) == SplitStatistics(len(part) - 1, len(part[1:].encode()), words)
+    limited = module(text, max_train_bytes=400_001)
+    assert split_text(limited, "train") == text.encode()[:400_001].decode(errors="ignore")
 
 
 def test_byte_caps_cut_each_split_at_a_character(module):
@@ -213,6 +327,17 @@ def test_an_interrupted_write_leaves_nothing(module, monkeypatch):
     assert [f.suffix for f in Path(data.hparams["cache_dir"]).iterdir()] in ([], [".lock"])
     monkeypatch.undo()
     data.prepare_data()
+
+
+def test_what_a_killed_preparation_left_is_neither_used_nor_kept(module, tmp_path):
+    data = module()
+    expected = split_ids(data, "train")
+    left = tmp_path / "cache" / f".{cached_file(data).name}.abc"
+    cached_file(data).unlink()
+    left.mkdir()
+    (left / "arrays").write_bytes(b"half")
+    assert split_ids(module(), "train") == expected
+    assert not left.exists()
 
 
 def _prepare_and_count(folder, start, builds):
@@ -571,7 +696,7 @@ def test_missing_rows_and_unused_splits_are_left_out_and_told(module, tmp_path):
 
 
 def test_bytes_are_counted_although_a_tokenizer_strips_spaces(module, tmp_path):
-    library = Tokenizer.from_str(BytePairTokenizer.train(PROSE, 300).state()["definition"])
+    library = Tokenizer.from_str(BytePairTokenizer.train([PROSE], 300).state()["definition"])
     library.add_special_tokens([AddedToken("<mask>", lstrip=True, rstrip=True)])
     library.save(str(tmp_path / "tokenizer.json"))
     text = "To be, or not to be, that is the  <mask>  question.\n" * 40
@@ -588,5 +713,5 @@ def test_a_library_without_source_is_told(tmp_path, monkeypatch):
 
 def test_a_tokenizer_file_is_part_of_the_key(module, tmp_path):
     for size in (260, 270):
-        (tmp_path / "tokenizer.json").write_text(BytePairTokenizer.train(PROSE, size).state()["definition"])
+        (tmp_path / "tokenizer.json").write_text(BytePairTokenizer.train([PROSE], size).state()["definition"])
         assert module(tokenizer=str(tmp_path / "tokenizer.json")).vocab_size == size

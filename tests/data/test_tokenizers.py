@@ -3,13 +3,15 @@ import random
 import subprocess
 import sys
 import time
+import zlib
 
 import huggingface_hub
 import huggingface_hub.constants
+import numpy as np
 import pytest
 import torch
-from hypothesis import given, strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from hypothesis import given, settings, strategies as st
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from revdeq_lightning.data.text import tokenizers as ours
 from revdeq_lightning.data.text.tokenizers import (
@@ -21,11 +23,11 @@ from revdeq_lightning.data.text.tokenizers import (
 )
 
 TEXT = "def f(x):\n    return x  # caf\u00e9, \u6f22\u5b57\n\n\nprint('the the then there', 123)\n" * 20
-BPE = BytePairTokenizer.train(TEXT, 280)
+BPE = BytePairTokenizer.train([TEXT], 280)
 
 
 def build(name, **options):
-    return build_tokenizer(name, **{"bpe_vocab_size": 280, "training_text": lambda: TEXT} | options)
+    return build_tokenizer(name, **{"bpe_vocab_size": 280, "training_text": [TEXT]} | options)
 
 
 @pytest.fixture
@@ -58,15 +60,8 @@ def test_bpe_gives_every_text_back(text):
     assert BPE.vocab_size == 280 > max(ids, default=0)
 
 
-def test_bpe_shortens_the_text_and_agrees_with_the_library_however_it_is_cut(monkeypatch):
-    library = Tokenizer.from_str(BPE.state()["definition"])
-    expected = library.encode(TEXT).ids
-    assert len(expected) < 0.7 * len(TEXT.encode())
-    pieces = ours._pieces
-    monkeypatch.setattr(ours, "_pieces", lambda text: pieces(text, min_characters=10))
-    assert len(list(ours._pieces(TEXT))) > 20
-    assert "".join(ours._pieces(TEXT)) == TEXT
-    assert BPE.encode(TEXT) == expected
+def test_bpe_shortens_the_text():
+    assert len(BPE.encode(TEXT)) < 0.7 * len(TEXT.encode())
 
 
 def test_bpe_has_the_ids_of_earlier_versions():
@@ -75,12 +70,81 @@ def test_bpe_has_the_ids_of_earlier_versions():
     assert BPE.encode("def f(x):\n    return x") == expected
 
 
+def test_a_long_text_has_the_ids_of_earlier_versions():
+    lines = (f"Line {i}: the {i * i}th caf\u00e9,\tand it's {i % 7} so  on . \n" for i in range(4000))
+    runs = "=" * 3000 + "ACGT" * 3000 + "\u6f22\u5b57\u3002" * 3000 + "\r\n" * 50 + " " * 3000
+    text = "".join(lines) + runs
+    tokenizer = BytePairTokenizer.train([text], 600)
+    assert zlib.crc32(tokenizer.state()["definition"].encode()) == 2552110913
+    ids = np.array(tokenizer.encode(text), dtype=np.uint16)
+    assert (len(ids), zlib.crc32(ids.tobytes())) == (96_217, 2217780988)
+
+
+# Llama 3's pattern; digits in groups, and tokens of spaces, make a part of a text depend on where it begins.
+GROUPS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def tokenizer_of(pattern):
+    library = Tokenizer(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+    )
+    library.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    sample = TEXT + "".join(f"{i**3} it's{' ' * (i % 9)}so.\n" for i in range(5000))
+    library.train_from_iterator([sample], trainer)
+    library.add_tokens([AddedToken(" " * count, normalized=False) for count in (2, 4, 24)])
+    library.add_special_tokens(["<|endoftext|>"])
+    return BytePairTokenizer(library.to_str())
+
+
+MAKERS = [
+    *(
+        lambda count, kind=kind: kind * (1 + count // len(kind))
+        for kind in ("a", " ", "\n", "--", "1", " . \n", "abcabd")
+    ),
+    *(
+        lambda count, kind=kind: "".join(random.Random(count).choices(kind, k=count))
+        for kind in ("0123456789", "ACGT", "\u6f22\u5b57\u3002a", "ab1'st .\r\n\t\U0001f642\u00e9\u0301")
+    ),
+    lambda count: (TEXT + "<|endoftext|>")[count % 97 :][:count],
+]
+PARTS = st.lists(st.tuples(st.sampled_from(MAKERS), st.integers(1, 900)), min_size=1, max_size=9)
+
+
+TOKENIZERS = {"gpt2": BPE, "llama3": tokenizer_of(GROUPS), "lines": tokenizer_of(".+|\n+")}
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS)
+@settings(max_examples=60)
+@given(parts=PARTS, sizes=st.sampled_from([(500, 128), (1000, 256), (128, 128)]))
+def test_the_ids_are_those_of_the_whole_text_however_it_is_cut(tokenizer, parts, sizes):
+    text = "".join(make(count) for make, count in parts)
+    expected = tokenizer._tokenizer.encode(text, add_special_tokens=False).ids
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ours, "_WINDOW", sizes[0])
+        patch.setattr(tokenizer, "_overlap", sizes[1])
+        assert np.concatenate(list(tokenizer.encode_parts([text[:77], text[77:]]))).tolist() == expected
+
+
+def test_learning_does_not_depend_on_how_the_text_is_cut(monkeypatch):
+    parts = [TEXT[start : start + 37] for start in range(0, len(TEXT), 37)]
+    assert BytePairTokenizer.train(parts, 280).state() == BPE.state()
+    words = (f"{i**5 % 10**9:09d} " * 1000 for i in range(10**6))  # an endless text
+    assert sum(map(len, ours._whole_words(words, max_distinct=900))) < 1.1e6
+
+
 def test_bpe_training_is_deterministic_across_processes():
     code = "; ".join(  # the file alone: importing the package would cost seconds
         [
             "import sys, runpy",
             "module = runpy.run_path(sys.argv[1])",
-            "print(module['BytePairTokenizer'].train(sys.argv[2], 280).state()['definition'])",
+            "print(module['BytePairTokenizer'].train([sys.argv[2]], 280).state()['definition'])",
         ]
     )
     for _ in range(2):
@@ -127,6 +191,16 @@ def test_gpt2_is_read_from_the_hub_cache_without_any_network(no_hub, monkeypatch
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", cached_only)
     assert build("gpt2").encode(TEXT) == BPE.encode(TEXT)
+
+
+def test_a_tokenizer_of_the_hub_is_found_by_its_name(no_hub, monkeypatch, tmp_path):
+    (tmp_path / "stored").write_text(BPE.state()["definition"])
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda name, file, **_: str(tmp_path / "stored"))
+    assert build("HuggingFaceTB/SmolLM2-135M").encode(TEXT) == BPE.encode(TEXT)
+    monkeypatch.undo()
+    for name in ("runs/tokenizer.json", "../tokenizer", "a/b/c"):
+        with pytest.raises(ValueError, match="or an existing path, or OWNER/NAME on the Hub, got"):
+            build(name)
 
 
 def test_offline_mode_asks_no_hub(no_hub, monkeypatch):
@@ -206,7 +280,7 @@ def test_learning_and_encoding_take_linear_time_in_a_text_of_one_word(alphabet):
     def seconds(count):
         text = "".join(random.Random(0).choices(alphabet, k=count))
         start = time.process_time()
-        tokenizer = BytePairTokenizer.train(text, 270)
+        tokenizer = BytePairTokenizer.train([text], 270)
         assert tokenizer.decode(tokenizer.encode(text)) == text
         return time.process_time() - start
 
@@ -239,5 +313,5 @@ def test_unusable_files_are_told(tmp_path, content, error, message):
 
 
 def test_an_unknown_tokenizer_is_told():
-    with pytest.raises(ValueError, match='one of bytes, characters, bpe, gpt2 or an existing path, got "words"'):
+    with pytest.raises(ValueError, match=r'one of bytes, characters, bpe, gpt2 or an existing path, .* got "words"'):
         build("words")

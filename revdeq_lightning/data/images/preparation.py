@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from revdeq_lightning.data.images.batches import DecodedImages, PreparedImages
 from revdeq_lightning.data.images.decoding import ImageSizes, skipped_message
 from revdeq_lightning.data.images.tables import ImageCollection
-from revdeq_lightning.data.loading.array_cache import load_or_build
+from revdeq_lightning.data.loading.array_cache import ArrayWriter, load_or_build
 from revdeq_lightning.data.loading.base import digest
 from revdeq_lightning.data.loading.sampler import IGNORE_INDEX
 
@@ -105,11 +105,10 @@ def prepare_decoding(
 
 
 def _decode_all(
-    path: Path, collect: Callable[[], ImageCollection], sizes: ImageSizes, skip_undecodable: bool
-) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+    path: Path, collect: Callable[[], ImageCollection], sizes: ImageSizes, skip_undecodable: bool, writer: ArrayWriter
+) -> dict[str, Any]:
     class_names, tables, left_out = collect()
     rank_zero_info(f"Decoding {sum(map(len, tables.values()))} images into {path} (once) ...")
-    arrays: dict[str, NDArray[Any]] = {}
     skipped: list[str] = []
     for split, table in tables.items():
         dataset = DecodedImages(table, sizes, skip_undecodable=skip_undecodable)
@@ -123,10 +122,13 @@ def _decode_all(
         skipped += dataset.take_skipped()
         if not good.any():
             raise ValueError(f"none of the {len(good)} images of {split} can be decoded (such as {skipped[-1]}).")
-        arrays[split], arrays[f"{split}/labels"] = images if good.all() else images[good], labels[good]
-    mean, std = _statistics(arrays["train"])
+        images = images if good.all() else images[good]
+        if split == "train":
+            mean, std = _statistics(images)
+        writer.append(split, images)
+        writer.append(f"{split}/labels", labels[good])
     metadata = {"class_names": class_names, "splits": list(tables), "mean": mean, "std": std}
-    return arrays, metadata | {"skipped": skipped, "left_out": list(left_out)}
+    return metadata | {"skipped": skipped, "left_out": list(left_out)}
 
 
 def _statistics(images: NDArray[np.uint8]) -> tuple[list[float], list[float]]:

@@ -2,13 +2,14 @@
 
 import json
 import os
-import secrets
+import shutil
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from tempfile import TemporaryDirectory
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from filelock import FileLock
@@ -49,25 +50,66 @@ class ArrayCache(NamedTuple):
         return f"{self.metadata['checksums'][name]:08x}"
 
 
-def load_or_build(path: Path, build: Callable[[], tuple[dict[str, NDArray[Any]], dict[str, Any]]]) -> ArrayCache:
+class ArrayWriter:
+    """Collects arrays on disk, in parts, for `load_or_build`.
+
+    Attributes:
+        folder: Folder for temporary files, which is deleted afterwards.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._entries: dict[str, dict[str, Any]] = {}
+        self._checksums: dict[str, int] = {}
+
+    def append(self, name: str, part: NDArray[Any]) -> None:
+        """Append rows to an array; the arrays follow one another."""
+        part = np.ascontiguousarray(part)
+        dtype = next(key for key, known in _DTYPES.items() if known == part.dtype)
+        with written_to(self.folder.parent), (self.folder / "arrays").open("ab") as file:
+            entry: dict[str, Any] = {"dtype": dtype, "shape": [0, *part.shape[1:]], "data_offsets": [file.tell(), 0]}
+            entry = self._entries.setdefault(name, entry)
+            file.write(part.data)
+            entry["shape"][0] += len(part)
+            entry["data_offsets"][1] = file.tell()
+        self._checksums[name] = zlib.crc32(part.data, self._checksums.get(name, 0))
+
+    def finish(self, path: Path, metadata: dict[str, Any]) -> None:
+        """Write the file atomically: to a temporary one, synced, renamed."""
+        text = json.dumps(metadata | {"checksums": self._checksums})
+        header = json.dumps({"__metadata__": {"json": text}} | self._entries).encode()
+        header += b" " * (-len(header) % 8)  # aligns the arrays
+        with written_to(self.folder.parent):
+            with (self.folder / "whole").open("wb") as whole, (self.folder / "arrays").open("rb") as arrays:
+                whole.write(len(header).to_bytes(8, "little") + header)
+                shutil.copyfileobj(arrays, whole)
+                whole.flush()
+                os.fsync(whole.fileno())
+            os.replace(self.folder / "whole", path)
+
+
+def load_or_build(path: Path, build: Callable[[ArrayWriter], dict[str, Any]]) -> ArrayCache:
     """Read the arrays from `path`, or build and store them there.
 
-    One process builds while the others wait. The file is written atomically (to a temporary file, synced, renamed); a
-    damaged file is reported and rebuilt.
+    One process builds while the others wait. The file appears complete or not at all; a damaged file is reported and
+    rebuilt, and what an interrupted process left is deleted.
 
     Args:
         path: Path of the file, whose name must identify the content.
-        build: Returns the arrays (uint8, uint16, uint32, or int64) and JSON-serializable metadata.
+        build: Appends the arrays (uint8, uint16, uint32, or int64) and returns JSON-serializable metadata.
     """
     if (cache := _read(path)) is None:
         with ExitStack() as stack:
-            with _written_to(path.parent):
+            with written_to(path.parent):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(FileLock(f"{path}.lock"))
             if (cache := _read(path, quiet=True)) is None:
-                content = build()
-                with _written_to(path.parent):
-                    _write(path, *content)
+                for left in path.parent.glob(f".{path.name}.*"):
+                    shutil.rmtree(left, ignore_errors=True)
+                with written_to(path.parent):
+                    folder = stack.enter_context(TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent))
+                writer = ArrayWriter(Path(folder))
+                writer.finish(path, build(writer))
                 cache = _read(path)
     if cache is None:
         raise OSError(f"{path} cannot be read back after writing: check the disk, or set cache_dir to a different one.")
@@ -75,32 +117,14 @@ def load_or_build(path: Path, build: Callable[[], tuple[dict[str, NDArray[Any]],
 
 
 @contextmanager
-def _written_to(folder: Path) -> Iterator[None]:
-    """Name the setting in errors."""
+def written_to(folder: Path) -> Iterator[None]:
+    """Name the setting in errors of writing."""
     try:
         yield
-    except Exception as error:
-        if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
-            raise
-        reason = getattr(error, "strerror", None) or error
+    except OSError as error:
         raise OSError(
-            f"cache_dir={folder} cannot be written to: {reason}; set data.cache_dir to another folder"
+            f"cache_dir={folder} cannot be written to: {error.strerror or error}; set data.cache_dir to another folder"
         ) from None
-
-
-def _write(path: Path, arrays: dict[str, NDArray[Any]], metadata: dict[str, Any]) -> None:
-    from safetensors.numpy import save_file
-
-    checksums = {name: zlib.crc32(array.data) for name, array in arrays.items()}
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        save_file(arrays, temporary, metadata={"json": json.dumps(metadata | {"checksums": checksums})})
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)  # safetensors makes the file readable only by the owner
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _read(path: Path, quiet: bool = False) -> ArrayCache | None:
@@ -111,15 +135,28 @@ def _read(path: Path, quiet: bool = False) -> ArrayCache | None:
         with path.open("rb") as file:
             header_bytes = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(min(header_bytes, path.stat().st_size)))
-        metadata = json.loads(header.pop("__metadata__")["json"])
-        arrays = {
-            name: StoredArray(path, entry["dtype"], 8 + header_bytes + entry["data_offsets"][0], tuple(entry["shape"]))
-            for name, entry in header.items()
-        }
-        if all(zlib.crc32(arrays[n].array.data) == checksum for n, checksum in metadata["checksums"].items()):
-            return ArrayCache(arrays, metadata)
+            metadata = json.loads(header.pop("__metadata__")["json"])
+            arrays = {
+                name: StoredArray(path, entry["dtype"], 8 + header_bytes + entry["data_offsets"][0], (*entry["shape"],))
+                for name, entry in header.items()
+            }
+            sizes = {name: np.diff(entry["data_offsets"]).item() for name, entry in header.items()}
+            if all(
+                _checksum(file, arrays[name].offset, sizes[name]) == checksum
+                for name, checksum in metadata["checksums"].items()
+            ):
+                return ArrayCache(arrays, metadata)
     except (ValueError, KeyError, TypeError, OSError):
         pass
     if not quiet:
         warnings.warn(f"the stored data {path} is damaged and will be rebuilt.", stacklevel=3)
     return None
+
+
+def _checksum(file: BinaryIO, offset: int, size: int) -> int:
+    """CRC-32 of a part of a file, read in blocks: the pages of a map would count as memory of the process."""
+    file.seek(offset)
+    checksum = 0
+    while size > 0 and (block := file.read(min(size, 1 << 20))):
+        checksum, size = zlib.crc32(block, checksum), size - len(block)
+    return checksum

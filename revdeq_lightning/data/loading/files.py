@@ -1,11 +1,14 @@
 """Files in folders, names of splits, and datasets of the Hugging Face Hub or a local copy."""
 
+import codecs
 import hashlib
 import json
 import os
 import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,50 +105,80 @@ def splits_within(name: str) -> set[str]:
 
 
 _MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+_COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"(\xb5/\xfd": "zstd", b"\x04\x22\x4d\x18": "lz4"}
 _PACKED = {
-    b"\x1f\x8b": "gzip: unpack it with `gunzip",
-    b"BZh": "bzip2: unpack it with `bunzip2",
     b"\xfd7zXZ": "xz: unpack it with `unxz",
-    b"(\xb5/\xfd": "zstd: unpack it with `unzstd",
-    b"\x04\x22\x4d\x18": "lz4: unpack it with `unlz4",
     b"7z\xbc\xaf": "7-Zip: unpack it with `7z x",
     b"PK": "zip: unpack it with `unzip",
     b"%PDF": "PDF: extract its text with `pdftotext",
-    b"PAR1": 'parquet: use source="huggingface" with its folder, see `ls',
+    b"PAR1": "parquet: give it a name that ends in .parquet, see `ls",
 }
 
 
-def read_text(path: Path) -> str:
-    """Text of a file in UTF-8, or in UTF-16 or UTF-32 with a byte order mark, without the mark.
+def read_blocks(path: Path) -> Iterator[bytes]:
+    """Content of a file in blocks of a megabyte, unpacked if it is gzip, bzip2, zstd, or lz4."""
+    import pyarrow
+
+    with path.open("rb") as file:
+        start = file.read(4)
+    compression = next((name for magic, name in _COMPRESSIONS.items() if start.startswith(magic)), None)
+    try:
+        with pyarrow.input_stream(str(path), compression=compression) as stream:
+            while block := stream.read(1 << 20):
+                yield block
+    except OSError as error:
+        if compression is None:
+            raise
+        raise ValueError(f"{path} cannot be unpacked ({error}): it may be cut short, copy it again.") from None
+
+
+def read_text(path: Path) -> Iterator[str]:
+    """Text of a file in parts: UTF-8, or UTF-16 or UTF-32 with a byte order mark, without the mark.
 
     Raises:
         ValueError: If it is anything else; the message says what it seems to be.
     """
-    data = path.read_bytes()
-    encoding = next((name for mark, name in _MARKS.items() if data.startswith(mark)), "UTF-8-sig")
+    blocks = read_blocks(path)
+    start = block = next(blocks, b"")
+    end = 0
+    encoding = next((name for mark, name in _MARKS.items() if start.startswith(mark)), "UTF-8-sig")
+    decoder = codecs.getincrementaldecoder(encoding)()
+    second = None
     try:
-        text = data.decode(encoding)
-        if data.count(0) * 100 <= len(data) or encoding != "UTF-8-sig":
-            return text
-        if text.startswith(("\xff\xfe", "\xfe\xff")):  # UTF-16 that was converted as if it were Latin-1
-            return text.encode("latin-1").decode("utf-16")
-        fault = f"{data.count(0)} of its {len(data)} bytes are zero"
-    except (UnicodeDecodeError, UnicodeEncodeError) as error:
-        fault = f"byte 0x{data[error.start]:02x} at offset {error.start}"
+        if encoding == "UTF-8-sig" and start.count(0) * 100 > len(start):
+            if not start.startswith(("\xff\xfe".encode(), "\xfe\xff".encode())):
+                raise UnicodeError(f"{start.count(0)} of its first {len(start)} bytes are zero")
+            second = codecs.getincrementaldecoder("UTF-16")()  # it was converted as if it were Latin-1
+        for block in chain([start], blocks, [b""]):
+            end += len(block)
+            text = decoder.decode(block, not block)
+            yield second.decode(text.encode("latin-1"), not block) if second else text
+    except UnicodeError as error:
+        fault = str(error)
+        if isinstance(error, UnicodeDecodeError):
+            fault = f"byte 0x{error.object[error.start]:02x} at offset {end - len(error.object) + error.start}"
+    else:
+        return
     file = shlex.quote(str(path))
-    packed = next((advice for magic, advice in _PACKED.items() if data.startswith(magic)), None)
-    zeros = tuple(data[i::4].count(0) * 10 > len(data) for i in range(4))
+    packed = next((advice for magic, advice in _PACKED.items() if start.startswith(magic)), None)
+    zeros = tuple(block[i::4].count(0) * 10 > len(block) for i in range(4))
     wide = {(0, 1, 0, 1): "UTF-16LE", (1, 0, 1, 0): "UTF-16BE", (0, 1, 1, 1): "UTF-32LE", (1, 1, 1, 0): "UTF-32BE"}
     if packed:
         advice = f"it seems to be {packed} {file}`"
     elif zeros in wide:
         advice = f"it seems to be {wide[zeros]}: convert it with `iconv -f {wide[zeros]} -t UTF-8 {file} > NEW_FILE`"
-    elif 0 in data:
+    elif 0 in block:
         advice = "it seems to be binary data: use text files only"
     else:
         convert = f"iconv -f WINDOWS-1252 -t UTF-8 {file} > NEW_FILE"
         advice = f"convert it from its encoding, for example with `{convert}` if it is Western European"
     raise ValueError(f"{path} is not {encoding.removesuffix('-sig')}: {fault}: {advice}.")
+
+
+def files_key(root: Path, names: Iterable[str]) -> str:
+    """Identify files by their names, sizes, and times of change, however large they are."""
+    stats = ((os.fsencode(name), (root / name).stat()) for name in names)
+    return hashlib.sha256(repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]).encode()).hexdigest()
 
 
 def content_key(root: Path, names: Iterable[str]) -> str:
@@ -172,15 +205,16 @@ def hub_is_reachable() -> bool:
 
 
 def huggingface_key(path: str, name: str | None) -> str:
-    """Identify a local copy by its content and a dataset of the Hub by its name, which needs no network later."""
+    """Identify a local copy by its files and a dataset of the Hub by its name, which needs no network later."""
     folder = Path(path)
-    return f"{content_key(folder, list_files(folder).files) if folder.is_dir() else f'hub:{path}'}:{name}:2"
+    return f"{files_key(folder, list_files(folder).files) if folder.is_dir() else f'hub:{path}'}:{name}:2"
 
 
-def load_huggingface(path: str, name: str | None) -> dict[str, Any]:
+def load_huggingface(path: str, name: str | None, *, streaming: bool = False) -> dict[str, Any]:
     """Load the splits ("train" at least) of a Hugging Face dataset from the folder `path` if it exists, else the Hub.
 
-    A split with another usual name ("dev") is returned as the one it stands for ("validation").
+    With `streaming`, rows are read as they are needed (those of a `save_to_disk` copy are, anyway). A split with
+    another usual name ("dev") is returned as the one it stands for ("validation").
 
     Raises:
         ConnectionError: If the Hub cannot be reached.
@@ -200,16 +234,14 @@ def load_huggingface(path: str, name: str | None) -> dict[str, Any]:
         try:
             if not folder.is_dir() and not constants.HF_HUB_OFFLINE and not hub_is_reachable():
                 raise ConnectionError("no answer")
-            loaded = datasets.load_dataset(path, name)
+            with dataset_errors(path):
+                loaded = datasets.load_dataset(path, name, streaming=streaming)
         except ConnectionError as error:
             raise ConnectionError(
                 f"cannot fetch the dataset {path} from the Hub ({error}): set path=FOLDER with its parquet files or "
                 "its save_to_disk copy, set HF_HUB_OFFLINE=1 if it was downloaded before, or use the embedded data, "
                 "which needs no network."
             ) from None
-        except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
-            reason = " ".join(str(error.__cause__ or error).split())
-            raise ValueError(f"cannot read the dataset {path} ({reason}): check its files and dataset_name.") from None
     splits = dict(loaded)
     for split in SPLITS:
         if split not in splits and (names := [name for name in loaded if split_of(name) == split]):
@@ -224,9 +256,21 @@ def load_huggingface(path: str, name: str | None) -> dict[str, Any]:
             f'{path} has the splits {sorted(loaded)}, "train" is not among them: save a copy with that name by '
             "save_to_disk, and use its folder as path."
         )
-    if not len(splits["train"]):
+    if hasattr(splits["train"], "__len__") and not len(splits["train"]):
         raise ValueError(f"the training split of {path} has no rows: use a dataset with rows.")
     return splits
+
+
+@contextmanager
+def dataset_errors(path: str) -> Iterator[None]:
+    """Report errors of reading a dataset in one line."""
+    import datasets
+
+    try:
+        yield
+    except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise ValueError(f"cannot read the dataset {path} ({reason}): check its files and dataset_name.") from None
 
 
 def _load_saved(folder: Path) -> Any:

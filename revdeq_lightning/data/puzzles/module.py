@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from revdeq_lightning.data.loading.array_cache import load_or_build
+from revdeq_lightning.data.loading.array_cache import ArrayWriter, load_or_build
 from revdeq_lightning.data.loading.base import AbstractDataModule, check_fractions, digest
 from revdeq_lightning.data.loading.files import SPLITS
 from revdeq_lightning.data.loading.sampler import IGNORE_INDEX, PADDING, ResumableLoader, shuffled
@@ -283,11 +283,12 @@ def split_of(kind: AbstractKind, inputs: NDArray[np.int64]) -> str:
     return SPLITS[0] if bucket < 8 else SPLITS[bucket - 7]
 
 
-def _make_all(make: Callable[[int], Puzzle], number: int, path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+def _make_all(make: Callable[[int], Puzzle], number: int, path: Path, writer: ArrayWriter) -> dict[str, Any]:
     rank_zero_info(f"Making {number:,} puzzles for {path} (once) ...")
     puzzles = [make(i) for i in range(number)]
-    names = ("inputs", "targets")
-    return {n: np.stack([getattr(p, n) for p in puzzles]).astype(np.uint8) for n in names}, {}
+    for name in ("inputs", "targets"):
+        writer.append(name, np.stack([getattr(puzzle, name) for puzzle in puzzles]).astype(np.uint8))
+    return {}
 
 
 def stored_puzzle(arrays: Arrays, kind: AbstractKind | None, seed: int, key: int) -> Puzzle:

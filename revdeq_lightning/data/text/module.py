@@ -1,16 +1,20 @@
 """Text for language models: windows of tokens in a reproducible, resumable order."""
 
+import math
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from lightning.pytorch.utilities import rank_zero_info
-from numpy.typing import NDArray
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from tqdm import tqdm
 
-from revdeq_lightning.data.loading.array_cache import ArrayCache, StoredArray, load_or_build
+from revdeq_lightning.data.loading.array_cache import ArrayCache, ArrayWriter, StoredArray, load_or_build
 from revdeq_lightning.data.loading.base import AbstractDataModule, check_fractions, digest
+from revdeq_lightning.data.loading.files import SPLITS
 from revdeq_lightning.data.loading.sampler import ResumableLoader
+from revdeq_lightning.data.text.passages import Passage
 from revdeq_lightning.data.text.sources import SOURCES, TextSource, open_source
 from revdeq_lightning.data.text.tokenizers import (
     AbstractTokenizer,
@@ -23,7 +27,9 @@ from revdeq_lightning.data.text.windows import WINDOW_ORDERS, TokenWindows, coun
 from revdeq_lightning.equilibrium.validation import require_choice, require_count
 from revdeq_lightning.errors import CheckpointError
 
-_CACHE_FORMAT = 1
+_CACHE_FORMAT = 2
+_MOST_BYTES_PER_TOKEN = 8
+_LEARNED_BYTES = 100_000_000
 
 
 class SplitStatistics(NamedTuple):
@@ -49,13 +55,15 @@ class TextDataModule(AbstractDataModule):
 
     Args:
         source: "python" (source code of this Python's standard library, about 12 MB), "files" or "huggingface".
-        path: For "files" a text file, a folder, or a list of them, in UTF-8 (or UTF-16 with a byte order mark),
-            concatenated, with a line end between files. For "huggingface" the dataset (`Salesforce/wikitext`), or a
+        path: For "files" a file, a folder, or a list of them, concatenated, with a line end between files: text in
+            UTF-8 (or UTF-16 with a byte order mark), or JSON lines (`.jsonl`) or parquet with a column "text"; also
+            compressed (`.gz`, `.bz2`, `.zst`, `.lz4`). For "huggingface" the dataset (`Salesforce/wikitext`), or a
             local folder with its parquet files or its `save_to_disk` copy.
         dataset_name: For "huggingface" the configuration (`wikitext-103-v1`).
         validation_path: For "files" the validation text. If it or `test_path` is given, the fractions are not used.
         test_path: For "files" the test text.
-        tokenizer: "bytes", "characters", "bpe" (byte-level, learned here), "gpt2", or the path of a tokenizer.json.
+        tokenizer: "bytes", "characters", "bpe" (byte-level, learned here), "gpt2", the path of a tokenizer.json, or the
+            name of a repository of the Hub with such a file (`HuggingFaceTB/SmolLM2-135M`).
         bpe_vocab_size: Tokens that "bpe" learns (fewer if the text has no more), including the 256 bytes.
         pad_vocab_size_to_multiple: Rounds `vocab_size` up (64: GPT-2's 50257 becomes 50304). Padding ids have no text.
         context_length: Number of tokens that a window predicts.
@@ -64,7 +72,10 @@ class TextDataModule(AbstractDataModule):
         validation_fraction: Fraction of a text without splits, taken before the test part (0.1 with `test_fraction` 0:
             the last tenth). For "python", the approximate fraction of the files. 0: no such split.
         test_fraction: Likewise, the last part.
-        max_train_bytes: Truncate the training text to this many bytes. None: all of it.
+        max_train_bytes: Truncate the training text to this many bytes. None: all of it. With this or
+            `max_train_tokens`, a dataset of the Hub is streamed, so that no more than needed is fetched, and the
+            fractions are those of what was fetched.
+        max_train_tokens: Likewise, in tokens.
         max_eval_bytes: Likewise for validation and test, each.
         num_workers: Data-loading processes per rank. 0 is fast enough for text.
         seed: Seed of the training order, not negative.
@@ -93,6 +104,7 @@ class TextDataModule(AbstractDataModule):
         validation_fraction: float = 0.1,
         test_fraction: float = 0.1,
         max_train_bytes: int | None = None,
+        max_train_tokens: int | None = None,
         max_eval_bytes: int | None = None,
         num_workers: int = 0,
         seed: int = 0,
@@ -103,7 +115,7 @@ class TextDataModule(AbstractDataModule):
         require_choice("source", source, SOURCES)
         require_choice("window_order", window_order, WINDOW_ORDERS)
         check_tokenizer_name(tokenizer)
-        for name in ("context_length", "batch_size", "pad_vocab_size_to_multiple", "max_train_bytes", "max_eval_bytes"):
+        for name in ("context_length", "batch_size", "pad_vocab_size_to_multiple", *_LIMITS):
             if self.hparams[name] is not None:
                 require_count(name, self.hparams[name])
         require_count("num_workers", num_workers, at_least=0)
@@ -174,7 +186,8 @@ class TextDataModule(AbstractDataModule):
     def _prepared(self) -> ArrayCache:
         if self._cache is None:
             hparams = self.hparams
-            source = open_source(**{name: hparams[name] for name in _SOURCE_ARGUMENTS})
+            limited = bool(hparams["max_train_bytes"] or hparams["max_train_tokens"])
+            source = open_source(**{name: hparams[name] for name in _SOURCE_ARGUMENTS}, limited=limited)
             settings = {name: hparams[name] for name in _CONTENT_ARGUMENTS}
             key = digest([_CACHE_FORMAT, source.key, tokenizer_key(hparams["tokenizer"]), settings])
             file = f"{hparams['source']}-{Path(hparams['tokenizer']).stem}-{key}.safetensors"
@@ -185,24 +198,59 @@ class TextDataModule(AbstractDataModule):
     def _by_split(self) -> dict[str, StoredArray]:
         return self._prepared().arrays
 
-    def _tokenize(self, source: TextSource, path: Path) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+    def _tokenize(self, source: TextSource, path: Path, writer: ArrayWriter) -> dict[str, Any]:
         rank_zero_info(f"Tokenizing the text into {path} (once) ...")
-        limits = {"train": self.hparams["max_train_bytes"]}
-        limit = self.hparams["max_eval_bytes"]
-        whole, left_out = source.read()
-        texts = {split: _first_bytes(text, limits.get(split, limit)) for split, text in whole.items()}
+        passages, left_out = self._passages(source, writer.folder)
         name, size = self.hparams["tokenizer"], self.hparams["bpe_vocab_size"]
-        tokenizer = build_tokenizer(name, bpe_vocab_size=size, training_text=lambda: texts["train"])
-        dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-        arrays, statistics = {}, {}
-        for split, text in texts.items():
+        every = 1 + passages["train"].num_bytes // _LEARNED_BYTES if name == "bpe" else 1
+        training_text = islice(passages["train"].blocks(), 0, None, every)
+        tokenizer = build_tokenizer(name, bpe_vocab_size=size, training_text=training_text)
+        statistics = {}
+        for split, passage in passages.items():
             try:
-                ids = tokenizer.encode_array(text)
+                statistics[split] = self._tokenize_split(split, passage, tokenizer, writer)._asdict()
             except ValueError as error:
                 raise ValueError(f"{split} text: {error}") from None
-            arrays[split] = ids.astype(dtype)
-            statistics[split] = _statistics(text, ids, tokenizer)._asdict()
-        return arrays, {"tokenizer": tokenizer.state(), "statistics": statistics, "left_out": left_out}
+        return {"tokenizer": tokenizer.state(), "statistics": statistics, "left_out": left_out}
+
+    def _passages(self, source: TextSource, folder: Path) -> tuple[dict[str, Passage], list[str]]:
+        """Write the text of each split into `folder`."""
+        hparams = self.hparams
+        texts, left_out = source.read(folder)
+        train_limits = [hparams["max_train_bytes"], (hparams["max_train_tokens"] or 0) * _MOST_BYTES_PER_TOKEN]
+        fractions = 1 - hparams["validation_fraction"] - hparams["test_fraction"], 1 - hparams["test_fraction"]
+        whole = hparams["source"] != "python" and list(texts) == ["train"]
+        needed = dict.fromkeys(SPLITS, hparams["max_eval_bytes"])
+        needed["train"] = math.ceil(min(filter(None, train_limits), default=0) / (fractions[0] if whole else 1))
+        passages = {
+            split: Passage.write(folder / f"{split}.txt", parts, needed[split] if source.streamed else None)
+            for split, parts in texts.items()
+        }
+        if whole:
+            passages = dict(zip(SPLITS, passages["train"].divide(*fractions), strict=True))
+        if left_out and hparams["source"] == "huggingface":
+            rank_zero_warn(f"{hparams['path']}: left out: {'; '.join(left_out)}.")
+        limits = dict.fromkeys(SPLITS, hparams["max_eval_bytes"]) | {"train": hparams["max_train_bytes"]}
+        return {s: passage.first_bytes(limits[s]) for s, passage in passages.items() if passage.num_bytes}, left_out
+
+    def _tokenize_split(
+        self, split: str, passage: Passage, tokenizer: AbstractTokenizer, writer: ArrayWriter
+    ) -> SplitStatistics:
+        limit = self.hparams["max_train_tokens"] if split == "train" else None
+        dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
+        num_tokens, num_bytes, first = 0, passage.num_bytes if limit is None else 0, b""
+        blocks = tqdm(passage.blocks(), f"Tokenizing the {split} text", passage.num_bytes >> 17, disable=None)
+        for ids in tokenizer.encode_parts(blocks):
+            if limit is not None:
+                ids = ids[: limit - num_tokens]
+                num_bytes += len(tokenizer.decode_bytes(ids))
+            first = first or tokenizer.decode_bytes(ids[:1])
+            writer.append(split, ids.astype(dtype))
+            num_tokens += len(ids)
+            if num_tokens == limit:
+                break
+        predicted = Passage(passage.path, passage.start + len(first), passage.start + num_bytes)
+        return SplitStatistics(max(0, num_tokens - 1), predicted.num_bytes, predicted.count_words())
 
     def _tokens(self, split: str, at_least: int) -> StoredArray:
         tokens = self._of_split(self._by_split(), split, f"set {split}_fraction above 0 (or {split}_path)")
@@ -228,15 +276,6 @@ class TextDataModule(AbstractDataModule):
 
 
 _FRACTIONS = ("validation_fraction", "test_fraction")
+_LIMITS = ("max_train_bytes", "max_train_tokens", "max_eval_bytes")
 _SOURCE_ARGUMENTS = ("source", "path", "dataset_name", "validation_path", "test_path", *_FRACTIONS)
-_CONTENT_ARGUMENTS = ("bpe_vocab_size", *_FRACTIONS, "max_train_bytes", "max_eval_bytes")
-
-
-def _first_bytes(text: str, limit: int | None) -> str:
-    return text if limit is None else text.encode("utf-8")[:limit].decode("utf-8", errors="ignore")
-
-
-def _statistics(text: str, ids: NDArray[np.int64], tokenizer: AbstractTokenizer) -> SplitStatistics:
-    predicted = text.encode("utf-8")[len(tokenizer.decode_bytes(ids[:1])) :]
-    words = predicted.decode("utf-8", errors="replace")
-    return SplitStatistics(max(0, len(ids) - 1), len(predicted), len(words.split()) + words.count("\n"))
+_CONTENT_ARGUMENTS = ("bpe_vocab_size", *_FRACTIONS, *_LIMITS)

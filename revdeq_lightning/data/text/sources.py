@@ -1,41 +1,31 @@
 """Sources of text: the standard library's own source code, local files, or a Hugging Face dataset."""
 
+import glob
 import hashlib
 import os
+import re
 import sysconfig
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
-
-from lightning.pytorch.utilities import rank_zero_warn
+from typing import Any, NamedTuple
 
 from revdeq_lightning.data.loading.files import (
     SPLITS,
+    dataset_errors,
+    files_key,
     huggingface_key,
     list_files,
     load_huggingface,
     names_of_splits,
+    read_blocks,
     read_text,
 )
 
 SOURCES = ("python", "files", "huggingface")
-_CODE_SUFFIXES = (
-    ".py",
-    ".ipynb",
-    ".sh",
-    ".yaml",
-    ".yml",
-    ".toml",
-    ".cfg",
-    ".c",
-    ".cc",
-    ".cpp",
-    ".h",
-    ".cu",
-    ".rs",
-    ".js",
-)
+_CODE = re.compile(r".*\.(py|ipynb|sh|ya?ml|toml|cfg|c|cc|cpp|h|cu|rs|js)", re.IGNORECASE)
 _NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
+_TABLES = {".parquet": "parquet", ".jsonl": "json", ".ndjson": "json"}
+_COMPRESSED = (".gz", ".bz2", ".zst", ".lz4")
 
 
 class TextSource(NamedTuple):
@@ -43,11 +33,14 @@ class TextSource(NamedTuple):
 
     Attributes:
         key: Identifies the content.
-        read: Returns the text of each split that exists, and lines on what was left out.
+        read: Takes a folder for temporary files, and returns the text of each split in parts, and a list for lines on
+            what was left out, complete once the parts have been read.
+        streamed: Whether reading a part of a split saves fetching the rest.
     """
 
     key: str
-    read: Callable[[], tuple[dict[str, str], list[str]]]
+    read: Callable[[Path], tuple[Mapping[str, Iterable[str]], list[str]]]
+    streamed: bool = False
 
 
 def open_source(
@@ -59,120 +52,174 @@ def open_source(
     test_path: str | Sequence[str] | None,
     validation_fraction: float,
     test_fraction: float,
+    limited: bool,
 ) -> TextSource:
-    """Open one of the `SOURCES`, with the arguments of `TextDataModule`."""
-    fractions = validation_fraction, test_fraction
-    if source == "huggingface":
-        return TextSource(
-            huggingface_key(str(path), dataset_name), lambda: _read_huggingface(str(path), dataset_name, fractions)
-        )
-    left_out: list[str] = []
+    """Open one of the `SOURCES`, with the arguments of `TextDataModule`; `limited`: only a part is needed."""
     if source == "python":
-        texts = _read_python(*fractions)
-    else:
-        paths = {"train": path, "validation": validation_path, "test": test_path}
-        texts = {s: _joined(map(read_text, _find_files(p, left_out))) for s, p in paths.items() if p is not None}
-        for split, text in texts.items():
-            if not text:
-                raise ValueError(f"the {split} text is empty ({paths[split]}): use a file with text.")
-        texts = _cut_if_whole(texts, *fractions)
-    digest = hashlib.sha256()
-    for split, text in texts.items():
-        digest.update(f"{split}:{len(text)}:".encode() + text.encode())
-    return TextSource(digest.hexdigest(), lambda: (texts, left_out))
+        return _open_python(validation_fraction, test_fraction)
+    if source == "files":
+        return _open_files({"train": path, "validation": validation_path, "test": test_path})
+    local = Path(str(path)).is_dir()
+    return TextSource(
+        huggingface_key(str(path), dataset_name),
+        lambda _: _read_huggingface(str(path), dataset_name, streaming=local or limited),
+        streamed=limited and not local,
+    )
 
 
-def _joined(texts: Iterable[str]) -> str:
-    """One text, with a line end where a file without a final one is followed by another."""
-    *before, last = [text for text in texts if text] or [""]
-    return "".join(text if text.endswith(("\n", "\r")) else f"{text}\n" for text in before) + last
-
-
-def _cut_if_whole(texts: dict[str, str], validation_fraction: float, test_fraction: float) -> dict[str, str]:
-    """Split a text into training, validation, and test text, in this order."""
-    if list(texts) != ["train"]:
-        return texts
-    text = texts["train"]
-    train_end = int((1 - validation_fraction - test_fraction) * len(text))
-    validation_end = int((1 - test_fraction) * len(text))
-    parts = text[:train_end], text[train_end:validation_end], text[validation_end:]
-    return {split: part for split, part in zip(SPLITS, parts, strict=True) if part}
-
-
-def _read_python(validation_fraction: float, test_fraction: float) -> dict[str, str]:
+def _open_python(validation_fraction: float, test_fraction: float) -> TextSource:
     """Assign a file's split and position by the hash of its name: identical everywhere, similar across versions.
 
     In this order, a byte limit on the split selects files from the entire library.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = []
+    hashes = {}
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = set(subfolders) - _NOT_LIBRARY
-        for file in (Path(folder, name) for name in names if name.endswith(".py")):
-            files.append((hashlib.sha256(file.relative_to(root).as_posix().encode()).digest(), file))
-    if not files:
+        for file in (Path(folder, name).relative_to(root).as_posix() for name in names if name.endswith(".py")):
+            hashes[file] = hashlib.sha256(file.encode()).digest()
+    if not hashes:
         raise FileNotFoundError(
             f'this Python has no source of its standard library under {root}: use source="files" with path=YOUR_TEXT.'
         )
-    content: dict[str, list[str]] = {split: [] for split in SPLITS}
-    for name_hash, file in sorted(files):
-        try:
-            text = file.read_bytes().decode("utf-8")
-        except UnicodeDecodeError:  # the file declares another encoding
-            continue
-        place = int.from_bytes(name_hash[:8], "big") / 2**64
-        is_validation = place < test_fraction + validation_fraction
-        content["test" if place < test_fraction else "validation" if is_validation else "train"].append(text)
-    return {split: "".join(parts) for split, parts in content.items() if parts}
+    files = sorted(hashes, key=lambda name: hashes[name])
+
+    def read(_: Path) -> tuple[dict[str, list[str]], list[str]]:
+        content: dict[str, list[str]] = {split: [] for split in SPLITS}
+        for file in files:
+            try:
+                text = (root / file).read_bytes().decode("utf-8")
+            except UnicodeDecodeError:  # the file declares another encoding
+                continue
+            place = int.from_bytes(hashes[file][:8], "big") / 2**64
+            is_validation = place < test_fraction + validation_fraction
+            content["test" if place < test_fraction else "validation" if is_validation else "train"].append(text)
+        return content, []
+
+    return TextSource(files_key(root, files), read)
 
 
-def _find_files(path: str | Sequence[str], left_out: list[str]) -> list[Path]:
-    files: list[Path] = []
+def _open_files(paths: Mapping[str, str | Sequence[str] | None]) -> TextSource:
+    left_out: list[str] = []
+    keys, files = [], {}
+    for split, path in paths.items():
+        if path is not None:
+            listings = _find_files(path, left_out)
+            keys.append([split, *(files_key(*listing) for listing in listings)])
+            files[split] = [root / name for root, names in listings for name in names]
+
+    def read(folder: Path) -> tuple[dict[str, Iterator[str]], list[str]]:
+        texts = {s: _joined(_read_file(file, folder, left_out) for file in found) for s, found in files.items()}
+        return {s: _not_empty(text, f"the {s} text is empty ({paths[s]})") for s, text in texts.items()}, left_out
+
+    return TextSource(repr(keys), read)
+
+
+def _find_files(path: str | Sequence[str], left_out: list[str]) -> list[tuple[Path, list[str]]]:
+    """Folders, and names of files below them."""
+    found: list[tuple[Path, list[str]]] = []
     for entry in [Path(path)] if isinstance(path, str) else map(Path, path):
         if not entry.exists():
             raise FileNotFoundError(f"no such text file or folder: {entry} (looked in {Path.cwd()}): correct the path.")
         if not entry.is_dir():
-            files.append(entry)
+            found.append((entry.parent, [entry.name]))
             continue
         listing = list_files(entry)
-        tops = {name.partition("/")[0] for name in listing.files if not name.lower().endswith(_CODE_SUFFIXES)}
+        tops = {name.partition("/")[0] for name in listing.files if not _CODE.fullmatch(name)}
         if of_splits := names_of_splits(tops):
             raise ValueError(
                 f"{entry} holds several splits ({', '.join(of_splits)}), which would be trained on as one text: set "
                 "path, validation_path and test_path to the file or folder of each."
             )
-        files += [entry / name for name in listing.files]
+        found.append((entry, listing.files))
         left_out += [f"{entry}: {line}" for line in listing.left_out]
-    if not files:
+    if not any(names for _, names in found):
         raise FileNotFoundError(f"no files under {path}: use a text file or a folder with text files.")
-    return files
+    return found
 
 
-def _read_huggingface(path: str, name: str | None, fractions: tuple[float, float]) -> tuple[dict[str, str], list[str]]:
-    dataset = load_huggingface(path, name)
-    texts, left_out = {}, []
-    for split, part in dataset.items():
-        if split not in SPLITS or not len(part):
-            left_out.append(f"the split {split} ({len(part)} rows)")
-            continue
-        if "text" not in part.column_names:
+def _joined(texts: Iterable[Iterable[str]]) -> Iterator[str]:
+    """One text, with a line end where a text without a final one is followed by another."""
+    last = "\n"
+    for text in texts:
+        first = True
+        for part in filter(None, text):
+            if first and not last.endswith(("\n", "\r")):
+                yield "\n"
+            yield part
+            first, last = False, part[-1]
+
+
+def _not_empty(texts: Iterable[str], message: str) -> Iterator[str]:
+    empty = True
+    for text in texts:
+        empty = False
+        yield text
+    if empty:
+        raise ValueError(f"{message}: use data with text.")
+
+
+def _read_file(path: Path, folder: Path, left_out: list[str]) -> Iterator[str]:
+    """A text file, or the column "text" of a table; both may be compressed."""
+    name = path.stem if path.suffix.lower() in _COMPRESSED else path.name
+    kind = _TABLES.get(Path(name).suffix.lower())
+    if kind is None:
+        yield from read_text(path)
+        return
+    import datasets
+
+    table = path
+    if name != path.name:
+        table = folder / name
+        with table.open("wb") as file:
+            file.writelines(read_blocks(path))
+    with dataset_errors(str(path)):
+        rows = datasets.load_dataset(kind, data_files=glob.escape(str(table)), split="train", streaming=True)
+    yield from _read_rows(str(path), "the file", rows, left_out)
+
+
+def _read_huggingface(path: str, name: str | None, *, streaming: bool) -> tuple[dict[str, Iterator[str]], list[str]]:
+    loaded = load_huggingface(path, name, streaming=streaming)
+    left_out = []
+    for split in loaded:
+        if split not in SPLITS:
+            rows = f" ({len(loaded[split])} rows)" if hasattr(loaded[split], "__len__") else ""
+            left_out.append(f"the split {split}{rows}")
+    return {s: _read_rows(path, s, loaded[s], left_out) for s in SPLITS if s in loaded}, left_out
+
+
+def _read_rows(path: str, split: str, rows: Any, left_out: list[str]) -> Iterator[str]:
+    """The column "text"; every row is a line or a document and gets a line end (WikiText's blank lines are empty)."""
+    if "text" in (rows.column_names or ()):
+        rows = rows.select_columns("text")
+    num_rows, missing = 0, []
+    for batch in _batches(path, rows):
+        if "text" not in batch:
             raise ValueError(
-                f'{path} has the columns {part.column_names}, "text" is not among them: save a copy with a column of '
-                "that name by save_to_disk, and use its folder as path."
+                f'{path} has the columns {list(batch)}, "text" is not among them: save a copy with a column of that '
+                "name by save_to_disk, and use its folder as path."
             )
-        rows = list(part["text"])
-        if missing := [row for row, text in enumerate(rows) if text is None]:
-            left_out.append(f"{len(missing)} row(s) of {split} without text, such as row {missing[0]}")
-        for row, text in enumerate(rows):
-            if not isinstance(text, str | None):
+        for row, text in enumerate(batch["text"], num_rows):
+            if isinstance(text, str):
+                yield text if text.endswith("\n") else text + "\n"
+            elif text is None:
+                missing.append(row)
+            else:
                 raise ValueError(
                     f'{path}, {split}, row {row}: "text" must be a text, got {text!r:.60}: save a copy with a column '
                     '"text" of strings by save_to_disk, and use its folder as path.'
                 )
-        # Every row is a line or a document and gets a line end. WikiText's blank lines are empty rows.
-        texts[split] = "".join(text if text.endswith("\n") else text + "\n" for text in rows if text is not None)
-        if not texts[split]:
-            raise ValueError(f'{path}: no row of {split} has a text: use a dataset with a column "text" of strings.')
-    if left_out:
-        rank_zero_warn(f"{path}: left out: {'; '.join(left_out)}.")
-    return _cut_if_whole({split: texts[split] for split in SPLITS if split in texts}, *fractions), left_out
+        num_rows += len(batch["text"])
+    if missing:
+        left_out.append(f"{len(missing)} row(s) of {split} without text, such as row {missing[0]}")
+    if split == "train" and not num_rows:
+        raise ValueError(f"the training split of {path} has no rows: use a dataset with rows.")
+    if not num_rows:
+        left_out.append(f"the split {split} (0 rows)")
+    elif len(missing) == num_rows:
+        raise ValueError(f'{path}: no row of {split} has a text: use a dataset with a column "text" of strings.')
+
+
+def _batches(path: str, rows: Any) -> Iterator[dict[str, list[Any]]]:
+    with dataset_errors(path):
+        yield from rows.iter(batch_size=100)

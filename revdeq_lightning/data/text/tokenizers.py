@@ -4,7 +4,8 @@ import json
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from revdeq_lightning.data.loading.files import content_key, hub_is_reachable, r
 TOKENIZERS = ("bytes", "characters", "bpe", "gpt2")
 _PATH_FORMAT = 2  # 1 encoded with the truncation, padding, and stripped spaces of the file
 _GPT2_REPOSITORY = "openai-community/gpt2"
+_HUB_NAME = re.compile(r"\w[\w.-]*/(?!.*\.json$)\w[\w.-]*")
+_WINDOW, _OVERLAP = 1 << 16, 1 << 11
 
 
 class AbstractTokenizer(ABC):
@@ -25,8 +28,8 @@ class AbstractTokenizer(ABC):
     vocab_size: int
 
     @abstractmethod
-    def encode_array(self, text: str) -> NDArray[np.int64]:
-        """Token ids of `text`."""
+    def encode_parts(self, texts: Iterable[str]) -> Iterator[NDArray[np.int64]]:
+        """Token ids of a text given in parts, in parts, whose sizes need not be those of the text."""
 
     @abstractmethod
     def decode_bytes(self, ids: Sequence[int] | NDArray[np.int64]) -> bytes:
@@ -38,8 +41,7 @@ class AbstractTokenizer(ABC):
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`."""
-        ids: list[int] = self.encode_array(text).tolist()
-        return ids
+        return [i for ids in self.encode_parts([text]) for i in ids.tolist()]
 
     def decode(self, ids: Sequence[int] | NDArray[np.int64]) -> str:
         """Text of the tokens; invalid UTF-8 (such as a split character) becomes U+FFFD."""
@@ -62,8 +64,9 @@ class ByteTokenizer(AbstractTokenizer):
     vocab_size = 256
 
     @override
-    def encode_array(self, text: str) -> NDArray[np.int64]:
-        return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int64)
+    def encode_parts(self, texts: Iterable[str]) -> Iterator[NDArray[np.int64]]:
+        for text in texts:
+            yield np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int64)
 
     @override
     def decode_bytes(self, ids: Sequence[int] | NDArray[np.int64]) -> bytes:
@@ -77,23 +80,29 @@ class ByteTokenizer(AbstractTokenizer):
 class CharacterTokenizer(AbstractTokenizer):
     """One token per Unicode character; `encode` rejects characters that are not in the training text."""
 
-    def __init__(self, characters: str) -> None:
-        self.characters = "".join(sorted(set(characters)))
+    def __init__(self, characters: Iterable[str]) -> None:
+        found: set[str] = set()
+        for block in characters:
+            found |= set(block)
+        self.characters = "".join(sorted(found))
         self.vocab_size = len(self.characters)
         self._code_points = _code_points(self.characters)
 
     @override
-    def encode_array(self, text: str) -> NDArray[np.int64]:
-        code_points = _code_points(text)
-        ids = np.searchsorted(self._code_points, code_points).clip(max=self.vocab_size - 1)
-        unknown = np.flatnonzero(self._code_points[ids] != code_points)
-        if unknown.size:
-            position = int(unknown[0])
-            raise ValueError(
-                f"character {text[position]!r} (position {position}) is not among the {self.vocab_size} characters "
-                'of the training text: remove it, or use tokenizer="bytes", which knows every character.'
-            )
-        return ids
+    def encode_parts(self, texts: Iterable[str]) -> Iterator[NDArray[np.int64]]:
+        start = 0
+        for text in texts:
+            code_points = _code_points(text)
+            ids = np.searchsorted(self._code_points, code_points).clip(max=self.vocab_size - 1)
+            unknown = np.flatnonzero(self._code_points[ids] != code_points)
+            if unknown.size:
+                position = int(unknown[0])
+                raise ValueError(
+                    f"character {text[position]!r} (position {start + position}) is not among the {self.vocab_size} "
+                    'characters of the training text: remove it, or use tokenizer="bytes", which knows every character.'
+                )
+            start += len(text)
+            yield ids
 
     @override
     def decode_bytes(self, ids: Sequence[int] | NDArray[np.int64]) -> bytes:
@@ -128,6 +137,7 @@ class BytePairTokenizer(AbstractTokenizer):
         try:
             self._bytes = [t.encode() if i in added else bytes(_BYTE_OF[c] for c in t) for i, t in tokens.items()]
             self._num_bytes = np.array([len(token) for token in self._bytes], dtype=np.int64)
+            self._overlap = max(_OVERLAP, 4 * int(self._num_bytes.max(initial=0)))
             lossless = all(self.decode(self.encode(sample)) == sample for sample in (_ALL_KINDS, _ALL_BYTES))
         except (KeyError, ValueError):
             lossless = False
@@ -135,27 +145,72 @@ class BytePairTokenizer(AbstractTokenizer):
             raise ValueError(_LOSSY)
 
     @classmethod
-    def train(cls, text: str, vocab_size: int) -> "BytePairTokenizer":
-        """Learn merges from `text` until the vocabulary has `vocab_size` tokens (fewer if the text has no more)."""
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "BytePairTokenizer":
+        """Learn merges from large parts of a text until there are `vocab_size` tokens (or no more to learn).
+
+        Stops reading after 3 MB of different words, each byte of which takes about 130 bytes of memory.
+        """
         from tokenizers import models, pre_tokenizers, trainers
 
         tokenizer = _byte_level(models.BPE())
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
-        tokenizer.train_from_iterator((part for piece in _pieces(text) for part in _short_words(piece)), trainer)
+        parts = (part for text in _whole_words(texts) for part in _short_words(text))
+        tokenizer.train_from_iterator(parts, trainer)
         return cls(tokenizer.to_str())
 
     @override
-    def encode_array(self, text: str) -> NDArray[np.int64]:
-        pieces = list(_pieces(text))
-        ids = [np.empty(0, dtype=np.int64)]
-        for start in range(0, len(pieces), 64):  # bounds the memory of the library's Encoding objects
-            encodings = self._tokenizer.encode_batch_fast(pieces[start : start + 64], add_special_tokens=False)
-            ids.extend(np.array(encoding.ids, dtype=np.int64) for encoding in encodings)
-        joined = np.concatenate(ids)
-        if self._num_bytes[joined].sum() != len(text.encode("utf-8")):
-            raise ValueError(_LOSSY)
-        return joined
+    def encode_parts(self, texts: Iterable[str]) -> Iterator[NDArray[np.int64]]:
+        windows, last = self._windows(texts), None
+        while batch := list(islice(windows, 4 * (os.cpu_count() or 1))):  # the library's objects are large
+            for text, ids in zip(batch, self._encode(batch), strict=True):
+                if last is not None:
+                    last, ids = self._join(last, text, ids)
+                    yield last
+                last = ids
+        if last is not None:
+            yield last
+
+    def _encode(self, texts: list[str]) -> Iterator[NDArray[np.int64]]:
+        for text, encoding in zip(
+            texts, self._tokenizer.encode_batch_fast(texts, add_special_tokens=False), strict=True
+        ):
+            ids = np.array(encoding.ids, dtype=np.int64)
+            if self._num_bytes[ids].sum() != len(text.encode("utf-8")):
+                raise ValueError(_LOSSY)
+            yield ids
+
+    def _windows(self, texts: Iterable[str]) -> Iterator[str]:
+        """Parts of equal length, each of which begins with the last `_overlap` characters of the one before."""
+        rest = ""
+        for text in texts:
+            rest, start = rest + text, 0
+            while len(rest) - start >= _WINDOW + self._overlap:
+                yield rest[start : start + _WINDOW + self._overlap]
+                start += _WINDOW
+            rest = rest[start:]
+        if rest:
+            yield rest
+
+    def _join(self, left: NDArray[np.int64], text: str, right: NDArray[np.int64]) -> tuple[NDArray[np.int64], ...]:
+        """Cut two windows at a token of both, so that together they have the tokens of the undivided text.
+
+        Only near its ends can the tokens of a window differ from those. If they differ inside the overlap, as in a run
+        of one character or number, the right window begins at a token of the left one instead, where they agree.
+        """
+        content, overlap = text.encode("utf-8"), len(text[: self._overlap].encode("utf-8"))
+        starts, others = (np.cumsum(self._num_bytes[ids]) - self._num_bytes[ids] for ids in (left, right))
+        starts += overlap - self._num_bytes[left].sum()  # from the start of the right window
+        first, last = np.searchsorted(starts, (overlap // 4, overlap * 3 // 4))
+        other = np.searchsorted(others, starts[first])
+        if starts[first] in others and np.array_equal(left[first:last], right[other : other + last - first]):
+            return left[:first], right[other:]
+        whole = [i for i in range(first, last) if content[starts[i]] & 0xC0 != 0x80]  # not within a character
+        for cut in whole[:16]:
+            (right,) = self._encode([content[starts[cut] :].decode("utf-8")])
+            if np.array_equal(left[cut:last], right[: last - cut]):
+                break
+        return left[:cut], right
 
     @override
     def decode_bytes(self, ids: Sequence[int] | NDArray[np.int64]) -> bytes:
@@ -178,56 +233,67 @@ def tokenizer_from_state(state: dict[str, str]) -> AbstractTokenizer:
     raise ValueError(f"not the state of a tokenizer: keys {sorted(state)}, kind {state.get('kind')!r}.")
 
 
-def build_tokenizer(name: str, *, bpe_vocab_size: int, training_text: Callable[[], str]) -> AbstractTokenizer:
+def build_tokenizer(name: str, *, bpe_vocab_size: int, training_text: Iterable[str]) -> AbstractTokenizer:
     """Build a tokenizer by name.
 
     Args:
-        name: "bytes", "characters" or "bpe" (both learned from the training text), "gpt2" (from the Hub or its
-            cache), the path of a `tokenizer.json`, or of a folder with it or with `vocab.json` and `merges.txt`.
+        name: "bytes", "characters" or "bpe" (both learned from the training text), "gpt2", the path of a
+            `tokenizer.json`, or of a folder with it or with `vocab.json` and `merges.txt`, or the name of a repository
+            of the Hub.
         bpe_vocab_size: Tokens that "bpe" learns, including the 256 bytes.
-        training_text: Returns the text of the training split.
+        training_text: What "characters" and "bpe" learn from, in large parts.
     """
     check_tokenizer_name(name)
     match name:
         case "bytes":
             return ByteTokenizer()
         case "characters":
-            return CharacterTokenizer(training_text())
+            return CharacterTokenizer(training_text)
         case "bpe":
-            return BytePairTokenizer.train(training_text(), bpe_vocab_size)
+            return BytePairTokenizer.train(training_text, bpe_vocab_size)
         case "gpt2":
-            return _tokenizer_from_path(Path(_download_gpt2()))
-    return _tokenizer_from_path(Path(name))
+            name = _GPT2_REPOSITORY
+    return _tokenizer_from_path(Path(name) if Path(name).exists() else Path(_download(name)))
 
 
 def check_tokenizer_name(name: str) -> None:
-    """Raise a ValueError if `name` is neither a known tokenizer nor an existing path."""
-    if name not in TOKENIZERS and not Path(name).exists():
-        raise ValueError(f'tokenizer must be one of {", ".join(TOKENIZERS)} or an existing path, got "{name}".')
+    """Raise a ValueError if `name` is neither a known tokenizer nor an existing path, and cannot be one of the Hub."""
+    if name not in TOKENIZERS and not Path(name).exists() and not _HUB_NAME.fullmatch(name):
+        raise ValueError(
+            f"tokenizer must be one of {', '.join(TOKENIZERS)} or an existing path, or OWNER/NAME on the Hub, "
+            f'got "{name}".'
+        )
 
 
 def tokenizer_key(name: str) -> str:
     """Key that distinguishes tokenizers of the same name by the content of the files, if `name` is a path."""
-    if name in TOKENIZERS:
-        return name
     path = Path(name)
+    if name in TOKENIZERS or not path.exists():
+        return name
     files = [path] if path.is_file() else [path / file for file in ("tokenizer.json", "vocab.json", "merges.txt")]
     names = (str(file.relative_to(path.parent)) for file in files if file.is_file())
     return f"{content_key(path.parent, names)}:{_PATH_FORMAT}"
 
 
-def _download_gpt2() -> str:
+def _download(repository: str) -> str:
     import huggingface_hub
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return huggingface_hub.hf_hub_download(_GPT2_REPOSITORY, "tokenizer.json", local_files_only=True)
+        return huggingface_hub.hf_hub_download(repository, "tokenizer.json", local_files_only=True)
     except LocalEntryNotFoundError:
+        advice = "download that file elsewhere and pass its path as tokenizer"
+    try:
         if hub_is_reachable():
-            return huggingface_hub.hf_hub_download(_GPT2_REPOSITORY, "tokenizer.json")
+            return huggingface_hub.hf_hub_download(repository, "tokenizer.json")
+    except HfHubHTTPError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ValueError(
+            f"{repository} is not a path, and its tokenizer.json cannot be fetched ({reason}): {advice}."
+        ) from None
     raise ConnectionError(
-        f'tokenizer "gpt2" is not cached and the Hub is not reachable ({_GPT2_REPOSITORY}/tokenizer.json): '
-        'download that file elsewhere and pass its path as tokenizer, or use tokenizer="bpe".'
+        f"{repository} is neither a path nor cached, and the Hub is not reachable ({repository}/tokenizer.json): "
+        f'{advice}, or use tokenizer="bpe".'
     )
 
 
@@ -236,7 +302,7 @@ def _tokenizer_from_path(path: Path) -> AbstractTokenizer:
 
     definition = path / "tokenizer.json" if path.is_dir() else path
     if definition.is_file():
-        text = read_text(definition)
+        text = "".join(read_text(definition))
         try:
             content = json.loads(text)
         except json.JSONDecodeError as error:
@@ -270,17 +336,24 @@ def _code_points(text: str) -> NDArray[np.uint32]:
     return np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
 
 
-# Every byte-level pre-tokenizer splits between a letter or digit and a line end, so splitting there changes no token.
-_CUT = re.compile(r"(?<=[^\W_])(?=\n)")
+# The pattern of GPT-2 splits there, whatever surrounds it.
+_LAST_WORD_END = re.compile(r"(?s:.*)(?<=\S)(?=[ \t\n\r])")
+_WORD = re.compile(r"\w+|[^\w\s]+")
 
 
-def _pieces(text: str, min_characters: int = 1 << 18) -> Iterator[str]:
-    start = 0
-    while start < len(text):
-        cut = _CUT.search(text, start + min_characters)
-        end = cut.start() if cut else len(text)
-        yield text[start:end]
-        start = end
+def _whole_words(texts: Iterable[str], max_distinct: int = 3_000_000) -> Iterator[str]:
+    rest, words, num_distinct = "", set[str](), 0
+    for text in texts:
+        rest += text
+        end = found.end() if (found := _LAST_WORD_END.match(rest)) else len(rest)
+        yield rest[:end]
+        new = set(_WORD.findall(rest, 0, end)) - words
+        words |= new
+        num_distinct += sum(map(len, new))
+        if num_distinct > max_distinct:
+            return
+        rest = rest[end:]
+    yield rest
 
 
 # Learning a BPE takes the square of the length of a word, such as DNA of megabytes.
