@@ -13,11 +13,12 @@ import atexit
 import threading
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Judge = Callable[[list[float]], None]
+Judge = Callable[[list[Any]], None]
 """Given the numbers; raises, warns, or notes the error in a list of its own."""
 
 

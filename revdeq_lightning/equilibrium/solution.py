@@ -19,8 +19,8 @@ class SolverStats:
         converged: Whether each sample meets the tolerance, shape `(batch,)`, bool; None without a tolerance.
         backward_nfe: Calls of f in the backward pass; None where the adjoint makes none of its own.
         reconstruction_mismatch: Elements of the reconstructed initial states that differ from the true ones, 0-dim
-            int64; 0 certifies that the gradient belongs to exactly the iterates of the forward pass. None where
-            nothing is reconstructed.
+            int64; 0 certifies that the gradient belongs to exactly the iterates of the forward pass. With
+            `mismatch="trace"` plus the number of evaluations whose result differs. None where nothing is reconstructed.
         backward_num_products: Vector-Jacobian products with J = df/dz that a linear system in the backward pass took,
             beside the one for x and the parameters; None where no system is solved.
         backward_relative_residual: `norm(J^T w + g - w) / (norm(J^T w + g) + 1e-5 * norm(g))` of its solution w,

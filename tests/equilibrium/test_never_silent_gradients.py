@@ -16,10 +16,13 @@ from revdeq_lightning.equilibrium import (
     RelaxedSolver,
     ReversibleAdjoint,
     ReversibleSolver,
+    checks,
+    settle_checks,
     solve_fixed_point,
 )
+from revdeq_lightning.equilibrium.adjoints.checksum import checksum
 from revdeq_lightning.equilibrium.function import EquilibriumFunction
-from tests.helpers.equilibrium import BPTT, REVERSIBLE, SOLVERS, attention_layer, project, sequence
+from tests.helpers.equilibrium import BPTT, REVERSIBLE, SOLVERS, attention_layer, project, sequence, with_solver
 
 SOLVER = SOLVERS["reversible"]
 
@@ -171,6 +174,78 @@ def test_mismatch_counts_just_the_elements_that_differ():
     project(solution.value).backward()
     assert solution.stats.backward_nfe == 8
     assert solution.stats.reconstruction_mismatch == 3
+
+
+class Cancelling(nn.Module):
+    """Says in the backward pass what it said in the forward pass, with the error of `errors` in an evaluation."""
+
+    def __init__(self, num_evaluations, errors):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((), 0.5))
+        self.said, self.num_evaluations, self.left, self.errors = [], num_evaluations, num_evaluations, errors
+
+    def forward(self, z, x):
+        value = torch.tanh(self.weight * z + x)
+        value = value - value.detach()  # the gradient; and the value in few bits, so that the errors are exact
+        if len(self.said) < self.num_evaluations:
+            self.said.append(torch.round(512 * torch.tanh(self.weight * z + x).detach()) / 512)
+            return value + self.said[-1]
+        self.left -= 1
+        return value + self.said[self.left] + self.errors.get(self.left, 0.0)
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["at_once", "later"])
+def test_differences_that_cancel_pass_the_certificate_and_fail_the_trace(monkeypatch, later):
+    """With beta 1/2 an error d of evaluation k makes u_{k-1} wrong by -d, which -2 d in evaluation k - 2 makes good."""
+    monkeypatch.setattr(checks, "host_must_wait", lambda device: later)
+    x, solver = sequence(), ReversibleSolver(beta=0.5, max_steps=3)
+
+    def gradient(mismatch, **errors):
+        f = Cancelling(6, {int(k[1:]): error for k, error in errors.items()})
+        solution = solve(f, x=x, solver=solver, adjoint=ReversibleAdjoint(mismatch=mismatch))
+        (result,) = torch.autograd.grad(project(solution.value), f.weight)
+        settle_checks()
+        assert solution.stats.reconstruction_mismatch == 0
+        return result
+
+    right = gradient("trace")
+    assert gradient("raise") == right
+    assert gradient("raise", k5=0.25, k3=-0.5) != right  # and nobody says so
+    with pytest.raises(ReconstructionError, match=r": 0 of 640 elements.*first in evaluation 6\)"):
+        gradient("trace", k5=0.25, k3=-0.5)
+    with pytest.raises(ReconstructionError, match=r": [1-9]\d* of 640 elements.*first in evaluation 4\)"):
+        gradient("trace", k3=2**-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_checksum_sees_bits_places_and_leaves_in_any_layout(dtype):
+    generator = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(2, 3, 4, 5, generator=generator).to(dtype), torch.randn(2, 7, generator=generator).to(dtype)]
+    start = checksum(leaves)
+    assert start.dtype == torch.int64
+    assert start.shape == ()
+    assert checksum([leaves[0].to(memory_format=torch.channels_last), leaves[1]]) == start
+
+    def moved(*places):
+        """The sign of the elements at these places changed."""
+        first = leaves[0].clone()
+        for place in places:
+            first.view(-1)[place] *= -1
+        return int(checksum([first, leaves[1]]))
+
+    changes = {moved(i) for i in range(120)} | {moved(i, j) for i in range(20) for j in range(i)}
+    swapped = int(checksum([leaves[0].flip(3), leaves[1]])), int(checksum([leaves[0], leaves[1].flip(0)]))
+    assert len({int(start), *changes, *swapped}) == 1 + 120 + 190 + 2
+    assert checksum([torch.zeros(3, 1), torch.ones(3, 1)]) != checksum([torch.ones(3, 1), torch.zeros(3, 1)])
+
+
+@with_solver
+def test_the_trace_of_a_deterministic_f_is_the_same(solver):
+    adjoint = ReversibleAdjoint(mismatch="trace", stored_evaluations=0 if solver.has_tolerance else 2)
+    layer, x = attention_layer(solver, adjoint, dropout=0.3), sequence()
+    solution = layer(x)
+    project(solution.value).backward()
+    assert solution.stats.reconstruction_mismatch == 0
 
 
 def test_float_states_are_counted_without_a_warning():

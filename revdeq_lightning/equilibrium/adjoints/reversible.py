@@ -12,7 +12,8 @@ z_0.
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, get_args
+from functools import partial
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,9 @@ from ..solvers.reversible import AbstractTwoStepSolver, TwoStepState
 from ..validation import require_choice, require_count
 from .backprop import BackpropAdjoint
 from .base import AbstractAdjoint, Policy, report
+from .checksum import checksum
+
+Mismatch = Policy | Literal["trace"]
 
 
 class ReconstructionWarning(UserWarning):
@@ -63,7 +67,9 @@ class ReversibleAdjoint(AbstractAdjoint):
     activations until then; with all of them stored this is `BackpropAdjoint()`, in its time and memory.
 
     Args:
-        mismatch: With arithmetic "exact", what to do when elements differ: "warn", "raise" or "ignore".
+        mismatch: With arithmetic "exact", what to do when elements differ: "warn", "raise" or "ignore"; or "trace", to
+            compare checksums of every evaluation too, of 8 bytes each. It raises with the number of the evaluation
+            that differed first, also where differences cancel, and counts such evaluations as mismatches.
         forward_with_grad: Whether the forward pass records f for autograd too (and drops the record), so that both
             passes run the same kernels. None: where these are known to depend on it, which is on GPUs, under autocast,
             and where torch.compile is found in f.
@@ -71,12 +77,12 @@ class ReversibleAdjoint(AbstractAdjoint):
             Needs a solver without a tolerance.
     """
 
-    mismatch: Policy = "warn"
+    mismatch: Mismatch = "warn"
     forward_with_grad: bool | None = None
     stored_evaluations: int = 0
 
     def __post_init__(self) -> None:
-        require_choice("mismatch", self.mismatch, get_args(Policy))
+        require_choice("mismatch", self.mismatch, (*get_args(Policy), "trace"))
         require_count("stored_evaluations", self.stored_evaluations, at_least=0)
 
     def check(self, solver: AbstractSolver) -> None:
@@ -132,6 +138,7 @@ class _Solve:
     checks: Checks = field(default_factory=own_checks)  # of this thread: the backward pass may run in another
     iteration: Iteration = field(init=False)  # without its value and its state, of which autograd saves the tensors
     stored: list["_Evaluation"] = field(default_factory=list)  # the last ones, oldest first
+    trace: list[Tensor] = field(default_factory=list)  # checksums of the others
 
     def leaves(self, inputs: Sequence[Tensor], needs_grad: Sequence[bool]) -> Leaves:
         """The inputs cut off from the graph that made them. Parameters that f still has stay in place if possible."""
@@ -165,11 +172,15 @@ class _ReversibleFunction(torch.autograd.Function):
 
         def evaluate(z: Leaves) -> Leaves:
             is_stored = f.nfe >= solve.solver.num_evaluations - num_stored
-            if not (recorded or is_stored):
-                return f(z)
-            evaluation = _Evaluation(*evaluate_recorded(f, z), leaves)  # as in the backward pass
-            solve.stored.extend([evaluation] * is_stored)
-            return [v.detach() for v in evaluation.value]
+            if recorded or is_stored:
+                evaluation = _Evaluation(*evaluate_recorded(f, z), leaves)  # as in the backward pass
+                solve.stored.extend([evaluation] * is_stored)
+                value = [v.detach() for v in evaluation.value]
+            else:
+                value = f(z)
+            if adjoint.mismatch == "trace" and not is_stored:
+                solve.trace.append(checksum(value))
+            return value
 
         iteration = solve.run_with(
             leaves,
@@ -215,6 +226,7 @@ class _BackwardPass:
         self.differentiated = [i for i, leaf in enumerate(inputs) if i >= solve.num_leaves and leaf.requires_grad]
         self.sums: dict[int, Tensor] = {}
         self.nfe, self.is_known = 0, False
+        self.differs: list[Tensor] = []  # by the trace, newest evaluation first
 
     def run(self) -> list[Tensor | None]:
         """The gradients of the inputs."""
@@ -234,8 +246,8 @@ class _BackwardPass:
     def _undo_all_steps(self) -> None:
         while self.stored:  # newest first, each freed when its gradient is known
             self._carry(self._differentiate(self.stored.pop(), self.g_current, self.keep_graph))
-        for _ in range(self.solve.iteration.num_evaluations):
-            value, products = self._evaluate(self.solver.iterate_before(self.state, None), self.g_current)
+        for k in reversed(range(self.solve.iteration.num_evaluations)):
+            value, products = self._evaluate(k, self.solver.iterate_before(self.state, None), self.g_current)
             self.state = self.solver.invert_step(self.state, value, None)
             self._carry(products)
 
@@ -255,7 +267,7 @@ class _BackwardPass:
         for k in reversed(range(num_evaluations)):
             active = num_steps > k // solver.evaluations_per_step
             weights = select(active, self.g_current, [torch.zeros_like(g) for g in self.g_current])
-            value, products = self._evaluate(solver.iterate_before(self.state, active), weights)
+            value, products = self._evaluate(k, solver.iterate_before(self.state, active), weights)
             self.state = solver.invert_step(self.state, value, active)
             for i, product in enumerate(products):
                 previous, current = self.g_previous[i], self.g_current[i]
@@ -264,11 +276,13 @@ class _BackwardPass:
                 held = current if product is None else current.add(product, alpha=solver.recurrence.b)
                 self.g_current[i], self.g_previous[i] = select(active, list(carried), [held, previous])
 
-    def _evaluate(self, iterate: Leaves, g: Leaves) -> tuple[Leaves, list[Tensor | None]]:
-        """`v = f(iterate, x)` and `(dv/du)^T g`; the products for everything else go to `sums`."""
+    def _evaluate(self, k: int, iterate: Leaves, g: Leaves) -> tuple[Leaves, list[Tensor | None]]:
+        """Evaluation k again, `v = f(iterate, x)`, and `(dv/du)^T g`; the products for everything else go to `sums`."""
         self.nfe += 1
         evaluation = _Evaluation(*evaluate_recorded(self.f, iterate), self.inputs)
         products = self._differentiate(evaluation, g)
+        if self.solve.trace:
+            self.differs.append(checksum(evaluation.value) != self.solve.trace[k])
         return [v.detach() for v in evaluation.value], products
 
     def _differentiate(self, evaluation: _Evaluation, g: Leaves, keep_graph: bool = False) -> list[Tensor | None]:
@@ -292,25 +306,28 @@ class _BackwardPass:
         z0, policy = self.inputs[: self.solve.num_leaves], self.solve.adjoint.mismatch
         nothing = torch.zeros((), dtype=torch.int64, device=z0[0].device)
         mismatch = self.solver.reconstruction_mismatch(self.state, z0) if self.state else nothing
-        self.solve.iteration.stats.reconstruction_mismatch = mismatch
+        counts = torch.stack([mismatch, *self.differs])
+        self.solve.iteration.stats.reconstruction_mismatch = counts.sum()
         # Floating-point states never come back exactly, whatever f does; nor do those that diverged.
         if policy == "ignore" or self.solver.arithmetic != "exact":
             return
-        diverged = self.solve.iteration.diverged
-        checked = mismatch if diverged is None else mismatch.masked_fill(diverged, 0)
+        if (diverged := self.solve.iteration.diverged) is not None:
+            counts = counts.masked_fill(diverged, 0)
         total = 2 * sum(z.numel() for z in z0)
-        self.solve.checks.later(checked.view(1), lambda counts: _report(policy, int(counts[0]), total))
+        self.solve.checks.later(counts, partial(_report, policy, total))
 
 
-def _report(policy: Policy, count: int, total: int) -> None:
-    if count:
+def _report(policy: Mismatch, total: int, counts: list[int]) -> None:
+    count, *differs = counts
+    if count or any(differs):
+        first = f" (first in evaluation {len(differs) - differs.index(1)})" if any(differs) else ""
         message = (
-            f"this gradient is not exact: {count} of {total} elements of the reconstructed"
-            " initial state differ, so f was not the same function in the forward and the backward pass. Look for"
-            " random numbers that torch's generators do not make, buffers that f updates, data changed in place, and"
-            " kernels chosen again (a part of f under torch.compile: ReversibleAdjoint(forward_with_grad=True))"
+            f"this gradient is not exact: {count} of {total} elements of the reconstructed initial state differ, so f"
+            f" was not the same function in the forward and the backward pass{first}. Look for random numbers that"
+            " torch's generators do not make, buffers that f updates, data changed in place, and kernels chosen again"
+            " (a part of f under torch.compile: ReversibleAdjoint(forward_with_grad=True))"
         )
-        report(policy, message, ReconstructionWarning, ReconstructionError)
+        report("raise" if policy == "trace" else policy, message, ReconstructionWarning, ReconstructionError)
 
 
 def _carry_(
