@@ -92,8 +92,9 @@ def test_weights_alone_are_no_checkpoint_of_a_run(checkpoint, tmp_path, capsys, 
     run("export", "--ckpt_path", checkpoint, "--output", weights)
     capsys.readouterr()
     if command == "test":
-        told = error(capsys, command, "--ckpt_path", weights)
-        assert told.startswith(f"error: {weights} holds weights alone, as `export` writes them: use a checkpoint in")
+        for other in (command, "generate", "export"):
+            told = error(capsys, other, "--ckpt_path", weights)
+            assert told.startswith(f"error: {weights} holds weights alone, as `export` writes them: use a checkpoint")
     weights = tmp_path / "w.ckpt"
     torch.save({"w": torch.zeros(1)}, weights)
     told = error(capsys, command, "--config", config, "--ckpt_path", weights, code=1 if command == "fit" else 2)

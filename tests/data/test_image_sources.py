@@ -200,7 +200,7 @@ def test_files_that_are_no_images_are_counted_and_named(module, tmp_path):
     (root / "train/ant/list.csv").write_text("1")
     (root / "train/ant/.hidden.jpg").write_text("1")
     with pytest.warns(
-        UserWarning, match=r"2 file\(s\) in \S+ are not images of a class and are ignored: README.txt, train/ant/l"
+        UserWarning, match=r"2 file\(s\) are not images of a class and are ignored: README.txt, train/ant/l"
     ):
         module(root).setup("fit")
     assert module(root).num_images("train") == 30
@@ -242,6 +242,10 @@ def test_splits_have_any_usual_name(module, tmp_path, names, in_archive):
         ("seg_train seg_test seg_pred", r"look like splits, not like classes \(seg_test, seg_train\): rename"),
         ("train1 train2", "look like splits"),
         ("fold1_train fold1_val", "look like splits"),
+        (
+            "imagesTr imagesTs",
+            r"same folders in each \(ant, bee, cat in imagesTr, imagesTs\): rename .* one folder train/",
+        ),
     ],
 )
 def test_folders_whose_splits_are_not_clear_are_refused(module, tmp_path, names, message):
@@ -331,7 +335,7 @@ def test_names_need_not_be_utf8(module, tmp_path, in_memory):
 def test_what_was_found_is_printed_once_and_kept_with_prepared_images(module, folder, tmp_path, caplog):
     root = shutil.copytree(folder, tmp_path / "other")
     (root / "README.txt").write_text("about")
-    line = f"1 file(s) in {root} are not images of a class and are ignored: README.txt"
+    line = "1 file(s) are not images of a class and are ignored: README.txt"
     with pytest.warns(UserWarning, match=r"README.txt"):
         module(root).setup("fit")
     data = module(root)  # reads what the first one stored
@@ -343,6 +347,9 @@ def test_what_was_found_is_printed_once_and_kept_with_prepared_images(module, fo
     # Other libraries' threads may log meanwhile.
     ours = [record.getMessage() for record in caplog.records if record.name.startswith("lightning")]
     assert ours == [expected]
+    (root / ".hidden").touch()  # the stored list is not of this folder
+    with pytest.warns(UserWarning, match=r"README.txt"):
+        assert module(root).found()["left_out"] == ["1 made by the system: .hidden", line]
 
 
 # The validation split

@@ -18,7 +18,7 @@ from revdeq_lightning.data.loading.files import list_files
 from revdeq_lightning.host import constant
 
 UNDECODABLE = ("raise", "skip")
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 INTERPOLATION, RESAMPLING = "bicubic", Image.Resampling.BICUBIC  # antialiased
 _MODES = {1: "L", 3: "RGB"}
 
@@ -130,6 +130,8 @@ def find_images(path: str | os.PathLike[str]) -> list[Path]:
     root = Path(path)
     if root.is_file():
         return [root]
+    if not root.exists():
+        raise FileNotFoundError(f"no such image or folder of images: {root} (looked in {Path.cwd()})")
     files = sorted(root / name for name in list_files(root).files if name.lower().endswith(IMAGE_SUFFIXES))
     if not files:
         raise FileNotFoundError(

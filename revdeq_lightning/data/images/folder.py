@@ -40,7 +40,7 @@ def open_folder(path: Path) -> ImageSource:
     normalization. What the system made (hidden files, `Thumbs.db`, `@eaDir`, `__MACOSX`, ...) does not count.
     """
     if path.is_dir():
-        return ImageSource(lambda: content_key(path, list_files(path).files), partial(_list_folder, path))
+        return ImageSource(partial(_folder_key, path), partial(_list_folder, path))
     if not path.exists():
         raise FileNotFoundError(
             f"no such image folder or archive: {path} (looked in {Path.cwd()}): use a folder with train/CLASS/* (and "
@@ -49,6 +49,11 @@ def open_folder(path: Path) -> ImageSource:
     if not path.name.lower().endswith(ARCHIVE_SUFFIXES):
         raise ValueError(f"{path} is neither a folder nor an archive ({', '.join(ARCHIVE_SUFFIXES)}).")
     return ImageSource(lambda: content_key(path.parent, [path.name]), partial(_list_archive, path))
+
+
+def _folder_key(root: Path) -> str:
+    files, _, left_out = list_files(root)
+    return "; ".join([content_key(root, files), *left_out])
 
 
 def _list_folder(root: Path) -> ImageCollection:
@@ -150,10 +155,10 @@ def _split_folders(names: list[str], where: str) -> dict[str, str]:
     if not folders:
         alike = {top: splits_within(top) for top in others if splits_within(top)}
         direct = any(name.partition("/")[0] in alike and name.count("/") == 1 and _is_image(name) for name in names)
-        below: dict[str, set[str | None]] = {}
-        for top, folder in (name.split("/")[:2] for name in names if name.count("/") > 1 and _is_image(name)):
-            below.setdefault(top, set()).add(split_of(folder))
-        if within := [text_of(top) for top, splits in sorted(below.items()) if len(splits - {None}) > 1]:
+        below: dict[str, set[str]] = {top: set() for top in others}
+        for top, folder, rest in (f"{name}/".split("/", 2) for name in names if "/" in name and _is_image(name)):
+            below[top].add(folder if rest else "")
+        if within := [text_of(top) for top in others if len({*map(split_of, below[top])} - {None}) > 1]:
             raise ValueError(
                 f"{where} has splits within its classes ({', '.join(within[:5])}): move them to train/CLASS, val/CLASS "
                 "and test/CLASS."
@@ -162,6 +167,12 @@ def _split_folders(names: list[str], where: str) -> dict[str, str]:
             raise ValueError(
                 f"{where} has folders that look like splits, not like classes ({', '.join(map(text_of, alike))}): "
                 "rename them to train, val and test, with one folder per class in each."
+            )
+        if len(others) > 1 and len(first := below[others[0]]) > 1 and all(below[top] == first for top in others):
+            raise ValueError(
+                f"{where} has folders with the same folders in each ({', '.join(map(text_of, sorted(first)[:5]))} in "
+                f"{', '.join(map(text_of, others[:5]))}): rename the outer ones to train, val and test if they are no "
+                "classes; if they are, move them into one folder train/."
             )
         return {"": "train"}
     if "train" not in folders.values():
@@ -224,7 +235,7 @@ def _arrange(
         if not class_of:
             raise ValueError(f"{where} has a folder for {split} without class folders: fill it or remove it.")
     if ignored := {name for name in names if not name.endswith("/")}.difference(*splits.values()):
-        left_out = [*left_out, count_names(f"file(s) in {where} are not images of a class and are ignored", ignored)]
+        left_out = [*left_out, count_names("file(s) are not images of a class and are ignored", ignored)]
         rank_zero_warn(left_out[-1])
     label = {name: index for index, name in enumerate(class_names)}
     tables = {
