@@ -10,11 +10,11 @@ from typing import Any, cast
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.fabric.utilities.throughput import get_available_flops
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from revdeq_lightning.callbacks.abstract import AbstractWatching
+from revdeq_lightning.callbacks.peaks import peak_flops
 from revdeq_lightning.equilibrium import BackpropAdjoint, EquilibriumLayer, ReversibleAdjoint, equilibria
 from revdeq_lightning.equilibrium.validation import require_in_range
 from revdeq_lightning.runs.probe import Choice, Loss, Probe, batch_size, first_samples, reason_against
@@ -49,7 +49,7 @@ class Cost(AbstractWatching):
     and `.unit`; otherwise the batch size counts.
 
     Args:
-        peak_flops: Floating-point operations per second of one device, for utilization; None: Lightning's GPU table.
+        peak_flops: Floating-point operations per second of one device, for utilization; None: from `PEAKS`.
         loss: `(module, batch) -> loss` to count the operations of; None: that of the training step.
     """
 
@@ -253,12 +253,10 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def known_peak(trainer: Trainer, module: LightningModule) -> float | None:
-    """Operations per second of the GPU in the precision of training, from Lightning's table."""
+    """Operations per second of the GPU in the precision of training."""
     if module.device.type != "cuda":
         return None
     dtypes = {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}
     precision = str(trainer.precision)
     dtype = next((dtype for name, dtype in dtypes.items() if precision.startswith(name)), torch.float32)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a device that is not in the table is no fault
-        return get_available_flops(module.device, dtype)
+    return peak_flops(torch.cuda.get_device_name(module.device), dtype)

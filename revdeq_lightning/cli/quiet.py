@@ -7,6 +7,7 @@ import warnings
 QUIET_INFO = (
     *("GPU available", "TPU available", "HPU available", "💡 Tip", "Seed set to", "`Trainer.fit` stopped"),
     *("Restored all states", "Restoring states", "Loaded model weights", "`weights_only` was not set"),
+    "You are using a CUDA device",  # with advice in Python; run.float32_matmul_precision
     *("Detected KeyboardInterrupt", "to estimate number of stepping batches"),
 )
 QUIET_WARNINGS = (

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
+import torch
 from lightning import Trainer
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import (
@@ -46,7 +47,7 @@ from revdeq_lightning.cli.quiet import quieten_lightning
 from revdeq_lightning.cli.saved_config import SaveRunConfig
 from revdeq_lightning.cli.yaml_text import prepare_jsonargparse
 from revdeq_lightning.distributed.strategies import is_fsdp2, register_strategies, require_meeting_place
-from revdeq_lightning.equilibrium import DivergenceError, equilibria
+from revdeq_lightning.equilibrium import DivergenceError, ReversibleAdjoint, equilibria
 from revdeq_lightning.errors import BlockError, CheckpointError
 from revdeq_lightning.loggers.csv_logger import ContinuedCSVLogger
 from revdeq_lightning.loggers.endurance import enduring
@@ -181,6 +182,8 @@ class AbstractCommandLine(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         settings = self._get(self.config_init, "trainer")
+        if self.run_config.float32_matmul_precision:
+            torch.set_float32_matmul_precision(self.run_config.float32_matmul_precision)
         self.datamodule.setup(str(self.subcommand))
         if self.subcommand == "fit":
             self._check_settings(settings)
@@ -239,6 +242,16 @@ class AbstractCommandLine(LightningCLI):
             fail(
                 f"trainer.log_every_n_steps={every}: at logging steps a run certifies its gradients and checks"
                 " whether a checkpoint is due; choose a large number to log rarely"
+            )
+        layers = equilibria(self.model)
+        is_exact = any(
+            isinstance(layer.adjoint, ReversibleAdjoint) and getattr(layer.solver, "arithmetic", "") == "exact"
+            for layer in layers
+        )
+        if settings.get("benchmark") and is_exact:
+            fail(
+                "trainer.benchmark=true: cuDNN would choose other kernels in the backward pass, and the gradient would"
+                " not be exact: remove it, or set model.solver.arithmetic=float64"
             )
         diagnostics = self.diagnostics
         asked = diagnostics.gradient_error_every_n_steps or diagnostics.contraction_every_n_steps

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from revdeq_lightning.callbacks import cost
 from revdeq_lightning.callbacks.cost import Cost, count_flops
+from revdeq_lightning.callbacks.peaks import peak_flops
 from revdeq_lightning.equilibrium import (
     ImplicitAdjoint,
     MomentumSolver,
@@ -223,6 +224,16 @@ def test_a_step_that_cannot_be_counted_does_not_end_the_training(tmp_path):
         run.fit(Fixed(), loader())
     assert run.global_step == 4
     assert "system/model_flop_utilization" not in run.callback_metrics
+
+
+def test_peaks_are_those_of_the_data_sheets_without_sparsity(monkeypatch):
+    peaks = {
+        name: peak_flops(name, torch.bfloat16) for name in ("NVIDIA H200", "NVIDIA H200 NVL", "NVIDIA L40S", "TITAN")
+    }
+    assert peaks == {"NVIDIA H200": 989e12, "NVIDIA H200 NVL": 835e12, "NVIDIA L40S": 362e12, "TITAN": None}
+    assert peak_flops("NVIDIA A100-SXM4-80GB", torch.float32) == 19.5e12
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    assert peak_flops("NVIDIA A100-SXM4-80GB", torch.float32) == 156e12
 
 
 def test_a_peak_that_is_none_is_refused():

@@ -28,6 +28,7 @@ EPOCHS, INTERVAL = "--trainer.check_val_every_n_epoch=1", "--trainer.val_check_i
         (["fit", "--trainer.logger=false"], ["run.folder"]),
         (["fit", "--trainer.log_every_n_steps=0"], ["trainer.log_every_n_steps=0", "choose a large number"]),
         (["fit", "--trainer.logger=WandbLogger"], ["run.wandb=auto"]),
+        (["fit", "--trainer.benchmark=true"], ["trainer.benchmark=true", "the gradient would not be exact: remove it"]),
         (
             ["fit", "--model.solver.solver=none", "--model.solver.beta=0.5"],
             ["solver='none' has no beta, got beta=0.5: remove it"],

@@ -30,9 +30,13 @@ def steps(folder: Path, key: str) -> list[int]:
         return [int(row["step"]) for row in csv.DictReader(file) if row.get(key)]
 
 
-def test_a_run_leaves_all_that_is_needed_and_can_be_gone_on_with(tmp_path, capsys):
+def test_a_run_leaves_all_that_is_needed_and_can_be_gone_on_with(tmp_path, capsys, monkeypatch):
     config = tiny_config(tmp_path)
-    run("fit", "--config", config, "--model.solver.beta=0.8", "--run.name=small")
+    chosen = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", chosen.append)
+    precision = "--run.float32_matmul_precision=high"
+    run("fit", "--config", config, "--model.solver.beta=0.8", "--run.name=small", precision)
+    assert chosen == ["high"]
     folder = only(tmp_path / "runs" / "small")
     assert re.fullmatch(r"\d{8}-\d{6}", folder.name)
     assert {p.name for p in folder.iterdir()} == FILES
