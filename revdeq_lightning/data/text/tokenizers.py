@@ -4,7 +4,10 @@ import json
 import os
 import re
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -161,24 +164,30 @@ class BytePairTokenizer(AbstractTokenizer):
 
     @override
     def encode_parts(self, texts: Iterable[str]) -> Iterator[NDArray[np.int64]]:
-        windows, last = self._windows(texts), None
-        while batch := list(islice(windows, 4 * (os.cpu_count() or 1))):  # the library's objects are large
-            for text, ids in zip(batch, self._encode(batch), strict=True):
-                if last is not None:
-                    last, ids = self._join(last, text, ids)
-                    yield last
-                last = ids
+        last = None
+        for text, ids in self._encode(self._windows(texts)):
+            if last is not None:
+                last, ids = self._join(last, text, ids)
+                yield last
+            last = ids
         if last is not None:
             yield last
 
-    def _encode(self, texts: list[str]) -> Iterator[NDArray[np.int64]]:
-        for text, encoding in zip(
-            texts, self._tokenizer.encode_batch_fast(texts, add_special_tokens=False), strict=True
-        ):
-            ids = np.array(encoding.ids, dtype=np.int64)
-            if self._num_bytes[ids].sum() != len(text.encode("utf-8")):
-                raise ValueError(_LOSSY)
-            yield ids
+    def _encode(self, texts: Iterator[str]) -> Iterator[tuple[str, NDArray[np.int64]]]:
+        """Encode each text for itself, in all cores; batches bound the memory of the library's objects."""
+        ahead = deque[tuple[list[str], Future[list[Any]]]]()
+        with ThreadPoolExecutor(1) as pool:  # encodes the next batch while the results of the last are read
+            while (batch := list(islice(texts, 2 * (os.cpu_count() or 1)))) or ahead:
+                if batch:
+                    encode = partial(self._tokenizer.encode_batch_fast, add_special_tokens=False)
+                    ahead.append((batch, pool.submit(encode, batch)))
+                if len(ahead) == 2 or not batch:
+                    batch, future = ahead.popleft()
+                    for text, encoding in zip(batch, future.result(), strict=True):
+                        ids = np.array(encoding.ids, dtype=np.int64)
+                        if self._num_bytes[ids].sum() != len(text.encode("utf-8")):
+                            raise ValueError(_LOSSY)
+                        yield text, ids
 
     def _windows(self, texts: Iterable[str]) -> Iterator[str]:
         """Parts of equal length, each of which begins with the last `_overlap` characters of the one before."""
@@ -207,7 +216,7 @@ class BytePairTokenizer(AbstractTokenizer):
             return left[:first], right[other:]
         whole = [i for i in range(first, last) if content[starts[i]] & 0xC0 != 0x80]  # not within a character
         for cut in whole[:16]:
-            (right,) = self._encode([content[starts[cut] :].decode("utf-8")])
+            ((_, right),) = self._encode(iter([content[starts[cut] :].decode("utf-8")]))
             if np.array_equal(left[cut:last], right[: last - cut]):
                 break
         return left[:cut], right
