@@ -7,6 +7,8 @@ import csv
 import errno
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -68,6 +70,17 @@ def check_output(path: str | Path) -> Path:
     except OSError as error:
         raise OSError(f"cannot write {path}: {error.strerror or error}; choose another --output") from None
     return path
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say which file could not be written; errors of other files name them."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename not in (None, str(path)):
+            raise
+        raise OSError(f"cannot write {path}: {error.strerror or error}; choose another --output") from None
 
 
 def solver_for(settings: dict[str, Any], model: ModelSettings) -> SolverConfig:
@@ -206,7 +219,7 @@ def predict_images(
     names = state["class_names"]
     paths = find_images(images)
     num_written = 0
-    with target.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+    with writing(target), target.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["path", "prediction", *names])
         for start in range(0, len(paths), batch_size):
@@ -267,11 +280,8 @@ def predict_puzzles(
         result = reasoner(torch.from_numpy(inputs[start : start + batch_size]).to(device))
         answers.append(result.logits.argmax(1).cpu().numpy())
         made.append(result.evaluations.cpu().numpy())
-    try:
-        with target.open("wb") as file:
-            np.savez_compressed(file, predictions=np.concatenate(answers), evaluations=np.concatenate(made))
-    except OSError as error:
-        raise OSError(f"cannot write {target}: {error.strerror}; choose another --output") from None
+    with writing(target), target.open("wb") as file:
+        np.savez_compressed(file, predictions=np.concatenate(answers), evaluations=np.concatenate(made))
     mean = float(np.concatenate(made).mean())
     return f"{len(inputs):,} puzzles, {mean:.1f} evaluations of f each, answers in {output}"
 

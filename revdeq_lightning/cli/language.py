@@ -9,7 +9,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from revdeq_lightning.callbacks.samples import TextSamples
 from revdeq_lightning.cli.errors import fail, setting_errors
-from revdeq_lightning.cli.inference import check_output, load_language_model
+from revdeq_lightning.cli.inference import check_output, load_language_model, writing
 from revdeq_lightning.cli.trainer import AbstractCommandLine, run_command_line
 from revdeq_lightning.data.text.module import TextDataModule
 from revdeq_lightning.models.generation import continue_text
@@ -65,7 +65,7 @@ class LanguageCommandLine(AbstractCommandLine):
             fail(f"predict needs one process, got {self.trainer.world_size}: set --trainer.devices=1")
         with self._run_errors("the prediction"):
             nats = torch.cat(self.trainer.predict(**kwargs)).numpy()  # type: ignore[arg-type]
-        with self._run_errors("the prediction"), path.open("wb") as file:
+        with setting_errors(), writing(path), path.open("wb") as file:
             np.save(file, nats)
         print(f"{nats.size:,} tokens, {nats.mean():.4f} nats per token, in {path}")
 

@@ -113,6 +113,8 @@ class AbstractTask(LightningModule):
 
     def batch_of(self, inputs: Tensor, targets: Tensor) -> Any:
         """A batch of a pair of tensors."""
+        for name, part in zip(self.batch_type._fields, (inputs, targets), strict=False):
+            require_integers(name, part)
         return self.batch_type(inputs, targets)
 
     @abstractmethod
@@ -129,10 +131,15 @@ class AbstractTask(LightningModule):
         rates = {"train/muon_lr" if "momentum" in group else "train/lr": group["lr"] for group in groups}
         self.log_dict({name: torch.tensor(rate) for name, rate in rates.items()})  # on the host, without a wait
 
-    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        """The model's output for a batch, or for its inputs alone."""
+        return self(batch if isinstance(batch, Tensor) else self.as_batch(batch)[0])
+
+    # Several loaders count as one.
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
         return self._add_to("val", self.as_batch(batch))
 
-    def test_step(self, batch: Any, batch_idx: int) -> Any:
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
         return self._add_to("test", self.as_batch(batch))
 
     def on_validation_epoch_end(self) -> None:
@@ -198,6 +205,12 @@ class AbstractTask(LightningModule):
     def configure_callbacks(self) -> list[Callback]:
         averaging = self.optimizer_config.ema_decay > 0 and self.trainer.state.fn == "fit"
         return [AveragedWeights(self.optimizer_config.ema_decay)] if averaging else []
+
+
+def require_integers(name: str, tensor: Tensor) -> None:
+    """Raise TypeError unless it holds integers."""
+    if tensor.is_floating_point() or tensor.is_complex():
+        raise TypeError(f"{name} must be integers, got {tensor.dtype} of shape {tuple(tensor.shape)}: convert them")
 
 
 def _described(batch: Any) -> str:

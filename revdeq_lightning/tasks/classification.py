@@ -15,7 +15,7 @@ from revdeq_lightning.equilibrium import equilibria
 from revdeq_lightning.equilibrium.validation import require_in_range
 from revdeq_lightning.models import ClassifierConfig
 from revdeq_lightning.models.build import SolverConfig, build_image_classifier, plain
-from revdeq_lightning.tasks.base import AbstractTask, TrainingOutput
+from revdeq_lightning.tasks.base import AbstractTask, TrainingOutput, require_integers
 from revdeq_lightning.tasks.optimizers import OptimizerConfig
 
 
@@ -76,6 +76,11 @@ class ClassificationTask(AbstractTask):
     def batch_of(self, inputs: Tensor, targets: Tensor) -> ImageBatch:
         if not inputs.is_floating_point():
             raise TypeError(f"images must be floating-point and normalized, got {inputs.dtype}: convert them")
+        require_integers("labels", targets)
+        num_classes = self.model.config.num_classes
+        if targets.ndim != 1 or (targets.device.type == "cpu" and int(targets.max()) >= num_classes):
+            received = f"shape {tuple(targets.shape)}" if targets.ndim != 1 else f"the class {int(targets.max())}"
+            raise ValueError(f"labels must be classes 0 ... {num_classes - 1}, one an image, got {received}")
         return ImageBatch(
             inputs,
             targets,
@@ -143,7 +148,8 @@ def build_in_order(network: ClassifierConfig, solver: SolverConfig, memory_forma
 
 def targets(batch: ImageBatch) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Labels and their shares: the original and the mixed-in image."""
-    return (batch.labels, batch.weights), (batch.partner_labels, 1 - batch.weights)
+    weights = batch.weights.float()  # as the loss, also in double precision
+    return (batch.labels, weights), (batch.partner_labels, 1 - weights)
 
 
 def num_images(batch: ImageBatch) -> Tensor:

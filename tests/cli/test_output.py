@@ -5,10 +5,12 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from revdeq_lightning.cli.inference import writing
 from revdeq_lightning.loggers.progress import RunProgress
 from revdeq_lightning.program import printable, program, say
 from revdeq_lightning.runs.output import LastingFile
@@ -158,3 +160,11 @@ def test_commands_name_the_interpreter_in_use(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.chdir(tmp_path.parent)
     assert program() == f"{tmp_path.name}/python -m revdeq_lightning"
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path):
+    message = r"cannot write /dev/full: No space left on device; choose another --output"
+    with pytest.raises(OSError, match=message), writing(Path("/dev/full")), open("/dev/full", "w") as file:
+        file.write("x")
+    with pytest.raises(FileNotFoundError, match=r"missing.png"), writing(tmp_path / "a.csv"):
+        (tmp_path / "missing.png").read_bytes()

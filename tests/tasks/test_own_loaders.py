@@ -78,10 +78,36 @@ def test_other_batches_are_told_at_the_first_step(make, tmp_path):
         trainer(tmp_path, 1).fit(task, DataLoader(rows, 4))
 
 
-def test_images_must_be_floating_point(tmp_path):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda inputs, labels: (inputs.byte(), labels), r"floating-point and normalized, got torch.uint8"),
+        (lambda inputs, labels: (inputs, labels.float()), r"labels must be integers, got torch.float32"),
+        (lambda inputs, labels: (inputs, labels[:, None]), r"labels must be classes 0 ... 2.*got shape \(4, 1\)"),
+        (lambda inputs, labels: (inputs, labels + 1), r"labels must be classes 0 ... 2.*got the class 3"),
+    ],
+)
+def test_what_images_and_labels_must_be(tmp_path, change, message):
+    task, pair = images()
+    with pytest.raises((TypeError, ValueError), match=message):
+        trainer(tmp_path, 1).fit(task, DataLoader(TensorDataset(*change(*pair)), 4))
+
+
+@KINDS
+def test_several_loaders_count_as_one_and_pairs_are_predicted(make, tmp_path):
+    task, pair = make()
+    whole, parts = TensorDataset(*pair), [TensorDataset(*(t[:4] for t in pair)), TensorDataset(*(t[4:] for t in pair))]
+    quiet = trainer(tmp_path, 1)
+    (one,) = quiet.validate(task, DataLoader(whole, 4), verbose=False)
+    several = quiet.validate(task, [DataLoader(part, 4) for part in parts], verbose=False)
+    assert several[0]["val/loss"] == pytest.approx(one["val/loss"], rel=1e-6)
+    assert len(quiet.predict(task, DataLoader(whole, 4))) == 2
+
+
+def test_double_precision(tmp_path):
     task, (inputs, labels) = images()
-    with pytest.raises(TypeError, match=r"floating-point and normalized, got torch.uint8"):
-        trainer(tmp_path, 1).fit(task, DataLoader(TensorDataset(inputs.byte(), labels), 4))
+    trainer(tmp_path, 1, precision="64-true").fit(task, DataLoader(TensorDataset(inputs.double(), labels), 4))
+    assert all(p.dtype == torch.float64 for p in task.parameters())
 
 
 def test_a_report_that_needs_our_data_says_so(tmp_path):
