@@ -3,7 +3,8 @@
     python -m benchmarks.core.depth [--quick] [--output DIR]
 
 RevDEQ at beta 0.8 around an attention block, 2 to 128 evaluations of f. All of them give the same gradient and
-differ in time and memory. "Segments" stores the state after every sqrt(N) steps and one segment's activations.
+differ in time and memory. "Segments" stores the state after every sqrt(N) steps and one segment's activations. The
+reversible gradient is a line: with a share of its evaluations stored.
 Times: CPU time of one thread, all competitors in each round; ratios are taken within the round. Memory: bytes held by
 tensors (`measure.peak_tensor_bytes`).
 """
@@ -27,9 +28,10 @@ from benchmarks.requirements import Requirement, Rows, at_most
 BETA = 0.8
 EVALUATIONS = (2, 4, 8, 16, 32, 64, 128)
 STORED, EVERY, SEGMENTS, REVERSIBLE = "stored", "checkpoint each evaluation", "checkpoint segments", "reversible"
-METHODS = (STORED, EVERY, SEGMENTS, REVERSIBLE)
-MAX_TIME = 1.33
-"""Reversible over stored: 8 units of f compared with 6."""
+SHARES = {REVERSIBLE: 0.0} | {f"{REVERSIBLE}, {share:.0%} stored": share for share in (0.25, 0.5, 0.75, 1.0)}
+METHODS = (STORED, EVERY, SEGMENTS, *SHARES)
+MAX_TIME, MAX_TIME_ALL_STORED = 1.33, 1.03
+"""Reversible over stored: 8 units of f compared with 6, and the same evaluations."""
 
 
 def competitors(problem: Problem, num_steps: int) -> dict[str, Callable[[], Any]]:
@@ -39,7 +41,10 @@ def competitors(problem: Problem, num_steps: int) -> dict[str, Callable[[], Any]
         STORED: bptt_step(problem, member, num_steps),
         EVERY: bptt_step(problem, member, num_steps, checkpoint=True),
         SEGMENTS: segmented_step(problem, num_steps),
-        REVERSIBLE: reversible_step(problem, member, num_steps, "exact"),
+        **{
+            name: reversible_step(problem, member, num_steps, "exact", stored_evaluations=round(share * 2 * num_steps))
+            for name, share in SHARES.items()
+        },
     }
 
 
@@ -75,6 +80,7 @@ def measure(quick: bool) -> list[dict[str, Any]]:
     rows = []
     for evaluations in EVALUATIONS[: 2 if quick else None]:
         runs = competitors(problem, evaluations // 2)
+        rounds = min(rounds, 3) if evaluations > 32 else rounds
         timings = time_interleaved(runs, rounds)
         seconds = {name: timing.process_seconds for name, timing in timings.items()}
         for name, run in runs.items():
@@ -145,45 +151,48 @@ def judge(rows: Rows, quick: bool) -> list[Requirement]:
     stored = {row["evaluations"]: row["peak_bytes"] for row in rows if row["method"] == STORED}
     memory = max(row["peak_bytes"] / stored[row["evaluations"]] for row in deep)
     time = max(row["time over stored, median"] for row in deep)
+    all_stored = [row["time over stored, median"] for row in rows if SHARES.get(row["method"]) == 1]
+    between = [
+        row["time over stored, median"] / min(fitting)
+        for row in rows
+        if 0 < SHARES.get(row["method"], 0) < 1 and (fitting := checkpointed_times(rows, row))
+    ]
     return [
         at_most("reversible over stored from 16 evaluations on: time", time, MAX_TIME, "{:.3f}", not quick),
         at_most("reversible over stored from 16 evaluations on: memory", memory, 1.0, "{:.3f}", not quick),
+        at_most("all evaluations stored, over stored: time", max(all_stored), MAX_TIME_ALL_STORED, "{:.3f}", not quick),
+        at_most("25 to 75 % stored, over checkpoints in that memory: time", max(between), 1.0, "{:.3f}", not quick),
     ]
 
 
+def checkpointed_times(rows: Rows, row: dict[str, Any]) -> list[float]:
+    """Times of the checkpointed gradients of this depth that need no more memory than this row."""
+    depth = [r for r in by_depth(rows)[row["evaluations"]] if r["method"] in (EVERY, SEGMENTS)]
+    return [r["time over stored, median"] for r in depth if r["peak_bytes"] <= row["peak_bytes"]]
+
+
 def draw(path: Path, rows: Rows) -> None:
-    """Memory, time, and the method to choose for a given depth and memory."""
+    """Time against memory, one panel a depth."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    from matplotlib.patches import Patch
 
-    colors = dict(zip(METHODS, ("tab:gray", "tab:orange", "tab:green", "tab:blue"), strict=True))
-    figure, (memory, time, choice) = plt.subplots(1, 3, figsize=(16, 5), layout="constrained")
-    for name, color in colors.items():
-        own = [row for row in rows if row["method"] == name]
-        depth = [row["evaluations"] for row in own]
-        memory.plot(depth, [row["peak_bytes"] / 2**20 for row in own], "o-", color=color, label=name)
-        time.plot(depth, [row["time over stored, median"] for row in own], "o-", color=color, label=name)
-    memory.set(yscale="log", ylabel="peak of the tensors (MiB)", title="Memory of one training step")
-    time.set(ylabel="CPU time over stored (dimensionless)", title="Time of one training step", ylim=(0.9, None))
-    sizes = [row["peak_bytes"] / 2**20 for row in rows]
-    low, high = min(sizes) / 1.5, max(sizes) * 1.5
-    for evaluations, group in by_depth(rows).items():
-        edges = [(row["peak_bytes"] / 2**20, colors[row["method"]]) for row in reversed(best(group))]
-        tops = [edge for edge, _ in edges[1:]] + [high]
-        choice.bar(evaluations, edges[0][0] - low, width=0.6 * evaluations, bottom=low, color="white", hatch="//")
-        for (bottom, color), top in zip(edges, tops, strict=True):
-            choice.bar(evaluations, top - bottom, width=0.6 * evaluations, bottom=bottom, color=color)
-    choice.set(yscale="log", ylim=(low, high), ylabel="available memory (MiB)", title="The fastest that fits")
-    choice.legend(handles=[Patch(color=c, label=n) for n, c in colors.items()], frameon=False, fontsize=9)
-    memory.legend(frameon=False, fontsize=9)
-    for axis in (memory, time, choice):
-        axis.set_xscale("log", base=2)
-        axis.set_xlabel("evaluations of f in the forward pass (count)")
+    depths = {n: group for n, group in by_depth(rows).items() if n >= 4}
+    figure, axes = plt.subplots(2, 3, figsize=(14, 7), layout="constrained", sharey=True)
+    for axis, (evaluations, group) in zip(axes.flat, depths.items(), strict=False):
+        points = {r["method"]: (r["peak_bytes"] / 2**20, r["time over stored, median"]) for r in group}
+        dial = [points[name] for name in SHARES]
+        axis.plot(*zip(*dial, strict=True), "o-", color="tab:blue", label="reversible, 0 to 100 % stored")
+        for name, color, mark in ((STORED, "tab:gray", "s"), (EVERY, "tab:orange", "^"), (SEGMENTS, "tab:green", "v")):
+            axis.plot(*points[name], mark, color=color, markersize=8, label=name)
+        axis.set_title(f"{evaluations} evaluations", fontsize=11)
+        axis.set_xlim(0, None)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.3)
+    figure.supxlabel("peak of the tensors of one training step (MiB)")
+    figure.supylabel("CPU time over stored back-propagation (dimensionless)")
+    axes.flat[0].legend(frameon=False, fontsize=9)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

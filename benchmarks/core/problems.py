@@ -97,9 +97,11 @@ def _problem(f: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> Proble
     return Problem(f.to(dtype), z0.to(dtype).requires_grad_(), x.to(dtype).requires_grad_(), weight.to(dtype))
 
 
-def reversible_step(problem: Problem, member: Member, num_steps: int, arithmetic: str) -> Callable[[], SolverStats]:
+def reversible_step(
+    problem: Problem, member: Member, num_steps: int, arithmetic: str, stored_evaluations: int = 0
+) -> Callable[[], SolverStats]:
     """Forward and backward pass with `ReversibleAdjoint`."""
-    solver, adjoint = member.solver(num_steps, arithmetic), ReversibleAdjoint()
+    solver, adjoint = member.solver(num_steps, arithmetic), ReversibleAdjoint(stored_evaluations=stored_evaluations)
 
     def run() -> SolverStats:
         value, stats, _ = solve_fixed_point(problem.f, problem.z0, problem.x, solver=solver, adjoint=adjoint)

@@ -313,7 +313,7 @@ def test_cuda_reports_no_synchronization_in_an_evaluation(make_solver):
             warnings.simplefilter("always")
             torch.cuda.set_sync_debug_mode("warn")
             try:
-                project(layer(x).value).backward()
+                layer(x).value.square().sum().backward()  # `project` copies its weights to the device
             finally:
                 torch.cuda.set_sync_debug_mode("default")
         counts.append(sum("called a synchronizing" in str(w.message) for w in caught))
