@@ -119,16 +119,16 @@ class _Watch:
         # With a tolerance the host waits for the device anyway.
         is_later = checks.host_must_wait(magnitudes.device) and not self.solver.has_tolerance
         if has_numbers(magnitudes) and not is_later:
-            self._judge(magnitudes.tolist())
+            self._judge(None, magnitudes.tolist())
             return iteration
         diverged = ~(magnitudes < self.solver.limit()).all()
         if has_numbers(magnitudes):
-            checks.own_checks().later(magnitudes, partial(_noting, deferred_errors.get(), self._judge))
+            checks.check_later(magnitudes, partial(self._judge, deferred_errors.get()))
         return iteration._replace(
             value=[torch.where(diverged, math.nan, v) for v in iteration.value], diverged=diverged
         )
 
-    def _judge(self, sizes: list[float]) -> None:
+    def _judge(self, errors: "list[DivergenceError] | None", sizes: list[float]) -> None:
         limit = self.solver.limit()
         for k, size in enumerate(sizes):
             if size < limit and math.isfinite(size):
@@ -137,11 +137,15 @@ class _Watch:
             what = beyond if math.isfinite(size) else f"is not finite ({size})"
             step = (k - 1) // self.solver.evaluations_per_step + 1
             where = "in z0" if k == 0 else f"after {k} evaluations of f (step {step})"
-            raise DivergenceError(
+            error = DivergenceError(
                 f"the state {what} {where}; largest magnitude before: {max(sizes[:k], default=0.0):.4g}. Look for NaN"
                 " in z0, x and the parameters; if f expands, normalize its output or lower beta or max_steps. Solver:"
                 f" {self.solver}"
             )
+            if errors is None:
+                raise error
+            errors.append(error)
+            return
 
 
 class DivergenceError(RuntimeError):
@@ -151,16 +155,6 @@ class DivergenceError(RuntimeError):
 _records_residuals: ContextVar[bool] = ContextVar("records_residuals", default=False)
 deferred_errors: ContextVar[list[DivergenceError] | None] = ContextVar("deferred_errors", default=None)
 """The list of `deferred_divergence`, None outside of it."""
-
-
-def _noting(errors: list[DivergenceError] | None, judge: checks.Judge, numbers: list[float]) -> None:
-    """Judge; within `deferred_divergence` its error goes to the list."""
-    try:
-        judge(numbers)
-    except DivergenceError as error:
-        if errors is None:
-            raise
-        errors.append(error)
 
 
 @contextmanager

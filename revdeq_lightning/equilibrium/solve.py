@@ -13,7 +13,7 @@ from ..transforms import is_recorded, is_traced, outside_of_compilers
 from .adjoints.base import AbstractAdjoint
 from .adjoints.implicit import ImplicitAdjoint
 from .adjoints.phantom import PhantomAdjoint
-from .checks import own_checks
+from .checks import settle_checks
 from .function import EquilibriumFunction, modules
 from .loop import DivergenceError, deferred_errors
 from .norms import Leaves, Map
@@ -55,7 +55,7 @@ def solve_fixed_point(
     Source: McCallum et al. 2025, arXiv:2509.12917, section 3.
     """
     require_solver_and_adjoint(solver, adjoint)
-    own_checks().settle(wait=False)
+    settle_checks(wait=False)
     z_leaves, z_spec = tree_flatten(z0)
     z_leaves = _checked_state(z_leaves)
     function = EquilibriumFunction(f, z_leaves, z_spec, x)

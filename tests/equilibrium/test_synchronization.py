@@ -25,7 +25,6 @@ from revdeq_lightning.equilibrium import (
     loop,
     settle_checks,
 )
-from revdeq_lightning.equilibrium.checks import Checks
 from tests.helpers.equilibrium import (
     BPTT,
     REVERSIBLE,
@@ -197,7 +196,7 @@ def test_in_a_cuda_graph_nothing_is_left_to_be_checked_and_what_draws_is_refused
     with Spy() as spy:
         project(layers[0](x).value).backward()
     assert spy.count == 0
-    assert not checks.own_checks()._waiting
+    assert not checks.own_checks()
     with pytest.raises(RuntimeError, match="draws random numbers"):
         layers[1](x)
     layers[0].solver = ReversibleSolver(rtol=0.1)
@@ -217,14 +216,14 @@ def test_what_arrived_without_waiting_is_judged_by_the_next_solve():
         def synchronize(self):
             self.arrived = True
 
-    waiting, events, judged = Checks(), [Event(), Event()], []
-    waiting._waiting.extend((torch.tensor([i]), event, judged.append) for i, event in enumerate(events))
-    waiting.settle(wait=False)
+    layer, x, events, judged = attention_layer(ReversibleSolver(), REVERSIBLE), sequence(), [Event(), Event()], []
+    checks.own_checks().extend((torch.tensor([i]), event, judged.append) for i, event in enumerate(events))
+    layer(x)
     assert judged == []
     events[0].arrived = True
-    waiting.settle(wait=False)
+    layer(x)
     assert judged == [[0]]
-    waiting.settle()
+    settle_checks()
     assert judged == [[0], [1]]
 
 

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ...state import exchanged
 from ...transforms import is_functorch, is_transformed, outside_of_compilers
-from ..checks import Checks, own_checks
+from ..checks import Waiting, check_later, own_checks
 from ..exact import kernels
 from ..function import (
     EquilibriumFunction,
@@ -135,7 +135,7 @@ class _Solve:
     solver: AbstractTwoStepSolver
     num_leaves: int
     positions: list[int]  # of the tensors among the leaves of x
-    checks: Checks = field(default_factory=own_checks)  # of this thread: the backward pass may run in another
+    checks: Waiting = field(default_factory=own_checks)  # of this thread: the backward pass may run in another
     iteration: Iteration = field(init=False)  # without its value and its state, of which autograd saves the tensors
     stored: list["_Evaluation"] = field(default_factory=list)  # the last ones, oldest first
     trace: list[Tensor] = field(default_factory=list)  # checksums of the others
@@ -314,7 +314,7 @@ class _BackwardPass:
         if (diverged := self.solve.iteration.diverged) is not None:
             counts = counts.masked_fill(diverged, 0)
         total = 2 * sum(z.numel() for z in z0)
-        self.solve.checks.later(counts, partial(_report, policy, total))
+        check_later(counts, partial(_report, policy, total), self.solve.checks)
 
 
 def _report(policy: Mismatch, total: int, counts: list[int]) -> None:
