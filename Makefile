@@ -24,7 +24,7 @@ PYTHONS ?=
 SLOW_WORKERS ?= 3
 FIT = $(TASK) fit --config $(or $(CONFIG),configs/lm/wikitext103.yaml) --config $(TRAINER) $(ARGS)
 
-.PHONY: help setup train-lm train-maze train-cifar train-imagenet generate notebooks docs test test-slow test-pythons lint format typecheck bench bench-quick bench-core bench-lm bench-image bench-image-block bench-cifar bench-quality bench-reasoning bench-callbacks bench-faults bench-scaling submit train-nodes bench-pairs clean
+.PHONY: help setup train-lm train-maze train-cifar train-imagenet generate notebooks docs test test-slow test-pythons lint format typecheck bench bench-quick bench-core bench-lm bench-image bench-image-block bench-cifar bench-quality bench-reasoning bench-callbacks bench-faults bench-scaling submit train-nodes bench-pairs bench-gpu clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -128,6 +128,9 @@ bench-reasoning: $(READY)  ## Compare gradients on mazes: ARGS="--only NAME --se
 
 bench-scaling: $(READY)  ## Model training steps on 8 to 1,024 GPUs, and measure two processes on this CPU
 	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.cluster.scaling --measure $(ARGS)
+
+bench-gpu: $(READY)  ## Measure on a GPU: its tests, exactness, overhead, training steps (8 minutes; ARGS=--quick: tiny, also on a CPU)
+	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.core.gpu $(ARGS)
 
 bench-pairs: $(READY)  ## Measure every solver with every adjoint: gradient, evaluations, memory (a few minutes)
 	@OMP_NUM_THREADS=1 $(RUN) -m benchmarks.core.pairs $(ARGS)

@@ -50,6 +50,7 @@ PARTS = (
     Part("core.depth", "which gradient at which depth"),
     Part("core.kernels", "parts of an evaluation"),
     Part("core.pairs", "every solver with every adjoint"),
+    Part("core.gpu", "a GPU: its tests, exactness, overhead, training steps"),
     Part("quality", "quality at equal cost", ("text", "images")),
     Part("quality.reasoning_memory", "memory of a training step of a reasoner"),
     Part("quality.reasoning", "mazes: which gradient at equal steps, time, and memory"),

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as bench, part
-from benchmarks.core import depth
+from benchmarks.core import depth, gpu
 from benchmarks.core.problems import attention_problem
 from benchmarks.core.reference import reversible_loop
 from benchmarks.isolated import MEASURED_MEMORY, Isolated, time_alternating
@@ -148,6 +148,19 @@ def test_advice_names_only_what_is_worth_its_time():
 def test_depth_quick_writes_page_and_figure(tmp_path):
     assert depth.main(["--quick", "--output", str(tmp_path)]) == 0
     assert {p.name for p in tmp_path.iterdir()} == {"depth.json", "depth.md", "depth.png", "depth_methods.csv"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="its page says what it says without a GPU")
+def test_what_a_gpu_will_run_runs_on_a_cpu_and_says_so(tmp_path, capsys):
+    assert gpu.main(["--output", str(tmp_path)]) == 0
+    assert "skipped: this machine has no CUDA device" in capsys.readouterr().out
+    assert gpu.main(["--quick", "--output", str(tmp_path)]) == 0
+    page = (tmp_path / "gpu.md").read_text()
+    assert "No GPU has run this yet" in page
+    assert "| language model: time over bare evaluations | <= 1.05 | " in page
+    rows = {line.split(" | ")[1] for line in page.split("## Training steps")[1].splitlines() if " | " in line}
+    cases = {"bare evaluations", "exact", "stored BPTT", "checkpointed BPTT", "explicit model"}
+    assert rows >= cases
 
 
 @pytest.mark.parametrize(
