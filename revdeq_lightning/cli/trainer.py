@@ -180,6 +180,12 @@ class AbstractCommandLine(LightningCLI):
                 "--run.resume=auto"
             )
 
+    def _set_seed(self) -> None:
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            fail(f"seed_everything: {error}")
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         settings = self._get(self.config_init, "trainer")
         if self.run_config.float32_matmul_precision:
@@ -253,6 +259,9 @@ class AbstractCommandLine(LightningCLI):
                 "trainer.benchmark=true: cuDNN would choose other kernels in the backward pass, and the gradient would"
                 " not be exact: remove it, or set model.solver.arithmetic=float64"
             )
+        for name, least in (("accumulate_grad_batches", 1), ("gradient_clip_val", 0)):
+            if (value := settings.get(name)) is not None and value < least:
+                fail(f"trainer.{name} must be at least {least}, got {value}")
         diagnostics = self.diagnostics
         asked = diagnostics.gradient_error_every_n_steps or diagnostics.contraction_every_n_steps
         if asked and is_fsdp2(settings.get("strategy")):

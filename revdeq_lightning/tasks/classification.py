@@ -91,7 +91,8 @@ class ClassificationTask(AbstractTask):
 
     def forward(self, images_BCHW: Tensor) -> Any:
         """Logits and statistics of normalized images."""
-        return self.model(images_BCHW.contiguous(memory_format=self.memory_format))
+        dtype = next(self.model.parameters()).dtype  # trainer.precision=64-true, or bf16-true
+        return self.model(images_BCHW.to(dtype).contiguous(memory_format=self.memory_format))
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         """Mean nats per image, weighted by the shares of both labels for mixed images."""

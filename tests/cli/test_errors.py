@@ -28,6 +28,9 @@ EPOCHS, INTERVAL = "--trainer.check_val_every_n_epoch=1", "--trainer.val_check_i
         (["fit", "--trainer.logger=false"], ["run.folder"]),
         (["fit", "--trainer.log_every_n_steps=0"], ["trainer.log_every_n_steps=0", "choose a large number"]),
         (["fit", "--trainer.logger=WandbLogger"], ["run.wandb=auto"]),
+        (["fit", "--trainer.accumulate_grad_batches=0"], ["trainer.accumulate_grad_batches must be at least 1, got 0"]),
+        (["fit", "--trainer.gradient_clip_val=-1"], ["trainer.gradient_clip_val must be at least 0, got -1"]),
+        (["fit", "--seed_everything=-1"], ["seed_everything: -1"]),
         (["fit", "--trainer.benchmark=true"], ["trainer.benchmark=true", "the gradient would not be exact: remove it"]),
         (
             ["fit", "--model.solver.solver=none", "--model.solver.beta=0.5"],

@@ -105,7 +105,9 @@ def test_several_loaders_count_as_one_and_pairs_are_predicted(make, tmp_path):
 
 
 def test_double_precision(tmp_path):
+    """Also of batches that a data module normalizes after Lightning has converted them."""
     task, (inputs, labels) = images()
+    task.on_after_batch_transfer = lambda batch, _: [batch[0].float(), batch[1]]
     trainer(tmp_path, 1, precision="64-true").fit(task, DataLoader(TensorDataset(inputs.double(), labels), 4))
     assert all(p.dtype == torch.float64 for p in task.parameters())
 
