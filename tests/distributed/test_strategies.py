@@ -13,11 +13,13 @@ from lightning import Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.testing._internal.distributed import fake_pg  # noqa: F401  # registers the backend "fake"
 
 from revdeq_lightning.distributed import strategies
 from revdeq_lightning.distributed.sharding import shard_equilibria
 from revdeq_lightning.distributed.strategies import EquilibriumDDP, EquilibriumFSDP2
 from revdeq_lightning.errors import ParallelismError
+from revdeq_lightning.processes import gathered, host_group, largest, summed
 from revdeq_lightning.tasks.recipe import deferred_weights, refuse_foreign
 from tests.helpers.modules import make_model
 from tests.helpers.processes import run_python
@@ -167,6 +169,17 @@ def test_gpus_of_different_kinds_are_told_with_their_numbers(set_up, monkeypatch
     else:
         set_up()
     assert calls == ["met", "met"]
+
+
+def test_what_is_on_the_host_goes_over_gloo_whatever_the_gpus_use():
+    groups = []
+    for _ in range(2):  # the second process group has one of its own
+        dist.init_process_group("fake", store=dist.HashStore(), rank=0, world_size=1)  # stands for NCCL
+        groups.append(host_group())
+        assert (dist.get_backend(groups[-1]), host_group()) == ("gloo", groups[-1])
+        assert (largest([3, 0]), summed([2, 1]), gathered("a")) == ([3, 0], [2, 1], ["a"])
+        dist.destroy_process_group()
+    assert groups[0] is not groups[1]
 
 
 def test_strategies_that_would_shard_f_by_itself_are_refused_by_name():
