@@ -131,6 +131,9 @@ class AbstractCommandLine(LightningCLI):
         files = config.get("config") or []
         naming = [path for path in map(Path, map(str, files)) if describes_run(path)]
         run.name = run.name or (naming[-1].stem if naming else "run")
+        for key in ("name", "version"):  # each is one folder
+            if run[key] is not None and (run[key] == ".." or Path(run[key]).name != run[key]):
+                fail(f"run.{key} must be a name without '/', got {run[key]!r}: set run.folder to store runs elsewhere")
         checkpoint = config.get("ckpt_path")
         if checkpoint in ("last", "best"):
             with setting_errors():

@@ -149,6 +149,14 @@ def test_a_refused_new_run_leaves_no_folder(wrong, version, tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("setting", ["version=../x", "version=..", "name=a/b", "name=/tmp"])
+def test_a_run_stays_in_the_folder_of_runs(setting, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run("fit", "--config", tiny_config(tmp_path), f"--run.{setting}")
+    key, value = setting.split("=")
+    assert capsys.readouterr().err.startswith(f"error: run.{key} must be a name without '/', got {value!r}: ")
+
+
 @pytest.mark.parametrize("damaged", ["", "{", "[]", "null"])
 def test_a_damaged_record_of_the_environment_does_not_end_the_run(tmp_path, damaged):
     path = tmp_path / "environment.json"
