@@ -19,6 +19,7 @@ from revdeq_lightning.checkpoints.files import other_checkpoint, read_checkpoint
 from revdeq_lightning.checkpoints.names import is_sharded_checkpoint
 from revdeq_lightning.checkpoints.sharded import read_whole
 from revdeq_lightning.data.text.tokenizers import AbstractTokenizer, tokenizer_from_state
+from revdeq_lightning.equilibrium import settle_checks
 from revdeq_lightning.equilibrium.validation import require_count
 from revdeq_lightning.errors import CheckpointError
 from revdeq_lightning.models import (
@@ -227,6 +228,7 @@ def predict_images(
             if not files:
                 continue
             probabilities_BV = classifier(images_BCHW.to(device)).logits_BV.float().softmax(-1).cpu()
+            settle_checks()
             for path, row in zip(files, probabilities_BV, strict=True):
                 writer.writerow([path, names[int(row.argmax())], *(f"{p:.6f}" for p in row.tolist())])
             num_written += len(files)
@@ -280,6 +282,7 @@ def predict_puzzles(
         result = reasoner(torch.from_numpy(inputs[start : start + batch_size]).to(device))
         answers.append(result.logits.argmax(1).cpu().numpy())
         made.append(result.evaluations.cpu().numpy())
+        settle_checks()
     with writing(target), target.open("wb") as file:
         np.savez_compressed(file, predictions=np.concatenate(answers), evaluations=np.concatenate(made))
     mean = float(np.concatenate(made).mean())

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from revdeq_lightning.equilibrium import settle_checks
 from revdeq_lightning.equilibrium.validation import require_count, require_in_range
 from revdeq_lightning.models.cache import KeyValueCache
 from revdeq_lightning.models.transformer import AbstractLanguageModel
@@ -71,6 +72,7 @@ def generate(
         for _ in range(max_new_tokens):
             h_BTD, _ = model.hidden(new_BT if use_cache else window_BT, cache)
             logits_BV = model.head(h_BTD[:, -1])
+            settle_checks()  # a GPU could not draw from NaN
             token_B1 = sample(logits_BV, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
             text.append(token_B1)
             if window_BT.shape[1] < context_length:

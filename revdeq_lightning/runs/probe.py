@@ -15,7 +15,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 from torchmetrics import Metric, MetricCollection
 
-from revdeq_lightning.equilibrium import AbstractAdjoint, AbstractSolver, EquilibriumLayer, SolverStats, equilibria
+from revdeq_lightning.equilibrium import (
+    AbstractAdjoint,
+    AbstractSolver,
+    EquilibriumLayer,
+    SolverStats,
+    equilibria,
+    settle_checks,
+)
 from revdeq_lightning.equilibrium.function import is_compiled
 from revdeq_lightning.runs.random_state import random_state, set_random_state
 from revdeq_lightning.tasks.training_step import StepStatistics
@@ -70,6 +77,7 @@ class Probe:
         def run() -> Gradients:
             names = [name for name, p in parameters.items() if p.requires_grad]
             found = torch.autograd.grad(self._loss(float64), [parameters[n] for n in names], allow_unused=True)
+            settle_checks()
             return {n: torch.zeros_like(parameters[n]) if g is None else g for n, g in zip(names, found, strict=True)}
 
         # Separate leaves: the gradient reaches neither `.grad` nor the hooks of the original parameters.
@@ -99,6 +107,7 @@ class Probe:
         buffers: dict[str, Tensor] = {name: b.clone() for name, b in self.module.named_buffers()}
         with self.untraced(), self._watched(note):
             _call_with(self.module, buffers, self._loss)
+        settle_checks()
         return seen
 
     @contextmanager

@@ -146,6 +146,9 @@ class AbstractTask(LightningModule):
         settle_checks()
         self._log_figures("val")
 
+    def on_predict_epoch_end(self) -> None:
+        settle_checks()
+
     def on_test_epoch_end(self) -> None:
         settle_checks()
         self._log_figures("test")

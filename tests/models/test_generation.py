@@ -3,7 +3,15 @@ import copy
 import pytest
 import torch
 
-from revdeq_lightning.equilibrium import BackpropAdjoint, MomentumSolver, PicardSolver, RelaxedSolver, ReversibleSolver
+from revdeq_lightning.equilibrium import (
+    BackpropAdjoint,
+    DivergenceError,
+    MomentumSolver,
+    PicardSolver,
+    RelaxedSolver,
+    ReversibleSolver,
+    checks,
+)
 from revdeq_lightning.models import KeyValueCache, generate
 from revdeq_lightning.models.generation import sample
 from tests.helpers.modules import KINDS, SMALL, make_batch, make_model
@@ -21,6 +29,15 @@ CASES = [(kind, name) for kind in KINDS[:3] for name in SOLVERS] + [("explicit",
 def make_case(kind="modern", solver="momentum"):
     adjoint = BackpropAdjoint() if solver in ("relaxed", "picard") else None
     return make_model(kind, solver=SOLVERS[solver], adjoint=adjoint).eval()
+
+
+def test_a_divergence_that_the_host_learns_late_is_told_before_a_token_is_drawn(monkeypatch):
+    monkeypatch.setattr(checks, "host_must_wait", lambda device: True)  # as on a GPU
+    model = make_case()
+    with torch.no_grad():
+        next(model.equilibrium.f.parameters()).fill_(torch.nan)
+    with pytest.raises(DivergenceError):
+        generate(model, make_batch()[0][:, :5], max_new_tokens=1)
 
 
 @torch.no_grad()
