@@ -50,7 +50,7 @@ def check_later(numbers: Tensor, judge: Judge, waiting: Waiting | None = None) -
         on_host = numbers.detach().flatten().to("cpu", non_blocking=True)  # into pinned memory
         ready = None if numbers.device.type == "cpu" else torch.Event(numbers.device)
         if ready is not None:
-            ready.record()
+            ready.record(torch.accelerator.current_stream(numbers.device))
         (own_checks() if waiting is None else waiting).append((on_host, ready, judge))
 
 

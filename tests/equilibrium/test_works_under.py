@@ -405,6 +405,7 @@ LINEAR = AndersonSolver(max_steps=30, rtol=1e-12)
 NESTED = {
     "reversible": REVERSIBLE,
     "recorded": ReversibleAdjoint(mismatch="raise", forward_with_grad=True),
+    "stored": ReversibleAdjoint(mismatch="raise", stored_evaluations=2),
     "backprop": BPTT,
     "checkpointed": BackpropAdjoint(checkpoint=True),
     "implicit": ImplicitAdjoint(solver=LINEAR),

@@ -16,6 +16,7 @@ from revdeq_lightning.equilibrium import (
     BroydenSolver,
     ImplicitAdjoint,
     PhantomAdjoint,
+    ReversibleAdjoint,
 )
 from tests.helpers.equilibrium import (
     BPTT,
@@ -31,7 +32,9 @@ from tests.helpers.processes import run_on_ranks
 
 NUM_RANKS = 2
 NUM_MICRO_BATCHES = 2
+STORED = SOLVERS["momentum"], ReversibleAdjoint(mismatch="raise", stored_evaluations=2)
 OTHERS = {
+    "stored": STORED,
     "implicit": (
         AndersonSolver(max_steps=6),
         ImplicitAdjoint(solver=AndersonSolver(max_steps=300, rtol=1e-6), unconverged="ignore"),
@@ -102,8 +105,8 @@ def one_process_group(tmp_path):
 @pytest.mark.parametrize("reshard", [True, False])
 @pytest.mark.parametrize("unit", ["layer", "network"])
 def test_fsdp2_of_the_layer_or_a_parent(one_process_group, unit, reshard):
-    for solver in SOLVERS.values():
-        plain, sharded = Network(solver, BPTT), Network(solver, REVERSIBLE)
+    for solver, adjoint in (*((solver, REVERSIBLE) for solver in SOLVERS.values()), STORED):
+        plain, sharded = Network(solver, BPTT), Network(solver, adjoint)
         if unit == "layer":
             fully_shard(sharded.layer, mesh=one_process_group, reshard_after_forward=reshard)
         fully_shard(sharded, mesh=one_process_group, reshard_after_forward=reshard)
