@@ -24,7 +24,7 @@ class Iteration(NamedTuple):
     value: Leaves
     num_evaluations: int  # whose result entered that state
     stats: SolverStats
-    diverged: Tensor | None = None  # whether it did, 0-dim, where the host looks later
+    factor: Tensor | None = None  # 1, or NaN if the state diverged, 0-dim; None where that was an error
 
 
 def iterate_to_fixed_point(
@@ -116,17 +116,19 @@ class _Watch:
         """Raise DivergenceError for the first iterate out of range; where the host does not look, the value is NaN."""
         extremes = torch.stack([e for row in self.extremes for e in row]).view(len(self.extremes), -1)
         magnitudes = extremes.abs().amax(1)
+        errors = deferred_errors.get()
         # With a tolerance the host waits for the device anyway.
         is_later = checks.host_must_wait(magnitudes.device) and not self.solver.has_tolerance
-        if has_numbers(magnitudes) and not is_later:
-            self._judge(None, magnitudes.tolist())
-            return iteration
-        diverged = ~(magnitudes < self.solver.limit()).all()
-        if has_numbers(magnitudes):
-            checks.check_later(magnitudes, partial(self._judge, deferred_errors.get()))
-        return iteration._replace(
-            value=[torch.where(diverged, math.nan, v) for v in iteration.value], diverged=diverged
-        )
+        if has_numbers(magnitudes) and is_later:
+            checks.check_later(magnitudes, partial(self._judge, errors))
+        elif has_numbers(magnitudes):
+            self._judge(errors, magnitudes.tolist())
+            if errors is None:
+                return iteration
+        # A factor, which makes the gradient NaN, too: other processes learn of it by that.
+        factor = torch.where((magnitudes < self.solver.limit()).all(), 1.0, math.nan)
+        iteration.stats.relative_residual = iteration.stats.relative_residual * factor
+        return iteration._replace(value=[v * factor for v in iteration.value], factor=factor)
 
     def _judge(self, errors: "list[DivergenceError] | None", sizes: list[float]) -> None:
         limit = self.solver.limit()

@@ -2,12 +2,11 @@
 
 import contextlib
 import dataclasses
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from ..transforms import is_recorded, is_traced, outside_of_compilers
 from .adjoints.base import AbstractAdjoint
@@ -15,9 +14,8 @@ from .adjoints.implicit import ImplicitAdjoint
 from .adjoints.phantom import PhantomAdjoint
 from .checks import settle_checks
 from .function import EquilibriumFunction, modules
-from .loop import DivergenceError, deferred_errors
 from .norms import Leaves, Map
-from .solution import FixedPointSolution, SolverStats
+from .solution import FixedPointSolution
 from .solvers.base import AbstractSolver
 from .validation import require_count
 
@@ -63,15 +61,8 @@ def solve_fixed_point(
         raise ValueError(f"a solve is exported in evaluation mode only: call {type(f).__name__}.eval(), or the model's")
     if is_recorded() and torch.is_grad_enabled():
         raise ValueError("make_fx would record a solve with another gradient: call it within torch.no_grad()")
-    try:
-        with torch.no_grad() if is_traced() else contextlib.nullcontext():
-            value, stats = adjoint.solve(function, z_leaves, solver)
-    except DivergenceError as error:
-        if (errors := deferred_errors.get()) is None:
-            raise
-        errors.append(error)
-        function.x = tree_leaves(x)  # the adjoint may have taken it up
-        value, stats = _diverged(function, z_leaves, solver)
+    with torch.no_grad() if is_traced() else contextlib.nullcontext():
+        value, stats = adjoint.solve(function, z_leaves, solver)
     # Memory of its own, whatever f and the gradient keep; a traced program has no gradient.
     value = [(v.detach() if is_traced() else v).clone() for v in value]
     return FixedPointSolution(tree_unflatten(value, z_spec), stats)
@@ -126,15 +117,6 @@ def require_solver_and_adjoint(solver: Any, adjoint: Any) -> None:
     if not isinstance(adjoint, AbstractAdjoint):
         raise ValueError(f"adjoint must be an adjoint such as ReversibleAdjoint(), got {adjoint!r}")
     adjoint.check(solver)
-
-
-def _diverged(f: EquilibriumFunction, z0: Leaves, solver: AbstractSolver) -> tuple[Leaves, SolverStats]:
-    """NaN, by one more evaluation: so everything that f uses has a gradient, NaN, which other processes wait for."""
-    value = [v * math.nan for v in f(z0)]
-    steps = torch.full(z0[0].shape[:1], solver.max_steps, device=z0[0].device)
-    residual = torch.full(steps.shape, math.nan, device=steps.device)
-    converged = torch.zeros_like(steps, dtype=torch.bool) if solver.has_tolerance else None
-    return value, SolverStats(steps, f.nfe, residual, converged)
 
 
 def _checked_state(leaves: list[Any]) -> Leaves:

@@ -147,24 +147,24 @@ def test_a_state_that_diverged_is_nan_until_someone_waits_who_gets_the_error(mon
 
     def run(scale):
         layer = attention_layer(solver, adjoint)
-        value = layer(scale * x).value
-        project(value).backward()
+        value = layer(x, scale * x).value
+        value.sum().backward()
         return value, layer.f.up.weight.grad
 
-    value, gradient = run(1e30)
+    value, gradient = run(1e8)  # finite, and out of range
     assert value.isnan().all()
-    assert gradient.isnan().any()
+    assert gradient.isnan().all()
     with pytest.raises(DivergenceError) as error:
         settle_checks()
     settle_checks()  # is reported once; nor is the reconstruction of such a state
     with monkeypatch.context() as patch:
         patch.setattr(checks, "host_must_wait", lambda device: False)
         with pytest.raises(DivergenceError) as expected:
-            run(1e30)
+            run(1e8)
     assert str(error.value) == str(expected.value)  # names the evaluation
     errors = []
     with deferred_divergence(errors):
-        run(1e30)
+        run(1e8)
         assert not errors
     settle_checks()  # in the list of the solve's own time
     assert [str(e) for e in errors] == [str(expected.value)]

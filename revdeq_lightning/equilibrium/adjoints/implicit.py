@@ -73,6 +73,8 @@ class ImplicitAdjoint(AbstractAdjoint):
         def cotangents(system: AdjointSystem, stats: SolverStats, grads: Leaves) -> Leaves:
             self.refuse_double_backward()
             self.refuse_transforms(is_functorch() or torch._C._functorch.is_legacy_batchedtensor(grads[0]))
+            if errors:  # of a solve that has diverged already
+                return [torch.full_like(g, math.nan) for g in grads]
             start = system.begin(grads)
             try:
                 solution = iterate_to_fixed_point(self.solver, system, start)

@@ -200,6 +200,8 @@ class _ReversibleFunction(torch.autograd.Function):
         solve: _Solve = ctx.solve
         solve.adjoint.refuse_double_backward()
         solve.adjoint.refuse_transforms(is_functorch())
+        if solve.iteration.factor is not None:
+            grads = tuple(g * solve.iteration.factor for g in grads)
         saved = ctx.saved_tensors
         needs_grad = ctx.needs_input_grad[1:]
         inputs, state_tensors = solve.leaves(saved[: len(needs_grad)], needs_grad), list(saved[len(needs_grad) :])
@@ -311,8 +313,8 @@ class _BackwardPass:
         # Floating-point states never come back exactly, whatever f does; nor do those that diverged.
         if policy == "ignore" or self.solver.arithmetic != "exact":
             return
-        if (diverged := self.solve.iteration.diverged) is not None:
-            counts = counts.masked_fill(diverged, 0)
+        if (factor := self.solve.iteration.factor) is not None:
+            counts = counts.masked_fill(factor.isnan(), 0)
         total = 2 * sum(z.numel() for z in z0)
         check_later(counts, partial(_report, policy, total), self.solve.checks)
 
