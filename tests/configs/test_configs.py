@@ -2,10 +2,14 @@
 
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from benchmarks.quality.budget import settings_of
+from benchmarks.quality.text import sentences
+from revdeq_lightning.data.text.tokenizers import BytePairTokenizer
 from revdeq_lightning.models import TransformerConfig
 from revdeq_lightning.models.build import SolverConfig, build_language_model
 from revdeq_lightning.tasks.optimizers import OptimizerConfig, build_optimizer
@@ -76,6 +80,24 @@ def test_a_few_steps_at_reduced_size(path, tmp_path, capsys):
     run("fit", *configs, *(f"--{key}={value}" for key, value in options.items()))
     (folder,) = (tmp_path / path.stem).iterdir()
     assert torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 3
+    assert "step 2: val/loss" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["wikitext103", "wikitext103_modern"])
+def test_wikitext_in_a_local_folder_with_a_tokenizer_file(name, tmp_path, capsys):
+    folder = tmp_path / "wikitext"
+    folder.mkdir()
+    for split, count in (("train", 150_000), ("validation", 2000), ("test", 2000)):
+        rows = [f" {sentence} . \n" for sentence in sentences(count)]  # about 20 MB; no line ends in a letter
+        datasets.Dataset.from_dict({"text": rows}).to_parquet(folder / f"{split}-00000-of-00001.parquet")
+    tokenizer = Tokenizer.from_str(BytePairTokenizer.train(rows, 4000).state()["definition"])
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    options = {key: value for key, value in SMALL.items() if key not in ("data.source", "data.dataset_name")}
+    options |= {"data.path": folder, "data.tokenizer": tmp_path / "tokenizer.json", "run.folder": tmp_path}
+    options |= {"data.cache_dir": tmp_path / "cache", "data.context_length": 448, "trainer.limit_val_batches": 2}
+    run("fit", f"--config=configs/lm/{name}.yaml", *(f"--{key}={value}" for key, value in options.items()))
     assert "step 2: val/loss" in capsys.readouterr().out
 
 

@@ -16,6 +16,7 @@ import torch
 import yaml
 from tokenizers import AddedToken, Tokenizer
 
+from benchmarks.quality import text as text_benchmark
 from revdeq_lightning.data.loading import files
 from revdeq_lightning.data.loading.sampler import IGNORE_INDEX
 from revdeq_lightning.data.text import sources as text_sources
@@ -150,18 +151,21 @@ def test_explicit_files_are_the_splits_whatever_the_fractions(module, tmp_path):
     assert module(validation_path=str(tmp_path / "validation")).splits == ("train", "validation")
 
 
-@pytest.mark.parametrize("form", ["parquet", "save_to_disk"])
+@pytest.mark.parametrize("form", ["parquet", "parquet with a card", "save_to_disk"])
 def test_local_huggingface_dataset(module, tmp_path, form):
     rows = {"train": ["", " = Title = \n", "", " one two \n"], "validation": ["three\n"], "test": ["four"]}
     folder = tmp_path / "dataset"
     folder.mkdir()
     parts = {split: datasets.Dataset.from_dict({"text": texts}) for split, texts in rows.items()}
-    if form == "parquet":
+    if form.startswith("parquet"):
         for split, part in parts.items():
             part.to_parquet(folder / f"{split}-00000-of-00001.parquet")
+        if form != "parquet":
+            files = "".join(f"  - {{split: {split}, path: {split}-*}}\n" for split in parts)
+            (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: small\n  data_files:\n{files}---\n")
     else:
         datasets.DatasetDict(parts).save_to_disk(folder)
-    data = module(source="huggingface", path=str(folder), context_length=4)
+    data = module(source="huggingface", path=str(folder), dataset_name="small", context_length=4)
     assert split_text(data, "train") == "\n = Title = \n\n one two \n"
     assert (split_text(data, "validation"), split_text(data, "test")) == ("three\n", "four\n")
 
@@ -367,6 +371,20 @@ def test_processes_that_prepare_at_the_same_time_build_once(tmp_path):
         process.join(timeout=60)
     assert [process.exitcode for process in processes] == [0] * 4
     assert builds.value == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", text_benchmark.KINDS)
+def test_preparing_takes_as_much_memory_for_a_text_ten_times_as_large(tmp_path, kind):
+    found = {}
+    for size in (5, 50):
+        path = tmp_path / f"{size}.{text_benchmark.KINDS[kind]}"
+        text_benchmark.write(path, kind, size * 1e6)
+        found[size] = text_benchmark.Prepared(path, "bpe", tmp_path / "cache").start()
+    assert found[50]["peak_bytes"] < 1.5e9
+    assert found[50]["peak_bytes"] - found[5]["peak_bytes"] < 150e6  # the text and its tokens would be 75 MB and more
+    again = text_benchmark.Prepared(path, "bpe", tmp_path / "cache").start()
+    assert again["resident_bytes"] - again["imported_bytes"] < 20e6
 
 
 # Windows

@@ -235,6 +235,8 @@ def load_huggingface(path: str, name: str | None, *, streaming: bool = False) ->
             if not folder.is_dir() and not constants.HF_HUB_OFFLINE and not hub_is_reachable():
                 raise ConnectionError("no answer")
             with dataset_errors(path):
+                if folder.is_dir() and datasets.get_dataset_config_names(path) == ["default"]:
+                    name = None  # files of one configuration, without the card that names it
                 loaded = datasets.load_dataset(path, name, streaming=streaming)
         except ConnectionError as error:
             raise ConnectionError(

@@ -15,7 +15,7 @@ from revdeq_lightning.data.loading.base import AbstractDataModule, check_fractio
 from revdeq_lightning.data.loading.files import SPLITS
 from revdeq_lightning.data.loading.sampler import ResumableLoader
 from revdeq_lightning.data.text.passages import Passage
-from revdeq_lightning.data.text.sources import SOURCES, TextSource, open_source
+from revdeq_lightning.data.text.sources import SOURCES, read_source, source_key
 from revdeq_lightning.data.text.tokenizers import (
     AbstractTokenizer,
     build_tokenizer,
@@ -186,21 +186,24 @@ class TextDataModule(AbstractDataModule):
     def _prepared(self) -> ArrayCache:
         if self._cache is None:
             hparams = self.hparams
-            limited = bool(hparams["max_train_bytes"] or hparams["max_train_tokens"])
-            source = open_source(**{name: hparams[name] for name in _SOURCE_ARGUMENTS}, limited=limited)
             settings = {name: hparams[name] for name in _CONTENT_ARGUMENTS}
-            key = digest([_CACHE_FORMAT, source.key, tokenizer_key(hparams["tokenizer"]), settings])
+            content = source_key(hparams["source"], self._paths(), hparams["dataset_name"])
+            key = digest([_CACHE_FORMAT, content, tokenizer_key(hparams["tokenizer"]), settings])
             file = f"{hparams['source']}-{Path(hparams['tokenizer']).stem}-{key}.safetensors"
             path = Path(hparams["cache_dir"], file)
-            self._cache = load_or_build(path, partial(self._tokenize, source, path))
+            self._cache = load_or_build(path, partial(self._tokenize, path))
         return self._cache
+
+    def _paths(self) -> dict[str, Any]:
+        paths = {split: self.hparams[f"{prefix}path"] for split, prefix in zip(SPLITS, _PREFIXES, strict=True)}
+        return {split: path for split, path in paths.items() if path is not None}
 
     def _by_split(self) -> dict[str, StoredArray]:
         return self._prepared().arrays
 
-    def _tokenize(self, source: TextSource, path: Path, writer: ArrayWriter) -> dict[str, Any]:
+    def _tokenize(self, path: Path, writer: ArrayWriter) -> dict[str, Any]:
         rank_zero_info(f"Tokenizing the text into {path} (once) ...")
-        passages, left_out = self._passages(source, writer.folder)
+        passages, left_out = self._passages(writer.folder)
         name, size = self.hparams["tokenizer"], self.hparams["bpe_vocab_size"]
         every = 1 + passages["train"].num_bytes // _LEARNED_BYTES if name == "bpe" else 1
         training_text = islice(passages["train"].blocks(), 0, None, every)
@@ -213,24 +216,28 @@ class TextDataModule(AbstractDataModule):
                 raise ValueError(f"{split} text: {error}") from None
         return {"tokenizer": tokenizer.state(), "statistics": statistics, "left_out": left_out}
 
-    def _passages(self, source: TextSource, folder: Path) -> tuple[dict[str, Passage], list[str]]:
+    def _passages(self, folder: Path) -> tuple[dict[str, Passage], list[str]]:
         """Write the text of each split into `folder`."""
-        hparams = self.hparams
-        texts, left_out = source.read(folder)
-        train_limits = [hparams["max_train_bytes"], (hparams["max_train_tokens"] or 0) * _MOST_BYTES_PER_TOKEN]
-        fractions = 1 - hparams["validation_fraction"] - hparams["test_fraction"], 1 - hparams["test_fraction"]
-        whole = hparams["source"] != "python" and list(texts) == ["train"]
-        needed = dict.fromkeys(SPLITS, hparams["max_eval_bytes"])
-        needed["train"] = math.ceil(min(filter(None, train_limits), default=0) / (fractions[0] if whole else 1))
-        passages = {
-            split: Passage.write(folder / f"{split}.txt", parts, needed[split] if source.streamed else None)
-            for split, parts in texts.items()
-        }
+        hparams, paths = self.hparams, self._paths()
+        source, limit = hparams["source"], hparams["max_train_bytes"]
+        needed = min(filter(None, (limit, _MOST_BYTES_PER_TOKEN * (hparams["max_train_tokens"] or 0))), default=None)
+        streaming = source == "huggingface" and needed is not None and not Path(paths["train"]).is_dir()
+        fractions = {name: hparams[name] for name in _FRACTIONS}
+        texts, left_out = read_source(
+            source, paths, hparams["dataset_name"], **fractions, streaming=streaming, folder=folder
+        )
+        limits = {"train": limit, "validation": hparams["max_eval_bytes"], "test": hparams["max_eval_bytes"]}
+        ends = 1 - hparams["validation_fraction"] - hparams["test_fraction"], 1 - hparams["test_fraction"]
+        whole = source != "python" and list(texts) == ["train"]
+        needs = limits | {"train": needed and math.ceil(needed / (ends[0] if whole else 1))} if streaming else {}
+        passages = {s: Passage.write(folder / f"{s}.txt", text, needs.get(s)) for s, text in texts.items()}
+        for split, passage in passages.items():
+            if source == "files" and not passage.num_bytes:
+                raise ValueError(f"the {split} text is empty ({paths[split]}): use a file with text.")
+        if left_out and source == "huggingface":
+            rank_zero_warn(f"{paths['train']}: left out: {'; '.join(left_out)}.")
         if whole:
-            passages = dict(zip(SPLITS, passages["train"].divide(*fractions), strict=True))
-        if left_out and hparams["source"] == "huggingface":
-            rank_zero_warn(f"{hparams['path']}: left out: {'; '.join(left_out)}.")
-        limits = dict.fromkeys(SPLITS, hparams["max_eval_bytes"]) | {"train": hparams["max_train_bytes"]}
+            passages = dict(zip(SPLITS, passages["train"].divide(*ends), strict=True))
         return {s: passage.first_bytes(limits[s]) for s, passage in passages.items() if passage.num_bytes}, left_out
 
     def _tokenize_split(
@@ -275,7 +282,7 @@ class TextDataModule(AbstractDataModule):
         return settings | {"num_tokens": len(prepared.arrays["train"]), "token_checksum": prepared.checksum("train")}
 
 
+_PREFIXES = ("", "validation_", "test_")
 _FRACTIONS = ("validation_fraction", "test_fraction")
 _LIMITS = ("max_train_bytes", "max_train_tokens", "max_eval_bytes")
-_SOURCE_ARGUMENTS = ("source", "path", "dataset_name", "validation_path", "test_path", *_FRACTIONS)
 _CONTENT_ARGUMENTS = ("bpe_vocab_size", *_FRACTIONS, *_LIMITS)

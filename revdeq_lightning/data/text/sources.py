@@ -5,9 +5,9 @@ import hashlib
 import os
 import re
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from revdeq_lightning.data.loading.files import (
     SPLITS,
@@ -27,92 +27,86 @@ _NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
 _TABLES = {".parquet": "parquet", ".jsonl": "json", ".ndjson": "json"}
 _COMPRESSED = (".gz", ".bz2", ".zst", ".lz4")
 
-
-class TextSource(NamedTuple):
-    """Text in splits that do not overlap.
-
-    Attributes:
-        key: Identifies the content.
-        read: Takes a folder for temporary files, and returns the text of each split in parts, and a list for lines on
-            what was left out, complete once the parts have been read.
-        streamed: Whether reading a part of a split saves fetching the rest.
-    """
-
-    key: str
-    read: Callable[[Path], tuple[Mapping[str, Iterable[str]], list[str]]]
-    streamed: bool = False
+Paths = Mapping[str, str | Sequence[str]]
 
 
-def open_source(
+def source_key(source: str, paths: Paths, dataset_name: str | None) -> str:
+    """Identify the content of a source, given the path of each split (of "train" if that has all)."""
+    if source == "python":
+        return files_key(*_library())
+    if source == "huggingface":
+        return huggingface_key(str(paths["train"]), dataset_name)
+    return repr({split: [files_key(*found) for found in _find_files(path, [])] for split, path in paths.items()})
+
+
+def read_source(
     source: str,
-    path: str | Sequence[str] | None,
-    *,
+    paths: Paths,
     dataset_name: str | None,
-    validation_path: str | Sequence[str] | None,
-    test_path: str | Sequence[str] | None,
+    *,
     validation_fraction: float,
     test_fraction: float,
-    limited: bool,
-) -> TextSource:
-    """Open one of the `SOURCES`, with the arguments of `TextDataModule`; `limited`: only a part is needed."""
-    if source == "python":
-        return _open_python(validation_fraction, test_fraction)
-    if source == "files":
-        return _open_files({"train": path, "validation": validation_path, "test": test_path})
-    local = Path(str(path)).is_dir()
-    return TextSource(
-        huggingface_key(str(path), dataset_name),
-        lambda _: _read_huggingface(str(path), dataset_name, streaming=local or limited),
-        streamed=limited and not local,
-    )
+    streaming: bool,
+    folder: Path,
+) -> tuple[Mapping[str, Iterator[str]], list[str]]:
+    """The text of each split in parts, read as they are needed, and lines on what was left out, complete when all are.
 
-
-def _open_python(validation_fraction: float, test_fraction: float) -> TextSource:
-    """Assign a file's split and position by the hash of its name: identical everywhere, similar across versions.
-
-    In this order, a byte limit on the split selects files from the entire library.
+    Args:
+        source: One of the `SOURCES`.
+        paths: Path of each split.
+        dataset_name: Configuration of a Hugging Face dataset.
+        validation_fraction: For "python", the approximate fraction of the files.
+        test_fraction: Likewise.
+        streaming: Whether to fetch only what is read of a Hugging Face dataset.
+        folder: Folder for temporary files.
     """
+    left_out: list[str] = []
+    if source == "python":
+        return _read_python(validation_fraction, test_fraction), left_out
+    if source == "huggingface":
+        return _read_huggingface(str(paths["train"]), dataset_name, streaming, left_out), left_out
+    found = {split: _find_files(path, left_out) for split, path in paths.items()}
+    files = {split: [root / name for root, names in roots for name in names] for split, roots in found.items()}
+    return {s: _joined(_read_file(file, folder, left_out) for file in files[s]) for s in files}, left_out
+
+
+def _library() -> tuple[Path, list[str]]:
+    """Folder of the library's source, and its files in the order of the hash of their names, identical everywhere."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    hashes = {}
+    found = []
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = set(subfolders) - _NOT_LIBRARY
-        for file in (Path(folder, name).relative_to(root).as_posix() for name in names if name.endswith(".py")):
-            hashes[file] = hashlib.sha256(file.encode()).digest()
-    if not hashes:
+        found += [Path(folder, name).relative_to(root).as_posix() for name in names if name.endswith(".py")]
+    if not found:
         raise FileNotFoundError(
             f'this Python has no source of its standard library under {root}: use source="files" with path=YOUR_TEXT.'
         )
-    files = sorted(hashes, key=lambda name: hashes[name])
-
-    def read(_: Path) -> tuple[dict[str, list[str]], list[str]]:
-        content: dict[str, list[str]] = {split: [] for split in SPLITS}
-        for file in files:
-            try:
-                text = (root / file).read_bytes().decode("utf-8")
-            except UnicodeDecodeError:  # the file declares another encoding
-                continue
-            place = int.from_bytes(hashes[file][:8], "big") / 2**64
-            is_validation = place < test_fraction + validation_fraction
-            content["test" if place < test_fraction else "validation" if is_validation else "train"].append(text)
-        return content, []
-
-    return TextSource(files_key(root, files), read)
+    return root, sorted(found, key=_hash)
 
 
-def _open_files(paths: Mapping[str, str | Sequence[str] | None]) -> TextSource:
-    left_out: list[str] = []
-    keys, files = [], {}
-    for split, path in paths.items():
-        if path is not None:
-            listings = _find_files(path, left_out)
-            keys.append([split, *(files_key(*listing) for listing in listings)])
-            files[split] = [root / name for root, names in listings for name in names]
+def _hash(name: str) -> bytes:
+    return hashlib.sha256(name.encode()).digest()
 
-    def read(folder: Path) -> tuple[dict[str, Iterator[str]], list[str]]:
-        texts = {s: _joined(_read_file(file, folder, left_out) for file in found) for s, found in files.items()}
-        return {s: _not_empty(text, f"the {s} text is empty ({paths[s]})") for s, text in texts.items()}, left_out
 
-    return TextSource(repr(keys), read)
+def _read_python(validation_fraction: float, test_fraction: float) -> dict[str, Iterator[str]]:
+    """Assign a file's split by the hash of its name: identical everywhere, similar across versions.
+
+    In this order, a byte limit on the split selects files from the entire library.
+    """
+    root, names = _library()
+    files: dict[str, list[Path]] = {split: [] for split in SPLITS}
+    for name in names:
+        place = int.from_bytes(_hash(name)[:8], "big") / 2**64
+        is_validation = place < test_fraction + validation_fraction
+        files["test" if place < test_fraction else "validation" if is_validation else "train"].append(root / name)
+    return {split: map(_python_text, found) for split, found in files.items()}
+
+
+def _python_text(file: Path) -> str:
+    try:
+        return file.read_bytes().decode("utf-8")
+    except UnicodeDecodeError:  # the file declares another encoding
+        return ""
 
 
 def _find_files(path: str | Sequence[str], left_out: list[str]) -> list[tuple[Path, list[str]]]:
@@ -150,15 +144,6 @@ def _joined(texts: Iterable[Iterable[str]]) -> Iterator[str]:
             first, last = False, part[-1]
 
 
-def _not_empty(texts: Iterable[str], message: str) -> Iterator[str]:
-    empty = True
-    for text in texts:
-        empty = False
-        yield text
-    if empty:
-        raise ValueError(f"{message}: use data with text.")
-
-
 def _read_file(path: Path, folder: Path, left_out: list[str]) -> Iterator[str]:
     """A text file, or the column "text" of a table; both may be compressed."""
     name = path.stem if path.suffix.lower() in _COMPRESSED else path.name
@@ -178,14 +163,13 @@ def _read_file(path: Path, folder: Path, left_out: list[str]) -> Iterator[str]:
     yield from _read_rows(str(path), "the file", rows, left_out)
 
 
-def _read_huggingface(path: str, name: str | None, *, streaming: bool) -> tuple[dict[str, Iterator[str]], list[str]]:
-    loaded = load_huggingface(path, name, streaming=streaming)
-    left_out = []
+def _read_huggingface(path: str, name: str | None, streaming: bool, left_out: list[str]) -> dict[str, Iterator[str]]:
+    loaded = load_huggingface(path, name, streaming=streaming or Path(path).is_dir())
     for split in loaded:
         if split not in SPLITS:
             rows = f" ({len(loaded[split])} rows)" if hasattr(loaded[split], "__len__") else ""
             left_out.append(f"the split {split}{rows}")
-    return {s: _read_rows(path, s, loaded[s], left_out) for s in SPLITS if s in loaded}, left_out
+    return {s: _read_rows(path, s, loaded[s], left_out) for s in SPLITS if s in loaded}
 
 
 def _read_rows(path: str, split: str, rows: Any, left_out: list[str]) -> Iterator[str]:

@@ -127,7 +127,7 @@ class BytePairTokenizer(AbstractTokenizer):
     """
 
     def __init__(self, definition: str) -> None:
-        from tokenizers import Tokenizer
+        from tokenizers import Tokenizer, pre_tokenizers
 
         try:
             self._definition = Tokenizer.from_str(definition).to_str()
@@ -137,8 +137,10 @@ class BytePairTokenizer(AbstractTokenizer):
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         added = self._tokenizer.get_added_tokens_decoder()
         tokens = {i: self._tokenizer.id_to_token(i) or "" for i in range(self.vocab_size)}
+        ((characters, _),) = pre_tokenizers.ByteLevel(False, use_regex=False).pre_tokenize_str(_ALL_BYTES)
+        byte_of = {chr(b): b for b in range(256)} | dict(zip(characters, _ALL_BYTES.encode(), strict=True))
         try:
-            self._bytes = [t.encode() if i in added else bytes(_BYTE_OF[c] for c in t) for i, t in tokens.items()]
+            self._bytes = [t.encode() if i in added else bytes(byte_of[c] for c in t) for i, t in tokens.items()]
             self._num_bytes = np.array([len(token) for token in self._bytes], dtype=np.int64)
             self._overlap = max(_OVERLAP, 4 * int(self._num_bytes.max(initial=0)))
             lossless = all(self.decode(self.encode(sample)) == sample for sample in (_ALL_KINDS, _ALL_BYTES))
@@ -268,10 +270,8 @@ def build_tokenizer(name: str, *, bpe_vocab_size: int, training_text: Iterable[s
 def check_tokenizer_name(name: str) -> None:
     """Raise a ValueError if `name` is neither a known tokenizer nor an existing path, and cannot be one of the Hub."""
     if name not in TOKENIZERS and not Path(name).exists() and not _HUB_NAME.fullmatch(name):
-        raise ValueError(
-            f"tokenizer must be one of {', '.join(TOKENIZERS)} or an existing path, or OWNER/NAME on the Hub, "
-            f'got "{name}".'
-        )
+        known = f"one of {', '.join(TOKENIZERS)} or an existing path, or OWNER/NAME on the Hub"
+        raise ValueError(f'tokenizer must be {known}, got "{name}".')
 
 
 def tokenizer_key(name: str) -> str:
@@ -291,18 +291,15 @@ def _download(repository: str) -> str:
     try:
         return huggingface_hub.hf_hub_download(repository, "tokenizer.json", local_files_only=True)
     except LocalEntryNotFoundError:
-        advice = "download that file elsewhere and pass its path as tokenizer"
+        reason = "the Hub is not reachable"
     try:
         if hub_is_reachable():
             return huggingface_hub.hf_hub_download(repository, "tokenizer.json")
     except HfHubHTTPError as error:
         reason = str(error).strip().splitlines()[-1]
-        raise ValueError(
-            f"{repository} is not a path, and its tokenizer.json cannot be fetched ({reason}): {advice}."
-        ) from None
     raise ConnectionError(
-        f"{repository} is neither a path nor cached, and the Hub is not reachable ({repository}/tokenizer.json): "
-        f'{advice}, or use tokenizer="bpe".'
+        f"{repository} is neither a path nor cached, and {reason} ({repository}/tokenizer.json): download that file "
+        'elsewhere and pass its path as tokenizer, or use tokenizer="bpe".'
     )
 
 
@@ -379,14 +376,6 @@ def _short_words(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _byte_characters() -> dict[str, int]:
-    """GPT-2's table: printable bytes map to themselves, the others to characters from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [b for b in range(256) if b not in printable]
-    return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
-
-
-_BYTE_OF = _byte_characters()
 # Characters with all bytes that may occur in UTF-8.
 _CODE_POINTS = (*range(0x100), *range(0x100, 0x800, 0x40), 0x800, *range(0x1000, 0x10000, 0x1000))
 _ALL_BYTES = "".join(map(chr, (*_CODE_POINTS, 0x10000, *range(0x40000, 0x110000, 0x40000))))
