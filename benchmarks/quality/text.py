@@ -29,15 +29,16 @@ from revdeq_lightning.data.text.tokenizers import BytePairTokenizer
 KINDS = {"lines": "txt", "JSON lines": "jsonl", "one line": "txt"}
 MAX_BYTES, MAX_GROWTH_BYTES, MIN_SPEED, MAX_SECONDS = 1.5e9, 50e6, 0.8, 2.0
 CHILD = """
-import json, resource, sys, time
+import json, sys, time
 from revdeq_lightning.data.text.module import TextDataModule
-imported, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+def size(name):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
+imported, start = size("VmHWM"), time.perf_counter()
 data = TextDataModule("files", sys.argv[1], tokenizer=sys.argv[2], cache_dir=sys.argv[3], context_length=128)
 data.setup("fit")
 next(iter(data.train_dataloader()))
 seconds = time.perf_counter() - start
-sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("Vm")}
-found = {"peak_bytes": sizes["VmHWM"], "resident_bytes": sizes["VmRSS"], "imported_bytes": imported * 1024}
+found = {"peak_bytes": size("VmHWM"), "resident_bytes": size("VmRSS"), "imported_bytes": imported}
 print(json.dumps(found | {"seconds": seconds, "tokens": sum(data.found()["tokens"].values())}))
 """
 

@@ -24,10 +24,13 @@ from revdeq_lightning.data.loading.files import (
 SOURCES = ("python", "files", "huggingface")
 _CODE = re.compile(r".*\.(py|ipynb|sh|ya?ml|toml|cfg|c|cc|cpp|h|cu|rs|js)", re.IGNORECASE)
 _NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
-_TABLES = {".parquet": "parquet", ".jsonl": "json", ".ndjson": "json"}
+_TABLES = (".parquet", ".jsonl", ".ndjson")
 _COMPRESSED = (".gz", ".bz2", ".zst", ".lz4")
 
+_BATCH_ROWS = 100
+
 Paths = Mapping[str, str | Sequence[str]]
+Batch = dict[str, list[Any]]
 
 
 def source_key(source: str, paths: Paths, dataset_name: str | None) -> str:
@@ -147,20 +150,28 @@ def _joined(texts: Iterable[Iterable[str]]) -> Iterator[str]:
 def _read_file(path: Path, folder: Path, left_out: list[str]) -> Iterator[str]:
     """A text file, or the column "text" of a table; both may be compressed."""
     name = path.stem if path.suffix.lower() in _COMPRESSED else path.name
-    kind = _TABLES.get(Path(name).suffix.lower())
-    if kind is None:
+    if Path(name).suffix.lower() not in _TABLES:
         yield from read_text(path)
         return
-    import datasets
-
     table = path
     if name != path.name:
         table = folder / name
         with table.open("wb") as file:
             file.writelines(read_blocks(path))
-    with dataset_errors(str(path)):
-        rows = datasets.load_dataset(kind, data_files=glob.escape(str(table)), split="train", streaming=True)
-    yield from _read_rows(str(path), "the file", rows, left_out)
+    yield from _read_rows(str(path), "the file", _read_table(table), left_out)
+
+
+def _read_table(path: Path) -> Iterator[Batch]:
+    import datasets
+    import pyarrow.parquet
+
+    if path.suffix.lower() == ".parquet":  # the other library decodes a group of rows at once, which may be all of them
+        file = pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
+        columns = ["text"] if "text" in file.schema_arrow.names else None
+        yield from (batch.to_pydict() for batch in file.iter_batches(_BATCH_ROWS, columns=columns))
+    else:
+        rows = datasets.load_dataset("json", data_files=glob.escape(str(path)), split="train", streaming=True)
+        yield from _select(rows)
 
 
 def _read_huggingface(path: str, name: str | None, streaming: bool, left_out: list[str]) -> dict[str, Iterator[str]]:
@@ -169,15 +180,18 @@ def _read_huggingface(path: str, name: str | None, streaming: bool, left_out: li
         if split not in SPLITS:
             rows = f" ({len(loaded[split])} rows)" if hasattr(loaded[split], "__len__") else ""
             left_out.append(f"the split {split}{rows}")
-    return {s: _read_rows(path, s, loaded[s], left_out) for s in SPLITS if s in loaded}
+    return {s: _read_rows(path, s, _select(loaded[s]), left_out) for s in SPLITS if s in loaded}
 
 
-def _read_rows(path: str, split: str, rows: Any, left_out: list[str]) -> Iterator[str]:
+def _select(rows: Any) -> Iterator[Batch]:
+    rows = rows.select_columns("text") if "text" in (rows.column_names or ()) else rows
+    yield from rows.iter(batch_size=_BATCH_ROWS)
+
+
+def _read_rows(path: str, split: str, batches: Iterator[Batch], left_out: list[str]) -> Iterator[str]:
     """The column "text"; every row is a line or a document and gets a line end (WikiText's blank lines are empty)."""
-    if "text" in (rows.column_names or ()):
-        rows = rows.select_columns("text")
     num_rows, missing = 0, []
-    for batch in _batches(path, rows):
+    for batch in _reported(path, batches):
         if "text" not in batch:
             raise ValueError(
                 f'{path} has the columns {list(batch)}, "text" is not among them: save a copy with a column of that '
@@ -204,6 +218,6 @@ def _read_rows(path: str, split: str, rows: Any, left_out: list[str]) -> Iterato
         raise ValueError(f'{path}: no row of {split} has a text: use a dataset with a column "text" of strings.')
 
 
-def _batches(path: str, rows: Any) -> Iterator[dict[str, list[Any]]]:
+def _reported(path: str, batches: Iterator[Batch]) -> Iterator[Batch]:
     with dataset_errors(path):
-        yield from rows.iter(batch_size=100)
+        yield from batches
