@@ -192,7 +192,7 @@ class ReasoningTask(AbstractTask):
         # Drawn on the CPU, as the host would wait for masks on the device.
         at_zero = torch.rand(len(inputs)) >= self.random_start
         is_late = torch.rand(len(inputs)) < self.late_start
-        z0[send(at_zero.nonzero().flatten(), inputs.device)] = 0
+        z0.index_fill_(0, send(at_zero.nonzero().flatten(), inputs.device), 0)
         if is_late.any():
             late = send(is_late.nonzero().flatten(), inputs.device)
             steps = int(torch.randint(1, self.late_steps + 1, ()))
