@@ -317,6 +317,7 @@ def steps(bench: Bench) -> Iterator[dict[str, Any]]:
         "bare evaluations": exact,
         "exact": exact,
         "exact, compiled": SolverConfig(max_steps=n, compiled=True),
+        "exact, half of the evaluations stored": SolverConfig(max_steps=n, reversible_stored_evaluations=n // 2),
         "stored BPTT": SolverConfig(max_steps=n, adjoint="backprop"),
         "checkpointed BPTT": SolverConfig(max_steps=n, adjoint="backprop", checkpoint=True),
         "explicit model": SolverConfig(solver="none"),
