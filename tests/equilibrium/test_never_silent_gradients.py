@@ -107,10 +107,23 @@ def test_batch_norm_in_training_mode(norm):
     assert solution.stats.reconstruction_mismatch == 0
 
 
+ON_A_GPU = property(lambda f: "cuda", lambda f, _: None)
+
+
+@pytest.mark.parametrize("where", ["cpu", "autocast", "cuda"])
+def test_where_kernels_depend_on_recording_both_passes_record(monkeypatch, where):
+    if where == "cuda":
+        monkeypatch.setattr(EquilibriumFunction, "device_type", ON_A_GPU, raising=False)
+    layer, x, records = attention_layer(SOLVER, REVERSIBLE), sequence(), []
+    layer.f.register_forward_pre_hook(lambda module, args: records.append(torch.is_grad_enabled()))
+    with torch.autocast("cpu", torch.bfloat16, enabled=where == "autocast"):
+        project(layer(x).value).backward()
+    assert records == [where != "cpu"] * 8 + [True] * 8
+
+
 def test_cudnn_that_chooses_kernels_by_time_is_refused(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
-    on_a_gpu = property(lambda f: "cuda", lambda f, _: None)
-    monkeypatch.setattr(EquilibriumFunction, "device_type", on_a_gpu, raising=False)
+    monkeypatch.setattr(EquilibriumFunction, "device_type", ON_A_GPU, raising=False)
     layer, x = attention_layer(SOLVER, REVERSIBLE), sequence()
     with pytest.raises(ValueError, match=r"cudnn.benchmark=True.*trainer.benchmark=false"):
         layer(x)
