@@ -5,7 +5,6 @@ They import Lightning only to prepare images.
 
 import csv
 import errno
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -297,43 +296,3 @@ def load_reasoner(
     reasoner = build_reasoner(ReasonerConfig(**settings["network"]), solver_for(settings, model))
     reasoner.load_state_dict(weights)
     return reasoner.to(device).eval(), state
-
-
-def export_weights(ckpt_path: str, output: str | None = None) -> str:
-    """Write the model's weights (averaged weights, if any) to one safetensors file.
-
-    The file's metadata hold the settings of the model as JSON, under `hyper_parameters`, and `global_step`.
-
-    Args:
-        ckpt_path: Checkpoint of any task: a file, or the folder of a sharded one.
-        output: File to write; null: next to the checkpoint, with the suffix .safetensors.
-
-    Raises:
-        CheckpointError: If the checkpoint is damaged, or not of a training run.
-        OSError: If there is no checkpoint, or the file cannot be written; an existing file is left unchanged.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    path = Path(ckpt_path)
-    if not path.exists():
-        raise FileNotFoundError(f"no checkpoint {path}")
-    target = check_output(output or path.with_suffix(".safetensors"))
-    try:
-        checkpoint = load_checkpoint(path)
-        weights, settings, step = (checkpoint[key] for key in ("state_dict", "hyper_parameters", "global_step"))
-    except (ValueError, OSError):  # their messages already say what is wrong
-        raise
-    except Exception as error:  # torch raises many types for files that are not checkpoints
-        raise CheckpointError(f"{path} is not a checkpoint of a training run ({type(error).__name__})") from None
-    # Copies, as safetensors does not allow tied weights to share memory.
-    tensors = {name: w.clone().contiguous() for name, w in weights_of_model(weights).items()}
-    beside = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        save_file(tensors, beside, {"hyper_parameters": json.dumps(settings), "global_step": str(step)})
-        beside.replace(target)
-    except (SafetensorError, OSError) as error:
-        raise OSError(f"cannot write {target}: {error}; choose another --output") from None
-    finally:
-        beside.unlink(missing_ok=True)
-    return f"{sum(w.numel() for w in tensors.values()):,} parameters in {len(tensors)} tensors, in {target}"

@@ -24,7 +24,8 @@ SUBCOMMANDS = {
     "predict": "write the nats of every token of the test text; image: class probabilities; reasoning: answers",
     "replay": "repeat a batch that made training diverge",
     "generate": "continue a text with a trained language model",
-    "export": "write the weights of a checkpoint to one safetensors file",
+    "evaluate": "measure a language model on tasks of lm-evaluation-harness",
+    "export": "write the weights of a checkpoint to one safetensors file, or to a folder for transformers",
     "report": "write a web page on one or several runs: report RUN [RUN ...] [--output FILE]",
 }
 
@@ -36,7 +37,8 @@ FUNCTIONS = {
     "generate": ("inference", "generate_text"),
     "image predict": ("inference", "predict_images"),
     "reasoning predict": ("inference", "predict_puzzles"),
-    "export": ("inference", "export_weights"),
+    "evaluate": ("huggingface", "evaluate"),
+    "export": ("export", "export_weights"),
     "replay": ("replay", "replay"),
 }
 """Commands that need no trainer: module and function, whose arguments are the options."""
@@ -97,8 +99,8 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         if subcommand == "report":
             _report(options)
-        elif subcommand == "generate" and task != "lm":
-            fail(f"generate is a command of language models, not of {task!r}")
+        elif subcommand in ("generate", "evaluate") and task != "lm":
+            fail(f"{subcommand} is a command of language models, not of {task!r}")
         elif function := FUNCTIONS.get(command):
             module, name = function
             check_arguments(module, name, options)

@@ -65,23 +65,47 @@ def generate(
     if warm_start:
         _check_warm_start(model, use_cache)
 
-    cache = KeyValueCache(context_length) if use_cache else None
-    window_BT = new_BT = tokens_BT
+    reader = TextReader(model, use_cache)
     text = [tokens_BT]
     with _eval_mode(model), _warm_started(model) if warm_start else nullcontext():
         for _ in range(max_new_tokens):
-            h_BTD, _ = model.hidden(new_BT if use_cache else window_BT, cache)
-            logits_BV = model.head(h_BTD[:, -1])
+            logits_BV = model.head(reader.read(text[-1])[:, -1])
             settle_checks()  # a GPU could not draw from NaN
-            token_B1 = sample(logits_BV, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
-            text.append(token_B1)
-            if window_BT.shape[1] < context_length:
-                window_BT, new_BT = torch.cat([window_BT, token_B1], 1), token_B1
-            else:
-                kept = max(1, context_length // 2)
-                window_BT = new_BT = torch.cat([window_BT, token_B1], 1)[:, -kept:]
-                cache = KeyValueCache(context_length) if use_cache else None
+            text.append(sample(logits_BV, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator))
     return torch.cat(text, 1)
+
+
+class TextReader:
+    """Reads a text, first its beginning and then token by token, with or without a key-value cache.
+
+    When the context is full, it continues from its second half, which it reads again.
+    """
+
+    def __init__(self, model: AbstractLanguageModel, use_cache: bool) -> None:
+        self._model, self._use_cache = model, use_cache
+        self._begin()
+
+    def _begin(self) -> None:
+        self._window_BT: Tensor | None = None
+        self._cache = KeyValueCache(self._model.config.context_length) if self._use_cache else None
+
+    def read(self, tokens_BT: Tensor) -> Tensor:
+        """Inputs of the output projection at these tokens, after those read before; `(B, T, D)`."""
+        num_new, length = tokens_BT.shape[1], self._model.config.context_length
+        whole_BT = tokens_BT if self._window_BT is None else torch.cat([self._window_BT, tokens_BT], 1)
+        if self._window_BT is not None and whole_BT.shape[1] > length:
+            self._begin()
+            whole_BT = tokens_BT = whole_BT[:, -max(1, length // 2) :]
+        self._window_BT = whole_BT
+        h_BTD, _ = self._model.hidden(whole_BT if self._cache is None else tokens_BT, self._cache)
+        return h_BTD[:, -num_new:]
+
+    def reorder(self, rows_B: Tensor) -> None:
+        """Replace each text by that of another row."""
+        if self._window_BT is not None:
+            self._window_BT = self._window_BT[rows_B]
+        if self._cache is not None:
+            self._cache.reorder(rows_B)
 
 
 def sample(
@@ -98,7 +122,9 @@ def sample(
     if top_p is not None:
         # Keep a token if the previous ones do not reach top_p, so always the first.
         probs_BV[probs_BV.cumsum(-1) - probs_BV >= top_p] = 0
-    return tokens_BV.gather(-1, torch.multinomial(probs_BV, 1, generator=generator))
+    # Drawn in the order of the vocabulary, as transformers does: a seed gives the same text there.
+    probs_BV = torch.zeros_like(probs_BV).scatter(-1, tokens_BV, probs_BV)
+    return torch.multinomial(probs_BV, 1, generator=generator)
 
 
 def _check_sampling(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
@@ -164,6 +190,14 @@ def _eval_mode(model: AbstractLanguageModel) -> Iterator[None]:
         model.train(was_training)
 
 
+def has_exact_cache(model: Any) -> bool:
+    """Whether a key-value cache changes nothing: not with a tolerance, nor with a block of one's own."""
+    solver = getattr(getattr(model, "equilibrium", None), "solver", None)
+    # The cache evaluates f outside its layer, but FSDP2 gathers parameters only for the layer.
+    is_whole = not any(map(is_sharded, model.parameters()))
+    return model.config.has_cache and (solver is None or not solver.has_tolerance) and is_whole
+
+
 def continue_text(model: Any, tokenizer: Any, prompt: str, *, seed: int = 0, **sampling: Any) -> str:
     """Return prompt and continuation; only the end of a prompt longer than the context is read.
 
@@ -175,11 +209,8 @@ def continue_text(model: Any, tokenizer: Any, prompt: str, *, seed: int = 0, **s
     device = model.output_weight_VD.device
     context_length = model.config.context_length
     tokens_BT = torch.tensor([ids[-context_length:]], device=device)
-    solver = getattr(getattr(model, "equilibrium", None), "solver", None)
     generator = torch.Generator(device).manual_seed(seed)
-    use_cache = model.config.has_cache and (solver is None or not solver.has_tolerance)
-    # The cache evaluates f outside its layer, but FSDP2 gathers parameters only for the layer.
-    use_cache = use_cache and not any(map(is_sharded, model.parameters()))
+    use_cache = has_exact_cache(model)
     new = generate(model, tokens_BT, generator=generator, use_cache=use_cache, **sampling)[0, tokens_BT.shape[1] :]
     # A padded vocabulary has ids without text, which an untrained model may draw.
     text: str = tokenizer.decode([i for i in new.tolist() if i < tokenizer.vocab_size])
