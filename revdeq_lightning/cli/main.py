@@ -37,7 +37,7 @@ FUNCTIONS = {
     "generate": ("inference", "generate_text"),
     "image predict": ("inference", "predict_images"),
     "reasoning predict": ("inference", "predict_puzzles"),
-    "evaluate": ("huggingface", "evaluate"),
+    "evaluate": ("export", "evaluate"),
     "export": ("export", "export_weights"),
     "replay": ("replay", "replay"),
 }

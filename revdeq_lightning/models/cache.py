@@ -51,10 +51,6 @@ class KeyValueCache:
         """`f(z, x)` whose evaluations use the slots of the cache in turn."""
         return lambda z, x: f(z, x, self)
 
-    def reorder(self, rows_B: Tensor) -> None:
-        """Replace each text by that of another row."""
-        self._slots = [tuple(t[rows_B] for t in slot) for slot in self._slots]
-
     def end_pass(self, num_new: int) -> None:
         """Count the tokens of this pass as seen."""
         if self._next_slot != len(self._slots):

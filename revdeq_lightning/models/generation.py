@@ -82,30 +82,19 @@ class TextReader:
     """
 
     def __init__(self, model: AbstractLanguageModel, use_cache: bool) -> None:
-        self._model, self._use_cache = model, use_cache
-        self._begin()
-
-    def _begin(self) -> None:
-        self._window_BT: Tensor | None = None
-        self._cache = KeyValueCache(self._model.config.context_length) if self._use_cache else None
+        self._model, self._window_BT = model, torch.empty(0)
+        self._cache = KeyValueCache(model.config.context_length) if use_cache else None
 
     def read(self, tokens_BT: Tensor) -> Tensor:
         """Inputs of the output projection at these tokens, after those read before; `(B, T, D)`."""
         num_new, length = tokens_BT.shape[1], self._model.config.context_length
-        whole_BT = tokens_BT if self._window_BT is None else torch.cat([self._window_BT, tokens_BT], 1)
-        if self._window_BT is not None and whole_BT.shape[1] > length:
-            self._begin()
+        whole_BT = torch.cat([self._window_BT, tokens_BT], 1) if self._window_BT.numel() else tokens_BT
+        if whole_BT.shape[1] > length and self._window_BT.numel():
             whole_BT = tokens_BT = whole_BT[:, -max(1, length // 2) :]
+            self._cache = KeyValueCache(length) if self._cache else None
         self._window_BT = whole_BT
-        h_BTD, _ = self._model.hidden(whole_BT if self._cache is None else tokens_BT, self._cache)
+        h_BTD, _ = self._model.hidden(tokens_BT if self._cache else whole_BT, self._cache)
         return h_BTD[:, -num_new:]
-
-    def reorder(self, rows_B: Tensor) -> None:
-        """Replace each text by that of another row."""
-        if self._window_BT is not None:
-            self._window_BT = self._window_BT[rows_B]
-        if self._cache is not None:
-            self._cache.reorder(rows_B)
 
 
 def sample(

@@ -33,15 +33,7 @@ except ModuleNotFoundError as error:
 '''
 
 
-class _InPackage:
-    """A class whose code the library need not copy into folders."""
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: Any = None) -> None:
-        pass
-
-
-class RevDEQConfig(_InPackage, PreTrainedConfig):  # type: ignore[misc]
+class RevDEQConfig(PreTrainedConfig):  # type: ignore[misc]
     """Settings of a language model.
 
     Args:
@@ -56,13 +48,9 @@ class RevDEQConfig(_InPackage, PreTrainedConfig):  # type: ignore[misc]
     hidden_size = property(lambda self: self.network["d_model"])
     max_position_embeddings = property(lambda self: self.network["context_length"])
 
-    def __init__(
-        self,
-        network: dict[str, Any] | None = None,
-        solver: dict[str, Any] | None = None,
-        max_steps: int | None = None,
-        **kwargs: Any,
-    ) -> None:
+    register_for_auto_class = classmethod(lambda cls, auto_class=None: None)  # the folder's code is not this file
+
+    def __init__(self, network: Any = None, solver: Any = None, max_steps: int | None = None, **kwargs: Any) -> None:
         self.network, self.solver, self.max_steps = network or {}, solver or {}, max_steps
         super().__init__(**kwargs | {"tie_word_embeddings": False, "auto_map": _AUTO_MAP})
 
@@ -76,9 +64,8 @@ class PromptCache:
     is_compileable = is_croppable = False
 
     def __init__(self, model: AbstractLanguageModel, goes_on: bool) -> None:
-        self._model, self._goes_on = model, goes_on
-        self._readers: list[tuple[Tensor, TextReader]] = []
-        self._length = 0
+        self._model, self._goes_on, self._length = model, goes_on, 0
+        self._readers: list[tuple[int, Tensor, TextReader]] = []
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens read, with padding."""
@@ -87,23 +74,17 @@ class PromptCache:
     def read(self, tokens_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
         """Inputs of the output projection at the new tokens; zero at padding before a text."""
         if not self._readers:
-            groups = self._groups(tokens_BT, mask_BT)
             use_cache = self._goes_on and has_exact_cache(self._model)
-            self._readers = [(rows, TextReader(self._model, use_cache)) for _, rows in groups]
-            texts, starts = [tokens_BT], [start for start, _ in groups]
-        else:  # a cache takes one new token at a time
-            texts = [tokens_BT[:, i : i + 1] for i in range(tokens_BT.shape[1])]
-            starts = [0] * len(self._readers)
+            groups = self._groups(tokens_BT, mask_BT)
+            self._readers = [(start, rows, TextReader(self._model, use_cache)) for start, rows in groups]
+        begins = [max(0, start - self._length) for start, *_ in self._readers]
         self._length += tokens_BT.shape[1]
-        parts = [
-            torch.cat([reader.read(text[rows, start:]) for text in texts], 1)
-            for (rows, reader), start in zip(self._readers, starts, strict=True)
-        ]
-        if len(parts) == 1 and starts == [0]:
+        parts = [reader.read(tokens_BT[rows, b:]) for b, (_, rows, reader) in zip(begins, self._readers, strict=True)]
+        if begins == [0]:
             return parts[0]
         h_BTD = parts[0].new_zeros(*tokens_BT.shape, parts[0].shape[-1])
-        for (rows, _), start, part_BTD in zip(self._readers, starts, parts, strict=True):
-            h_BTD[rows, start:] = part_BTD
+        for b, (_, rows, _), part_BTD in zip(begins, self._readers, parts, strict=True):
+            h_BTD[rows, b:] = part_BTD
         return h_BTD
 
     def _groups(self, tokens_BT: Tensor, mask_BT: Tensor | None) -> list[tuple[int, Tensor]]:
@@ -112,21 +93,14 @@ class PromptCache:
             return [(0, torch.arange(len(tokens_BT), device=tokens_BT.device))]
         changes_BT = mask_BT.bool().int().diff(dim=1, prepend=torch.zeros_like(mask_BT[:, :1]))
         if mask_BT.shape != tokens_BT.shape or not ((changes_BT == 1).sum(1) == 1).all():
-            raise ValueError(
-                "attention_mask must be 0 only before or after the tokens of a row, of which each has some"
-            )
+            raise ValueError("attention_mask must be 0 only before or after the tokens, and each row must have some")
         if self._goes_on and not mask_BT[:, -1].all():
             raise ValueError("generation needs prompts padded on the left: set tokenizer.padding_side='left'")
         starts_B = changes_BT.argmax(1)
         return [(start, (starts_B == start).nonzero()[:, 0]) for start in sorted(set(starts_B.tolist()))]
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Replace each text by that of another row, of the same prompt."""
-        for rows, reader in self._readers:
-            reader.reorder(torch.searchsorted(rows, beam_idx[rows]))
 
-
-class RevDEQForCausalLM(_InPackage, PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class RevDEQForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """A language model with the interface of `transformers`.
 
     Rows padded on the left are solved apart, those of equal length together, so that padding changes nothing.
@@ -134,8 +108,9 @@ class RevDEQForCausalLM(_InPackage, PreTrainedModel, GenerationMixin):  # type: 
 
     config_class = RevDEQConfig
     base_model_prefix = "model"
-    main_input_name = "input_ids"
     _supports_sdpa = True
+    _supports_default_dynamic_cache = classmethod(lambda cls: False)
+    register_for_auto_class = classmethod(lambda cls, auto_class=None: None)
 
     def __init__(self, config: RevDEQConfig) -> None:
         super().__init__(config)
@@ -163,18 +138,11 @@ class RevDEQForCausalLM(_InPackage, PreTrainedModel, GenerationMixin):  # type: 
             if owner is module:
                 setattr(owner, name, value.to(owner.get_buffer(name).device))
 
-    @override
     def get_input_embeddings(self) -> Any:
         return self.model.embedding.token
 
-    @override
     def get_output_embeddings(self) -> Any:
         return self.model.head
-
-    @classmethod
-    @override
-    def _supports_default_dynamic_cache(cls) -> bool:
-        return False
 
     @override
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
