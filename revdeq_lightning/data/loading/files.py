@@ -121,15 +121,16 @@ def read_blocks(path: Path) -> Iterator[bytes]:
 
     with path.open("rb") as file:
         start = file.read(4)
-    compression = next((name for magic, name in _COMPRESSIONS.items() if start.startswith(magic)), None)
-    try:
-        with pyarrow.input_stream(str(path), compression=compression) as stream:
+        file.seek(0)
+        compression = next((name for magic, name in _COMPRESSIONS.items() if start.startswith(magic)), None)
+        try:
+            stream = pyarrow.input_stream(file, compression=compression)
             while block := stream.read(1 << 20):
                 yield block
-    except OSError as error:
-        if compression is None:
-            raise
-        raise ValueError(f"{path} cannot be unpacked ({error}): it may be cut short, copy it again.") from None
+        except OSError as error:
+            if compression is None:
+                raise
+            raise ValueError(f"{path} cannot be unpacked ({error}): it may be cut short, copy it again.") from None
 
 
 def read_text(path: Path) -> Iterator[str]:
