@@ -102,7 +102,7 @@ def measure(megabytes: Sequence[float], quick: bool) -> part.Result:
         folder = Path(temporary)
         sample = "".join(f"{sentence} . \n" for sentence in sentences(3000 if quick else 60_000, seed=2))
         learned = BytePairTokenizer.train([sample], 8192)
-        speed = encoding_speed(learned, 2000 if quick else 60_000, 5)
+        speed = encoding_speed(learned, 2000 if quick else 6000, 8)
         stored = folder / "tokenizer.json"
         stored.write_text(learned.state()["definition"])
         for kind, suffix in KINDS.items():

@@ -4,11 +4,10 @@ import json
 import os
 import re
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from itertools import islice
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ TOKENIZERS = ("bytes", "characters", "bpe", "gpt2")
 _PATH_FORMAT = 2  # 1 encoded with the truncation, padding, and stripped spaces of the file
 _GPT2_REPOSITORY = "openai-community/gpt2"
 _HUB_NAME = re.compile(r"\w[\w.-]*/(?!.*\.json$)\w[\w.-]*")
-_WINDOW, _OVERLAP = 1 << 16, 1 << 11
+_WINDOW, _OVERLAP = 1 << 17, 1 << 11
 
 
 class AbstractTokenizer(ABC):
@@ -177,19 +176,17 @@ class BytePairTokenizer(AbstractTokenizer):
 
     def _encode(self, texts: Iterator[str]) -> Iterator[tuple[str, NDArray[np.int64]]]:
         """Encode each text for itself, in all cores; batches bound the memory of the library's objects."""
-        ahead = deque[tuple[list[str], Future[list[Any]]]]()
-        with ThreadPoolExecutor(1) as pool:  # encodes the next batch while the results of the last are read
-            while (batch := list(islice(texts, 2 * (os.cpu_count() or 1)))) or ahead:
-                if batch:
-                    encode = partial(self._tokenizer.encode_batch_fast, add_special_tokens=False)
-                    ahead.append((batch, pool.submit(encode, batch)))
-                if len(ahead) == 2 or not batch:
-                    batch, future = ahead.popleft()
-                    for text, encoding in zip(batch, future.result(), strict=True):
-                        ids = np.array(encoding.ids, dtype=np.int64)
-                        if self._num_bytes[ids].sum() != len(text.encode("utf-8")):
-                            raise ValueError(_LOSSY)
-                        yield text, ids
+        encode = partial(self._tokenizer.encode_batch_fast, add_special_tokens=False)
+        batches = iter(lambda: list(islice(texts, 4 * (os.cpu_count() or 1))), [])
+        with ThreadPoolExecutor(1) as pool:
+            encoded = ((batch, pool.submit(encode, batch)) for batch in batches)
+            # `pairwise` begins the next batch before the results of one are read.
+            for (batch, future), _ in pairwise(chain(encoded, [([], Future[Any]())])):
+                for text, encoding in zip(batch, future.result(), strict=True):
+                    ids = np.array(encoding.ids, dtype=np.int64)
+                    if self._num_bytes[ids].sum() != len(text.encode("utf-8")):
+                        raise ValueError(_LOSSY)
+                    yield text, ids
 
     def _windows(self, texts: Iterable[str]) -> Iterator[str]:
         """Parts of equal length, each of which begins with the last `_overlap` characters of the one before."""
