@@ -42,9 +42,7 @@ RELEASED = "released multi-scale, channels 32-64-64-32, beta 0.8"
 RELEASED_STEPS = 4
 MODELS: dict[str, tuple[ClassifierConfig, Callable[[int], Any]]] = {
     RELEASED: (PAPER, lambda n: ReversibleSolver(beta=0.8, max_steps=n)),
-    "the same, compiled=True": (PAPER, lambda n: ReversibleSolver(beta=0.8, max_steps=n, compiled=True)),
     "cifar10/cpu.yaml, momentum 1/8": (OURS, lambda n: MomentumSolver(max_steps=n)),
-    "cifar10/cpu.yaml, compiled=True": (OURS, lambda n: MomentumSolver(max_steps=n, compiled=True)),
 }
 STEPS = (1, 2, 4, 8)
 MOST_TIME, MOST_ERROR, MOST_GROWTH = 1.33, 1e-5, 1.02

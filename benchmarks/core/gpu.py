@@ -147,29 +147,24 @@ def block_and_input(bench: Bench, make: Callable[[], nn.Module], shape: tuple[in
 def exactness(bench: Bench) -> Iterator[dict[str, Any]]:
     """Mismatches of single gradients."""
     n = bench.num_evaluations
-    for compiled in (False,) if bench.quick else (False, True):
-        for name, (make, shape) in blocks(bench.sizes).items():
-            for is_bfloat16 in (True, False):
-                solvers: tuple[Any, ...] = (
-                    MomentumSolver(max_steps=n, compiled=compiled),
-                    ReversibleSolver(max_steps=n // 2, compiled=compiled),
-                )
-                for solver in solvers:
-                    if not bench.has_time("exactness"):
-                        return
-                    f, x = block_and_input(bench, make, shape)
-                    layer = EquilibriumLayer(f, solver=solver, adjoint=ReversibleAdjoint(mismatch="ignore"))
-                    with bench.autocast(is_bfloat16):
-                        solution = layer(x)
-                    solution.value.float().square().mean().backward()
-                    yield {
-                        "block": name,
-                        "f in": "bfloat16" if is_bfloat16 else "float32",
-                        "solver": type(solver).__name__,
-                        "compiled": compiled,
-                        "elements not reconstructed": int(solution.stats.reconstruction_mismatch),
-                        "of": 2 * x.numel(),
-                    }
+    for name, (make, shape) in blocks(bench.sizes).items():
+        for is_bfloat16 in (True, False):
+            solvers: tuple[Any, ...] = (MomentumSolver(max_steps=n), ReversibleSolver(max_steps=n // 2))
+            for solver in solvers:
+                if not bench.has_time("exactness"):
+                    return
+                f, x = block_and_input(bench, make, shape)
+                layer = EquilibriumLayer(f, solver=solver, adjoint=ReversibleAdjoint(mismatch="ignore"))
+                with bench.autocast(is_bfloat16):
+                    solution = layer(x)
+                solution.value.float().square().mean().backward()
+                yield {
+                    "block": name,
+                    "f in": "bfloat16" if is_bfloat16 else "float32",
+                    "solver": type(solver).__name__,
+                    "elements not reconstructed": int(solution.stats.reconstruction_mismatch),
+                    "of": 2 * x.numel(),
+                }
 
 
 def overhead(bench: Bench) -> Iterator[dict[str, Any]]:
@@ -184,31 +179,29 @@ def overhead(bench: Bench) -> Iterator[dict[str, Any]]:
         shape = (sizes.images, channels, side, side)
         cases.append((f"convolution, {channels} channels", lambda c=channels: ModernConvBlock(c, 1, 0.05, 16), shape))  # type: ignore[misc]
     for name, make, shape in cases:
-        for compiled in (False,) if bench.quick else (False, True):
-            if not bench.has_time("overhead"):
-                return
-            f, x = block_and_input(bench, make, shape)
-            layer = EquilibriumLayer(f, solver=MomentumSolver(max_steps=n, compiled=compiled))
-            sources = [x, *f.parameters()]
+        if not bench.has_time("overhead"):
+            return
+        f, x = block_and_input(bench, make, shape)
+        layer = EquilibriumLayer(f, solver=MomentumSolver(max_steps=n))
+        sources = [x, *f.parameters()]
 
-            def solve(layer: nn.Module = layer, x: Tensor = x, sources: Sequence[Tensor] = sources) -> None:
-                torch.autograd.grad(layer(x).value, sources, x.detach())
+        def solve(layer: nn.Module = layer, x: Tensor = x, sources: Sequence[Tensor] = sources) -> None:
+            torch.autograd.grad(layer(x).value, sources, x.detach())
 
-            def bare(f: Any = f, x: Tensor = x, sources: Sequence[Tensor] = sources) -> None:
-                bare_evaluations(f, x, x, sources[1:], n)
+        def bare(f: Any = f, x: Tensor = x, sources: Sequence[Tensor] = sources) -> None:
+            bare_evaluations(f, x, x, sources[1:], n)
 
-            with bench.autocast():
-                ours, theirs = interleaved(bench, solve, bare)
-            ratio = paired_ratio(ours, theirs)
-            yield {
-                "case": name,
-                "compiled": compiled,
-                "ms": 1e3 * statistics.median(ours),
-                "ms of the bare evaluations": 1e3 * statistics.median(theirs),
-                "over bare evaluations": ratio.median,
-                "lower quartile": ratio.lower,
-                "upper quartile": ratio.upper,
-            }
+        with bench.autocast():
+            ours, theirs = interleaved(bench, solve, bare)
+        ratio = paired_ratio(ours, theirs)
+        yield {
+            "case": name,
+            "ms": 1e3 * statistics.median(ours),
+            "ms of the bare evaluations": 1e3 * statistics.median(theirs),
+            "over bare evaluations": ratio.median,
+            "lower quartile": ratio.lower,
+            "upper quartile": ratio.upper,
+        }
 
 
 def interleaved(bench: Bench, *runs: Callable[[], None]) -> list[list[float]]:
@@ -316,14 +309,11 @@ def steps(bench: Bench) -> Iterator[dict[str, Any]]:
     cases = {
         "bare evaluations": exact,
         "exact": exact,
-        "exact, compiled": SolverConfig(max_steps=n, compiled=True),
         "exact, half of the evaluations stored": SolverConfig(max_steps=n, reversible_stored_evaluations=n // 2),
         "stored BPTT": SolverConfig(max_steps=n, adjoint="backprop"),
         "checkpointed BPTT": SolverConfig(max_steps=n, adjoint="backprop", checkpoint=True),
         "explicit model": SolverConfig(solver="none"),
     }
-    if bench.quick:
-        del cases["exact, compiled"]
     peak = peak_flops(torch.cuda.get_device_name(), torch.bfloat16) if bench.on_gpu else None
     for task, build in (("language model", language_step), ("classifier", image_step)):
         counter = FlopCounterMode(display=False)
@@ -393,7 +383,7 @@ def judge(bench: Bench, tests: tuple[str, bool] | None, tables: dict[str, Rows])
         ("widest convolution stage", f"convolution, {widest} channels", MAX_OVERHEAD_IMAGES),
     ):
         found = [row["over bare evaluations"] for row in tables["overhead"] if row["case"].startswith(key)]
-        best = min(found, default=float("inf"))  # eager or compiled
+        best = min(found, default=float("inf"))
         verdict.append(at_most(f"{name}: time over bare evaluations", best, limit, "{:.3f}", is_judged))
     return verdict
 

@@ -1,4 +1,4 @@
-"""Cost of a reversible step besides f: update, inverse, remainders, conversions, residual; eager and compiled.
+"""Cost of a reversible step besides f: update, inverse, remainders, conversions, residual.
 
     python -m benchmarks.core.kernels [--quick] [--device cpu|cuda] [--output DIR]
 
@@ -8,6 +8,7 @@ of one thread on a CPU. Percentages are relative to the two evaluations of f tha
 evaluation: one plain, one with its vector-Jacobian products.
 """
 
+import math
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -20,17 +21,16 @@ from torch import Tensor, nn
 from benchmarks import part
 from benchmarks.core.reference import bare_evaluations
 from benchmarks.measure import paired_ratio, peak_tensor_bytes, time_interleaved
-from benchmarks.requirements import Requirement, at_most
+from benchmarks.requirements import MAX_BITS_RATIO, Requirement, at_most
 from revdeq_lightning.equilibrium import ReversibleAdjoint, ReversibleSolver, solve_fixed_point
-from revdeq_lightning.equilibrium.exact import kernels as core
-from revdeq_lightning.equilibrium.exact.arithmetic import ExactArithmetic
-from revdeq_lightning.equilibrium.norms import residual
+from revdeq_lightning.equilibrium.norms import extremes, residual
 from revdeq_lightning.models import TransformerConfig
 from revdeq_lightning.models.classifier import PaperConvBlock
 from revdeq_lightning.models.transformer import PaperBlock
 
 STEPS = (4, 8, 16)
-MAX_OVERHEAD, MAX_GROWTH, MAX_SYNCHRONISATIONS = 1.05, 1.02, 0
+MAX_OVERHEAD, MAX_SYNCHRONISATIONS = 1.05, 0
+RADIX = {"language": 2, "classifier": 5}  # of the remainders, by the case's beta
 REPEATS = 4
 Kernel = Callable[[], Any]
 
@@ -66,40 +66,31 @@ def cases(device: str, quick: bool) -> list[Case]:
     ]
 
 
-def kernels(case: Case, device: str) -> dict[tuple[str, str], Kernel]:
-    """The operations of one evaluation, forward and backward, by part and mode."""
-    recurrence = ReversibleSolver(beta=case.beta).recurrence
-    a, _, b = recurrence
+def kernels(case: Case, device: str) -> dict[str, Kernel]:
+    """The operations of one evaluation, forward and backward, by part."""
+    solver = ReversibleSolver(beta=case.beta)
+    arithmetic = solver.state_arithmetic([torch.float32])
     value, z = (torch.randn(case.shape, device=device) for _ in range(2))
-    eager, compiled = ExactArithmetic(recurrence), ExactArithmetic(recurrence, compiled=True)
-    state, current = eager.encode(z), eager.encode(value)
-    remainders = eager.remainders(state)
+    state, current = arithmetic.encode(z), arithmetic.encode(value)
+    remainders = arithmetic.remainders()
+    assert remainders is not None
     digits = torch.zeros_like(state)
-    g_current, g_previous = (torch.randn_like(state) for _ in range(2))
+    g_current, g_previous = (torch.randn_like(z) for _ in range(2))
 
-    def update_and_inverse(arithmetic: ExactArithmetic) -> None:
-        following = arithmetic.advance_(state, current, value, remainders)
-        arithmetic.invert_(following, current, value, remainders)
+    def update_and_inverse() -> None:
+        arithmetic.invert_(arithmetic.advance(state, current, value, remainders), current, value, remainders)
 
     def store_and_take() -> None:
-        remainders.push_(digits)
-        remainders.pop_()
-
-    def propagate() -> None:
-        g_previous.add_(value, alpha=b)
-        g_current.mul_(float(a))
+        remainders.push(digits)
+        remainders.pop()
 
     return {
-        ("update and inverse", "eager"): lambda: update_and_inverse(eager),
-        ("update and inverse", "compiled"): lambda: update_and_inverse(compiled),
-        ("of these, remainders", "eager"): store_and_take,
-        ("gradient's recurrence", "eager"): propagate,
-        ("gradient's recurrence", "compiled"): lambda: core.run(
-            core.carry_, g_previous, g_current, value, float(a), 0.0, b
-        ),
-        ("conversion to f's precision, twice", "eager"): lambda: [eager.decode(current, z.dtype) for _ in range(2)],
-        ("range of the state", "eager"): lambda: torch.aminmax(z),
-        ("residual (once a solve)", "eager"): lambda: residual([value], [z]),
+        "update and inverse": update_and_inverse,
+        "of these, remainders": store_and_take,
+        "gradient's recurrence": lambda: solver.carry_([g_previous], [g_current], [value]),
+        "conversion to f's precision, twice": lambda: [arithmetic.decode(current, z.dtype) for _ in range(2)],
+        "range of the state": lambda: extremes([value, current]),
+        "residual (once a solve)": lambda: residual([value], [z]),
     }
 
 
@@ -123,12 +114,12 @@ def _parts(case: Case, f: nn.Module, x: Tensor, device: str, rounds: int) -> lis
     parameters = list(f.parameters())
     parts = kernels(case, device)
     runs = {key: lambda kernel=kernel: [kernel() for _ in range(REPEATS)] for key, kernel in parts.items()}  # type: ignore[misc]
-    bare: tuple[str, str] = ("f", "")
+    bare = "f"
     seconds = _seconds({**runs, bare: lambda: bare_evaluations(f, x, x, parameters, REPEATS)}, device, rounds)
     rows = []
-    for name, mode in parts:
-        own = seconds[name, mode]
-        row = {"case": case.name, "part": name, "mode": mode, "milliseconds": 1e3 * sorted(own)[rounds // 2] / REPEATS}
+    for name in parts:
+        own = seconds[name]
+        row = {"case": case.name, "part": name, "milliseconds": 1e3 * sorted(own)[rounds // 2] / REPEATS}
         rows.append(row | {"percent of f": 100 * paired_ratio(own, seconds[bare]).median})
     return rows
 
@@ -138,8 +129,8 @@ def _solves(case: Case, f: nn.Module, x: Tensor, device: str, rounds: int) -> li
     parameters = list(f.parameters())
     adjoint = ReversibleAdjoint(mismatch="raise")
 
-    def solve(num_steps: int, compiled: bool) -> None:
-        solver = ReversibleSolver(beta=case.beta, max_steps=num_steps, compiled=compiled)
+    def solve(num_steps: int) -> None:
+        solver = ReversibleSolver(beta=case.beta, max_steps=num_steps)
         value = solve_fixed_point(f, torch.zeros_like(x), x, solver=solver, adjoint=adjoint).value
         torch.autograd.grad(value, [x, *parameters], x.detach())
 
@@ -147,25 +138,23 @@ def _solves(case: Case, f: nn.Module, x: Tensor, device: str, rounds: int) -> li
     for num_steps in STEPS[:2] if rounds < 5 else STEPS:
         runs = {
             "bare": lambda n=num_steps: bare_evaluations(f, x, x, parameters, 2 * n),  # type: ignore[misc]
-            "eager": lambda n=num_steps: solve(n, False),  # type: ignore[misc]
-            "compiled": lambda n=num_steps: solve(n, True),  # type: ignore[misc]
+            "solve": lambda n=num_steps: solve(n),  # type: ignore[misc]
         }
         seconds = _seconds(runs, device, rounds)
-        for mode in ("eager", "compiled"):
-            ratio = paired_ratio(seconds[mode], seconds["bare"])
-            rows.append(
-                {
-                    "case": case.name,
-                    "mode": mode,
-                    "steps": num_steps,
-                    "seconds": sorted(seconds[mode])[rounds // 2],
-                    "over bare evaluations": ratio.median,
-                    "lower quartile": ratio.lower,
-                    "upper quartile": ratio.upper,
-                    "peak bytes": _peak_bytes(runs[mode], device),
-                    "synchronizations": _synchronizations(runs[mode]) if device == "cuda" else None,
-                }
-            )
+        ratio = paired_ratio(seconds["solve"], seconds["bare"])
+        rows.append(
+            {
+                "case": case.name,
+                "steps": num_steps,
+                "seconds": sorted(seconds["solve"])[rounds // 2],
+                "over bare evaluations": ratio.median,
+                "lower quartile": ratio.lower,
+                "upper quartile": ratio.upper,
+                "peak bytes": _peak_bytes(runs["solve"], device),
+                "state elements": x.numel(),
+                "synchronizations": _synchronizations(runs["solve"]) if device == "cuda" else None,
+            }
+        )
     return rows
 
 
@@ -204,17 +193,19 @@ def _synchronizations(run: Kernel) -> int:
 def judge(tables: dict[str, list[dict[str, Any]]], device: str, quick: bool) -> list[Requirement]:
     """Overhead is judged on CUDA; on a CPU the core benchmark judges it."""
     verdict = []
-    for name, mode in dict.fromkeys((row["case"], row["mode"]) for row in tables["solve"]):
-        rows = [row for row in tables["solve"] if (row["case"], row["mode"]) == (name, mode)]
+    for name in dict.fromkeys(row["case"] for row in tables["solve"]):
+        rows = [row for row in tables["solve"] if row["case"] == name]
         over = max(row["over bare evaluations"] for row in rows)
-        # The requirement applies to the faster of the two.
-        judged = device == "cuda" and not quick and mode == "compiled"
-        verdict.append(at_most(f"{name}, {mode}: time over bare evaluations", over, MAX_OVERHEAD, "{:.3f}", judged))
-        growth = max(row["peak bytes"] for row in rows) / rows[0]["peak bytes"]
-        verdict.append(at_most(f"{name}, {mode}: growth of the peak with N", growth, MAX_GROWTH, "{:.4f}"))
+        judged = device == "cuda" and not quick
+        verdict.append(at_most(f"{name}: time over bare evaluations", over, MAX_OVERHEAD, "{:.3f}", judged))
+        deepest, base = rows[-1], rows[0]
+        bits = 8 * (deepest["peak bytes"] - base["peak bytes"]) / deepest["state elements"]
+        bits /= 2 * (deepest["steps"] - base["steps"])
+        limit = MAX_BITS_RATIO * math.log2(RADIX[name.split(",")[0]])
+        verdict.append(at_most(f"{name}: growth, bits per element and evaluation", bits, limit, "{:.2f}"))
         if device == "cuda":
-            extra = rows[-1]["synchronizations"] - rows[0]["synchronizations"]
-            verdict.append(at_most(f"{name}, {mode}: synchronizations with N", extra, MAX_SYNCHRONISATIONS, "{:.0f}"))
+            extra = deepest["synchronizations"] - base["synchronizations"]
+            verdict.append(at_most(f"{name}: synchronizations with N", extra, MAX_SYNCHRONISATIONS, "{:.0f}"))
     return verdict
 
 

@@ -1,7 +1,7 @@
 """Peak memory of one training step by depth: of the tensors, and of a fresh process."""
 
 from collections.abc import Callable, Iterator
-from math import log2
+from math import ceil, log2
 from typing import Any, NamedTuple
 
 import torch
@@ -26,10 +26,9 @@ class Shape(NamedTuple):
 
 
 class Promise(NamedTuple):
-    """Memory equals that of N = 4 up to `free_steps`; beyond, it grows by the remainders, digits in radix `radix`."""
+    """Memory grows by the remainders alone, digits in radix `radix`."""
 
     member: Member
-    free_steps: int
     radix: int
 
     @property
@@ -37,8 +36,12 @@ class Promise(NamedTuple):
         """Bits per element and evaluation that exactness requires."""
         return log2(self.radix)
 
+    def digit_bytes(self, evaluations: int) -> int:
+        """Bytes of an element that the digits of so many evaluations take."""
+        return ceil(evaluations * ceil(self.bits) / 8)
 
-PROMISES = (Promise(revdeq(0.8), 22, 5), Promise(revdeq(0.5), 52, 2), Promise(momentum(1 / 8), 34, 8))
+
+PROMISES = (Promise(revdeq(0.8), 5), Promise(revdeq(0.5), 2), Promise(momentum(1 / 8), 8))
 
 
 def measure(quick: bool) -> list[dict[str, Any]]:

@@ -172,4 +172,5 @@ def _solver_options() -> list[str]:
                 fields = _fields(str(path.relative_to(PACKAGE)), name)
                 plain = fields if kind == "Solver" else ["checkpoint", "mismatch", "unconverged"]
                 names += [f if f in plain else f"{path.stem}_{f.removeprefix('num_')}" for f in fields]
-    return [*names, "adjoint", "num_losses", "loss_decay", "backward_solver", "backward_max_steps", "backward_rtol"]
+    own = ["adjoint", "num_losses", "loss_decay", "backward_solver", "backward_max_steps", "backward_rtol", "compiled"]
+    return [*names, *own]

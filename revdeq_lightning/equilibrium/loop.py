@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from functools import partial
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ..transforms import has_numbers
 from . import checks
-from .norms import Leaves, in_memory_order, residual
+from .norms import Leaves, residual
 from .solution import SolverStats
 from .solvers.base import AbstractSolver, State
 
@@ -37,8 +38,8 @@ def iterate_to_fixed_point(
     """
     if solver.has_tolerance and checks.is_capturing(z0[0].device):
         raise ValueError(f"a CUDA graph makes a fixed number of steps: set rtol=0 and atol=0, got {solver}")
-    state = solver.init(z0, reversible=reversible and num_kept < solver.num_evaluations)
-    watch = _Watch(solver, f)
+    watch = _Watch(solver, f, z0)
+    state = watch.look_at(solver.init(z0, reversible=reversible and num_kept < solver.num_evaluations))
     num_steps = torch.full(z0[0].shape[:1], solver.max_steps, device=z0[0].device)
     if solver.has_tolerance:
         iteration = _step_until_converged(solver, watch, state, num_steps.zero_())
@@ -59,11 +60,9 @@ def _step_to_the_end(
             undone, state = state, solver.branch(state)
         iterate = solver.iterate(state)
         value = watch.evaluate(iterate)
-        state = solver.advance(state, value, None)
+        state = watch.look_at(solver.advance(state, value, None))
     stats = SolverStats(num_steps, watch.nfe, residual(value, iterate).relative)
-    iterate = solver.iterate(state)
-    watch.look_at(iterate)
-    return Iteration(undone if num_kept else state, iterate, num_undone, stats)
+    return Iteration(undone if num_kept else state, solver.iterate(state), num_undone, stats)
 
 
 def _step_until_converged(solver: AbstractSolver, watch: "_Watch", state: State, num_steps: Tensor) -> Iteration:
@@ -80,7 +79,7 @@ def _step_until_converged(solver: AbstractSolver, watch: "_Watch", state: State,
                 if step == solver.max_steps or (step % interval == 0 and not active.any()):
                     stats = SolverStats(num_steps, watch.nfe, last.relative, last.converged)
                     return Iteration(state, iterate, step * solver.evaluations_per_step, stats)
-            state = solver.advance(state, value, active)
+            state = watch.look_at(solver.advance(state, value, active))
         num_steps = num_steps + active
     raise AssertionError("the last step always returns")
 
@@ -93,13 +92,12 @@ def host_check_interval(device: torch.device) -> int:
 class _Watch:
     """Evaluates f and keeps a few numbers of each iterate on the device, so that the host waits for it only once."""
 
-    def __init__(self, solver: AbstractSolver, f: Callable[[Leaves], Leaves]) -> None:
-        self.solver, self.f, self.nfe = solver, f, 0
-        self.extremes: list[list[Tensor]] = []
+    def __init__(self, solver: AbstractSolver, f: Callable[[Leaves], Leaves], z0: Leaves) -> None:
+        self.solver, self.f, self.nfe, self.limit = solver, f, 0, solver.limit(z0)
+        self.extremes: list[Leaves] = []
         self.curve: list[Tensor] | None = [] if _records_residuals.get() else None
 
     def evaluate(self, iterate: Leaves, active: Tensor | None = None) -> Leaves:
-        self.look_at(iterate)
         value = self.f(iterate)
         self.nfe += 1
         if self.curve is not None:
@@ -107,15 +105,14 @@ class _Watch:
             self.curve.append(relative if active is None else relative.masked_fill(~active, math.nan))
         return value
 
-    @torch.no_grad()
-    def look_at(self, iterate: Leaves) -> None:
-        """Keep the smallest and the largest element: `vector_norm(inf)` is 20 times slower on CPUs."""
-        self.extremes.append([extreme for leaf in iterate for extreme in torch.aminmax(in_memory_order(leaf))])
+    def look_at(self, state: State) -> State:
+        """Keep the state's extremes: of the first, and after every evaluation."""
+        self.extremes.append(self.solver.extremes(state))
+        return state
 
     def check(self, iteration: Iteration) -> Iteration:
         """Raise DivergenceError for the first iterate out of range; where the host does not look, the value is NaN."""
-        extremes = torch.stack([e for row in self.extremes for e in row]).view(len(self.extremes), -1)
-        magnitudes = extremes.abs().amax(1)
+        magnitudes = torch.stack([extreme for row in self.extremes for extreme in row]).abs()
         errors = deferred_errors.get()
         # With a tolerance the host waits for the device anyway.
         is_later = checks.host_must_wait(magnitudes.device) and not self.solver.has_tolerance
@@ -126,12 +123,13 @@ class _Watch:
             if errors is None:
                 return iteration
         # A factor, which makes the gradient NaN, too: other processes learn of it by that.
-        factor = torch.where((magnitudes < self.solver.limit()).all(), 1.0, math.nan)
+        factor = torch.where((magnitudes < self.limit).all(), 1.0, math.nan)
         iteration.stats.relative_residual = iteration.stats.relative_residual * factor
         return iteration._replace(value=[v * factor for v in iteration.value], factor=factor)
 
-    def _judge(self, errors: "list[DivergenceError] | None", sizes: list[float]) -> None:
-        limit = self.solver.limit()
+    def _judge(self, errors: "list[DivergenceError] | None", magnitudes: list[float]) -> None:
+        limit, rest = self.limit, iter(magnitudes)
+        sizes = [max(islice(rest, len(row)), key=_with_nan_above_all) for row in self.extremes]
         for k, size in enumerate(sizes):
             if size < limit and math.isfinite(size):
                 continue
@@ -141,13 +139,17 @@ class _Watch:
             where = "in z0" if k == 0 else f"after {k} evaluations of f (step {step})"
             error = DivergenceError(
                 f"the state {what} {where}; largest magnitude before: {max(sizes[:k], default=0.0):.4g}. Look for NaN"
-                " in z0, x and the parameters; if f expands, normalize its output or lower beta or max_steps. Solver:"
-                f" {self.solver}"
+                " in z0, x and the parameters; if f expands, normalize its output or lower beta or max_steps"
+                f"{self.solver.wider_than(limit)}. Solver: {self.solver}"
             )
             if errors is None:
                 raise error
             errors.append(error)
             return
+
+
+def _with_nan_above_all(size: float) -> tuple[bool, float]:
+    return math.isnan(size), size
 
 
 class DivergenceError(RuntimeError):

@@ -43,6 +43,13 @@ def in_memory_order(leaf: Tensor) -> Tensor:
     return leaf if leaf.is_contiguous() else leaf.permute(sorted(range(leaf.ndim), key=leaf.stride, reverse=True))
 
 
+@torch.no_grad()
+def extremes(leaves: Leaves, unit: float = 1.0) -> Leaves:
+    """Smallest and largest element of each leaf, 0-dim, times `unit`; `vector_norm(inf)` is 20 times slower on CPUs."""
+    found = [extreme for leaf in leaves for extreme in torch.aminmax(in_memory_order(leaf))]
+    return found if unit == 1 else [extreme * unit for extreme in found]
+
+
 def broadcast_to_leaf(mask: Tensor, leaf: Tensor) -> Tensor:
     """View of a per-sample mask `(batch,)` that broadcasts over `leaf`, `(batch, ...)`."""
     return mask.view(-1, *(1,) * (leaf.ndim - 1))

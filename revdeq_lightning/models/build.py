@@ -22,7 +22,7 @@ from revdeq_lightning.models import (
     build_classifier,
 )
 
-_DEFAULTS = {"max_steps": 8, "rtol": 0.0, "atol": 0.0, "compiled": False, "checkpoint": False, "mismatch": "warn"}
+_DEFAULTS = {"max_steps": 8, "rtol": 0.0, "atol": 0.0, "checkpoint": False, "mismatch": "warn"}
 """All other options default to null, which selects the default of the solver or adjoint."""
 
 
@@ -79,6 +79,7 @@ _OPTIONS = {
         {},
     ),
     "loss_decay": _Option(float | None, None, "weight of each part's loss over that of the next; null for 0.8", {}),
+    "compiled": _Option(bool, False, "without effect, for configurations of old: updates are fast without it", {}),
 }
 _Settings: Any = make_dataclass("_Settings", [(n, o.type, field(default=o.default)) for n, o in _OPTIONS.items()])
 

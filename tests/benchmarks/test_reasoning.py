@@ -72,10 +72,10 @@ def test_only_some_gradients_are_trained_with_other_numbers_of_evaluations():
     assert found == [(EXACT, 32, 0), (PAPER, 32, 0), (EXACT, 32, 1), (PAPER, 32, 1), (EXACT, 16, 0), (EXACT, 16, 1)]
 
 
-def test_memory_of_the_exact_gradient_is_flat_and_that_of_bptt_is_not():
+def test_memory_of_the_exact_gradient_grows_by_its_digits_and_that_of_bptt_by_all():
     rows = reasoning_memory.measure(quick=True)
     sizes = {(row["gradient"], row["evaluations"]): row["bytes"] for row in rows}
-    assert sizes[EXACT, 8] == sizes[EXACT, 4]
+    assert sizes[EXACT, 8] <= 1.02 * sizes[EXACT, 4]
     assert sizes[STORED, 8] > 1.4 * sizes[STORED, 4]
     assert all(requirement.is_met for requirement in reasoning_memory.judge(rows))
     growing = [row | {"bytes": row["bytes"] * row["evaluations"]} for row in rows]

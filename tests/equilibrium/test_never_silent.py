@@ -1,5 +1,6 @@
 """Settings, states and maps that cannot work: errors that show the value received and what to change."""
 
+import dataclasses
 import math
 import re
 
@@ -86,7 +87,7 @@ def test_coefficient_that_the_exact_state_cannot_hold(make):
 
 def test_arithmetic():
     for solver in (ReversibleSolver, MomentumSolver):
-        with refuses(ValueError, "'exact', 'float64', 'float32'", "'bfloat16'"):
+        with refuses(ValueError, "'exact', 'exact64', 'float64', 'float32'", "'bfloat16'"):
             solver(arithmetic="bfloat16")
 
 
@@ -252,20 +253,30 @@ def test_last_evaluation_counts_too(solver):
 
 
 @pytest.mark.parametrize(
-    ("solver", "limit"),
+    ("solver", "dtype", "limit", "wider"),
     [
-        (ReversibleSolver(beta=0.5, max_steps=8), "5.243e+05"),
-        (ReversibleSolver(beta=0.8, max_steps=8), "2.097e+05"),
-        (MomentumSolver(momentum=0.125, max_steps=8), "1.311e+05"),
+        (ReversibleSolver(beta=0.5, max_steps=8), torch.float32, "1024", "2.621e+05"),
+        (ReversibleSolver(beta=1.2, max_steps=8), torch.bfloat16, "853.3", "1.049e+05"),
+        (MomentumSolver(momentum=0.125, max_steps=8), torch.float32, "910.2", "6.554e+04"),
+        (ReversibleSolver(beta=0.8, max_steps=8, arithmetic="exact64"), torch.float32, "1.049e+05", None),
+        (MomentumSolver(momentum=0.125, max_steps=8), torch.float64, "6.554e+04", None),
+        (ReversibleSolver(beta=0.9995, max_steps=8), torch.float32, "1024", None),  # in 64 bits: 262
     ],
 )
-def test_state_beyond_the_range_of_the_exact_state(solver, limit):
-    x = torch.full((4, 3), 3e5 if "5.2" not in limit else 6e5, requires_grad=True)
+def test_state_beyond_the_range_of_the_exact_state(solver, dtype, limit, wider):
+    """`wider` is the range that the advice names."""
+    x = torch.full((4, 3), 1.5 * float(limit), requires_grad=True, dtype=dtype)
+    advice = [f"arithmetic='exact64' (a range of {wider})"] if wider else []
     for adjoint in (REVERSIBLE, BPTT):
-        with refuses(DivergenceError, "reached", f"beyond the range of {limit}", "after ", "normalize", "lower beta"):
-            solve(lambda z, x: x + z, x=x, solver=solver, adjoint=adjoint)
+        beyond = "reached", f"beyond the range of {limit}", "after ", "normalize", "lower beta", *advice
+        with refuses(DivergenceError, *beyond) as error:
+            solve(lambda z, x: x + z, x=x, z0=torch.zeros_like(x), solver=solver, adjoint=adjoint)
+        assert wider or "exact64' (" not in str(error.value)
         with refuses(DivergenceError, "reached", limit, "in z0"):
-            solve(lambda z, x: 0 * z, z0=x.detach().clone(), solver=solver, adjoint=adjoint)
+            solve(lambda z, x: 0 * z, z0=x.detach().clone(), x=x, solver=solver, adjoint=adjoint)
+    if wider:
+        wide = dataclasses.replace(solver, arithmetic="exact64", max_steps=2)
+        assert solve(lambda z, x: x + 0 * z, x=x, z0=torch.zeros_like(x), solver=wide).value.isfinite().all()
 
 
 def test_float_states_have_no_such_range():

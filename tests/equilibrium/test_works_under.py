@@ -121,7 +121,8 @@ def test_autocast_keeps_no_cast_of_a_state():
         return peak_tensor_bytes(run)
 
     peak(2)
-    assert peak(16) <= 1.02 * peak(4)
+    digits = 64 * 64 * (16 - 4) * 3 / 8  # bytes
+    assert peak(16) <= 1.01 * peak(4) + digits
 
 
 @with_solver
@@ -242,7 +243,7 @@ def test_functional_call_gives_the_gradient_of_the_exchanged_tensors(solver):
 
     def run(adjoint):
         layer, x = attention_layer(solver, adjoint), sequence()
-        factors = [torch.tensor(0.7, requires_grad=True) for _ in layer.parameters()]
+        factors = [torch.full_like(p, 0.1).requires_grad_() for p in layer.parameters()]
         exchanged = {name: p.detach() + f for (name, p), f in zip(layer.named_parameters(), factors, strict=True)}
         value = torch.func.functional_call(layer, exchanged, (x,)).value
         project(value).backward()

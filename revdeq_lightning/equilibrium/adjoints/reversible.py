@@ -22,7 +22,6 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from ...state import exchanged
 from ...transforms import is_functorch, is_transformed, outside_of_compilers
 from ..checks import Waiting, check_later, own_checks
-from ..exact import kernels
 from ..function import (
     EquilibriumFunction,
     evaluate_recorded,
@@ -186,7 +185,8 @@ class _ReversibleFunction(torch.autograd.Function):
             leaves,
             lambda: iterate_to_fixed_point(solve.solver, evaluate, z0, reversible=True, num_kept=num_stored),
         )
-        state = iteration.state._replace(dtypes=[]) if iteration.num_evaluations else ()  # there is none to undo
+        # There may be none to undo.
+        state = iteration.state._replace(dtypes=[], extremes=[], decoded=[]) if iteration.num_evaluations else ()
         state_tensors, ctx.state_spec = tree_flatten(state)
         ctx.solve = solve
         solve.iteration = iteration._replace(state=None, value=[])
@@ -220,10 +220,8 @@ class _BackwardPass:
     ) -> None:
         self.solve, self.solver, self.f, self.state, self.inputs = solve, solve.solver, solve.f, state, inputs
         self.stored, self.keep_graph = list(solve.stored) if keep_graph else solve.stored, keep_graph
-        # Both are carried times b, so that they are the products' weights as they stand, and as precisely as the state:
-        # their rounding errors add up over the evaluations just as the state's do.
-        wide = solve.solver.state_arithmetic.dtype
-        self.g_current = [self.solver.recurrence.b * g.to(torch.promote_types(g.dtype, wide)) for g in grads]
+        # Both are carried times b, so that they are the products' weights as they stand, in float32 at least.
+        self.g_current = [self.solver.recurrence.b * g.to(torch.promote_types(g.dtype, torch.float32)) for g in grads]
         self.g_previous = [torch.zeros_like(g) for g in self.g_current]
         self.differentiated = [i for i, leaf in enumerate(inputs) if i >= solve.num_leaves and leaf.requires_grad]
         self.sums: dict[int, Tensor] = {}
@@ -254,9 +252,7 @@ class _BackwardPass:
             self._carry(products)
 
     def _carry(self, products: list[Tensor | None]) -> None:
-        for i, product in enumerate(products):
-            carried = _carry_(self.g_previous[i], self.g_current[i], product, self.solver)
-            self.g_current[i], self.g_previous[i] = carried
+        self.g_current, self.g_previous = self.solver.carry_(self.g_previous, self.g_current, products)
 
     def _undo_the_steps_of_each_sample(self) -> None:
         """With a tolerance: each sample waits, its gradient held, until the evaluation at which it stopped."""
@@ -271,12 +267,14 @@ class _BackwardPass:
             weights = select(active, self.g_current, [torch.zeros_like(g) for g in self.g_current])
             value, products = self._evaluate(k, solver.iterate_before(self.state, active), weights)
             self.state = solver.invert_step(self.state, value, active)
-            for i, product in enumerate(products):
-                previous, current = self.g_previous[i], self.g_current[i]
-                carried = _carry_(previous.clone(), current.clone(), product, solver)
-                # A sample that had stopped still entered the evaluation, and the others' results if f mixes samples.
-                held = current if product is None else current.add(product, alpha=solver.recurrence.b)
-                self.g_current[i], self.g_previous[i] = select(active, list(carried), [held, previous])
+            previous, current = self.g_previous, self.g_current
+            carried = solver.carry_([g.clone() for g in previous], [g.clone() for g in current], products)
+            # A sample that had stopped still entered the evaluation, and the others' results if f mixes samples.
+            held = [
+                g if product is None else g.add(product, alpha=solver.recurrence.b)
+                for g, product in zip(current, products, strict=True)
+            ]
+            self.g_current, self.g_previous = select(active, carried[0], held), select(active, carried[1], previous)
 
     def _evaluate(self, k: int, iterate: Leaves, g: Leaves) -> tuple[Leaves, list[Tensor | None]]:
         """Evaluation k again, `v = f(iterate, x)`, and `(dv/du)^T g`; the products for everything else go to `sums`."""
@@ -293,7 +291,7 @@ class _BackwardPass:
         if not self.is_known:
             _refuse_foreign_leaves(self.f, value, sources, z)
             self.is_known = True
-        weights = [w.to(v.dtype, copy=True) for w, v in zip(g, value, strict=True)]  # a product may be its weight
+        weights = [w.to(v.dtype) for w, v in zip(g, value, strict=True)]
         products = vector_jacobian_products(value, sources, weights, retain_graph=keep_graph)
         for i, product in zip(self.differentiated, products[len(z) :], strict=True):
             if product is not None and i in self.sums:
@@ -311,7 +309,7 @@ class _BackwardPass:
         counts = torch.stack([mismatch, *self.differs])
         self.solve.iteration.stats.reconstruction_mismatch = counts.sum()
         # Floating-point states never come back exactly, whatever f does; nor do those that diverged.
-        if policy == "ignore" or self.solver.arithmetic != "exact":
+        if policy == "ignore" or not self.solver.is_exact:
             return
         if (factor := self.solve.iteration.factor) is not None:
             counts = counts.masked_fill(factor.isnan(), 0)
@@ -330,21 +328,6 @@ def _report(policy: Mismatch, total: int, counts: list[int]) -> None:
             " (a part of f under torch.compile: ReversibleAdjoint(forward_with_grad=True))"
         )
         report("raise" if policy == "trace" else policy, message, ReconstructionWarning, ReconstructionError)
-
-
-def _carry_(
-    g_previous: Tensor, g_current: Tensor, product: Tensor | None, solver: AbstractTwoStepSolver
-) -> tuple[Tensor, Tensor]:
-    """From the gradients in u_k and u_{k+1}, in their memory, those in u_{k-1} and u_k: the new current one first."""
-    a, c, b = float(solver.recurrence.a), solver.recurrence.c, solver.recurrence.b
-    if solver.compiled and not solver.has_tolerance and product is not None:
-        kernels.run(kernels.carry_, g_previous, g_current, product, a, c, b)
-        return g_previous, g_current
-    if product is not None:
-        g_previous.add_(product, alpha=b)
-    if c:
-        g_previous.add_(g_current, alpha=c)
-    return g_previous, g_current.mul_(a)
 
 
 def _refuse_foreign_leaves(f: EquilibriumFunction, value: Leaves, sources: Leaves, iterate: Leaves) -> None:

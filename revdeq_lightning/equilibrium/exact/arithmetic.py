@@ -7,19 +7,23 @@ default is `ExactArithmetic`: whole numbers and remainders, whose inverse return
 """
 
 import abc
+from ctypes import c_float
 from fractions import Fraction
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ...transforms import is_transformed
-from ..norms import Mask
-from . import kernels
-from .remainders import Remainders, divisor
+from ...transforms import has_numbers, is_transformed
+from .remainders import Remainders
 
 Kept = Remainders | None
 """What the updates destroy; None where nothing is kept, and no update is to be undone."""
+
+
+FRACTION_BITS = {torch.int32: 21, torch.float64: 32}
 
 
 class Recurrence(NamedTuple):
@@ -29,14 +33,28 @@ class Recurrence(NamedTuple):
     c: float
     b: float
 
+    def rounded(self, dtype: torch.dtype) -> tuple[float, float, float]:
+        """The coefficients in a floating-point dtype, with the sum 1: else a gradient drifts over many evaluations."""
+        c, b = (number if dtype == torch.float64 else c_float(number).value for number in (self.c, self.b))
+        return 1 - b - c, c, b
+
+
+def kernels_for(tensor: Tensor, dtype: torch.dtype) -> Any:
+    """The module `kernels` if they can work on this tensor of this dtype, otherwise None."""
+    if not tensor.is_cuda or tensor.dtype != dtype or not has_numbers(tensor) or find_spec("triton") is None:
+        return None
+    return import_module(".kernels", __package__)
+
 
 class AbstractArithmetic(abc.ABC):
     """Representation of one tensor of the state, with the update and its inverse.
 
-    Methods that end in an underscore overwrite their first argument; `encode` and `decode` return new memory.
+    All methods return new memory and overwrite nothing, except `invert_`.
     """
 
     dtype: torch.dtype
+    differentiable_dtype: torch.dtype
+    """Of states that carry a gradient: it holds every number of `dtype`."""
     scale = 1.0
     """Size of 1.0 in the representation."""
 
@@ -54,96 +72,118 @@ class AbstractArithmetic(abc.ABC):
         return state.to(wide, copy=True).mul_(1 / self.scale).to(dtype)
 
     @abc.abstractmethod
-    def advance_(self, u_before: Tensor, u: Tensor, v: Tensor, kept: Kept = None, active: Mask = None) -> Tensor:
-        """u_{k+1} from u_{k-1}, u_k and v, in the memory of `u_before`."""
+    def advance(self, u_before: Tensor, u: Tensor, v: Tensor, kept: Kept = None) -> Tensor:
+        """u_{k+1} from u_{k-1}, u_k and v."""
+
+    def advance_detached(self, u_before: Tensor, u: Tensor, v: Tensor) -> Tensor:
+        """As `advance`, for states of the differentiable dtype, without their gradient."""
+        return self.advance(u_before.to(self.dtype), u.to(self.dtype), v).to(self.differentiable_dtype)
 
     def advance_transformed(self, u_before: Tensor, u: Tensor, v: Tensor) -> Tensor:
         """As `AdvanceWithGradient`, of operations that `torch.func` knows: the derivative is added as a zero."""
         a, c, b = self.recurrence
-        linear = float(a) * u_before + c * u + (b * self.scale) * v.to(self.dtype)
-        following = self.advance_(u_before.detach() + torch.zeros_like(linear), u.detach(), v.detach())
+        linear = float(a) * u_before + c * u + (b * self.scale) * v.to(self.differentiable_dtype)
+        following = self.advance_detached(u_before.detach(), u.detach(), v.detach())
         return following + (linear - linear.detach())
 
     @abc.abstractmethod
-    def invert_(self, u_next: Tensor, u: Tensor, v: Tensor, kept: Kept = None, active: Mask = None) -> Tensor:
+    def invert_(self, u_next: Tensor, u: Tensor, v: Tensor, kept: Kept = None) -> Tensor:
         """u_{k-1} from u_{k+1}, u_k and v, in the memory of `u_next`."""
 
     def limit(self) -> float:
-        """Magnitude that a state must stay below."""
+        """Magnitude that every state and every value of f must stay below."""
         return float("inf")
 
-    def remainders(self, state: Tensor) -> Kept:
-        """Empty storage for what the updates of `state` destroy."""
+    def remainders(self) -> Kept:
+        """Empty storage for what the updates of a state destroy."""
         return None
 
 
 class ExactArithmetic(AbstractArithmetic):
-    """States are whole numbers `U = round(2^32 * u)` in float64; the update is invertible bit for bit.
+    """States are whole numbers `U = round(scale * u)`; the update is invertible bit for bit.
 
-    With `a = p / q`:
+    With `a = sign * p / q`, p > 0:
 
-        t = p * U_{k-1},  s = floor(t / q),  r = t - q * s,  U_{k+1} = s + g,  g = round(2^32 * (c * u_k + b * v))
+        h = floor(p * U_{k-1} / q),    d = U_{k-1} - ceil(q * h / p)                 d is kept
+        U_{k+1} = sign * h + g,        g = round(scale * (c * u_k + b * v))
 
-    The inverse `U_{k-1} = (q * (U_{k+1} - g) + r) / p` is an exact division.
+    The inverse is `h = sign * (U_{k+1} - g)`, `U_{k-1} = ceil(q * h / p) + d`. At most ceil(q / p) whole numbers U have
+    the same h, one after the other: d is a digit in radix ceil(q / p). On average an update destroys log2(q / p) bits.
 
-    An update destroys log2(q / |p|) bits per element, on average over states. The whole remainder `r` in [0, q) is
-    kept, log2(q) bits: exactly what is destroyed where |p| = 1 (beta 0.5 or 0.8, momentum 1/8), and more elsewhere,
-    because `t = q * s + r` is a multiple of p. A digit in radix ceil(q / |p|) would be enough.
+    Two representations, by the dtype of the state that f sees:
 
-    All is exact while `max(|p|, q) * |U| < 2^52`: one bit less than float64 holds, so that the rounded quotient never
-    reaches the next whole number. float64 rather than int64, because integer division does not vectorize on CPUs.
+    * int32, in units of 2^-21, where f computes in float32 or less. Its range is some 1,000; beyond it sums of integers
+      wrap around, but not back into the range (see `limit`), so that this does not pass silently.
+    * float64 that holds whole numbers, in units of 2^-32, for f in float64 and for larger states: exact while
+      `max(p, q) * |U| < 2^51`. Not int64, whose products and quotients do not vectorize on CPUs.
 
-    With `compiled` the updates are compiled, except with a tolerance, where samples stop one by one.
+    Two products and their sum are rounded on the way to g, each for itself: a fused multiply-add would differ.
     """
 
-    dtype = torch.float64
-    scale = 2.0**32
+    differentiable_dtype = torch.float64
 
-    def __init__(self, recurrence: Recurrence, *, compiled: bool = False) -> None:
+    def __init__(self, recurrence: Recurrence, *, wide: bool) -> None:
         super().__init__(recurrence)
-        self.compiled = compiled
-        self.p, self.q = recurrence.a.numerator, recurrence.a.denominator
-        self.coefficients = self.p, self.q, recurrence.c, recurrence.b * self.scale
+        self.dtype, self.compute_dtype = (torch.float64,) * 2 if wide else (torch.int32, torch.float32)
+        self.scale = 2.0 ** FRACTION_BITS[self.dtype]
+        self.p, self.q = abs(recurrence.a.numerator), recurrence.a.denominator
+        self.sign = 1 if recurrence.a > 0 else -1
 
     def encode(self, u: Tensor) -> Tensor:
         if is_transformed() or (torch.is_grad_enabled() and u.requires_grad):
             scaled = u.to(torch.float64) * self.scale
             return scaled.detach().round() + (scaled - scaled.detach())  # rounded, with the derivative of the scaling
-        return u.to(torch.float64, copy=True).mul_(self.scale).round_()
+        return u.to(self.compute_dtype, copy=True).mul_(self.scale).round_().to(self.dtype)
 
-    def advance_(self, u_before: Tensor, u: Tensor, v: Tensor, kept: Kept = None, active: Mask = None) -> Tensor:
-        if self.compiled and kept is not None and active is None:
-            kernels.run(kernels.advance_, u_before, u, v, kept.begin_push(), *self.coefficients)
-            return u_before
-        if self.p != 1:
-            u_before.mul_(self.p)
-        quotient = torch.div(u_before, divisor(self.q, u_before), out=None if kept is None else kept.scratch).floor_()
+    def advance(self, u_before: Tensor, u: Tensor, v: Tensor, kept: Kept = None) -> Tensor:
+        quotient = self._multiple(u_before, self.p, self.q)
         if kept is not None:
-            kept.push_(u_before.sub_(quotient, alpha=self.q), active)
-        return self._increment(u, v, out=u_before).add_(quotient)
+            kept.push(u_before - self._least(quotient))
+        return self._increment(u, v).add_(quotient, alpha=self.sign)
 
-    def invert_(self, u_next: Tensor, u: Tensor, v: Tensor, kept: Kept = None, active: Mask = None) -> Tensor:
+    def invert_(self, u_next: Tensor, u: Tensor, v: Tensor, kept: Kept = None) -> Tensor:
         assert kept is not None, "the exact state is invertible only with its remainders"
-        if self.compiled and active is None:
-            word = kept.words[kept.begin_pop()]
-            kernels.run(kernels.invert_, u_next, u, v, word, *self.coefficients)
-            kept.end_pop()
-            return u_next
-        u_next.sub_(self._increment(u, v, out=kept.scratch))
-        torch.add(kept.pop_(active), u_next, alpha=self.q, out=u_next)
-        return u_next if self.p == 1 else u_next.div_(divisor(self.p, u_next))
+        increment, quotient = self._increment(u, v), u_next
+        if self.sign > 0:
+            quotient.sub_(increment)
+        else:
+            torch.sub(increment, u_next, out=quotient)
+        return self._least(quotient, out=u_next).add_(kept.pop())
 
-    def _increment(self, u: Tensor, v: Tensor, out: Tensor) -> Tensor:
-        """`round(2^32 * (c * u_k + b * v))`: depends on u_k alone, so that both directions get the same bits."""
-        _, _, c, b = self.coefficients
-        increment = out.copy_(v).mul_(b)
-        return (increment.add_(u, alpha=c) if c else increment).round_()
+    def _least(self, quotient: Tensor, out: Tensor | None = None) -> Tensor:
+        """The least U with `floor(p * U / q) = quotient`, which is `ceil(q * quotient / p)`."""
+        return self._multiple(quotient, self.q, self.p, up=True, out=out)
+
+    def _increment(self, u: Tensor, v: Tensor) -> Tensor:
+        """`round(scale * (c * u_k + b * v))`: depends on u_k alone, so that both directions get the same bits."""
+        _, c, b = self.recurrence
+        increment = v.to(self.compute_dtype, copy=True).mul_(b * self.scale)
+        if c:  # every operation rounded for itself, as in the kernels
+            increment.add_(u.to(self.compute_dtype, copy=True).mul_(c))
+        return increment.round_().to(self.dtype)
+
+    def _multiple(
+        self, whole: Tensor, numerator: int, denominator: int, *, up: bool = False, out: Tensor | None = None
+    ) -> Tensor:
+        """`floor(whole * numerator / denominator)`, or its ceiling."""
+        if denominator == 1:
+            return whole * numerator if out is None else torch.mul(whole, numerator, out=out)
+        if numerator == 1 and self.dtype == torch.int32 and denominator & (denominator - 1) == 0:
+            return whole >> (denominator.bit_length() - 1)
+        # Half a unit away from every whole number, so that the rounding of 1 / denominator does not matter.
+        offset = denominator - 0.5 if up else 0.5
+        multiple = whole.to(torch.float64, copy=True).mul_(numerator).add_(offset).mul_(1 / denominator).floor_()
+        return multiple.to(self.dtype) if out is None else out.copy_(multiple)
 
     def limit(self) -> float:
-        return 2.0**52 / self.scale / max(abs(self.p), self.q)
+        a, c, b = self.recurrence
+        if self.dtype == torch.float64:
+            return 2.0**51 / self.scale / max(self.p, self.q)
+        # If all states and values so far are below it, the next state may wrap around, but only to one above it.
+        return (1 - 2.0**-20) * 2.0**32 / self.scale / (1 + abs(float(a)) + abs(c) + abs(b))
 
-    def remainders(self, state: Tensor) -> Remainders:
-        return Remainders.empty(state, self.q)
+    def remainders(self) -> Remainders:
+        return Remainders.empty(-(-self.q // self.p))
 
 
 class FloatArithmetic(AbstractArithmetic):
@@ -154,26 +194,26 @@ class FloatArithmetic(AbstractArithmetic):
 
     def __init__(self, recurrence: Recurrence, dtype: torch.dtype) -> None:
         super().__init__(recurrence)
-        self.dtype = dtype
+        self.dtype = self.differentiable_dtype = dtype
 
-    def advance_(self, u_before: Tensor, u: Tensor, v: Tensor, kept: Kept = None, active: Mask = None) -> Tensor:
+    def advance(self, u_before: Tensor, u: Tensor, v: Tensor, kept: Kept = None) -> Tensor:
         a, c, b = self.recurrence
-        u_before.mul_(float(a)).add_(v.to(self.dtype), alpha=b)
-        return u_before.add_(u, alpha=c) if c else u_before
+        following = (float(a) * u_before).add_(v.to(self.dtype), alpha=b)
+        return following.add_(u, alpha=c) if c else following
 
-    def invert_(self, u_next: Tensor, u: Tensor, v: Tensor, kept: Kept = None, active: Mask = None) -> Tensor:
+    def invert_(self, u_next: Tensor, u: Tensor, v: Tensor, kept: Kept = None) -> Tensor:
         a, c, b = self.recurrence
         u_next.sub_(v.to(self.dtype), alpha=b)
         return (u_next.sub_(u, alpha=c) if c else u_next).div_(float(a))
 
 
 class AdvanceWithGradient(torch.autograd.Function):
-    """The bits of `advance_` with the linear recurrence's gradient, for BPTT; overwrites nothing."""
+    """The bits of `advance` with the linear recurrence's gradient, for BPTT."""
 
     @staticmethod
     def forward(ctx: Any, arithmetic: AbstractArithmetic, u_before: Tensor, u: Tensor, v: Tensor) -> Tensor:
         ctx.recurrence, ctx.scale, ctx.dtype = arithmetic.recurrence, arithmetic.scale, v.dtype
-        return arithmetic.advance_(u_before.clone(), u, v)
+        return arithmetic.advance_detached(u_before, u, v)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, Tensor, Tensor]:

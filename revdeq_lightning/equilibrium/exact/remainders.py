@@ -1,115 +1,68 @@
-"""Storage for the remainders of the exact state: as many digits in radix q as evaluations were made."""
-
-from collections.abc import Iterable
-from functools import cached_property
-from itertools import count
-from math import log2
+"""Storage for the remainders of the exact state: for every element a stack of digits, as fields of bits."""
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import register_pytree_node
 
-from ..norms import Mask, broadcast_to_leaf
-
-WORD_LIMIT = 2**52
-_GROUP_TYPES = ((torch.uint8, 2**8), (torch.int16, 2**15), (torch.int32, 2**31))
-
 
 class Remainders:
     """A stack of digits in [0, radix) for every element of a state.
 
-    The digits of even and of odd pushes go to one word each, `word' = radix * word + digit`, a float64 that holds them
-    as a whole number. While the words last (22 digits each for radix 5, 52 for radix 2, 17 for radix 8) the memory does
-    not grow. When a word is full, its oldest digits are put aside as a small integer: three to a byte for radix 5,
-    eight for radix 2, five to two bytes for radix 8, within 1.25x of log2(radix) bits a digit.
+    A digit is a field of `ceil(log2(radix))` bits, at most 1.29 times what it holds. The fields of an element follow
+    each other without gaps: number `k` begins at bit `width * k` of its row of bytes, of which a new one is added when
+    the last is full. Masks are not needed: a sample that has stopped has meaningless digits, and nobody uses them.
     """
 
-    def __init__(self, words: Iterable[Tensor], spilled: Iterable[Tensor], radix: int, count: int) -> None:
-        self.words, self.spilled, self.radix, self.count = list(words), list(spilled), radix, count
-        self.digits_per_word = most_digits(radix, WORD_LIMIT)
-        self.digits_per_group, self.group_type = digits_per_group(radix)
-        self.group_unit = radix ** (self.digits_per_word - self.digits_per_group)
-        """Weight in a full word of the youngest digit of the group that is put aside."""
+    def __init__(self, rows: list[Tensor], width: int, count: int) -> None:
+        self.rows, self.width, self.count = list(rows), width, count
 
     @classmethod
-    def empty(cls, state: Tensor, radix: int) -> "Remainders":
-        """An empty stack for a state of this shape."""
-        return cls([torch.zeros_like(state), torch.zeros_like(state)], [], radix, 0)
+    def empty(cls, radix: int) -> "Remainders":
+        """An empty stack."""
+        return cls([], (radix - 1).bit_length(), 0)
 
-    @cached_property
-    def scratch(self) -> Tensor:
-        """Working memory for the update, kept so that no evaluation allocates."""
-        return torch.empty_like(self.words[0])
+    def place(self, bit: int) -> tuple[int, int]:
+        """Row and first bit in it of bit `bit` of the next digit."""
+        return divmod(self.width * self.count + bit, 8)
 
-    def begin_push(self) -> Tensor:
-        """The word on which the next digit goes, with room for it."""
-        word, depth = self.words[self.count % 2], self.count // 2
-        if self._word_is_full(depth):
-            oldest = torch.div(word, divisor(self.group_unit, word)).floor_()
-            word.sub_(oldest, alpha=self.group_unit)
-            self.spilled.append(oldest.to(self.group_type))
+    def push(self, digits: Tensor) -> None:
+        """Put one digit on every element's stack."""
+        for bit in range(0, self.width, 8):  # a wider digit is several fields
+            field = (digits if self.width <= 8 else digits.to(torch.int32) >> bit).to(torch.uint8)
+            index, offset = self.place(bit)
+            if offset == 0:
+                self.rows.append(field)
+                continue
+            self.rows[index].add_(field, alpha=2**offset)  # what is beyond the byte drops out
+            if offset + min(8, self.width - bit) > 8:
+                self.rows.append(field.bitwise_right_shift_(8 - offset))
         self.count += 1
-        return word
 
-    def begin_pop(self) -> int:
-        """Index of the word on which the newest digit lies; `end_pop` follows when it is off."""
+    def pop(self) -> Tensor:
+        """Take the newest digit off every element's stack: small integers."""
         self.count -= 1
-        return self.count % 2
-
-    def end_pop(self) -> None:
-        """Fill the word up with what was put aside for this digit."""
-        index, depth = self.count % 2, self.count // 2
-        if self._word_is_full(depth):
-            self.words[index].add_(self.spilled.pop(), alpha=self.group_unit)
-
-    def push_(self, digits: Tensor, active: Mask = None) -> None:
-        """Put one digit on the stack of every element of the active samples."""
-        word = self.begin_push()
-        if active is None:
-            torch.add(digits, word, alpha=self.radix, out=word)
-        else:
-            torch.where(broadcast_to_leaf(active, word), digits.add(word, alpha=self.radix), word, out=word)
-
-    def pop_(self, active: Mask = None) -> Tensor:
-        """Take the newest digit of every element off its stack; inactive samples have none, and return 0."""
-        index = self.begin_pop()
-        word = self.words[index]
-        shifted = torch.div(word, divisor(self.radix, word), out=self.scratch).floor_()
-        if active is None:
-            digits = word.sub_(shifted, alpha=self.radix)
-            self.words[index], self.scratch = shifted, word
-        else:
-            mask = broadcast_to_leaf(active, word)
-            digits = torch.where(mask, word.sub(shifted, alpha=self.radix), 0.0)
-            self.words[index] = torch.where(mask, shifted, word)
-        self.end_pop()
+        digits: Tensor | None = None
+        for bit in range(0, self.width, 8):
+            width = min(8, self.width - bit)
+            index, offset = self.place(bit)
+            field = self.rows[index] >> offset
+            if offset + width > 8:
+                field.add_(self.rows[index + 1], alpha=2 ** (8 - offset))
+            if width < 8:
+                field.bitwise_and_(2**width - 1)
+            digits = field if digits is None else digits.to(torch.int32) + (field.to(torch.int32) << bit)
+        self.forget()
+        assert digits is not None
         return digits
 
-    def _word_is_full(self, depth: int) -> bool:
-        """Whether the word was full when its digit number `depth` was pushed."""
-        return depth >= self.digits_per_word and (depth - self.digits_per_word) % self.digits_per_group == 0
-
-
-def divisor(number: int, dividend: Tensor) -> Tensor:
-    """The number beside `dividend`: by a plain one CUDA multiplies with its rounded inverse, and 49 * (1 / 49) < 1."""
-    return dividend.new_full((), number)
-
-
-def digits_per_group(radix: int) -> tuple[int, torch.dtype]:
-    """How many digits are put aside together, and as what: the smallest integer that wastes no more than a fifth."""
-    groups = [(most_digits(radix, limit), dtype) for dtype, limit in _GROUP_TYPES if limit >= radix]
-    wasteful = [8 * dtype.itemsize / (digits * log2(radix)) for digits, dtype in groups]
-    frugal = [group for group, waste in zip(groups, wasteful, strict=True) if waste <= 1.25]
-    return frugal[0] if frugal else groups[wasteful.index(min(wasteful))]
-
-
-def most_digits(radix: int, limit: int) -> int:
-    """How many digits a whole number up to `limit` holds: the largest power of the radix that is not above it."""
-    return next(digits for digits in count(1) if radix ** (digits + 1) > limit)
+    def forget(self) -> None:
+        """Release the rows without a digit."""
+        index, offset = self.place(0)
+        del self.rows[index + (offset > 0) :]
 
 
 register_pytree_node(
     Remainders,
-    lambda r: ([*r.words, *r.spilled], (r.radix, r.count)),
-    lambda tensors, context: Remainders((r := list(tensors))[:2], r[2:], *context),
+    lambda remainders: (remainders.rows, (remainders.width, remainders.count)),
+    lambda rows, context: Remainders(list(rows), *context),
 )

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
-from ..norms import Leaves, Mask
+from ..norms import Leaves, Mask, extremes
 from ..validation import require_count, require_in_range
 
 State = Any
@@ -67,6 +67,14 @@ class AbstractSolver(abc.ABC):
         """The state as one that goes on and is not to be undone, while the given one stays as it is."""
         return state
 
-    def limit(self) -> float:
-        """Magnitude that the iterates must stay below."""
+    def extremes(self, state: State) -> Leaves:
+        """0-dim numbers that show whether the newest state is finite and within the limit."""
+        return extremes(self.iterate(state))
+
+    def limit(self, z0: Leaves) -> float:
+        """Magnitude that the extremes must stay below."""
         return float("inf")
+
+    def wider_than(self, limit: float) -> str:
+        """How to set a limit above this one, to follow "do this or that"; empty if there is no way."""
+        return ""

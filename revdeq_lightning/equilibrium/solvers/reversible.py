@@ -11,7 +11,7 @@ u_0 = z_0, u_1 = y_1, u_2 = z_1, ...
 """
 
 import abc
-import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -21,16 +21,23 @@ import torch
 from torch import Tensor
 
 from ...transforms import is_transformed
-from ..exact.arithmetic import AbstractArithmetic, AdvanceWithGradient, ExactArithmetic, FloatArithmetic, Recurrence
+from ..exact.arithmetic import (
+    AbstractArithmetic,
+    AdvanceWithGradient,
+    ExactArithmetic,
+    FloatArithmetic,
+    Recurrence,
+    kernels_for,
+)
 from ..exact.remainders import Remainders
-from ..norms import Leaves, Mask, select
+from ..norms import Leaves, Mask, extremes, select
 from ..validation import require_choice, require_in_range
 from .base import AbstractSolver
 
-Arithmetic = Literal["exact", "float64", "float32"]
+Arithmetic = Literal["exact", "exact64", "float64", "float32"]
 
 MAX_DENOMINATOR = 4096
-"""Largest denominator of `a` that the exact state takes: its range is 2^20 / denominator, here still 256."""
+"""Largest denominator of `a` that the exact state takes: in 64 bits its range is 2^19 / denominator, here still 128."""
 
 
 class TwoStepState(NamedTuple):
@@ -40,6 +47,10 @@ class TwoStepState(NamedTuple):
     current: Leaves
     remainders: list[Remainders | None]
     dtypes: list[torch.dtype]
+    extremes: Leaves
+    """Of the newest state and of the value of f that made it, 0-dim."""
+    decoded: Leaves
+    """The iterate at which f is evaluated next, forward or back, where the update made it too; otherwise empty."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,15 +58,12 @@ class AbstractTwoStepSolver(AbstractSolver):
     """A member of the family: it names its coefficients, the rest is shared.
 
     Attributes:
-        arithmetic: How the state is held: "exact" (reversible bit for bit at any depth), "float64" (as published) or
-            "float32".
-        compiled: Whether torch.compile compiles the updates of the exact state: as exact, in a third of the time,
-            which counts where f is small. Without effect with a tolerance.
+        arithmetic: How the state is held: "exact" (reversible bit for bit at any depth; in 32 bits, of states in
+            float64 in 64), "exact64" (always in 64 bits, for large states), "float64" (as published) or "float32".
     """
 
     beta: float
     arithmetic: Arithmetic = "exact"
-    compiled: bool = False
 
     default_adjoint = "reversible"
 
@@ -63,10 +71,13 @@ class AbstractTwoStepSolver(AbstractSolver):
         super().__post_init__()
         require_in_range("beta", self.beta, "(0, 2)")
         require_choice("arithmetic", self.arithmetic, get_args(Arithmetic))
-        if self.compiled and self.arithmetic != "exact":
-            raise ValueError(f"compiled=True belongs to arithmetic='exact', got {self.arithmetic!r}: remove it")
 
     @property
+    def is_exact(self) -> bool:
+        """Whether steps are undone bit for bit."""
+        return self.arithmetic.startswith("exact")
+
+    @cached_property
     @abc.abstractmethod
     def recurrence(self) -> Recurrence:
         """The coefficients a, c, b."""
@@ -74,43 +85,67 @@ class AbstractTwoStepSolver(AbstractSolver):
     def require_representable(self, setting: str) -> None:
         """Raise ValueError if the arithmetic cannot hold `a`, which comes from this setting."""
         a = self.recurrence.a
-        if self.arithmetic == "exact" and a.denominator > MAX_DENOMINATOR:
+        if self.is_exact and a.denominator > MAX_DENOMINATOR:
             raise ValueError(
                 f"{setting}={getattr(self, setting)!r} gives a = {float(a)!r}, which is no fraction with a denominator"
                 f" up to {MAX_DENOMINATOR}, as the exact state needs: round it to fewer digits (0.8, 0.125, ...) or"
                 " choose arithmetic='float64'"
             )
 
-    @cached_property
-    def state_arithmetic(self) -> AbstractArithmetic:
-        """The arithmetic that `arithmetic` names."""
-        if self.arithmetic == "exact":
-            return ExactArithmetic(self.recurrence, compiled=self.compiled)
-        return FloatArithmetic(self.recurrence, torch.float64 if self.arithmetic == "float64" else torch.float32)
+    def state_arithmetic(self, dtypes: Sequence[torch.dtype]) -> AbstractArithmetic:
+        """The arithmetic for a state of leaves with these dtypes."""
+        if self.is_exact:
+            return self._arithmetics[self.arithmetic == "exact64" or torch.float64 in dtypes]
+        return self._arithmetics[self.arithmetic == "float64"]
 
-    def limit(self) -> float:
-        return self.state_arithmetic.limit()
+    @cached_property
+    def _arithmetics(self) -> tuple[AbstractArithmetic, AbstractArithmetic]:
+        """Of 32 and of 64 bits."""
+        if self.is_exact:
+            return ExactArithmetic(self.recurrence, wide=False), ExactArithmetic(self.recurrence, wide=True)
+        return FloatArithmetic(self.recurrence, torch.float32), FloatArithmetic(self.recurrence, torch.float64)
+
+    def limit(self, z0: Leaves) -> float:
+        return self.state_arithmetic([z.dtype for z in z0]).limit()
+
+    def wider_than(self, limit: float) -> str:
+        widest = self._arithmetics[1].limit()
+        return f", or choose arithmetic='exact64' (a range of {widest:.4g})" if limit < widest else ""
 
     def init(self, z0: Leaves, *, reversible: bool) -> TwoStepState:
-        current = [self.state_arithmetic.encode(z) for z in z0]
-        remainders = [self.state_arithmetic.remainders(u) if reversible else None for u in current]
-        return TwoStepState([u.clone() for u in current], current, remainders, [z.dtype for z in z0])
+        dtypes = [z.dtype for z in z0]
+        arithmetic = self.state_arithmetic(dtypes)
+        current = [arithmetic.encode(z) for z in z0]
+        remainders = [arithmetic.remainders() if reversible else None for _ in z0]
+        return TwoStepState(current, current, remainders, dtypes, extremes(z0), [])
 
     def branch(self, state: TwoStepState) -> TwoStepState:
-        previous, current = ([u.clone() for u in leaves] for leaves in (state.previous, state.current))
-        return state._replace(previous=previous, current=current, remainders=[None] * len(current))
+        return state._replace(remainders=[None] * len(state.current))
 
     def iterate(self, state: TwoStepState) -> Leaves:
-        return self._decode(state.current, state)
+        return state.decoded or self._decode(state.current, state)
 
     def iterate_before(self, state: TwoStepState, active: Mask) -> Leaves:
         """The iterate at which f was evaluated to make this state."""
-        return self._decode(select(active, state.previous, state.current), state)
+        return state.decoded or self._decode(select(active, state.previous, state.current), state)
+
+    def extremes(self, state: TwoStepState) -> Leaves:
+        return state.extremes
 
     def advance(self, state: TwoStepState, value: Leaves, active: Mask) -> TwoStepState:
-        arithmetic = self.state_arithmetic
+        arithmetic = self.state_arithmetic(state.dtypes)
         inputs = (*state.current, *state.previous, *value)
         differentiated = torch.is_grad_enabled() and any(u.requires_grad for u in inputs)
+        if (
+            active is None
+            and not (differentiated or is_transformed())
+            and (kernels := kernels_for(state.current[0], torch.int32))
+        ):
+            leaves = zip(state.previous, state.current, value, state.remainders, state.dtypes, strict=True)
+            following, decoded, largest = map(
+                list, zip(*(kernels.advance(arithmetic, *leaf) for leaf in leaves), strict=True)
+            )
+            return state._replace(previous=state.current, current=following, extremes=largest, decoded=decoded)
         following = []
         for u_before, u, v, remainders in zip(state.previous, state.current, value, state.remainders, strict=True):
             if is_transformed():
@@ -118,30 +153,53 @@ class AbstractTwoStepSolver(AbstractSolver):
             elif differentiated:
                 following.append(AdvanceWithGradient.apply(arithmetic, u_before, u, v))
             else:
-                memory = u_before if active is None else u_before.clone()
-                following.append(arithmetic.advance_(memory, u, v, remainders, active))
+                following.append(arithmetic.advance(u_before, u, v, remainders))
         return state._replace(
-            previous=select(active, state.current, state.previous), current=select(active, following, state.current)
+            previous=select(active, state.current, state.previous),
+            current=select(active, following, state.current),
+            extremes=[*extremes(value), *extremes(following, 1 / arithmetic.scale)],
         )
 
     def invert_step(self, state: TwoStepState, value: Leaves, active: Mask) -> TwoStepState:
         """Undo `advance` with the same evaluation, `value = f(iterate_before(state))`."""
-        before = []
-        for u, u_next, v, remainders in zip(state.previous, state.current, value, state.remainders, strict=True):
-            memory = u_next if active is None else u_next.clone()
-            before.append(self.state_arithmetic.invert_(memory, u, v, remainders, active))
+        arithmetic = self.state_arithmetic(state.dtypes)
+        if active is None and (kernels := kernels_for(state.current[0], torch.int32)):
+            leaves = zip(state.current, state.previous, value, state.remainders, state.dtypes, strict=True)
+            before, decoded = map(list, zip(*(kernels.invert_(arithmetic, *leaf) for leaf in leaves), strict=True))
+            return state._replace(previous=before, current=state.previous, decoded=decoded)
+        following = state.current if active is None else [u.clone() for u in state.current]
+        undone = zip(following, state.previous, value, state.remainders, strict=True)
+        before = [arithmetic.invert_(u_next, u, v, remainders) for u_next, u, v, remainders in undone]
         return state._replace(
             previous=select(active, before, state.previous), current=select(active, state.previous, state.current)
         )
 
+    def carry_(self, g_previous: Leaves, g_current: Leaves, products: Sequence[Tensor | None]) -> tuple[Leaves, Leaves]:
+        """From the gradients in u_k and u_{k+1}, in their memory, those in u_{k-1} and u_k, the new current one first.
+
+        A product, `(df/du)^T g_current`, may be one of `g_current`.
+        """
+        a, c, b = self.recurrence.rounded(g_current[0].dtype)
+        if products[1:] == [] and products[0] is not None and (kernels := kernels_for(g_current[0], torch.float32)):
+            kernels.carry_(g_previous[0], g_current[0], products[0], a, c, b)
+            return g_previous, g_current
+        for previous, current, product in zip(g_previous, g_current, products, strict=True):
+            if product is not None:
+                previous.add_(product, alpha=b)
+            if c:
+                previous.add_(current, alpha=c)
+        return g_previous, [current.mul_(a) for current in g_current]
+
     def reconstruction_mismatch(self, state: TwoStepState, z0: Leaves) -> Tensor:
         """Elements in which a state that was undone to the start differs from the true start, 0-dim int64."""
-        start = [self.state_arithmetic.encode(z) for z in z0]
+        arithmetic = self.state_arithmetic(state.dtypes)
+        start = [arithmetic.encode(z) for z in z0]
         pairs = zip((*state.previous, *state.current), (*start, *start), strict=True)
         return torch.stack([(a != b).sum() for a, b in pairs]).sum()
 
     def _decode(self, leaves: Leaves, state: TwoStepState) -> Leaves:
-        return [self.state_arithmetic.decode(u, dtype) for u, dtype in zip(leaves, state.dtypes, strict=True)]
+        arithmetic = self.state_arithmetic(state.dtypes)
+        return [arithmetic.decode(u, dtype) for u, dtype in zip(leaves, state.dtypes, strict=True)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +226,7 @@ class ReversibleSolver(AbstractTwoStepSolver):
             raise ValueError(f"beta must not be 1, got {self.beta!r}: the inverse divides by 1 - beta; use 0.8")
         self.require_representable("beta")
 
-    @property
+    @cached_property
     def recurrence(self) -> Recurrence:
         return Recurrence(1 - _fraction(self.beta), 0.0, float(self.beta))
 
@@ -201,12 +259,11 @@ class MomentumSolver(AbstractTwoStepSolver):
             raise ValueError(f"momentum must be nonzero, got {self.momentum!r}: the inverse divides by it; use 0.125")
         self.require_representable("momentum")
 
-    @property
+    @cached_property
     def recurrence(self) -> Recurrence:
         return Recurrence(-_fraction(self.momentum), 1.0 - self.beta + self.momentum, float(self.beta))
 
 
-@functools.cache
 def _fraction(number: float) -> Fraction:
     """The simple fraction that a decimal stands for (0.8 is 4/5), else the float's own value."""
     simple = Fraction(number).limit_denominator(MAX_DENOMINATOR)
