@@ -107,7 +107,7 @@ class ReversibleAdjoint(AbstractAdjoint):
             iteration = iterate_to_fixed_point(solver, f, z0)
             _refuse_foreign_leaves(f, iteration.value, [], iteration.value)
             return iteration.value, iteration.stats
-        if f.device_type == "cuda" and torch.backends.cudnn.benchmark and solver.arithmetic == "exact":
+        if f.device_type == "cuda" and torch.backends.cudnn.benchmark and solver.is_exact:
             raise ValueError(
                 "torch.backends.cudnn.benchmark=True may choose other kernels in the backward pass, whose gradient"
                 " would not be exact: set it to False (trainer.benchmark=false), or use arithmetic='float64'"
