@@ -33,12 +33,12 @@ def offline(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
-def save(path, kind="modern", solver=None, **network):
+def save(path, kind="modern", solver=None):
     """A checkpoint with the weights of a small model, which is returned."""
     solver = SolverConfig(**{"solver": "none"} if kind == "explicit" else (solver or SOLVER))
     model = make_model(kind, solver=None if kind == "explicit" else solver.build_solver()).eval()
     content = {
-        "hyper_parameters": {"network": asdict(model.config) | network, "solver": asdict(solver)},
+        "hyper_parameters": {"network": asdict(model.config), "solver": asdict(solver)},
         "state_dict": {f"model.{name}": weight for name, weight in model.state_dict().items()},
         "tokenizer": CharacterTokenizer(CHARACTERS).state(),
         "global_step": 1,
@@ -89,6 +89,7 @@ def test_solver_steps_and_dtype_are_settings_and_survive_a_round_trip(small, tmp
     theirs = load(small.folder, max_steps=16)
     more = make_model("modern", solver=replace(small.ours.equilibrium.solver, max_steps=16)).eval()
     torch.testing.assert_close(theirs(tokens).logits, more(tokens).logits_BTV, rtol=0, atol=1e-6)
+    type(theirs).register_for_auto_class("AutoModelForCausalLM")  # as loading does in a new process
     theirs.save_pretrained(tmp_path)
     again = load(tmp_path)
     assert torch.equal(again(tokens).logits, theirs(tokens).logits)
@@ -214,23 +215,22 @@ def test_without_the_package_the_folder_says_what_to_install(small, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    ("package", "words", "extra"),
+    ("missing", "words", "told"),
     [
-        ("transformers", ("export", "--format=huggingface", "--output=x"), "huggingface"),
-        ("lm_eval", ("evaluate", "--tasks=x"), "evaluation"),
+        (
+            "transformers",
+            ("export", "--format=huggingface", "--output=x"),
+            "pip install 'revdeq-lightning[huggingface]'",
+        ),
+        ("lm_eval", ("evaluate", "--tasks=x"), "pip install 'revdeq-lightning[evaluation]'"),
+        ("wandb", ("export", "--format=huggingface"), "/small exists: choose another --output"),
     ],
 )
-def test_a_missing_library_is_named(small, package, words, extra, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, package, None)
+def test_what_cannot_be_done_is_one_line(small, missing, words, told, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(SystemExit):
         run(*words, "--ckpt_path", small.folder.with_suffix(".ckpt"))
-    assert capsys.readouterr().err.strip().endswith(f"pip install 'revdeq-lightning[{extra}]'")
-
-
-def test_an_existing_folder_is_left_as_it_is(small, capsys):
-    with pytest.raises(SystemExit):
-        run("export", "--ckpt_path", small.folder.with_suffix(".ckpt"), "--format=huggingface")
-    assert capsys.readouterr().err == f"error: {small.folder} exists: choose another --output\n"
+    assert capsys.readouterr().err.endswith(f"{told}\n")
 
 
 QUESTIONS = [("a b c", ["d", "e f", "g"], 1), ("lmn", ["opq", "r"], 0), ("u u u", ["t", "s s", "a"], 2)]
@@ -243,7 +243,7 @@ TASKS = {
 }
 
 
-def test_the_harness_agrees_with_log_likelihoods_by_hand(small, tmp_path):
+def test_the_harness_agrees_with_log_likelihoods_by_hand(small, tmp_path, capsys):
     lm_eval = pytest.importorskip("lm_eval", reason="the extra evaluation is not installed")
     from lm_eval.tasks import TaskManager
 
@@ -267,27 +267,20 @@ def test_the_harness_agrees_with_log_likelihoods_by_hand(small, tmp_path):
         (tmp_path / f"{name}.yaml").write_text(f"task: {name}\n{data}doc_to_text: question\n{text}")
     more = make_model("modern", solver=replace(small.ours.equilibrium.solver, max_steps=5)).eval()
     expected = [[nats(q, c, more) for c in choices] for q, choices, _ in QUESTIONS]
+    right = [row.index(max(row)) == answer for row, (*_, answer) in zip(expected, QUESTIONS, strict=True)]
+    known = TaskManager(include_path=str(tmp_path), include_defaults=False)
     arguments = f"pretrained={small.folder},trust_remote_code=True,max_steps=5"
-    found = lm_eval.simple_evaluate(
-        "hf",
-        arguments,
-        ["choice"],
-        task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
-        device="cpu",
-        batch_size=4,
-    )
-    values = [[float(reply[0]) for (reply,) in row["resps"]] for row in found["samples"]["choice"]]
-    assert len(values) == 3
-    for row, wanted in zip(values, expected, strict=True):
-        assert row == pytest.approx(wanted, abs=1e-4)
-    right = sum(
-        max(range(len(c)), key=row.__getitem__) == a for row, (_, c, a) in zip(expected, QUESTIONS, strict=True)
-    )
-    options = ("--ckpt_path", small.folder.with_suffix(".ckpt"), "--include_path", tmp_path)
-    run("evaluate", *options, "--tasks=choice", "--model.solver.max_steps=5", "--output", tmp_path / "results.json")
-    assert json.loads((tmp_path / "results.json").read_text())["results"]["choice"]["acc,none"] == pytest.approx(
-        right / 3
-    )
-    run("evaluate", *options, "--tasks=continuation", "--output", tmp_path / "results.json")
-    figures = json.loads((tmp_path / "results.json").read_text())["results"]["continuation"]
-    assert figures["exact_match,none"] == pytest.approx(2 / 3)
+    found = lm_eval.simple_evaluate("hf", arguments, ["choice"], task_manager=known, device="cpu", batch_size=4)
+    replies = [reply for row in found["samples"]["choice"] for reply in row["resps"]]
+    assert [float(reply[0][0]) for reply in replies] == pytest.approx(sum(expected, []), abs=1e-4)  # noqa: RUF017
+
+    def figure(task, name, *options):
+        options = (*options, "--ckpt_path", small.folder.with_suffix(".ckpt"), "--include_path", tmp_path)
+        run("evaluate", "--tasks", task, *options, "--output", tmp_path / "results.json")
+        return json.loads((tmp_path / "results.json").read_text())["results"][task][f"{name},none"]
+
+    assert figure("choice", "acc", "--model.solver.max_steps=5") == pytest.approx(sum(right) / 3)
+    assert figure("continuation", "exact_match") == pytest.approx(2 / 3)
+    with pytest.raises(SystemExit):
+        figure("unknown", "acc")
+    assert "error: no task unknown: see `lm_eval ls tasks`" in capsys.readouterr().err
