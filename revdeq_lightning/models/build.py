@@ -1,5 +1,6 @@
 """Settings of a task as plain data, and the models they describe. Independent of Lightning."""
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from typing import Any, Literal, NamedTuple, get_type_hints
@@ -79,7 +80,7 @@ _OPTIONS = {
         {},
     ),
     "loss_decay": _Option(float | None, None, "weight of each part's loss over that of the next; null for 0.8", {}),
-    "compiled": _Option(bool, False, "without effect, for configurations of old: updates are fast without it", {}),
+    "compiled": _Option(bool, False, "no longer has an effect; older configurations have it", {}),
 }
 _Settings: Any = make_dataclass("_Settings", [(n, o.type, field(default=o.default)) for n, o in _OPTIONS.items()])
 
@@ -97,6 +98,8 @@ class SolverConfig(_Settings):  # type: ignore[misc]
 
     def build_solver(self) -> AbstractSolver:
         """The solver; ValueError if a setting is out of range or unknown to the solver."""
+        if self.compiled:
+            warnings.warn("compiled=True no longer has an effect: remove it", stacklevel=2)
         given = self._given(_SOLVER_OPTIONS)
         for name, value in given.items():
             if self.solver not in _SOLVER_OPTIONS[name].arguments:

@@ -124,3 +124,8 @@ def test_settings_of_earlier_checkpoints_are_valid():
     settings = SolverConfig(**old)
     assert settings.build_solver() == AndersonSolver(memory=4)
     assert settings.build_adjoint() == ImplicitAdjoint()
+
+
+def test_a_setting_of_older_configurations_is_said_to_have_no_effect():
+    with pytest.warns(UserWarning, match="compiled=True no longer has an effect: remove it"):
+        assert SolverConfig(compiled=True).build_solver() == SolverConfig().build_solver()
