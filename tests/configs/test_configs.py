@@ -88,8 +88,8 @@ def test_a_few_steps_at_reduced_size(path, tmp_path, capsys):
 def test_wikitext_in_a_local_folder_with_a_tokenizer_file(name, tmp_path, capsys):
     folder = tmp_path / "wikitext"
     folder.mkdir()
-    for split, count in (("train", 150_000), ("validation", 2000), ("test", 2000)):
-        rows = [f" {sentence} . \n" for sentence in sentences(count)]  # about 20 MB; no line ends in a letter
+    for split, count in (("train", 40_000), ("validation", 1000), ("test", 1000)):
+        rows = [f" {sentence} . \n" for sentence in sentences(count)]  # about 6 MB; no line ends in a letter
         datasets.Dataset.from_dict({"text": rows}).to_parquet(folder / f"{split}-00000-of-00001.parquet")
     tokenizer = Tokenizer.from_str(BytePairTokenizer.train(rows, 4000).state()["definition"])
     tokenizer.add_special_tokens(["<|endoftext|>"])

@@ -377,12 +377,12 @@ def test_processes_that_prepare_at_the_same_time_build_once(tmp_path):
 @pytest.mark.parametrize("kind", text_benchmark.KINDS)
 def test_preparing_takes_as_much_memory_for_a_text_ten_times_as_large(tmp_path, kind):
     found = {}
-    for size in (5, 50):
+    for size in (3, 30):
         path = tmp_path / f"{size}.{text_benchmark.KINDS[kind]}"
         text_benchmark.write(path, kind, size * 1e6)
         found[size] = text_benchmark.Prepared(path, "bpe", tmp_path / "cache").start()
-    assert found[50]["peak_bytes"] < 1.5e9
-    assert found[50]["peak_bytes"] - found[5]["peak_bytes"] < 150e6  # the text and its tokens would be 75 MB and more
+    assert found[30]["peak_bytes"] < 1.5e9
+    assert found[30]["peak_bytes"] - found[3]["peak_bytes"] < 100e6  # most of it are new words; it was 160 bytes a byte
     again = text_benchmark.Prepared(path, "bpe", tmp_path / "cache").start()
     assert again["resident_bytes"] - again["imported_bytes"] < 20e6
 
