@@ -98,10 +98,10 @@ def test_several_loaders_count_as_one_and_pairs_are_predicted(make, tmp_path):
     task, pair = make()
     whole, parts = TensorDataset(*pair), [TensorDataset(*(t[:4] for t in pair)), TensorDataset(*(t[4:] for t in pair))]
     quiet = trainer(tmp_path, 1)
-    (one,) = quiet.validate(task, DataLoader(whole, 4), verbose=False)
-    several = quiet.validate(task, [DataLoader(part, 4) for part in parts], verbose=False)
+    (one,) = quiet.validate(task, DataLoader(whole, batch_size=4), verbose=False)
+    several = quiet.validate(task, [DataLoader(part, batch_size=4) for part in parts], verbose=False)
     assert several[0]["val/loss"] == pytest.approx(one["val/loss"], rel=1e-6)
-    assert len(quiet.predict(task, DataLoader(whole, 4))) == 2
+    assert len(quiet.predict(task, DataLoader(whole, batch_size=4))) == 2
 
 
 def test_double_precision(tmp_path):

@@ -19,7 +19,7 @@ _DTYPES = {"U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "I64": np.int64}
 
 
 class StoredArray:
-    """A memory map that is opened on first use and pickles as a path."""
+    """A memory map that pickles as a path."""
 
     def __init__(self, path: Path, dtype: str, offset: int, shape: tuple[int, ...]) -> None:
         self.path, self.dtype, self.offset, self.shape = path, dtype, offset, shape
@@ -31,12 +31,16 @@ class StoredArray:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_map": None}
 
-    @property
-    def array(self) -> NDArray[Any]:
-        """The read-only memory map."""
+    def open(self) -> NDArray[Any]:
+        """The read-only memory map, which stays valid when the file is deleted later."""
         if self._map is None:
             self._map = np.memmap(self.path, _DTYPES[self.dtype], "r", offset=self.offset, shape=self.shape)
         return self._map
+
+    @property
+    def array(self) -> NDArray[Any]:
+        """The read-only memory map."""
+        return self.open()
 
 
 class ArrayCache(NamedTuple):
@@ -145,6 +149,8 @@ def _read(path: Path, quiet: bool = False) -> ArrayCache | None:
                 _checksum(file, arrays[name].offset, sizes[name]) == checksum
                 for name, checksum in metadata["checksums"].items()
             ):
+                for array in filter(len, arrays.values()):
+                    array.open()
                 return ArrayCache(arrays, metadata)
     except (ValueError, KeyError, TypeError, OSError):
         pass
