@@ -127,6 +127,7 @@ def test_the_advice_on_another_encoding_gives_the_text(tmp_path, encoding):
         (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "binary data: use text files only"),
         (b"name\0\0\0\0\0\0\0\0" + bytes(90) + b"text", "104 bytes|binary data"),
         (TEXT.encode("utf-16")[:-1], "is not UTF-16: byte"),
+        ("end: é".encode()[:-1], "byte 0xc3 at offset 5: it ends in the middle of a character"),
     ],
 )
 def test_what_is_no_text_is_told_with_what_it_seems_to_be(tmp_path, content, advice):

@@ -158,6 +158,7 @@ def read_text(path: Path) -> Iterator[str]:
         fault = str(error)
         if isinstance(error, UnicodeDecodeError):
             fault = f"byte 0x{error.object[error.start]:02x} at offset {end - len(error.object) + error.start}"
+        is_cut = not block and "unexpected end" in str(error)
     else:
         return
     file = shlex.quote(str(path))
@@ -168,6 +169,8 @@ def read_text(path: Path) -> Iterator[str]:
         advice = f"it seems to be {packed} {file}`"
     elif zeros in wide:
         advice = f"it seems to be {wide[zeros]}: convert it with `iconv -f {wide[zeros]} -t UTF-8 {file} > NEW_FILE`"
+    elif is_cut:
+        advice = "it ends in the middle of a character, so its end is missing: copy it once more"
     elif 0 in block:
         advice = "it seems to be binary data: use text files only"
     else:
