@@ -31,6 +31,8 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     if given.small:
         os.environ["REVDEQ_NOTEBOOK_SMALL"] = "1"
+    # tqdm misses ipywidgets, which nothing here needs, where torchmetrics finds and imports transformers.
+    os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"
     # As in an activated environment: commands that the notebooks print are `python ...`.
     os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
     for path in given.notebooks:
