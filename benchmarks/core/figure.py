@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks.requirements import MAX_COST, Rows
 
-COLOURS = {"float32": "tab:red", "float64": "tab:orange", "exact": "tab:blue"}
+COLORS = {"float32": "tab:red", "float64": "tab:orange", "exact": "tab:blue"}
 
 
 def draw(path: Path, gradients: Rows, convergence: Rows, costs: Rows, memory: Rows) -> None:
@@ -31,7 +31,7 @@ def draw(path: Path, gradients: Rows, convergence: Rows, costs: Rows, memory: Ro
 def _gradients(axis: Any, rows: Rows) -> None:
     styles = {"RevDEQ 0.5": "o-", "RevDEQ 0.8": "s--", "momentum 0.125": "^:"}
     top = 30.0
-    for arithmetic, color in COLOURS.items():
+    for arithmetic, color in COLORS.items():
         for solver, style in styles.items():
             curve = [
                 (row["evaluations"], row["error"])

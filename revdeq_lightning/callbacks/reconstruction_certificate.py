@@ -147,8 +147,8 @@ class ReconstructionCertificate(AbstractWatching):
     def _must_tell(self, pl_module: LightningModule) -> bool:
         """Whether a gradient of exact arithmetic is not exact, and this was not reported yet."""
         is_new = self.num_gradients - self.num_certified > self._num_forgiven
-        arithmetics = {getattr(layer.solver, "arithmetic", "exact") for layer in equilibria(pl_module)}
-        return is_new and not self._is_told and arithmetics <= {"exact"}
+        is_exact = all(getattr(layer.solver, "is_exact", True) for layer in equilibria(pl_module))
+        return is_new and not self._is_told and is_exact
 
     def _gather(self, trainer: Trainer) -> None:
         """Add the new counts of all processes; all must call it."""

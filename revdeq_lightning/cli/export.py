@@ -20,8 +20,8 @@ from revdeq_lightning.data.text.tokenizers import (
     AbstractTokenizer,
     ByteTokenizer,
     CharacterTokenizer,
-    _without_loss,
     tokenizer_from_state,
+    without_loss,
 )
 from revdeq_lightning.equilibrium.validation import require_count
 from revdeq_lightning.errors import CheckpointError
@@ -178,7 +178,7 @@ def fast_tokenizer(ours: AbstractTokenizer, context_length: int) -> Any:
             same.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
             same.decoder = decoders.Fuse()
         case _:
-            definition = json.loads(_without_loss(ours.state()["definition"])) | {"post_processor": None}
+            definition = json.loads(without_loss(ours.state()["definition"])) | {"post_processor": None}
             same = Tokenizer.from_str(json.dumps(definition))
     special = [token.content for token in same.get_added_tokens_decoder().values() if token.special]
     end = END if END in special or not special else special[0]

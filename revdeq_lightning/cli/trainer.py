@@ -252,10 +252,9 @@ class AbstractCommandLine(LightningCLI):
                 f"trainer.log_every_n_steps={every}: at logging steps a run certifies its gradients and checks"
                 " whether a checkpoint is due; choose a large number to log rarely"
             )
-        layers = equilibria(self.model)
         is_exact = any(
-            isinstance(layer.adjoint, ReversibleAdjoint) and getattr(layer.solver, "arithmetic", "") == "exact"
-            for layer in layers
+            isinstance(layer.adjoint, ReversibleAdjoint) and getattr(layer.solver, "is_exact", False)
+            for layer in equilibria(self.model)
         )
         if settings.get("benchmark") and is_exact:
             fail(

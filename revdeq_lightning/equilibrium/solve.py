@@ -36,7 +36,8 @@ def solve_fixed_point(
             Differentiated. Under autocast float16 and bfloat16 are raised to float32.
         x: Injected input, any pytree; its tensors are differentiated.
         solver: Iteration and stopping rule. A step of `ReversibleSolver` is 2 evaluations of f, of the others 1.
-        adjoint: Gradient rule. Memory in the number of steps: `BackpropAdjoint` linear, the others none.
+        adjoint: Gradient rule. Each step adds its activations to the memory of `BackpropAdjoint`, a few bits for each
+            element of z to that of `ReversibleAdjoint`, and nothing to that of the others.
             `ReversibleAdjoint` and `BackpropAdjoint` differentiate the iterates, `ImplicitAdjoint` the fixed point,
             `PhantomAdjoint` an approximation of it. Only `ReversibleAdjoint` needs a reversible solver.
 

@@ -23,7 +23,6 @@ class ReadOnce(Callback):
             return
         logged = [m for m in cast(Any, trainer)._results.values() if m.is_tensor and m.meta.on_step]  # no public way
         on_device = [m for m in logged if isinstance(v := m._forward_cache, Tensor) and checks.host_must_wait(v.device)]
-        for metric, value in zip(
-            on_device, read([m._forward_cache for m in on_device]) if on_device else [], strict=True
-        ):
-            metric._forward_cache = value
+        if on_device:
+            for metric, value in zip(on_device, read([m._forward_cache for m in on_device]), strict=True):
+                metric._forward_cache = value

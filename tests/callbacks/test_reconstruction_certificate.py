@@ -68,10 +68,11 @@ def test_gradients_that_are_not_exact_are_counted_and_told_once(tmp_path, capsys
     assert f"3 of 6 gradients certified exact ({callback.mismatch:,} elements" in capsys.readouterr().out
 
 
-def test_the_policy_raises(tmp_path, capsys):
+@pytest.mark.parametrize("arithmetic", ["exact", "exact64"])
+def test_the_policy_raises(tmp_path, capsys, arithmetic):
     run = trainer(tmp_path, [ChangeF(2), ReconstructionCertificate("raise")])
     with pytest.raises(ReconstructionError, match="1 of 4 gradients are not exact"):
-        run.fit(Stranger(adjoint=SILENT), loader())
+        run.fit(Stranger(MomentumSolver(max_steps=4, arithmetic=arithmetic), adjoint=SILENT), loader())
     assert run.global_step == 4
     assert "3 of 4 gradients certified exact" in capsys.readouterr().out
 

@@ -32,6 +32,7 @@ EPOCHS, INTERVAL = "--trainer.check_val_every_n_epoch=1", "--trainer.val_check_i
         (["fit", "--trainer.gradient_clip_val=-1"], ["trainer.gradient_clip_val must be at least 0, got -1"]),
         (["fit", "--seed_everything=-1"], ["seed_everything: -1"]),
         (["fit", "--trainer.benchmark=true"], ["trainer.benchmark=true", "the gradient would not be exact: remove it"]),
+        (["fit", "--trainer.benchmark=true", "--model.solver.arithmetic=exact64"], ["would not be exact: remove it"]),
         (
             ["fit", "--model.solver.solver=none", "--model.solver.beta=0.5"],
             ["solver='none' has no beta, got beta=0.5: remove it"],

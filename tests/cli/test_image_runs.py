@@ -32,7 +32,7 @@ def trained(tmp_path_factory):
     return folder
 
 
-def test_a_run_learns_colours_and_leaves_what_is_promised(trained):
+def test_a_run_learns_colors_and_leaves_what_is_promised(trained):
     path = only_run(trained)
     rows = read(path / "metrics.csv")
     figures = [float(row["val/accuracy"]) for row in rows if row.get("val/accuracy")]

@@ -147,7 +147,7 @@ def test_pixels_without_a_known_range_are_refused_in_one_line(content, reason):
     assert "\n" not in str(error.value)
 
 
-def test_grey_channels_of_a_colour_folder(module):
+def test_gray_channels_of_a_color_folder(module):
     data = module(channels=1)
     images, _ = split(data, "test")
     color, _ = split(module(), "test")

@@ -78,7 +78,7 @@ IMAGE_CLASSES = ("ant", "bee", "cat")
 
 
 def pixels(number: int, width: int = 40, height: int = 32) -> np.ndarray:
-    """Smooth colours that differ from number to number, so that JPEG keeps them apart."""
+    """Smooth colors that differ from number to number, so that JPEG keeps them apart."""
     x, y = np.meshgrid(np.linspace(0, 1, width), np.linspace(0, 1, height))
     waves = [np.sin(2 * np.pi * (x * (1 + number % 3) + y + number * 0.17 * (c + 1))) for c in range(3)]
     return (127 + 90 * np.stack(waves, -1) + 7 * (number % 5)).clip(0, 255).astype(np.uint8)

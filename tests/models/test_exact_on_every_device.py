@@ -93,7 +93,7 @@ def cases():
                     yield pytest.param(block, dtype, solver, layout, "cpu", id=f"{name}-cpu")
 
 
-@pytest.mark.parametrize(("block", "dtype", "solver", "layout", "device"), cases())
+@pytest.mark.parametrize(("block", "dtype", "solver", "layout", "device"), list(cases()))
 def test_every_evaluation_is_repeated_bit_for_bit(block, dtype, solver, layout, device):
     solver = SOLVERS[solver]
     layer, x = layer_and_input(block, device, solver, layout)

@@ -130,7 +130,7 @@ class BytePairTokenizer(AbstractTokenizer):
 
         try:
             self._definition = Tokenizer.from_str(definition).to_str()
-            self._tokenizer = Tokenizer.from_str(_without_loss(self._definition))
+            self._tokenizer = Tokenizer.from_str(without_loss(self._definition))
         except Exception as error:  # the library raises plain Exceptions
             raise ValueError(f"not the JSON of the tokenizers library ({error}): use a tokenizer.json.") from None
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
@@ -317,7 +317,7 @@ def _tokenizer_from_path(path: Path) -> AbstractTokenizer:
     return BytePairTokenizer(_byte_level(models.BPE.from_file(str(vocab), str(merges))).to_str())
 
 
-def _without_loss(definition: str) -> str:
+def without_loss(definition: str) -> str:
     """The definition without what drops, adds or varies tokens: truncation, padding, stripped spaces, dropout."""
     content = json.loads(definition) | {"truncation": None, "padding": None}
     content["added_tokens"] = [token | {"lstrip": False, "rstrip": False} for token in content["added_tokens"]]

@@ -52,7 +52,7 @@ class ReconstructionError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class ReversibleAdjoint(AbstractAdjoint):
-    """Gradient by reconstruction: exact with arithmetic "exact", with no memory in the number of steps.
+    """Gradient by reconstruction: exact with arithmetic "exact", without stored activations.
 
     Supports `ReversibleSolver` and `MomentumSolver`. f must be the same function in both passes: after each backward
     pass the reconstructed initial state is compared with the true one, bit for bit, and the elements that differ are

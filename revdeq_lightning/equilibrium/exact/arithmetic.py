@@ -22,8 +22,8 @@ from .remainders import Remainders
 Kept = Remainders | None
 """What the updates destroy; None where nothing is kept, and no update is to be undone."""
 
-
 FRACTION_BITS = {torch.int32: 21, torch.float64: 32}
+"""States are whole numbers in units of 2 to minus this."""
 
 
 class Recurrence(NamedTuple):
