@@ -9,6 +9,7 @@ memory is the largest resident size of the process that prepares it, with PyTorc
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -117,8 +118,7 @@ def measure(megabytes: Sequence[float], quick: bool) -> part.Result:
                     starts.append(
                         {"megabytes": size} | {n: median(a[n] for a in again) for n in ("seconds", "resident_bytes")}
                     )
-                for file in text.cache.iterdir():
-                    file.unlink()
+                shutil.rmtree(text.cache)
     tables = {"memory": memory, "starts": starts, "speed": [speed]}
     return part.Result(tables, judge(memory, starts, speed, quick), page(memory, starts, speed), packages=PACKAGES)
 

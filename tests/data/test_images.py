@@ -10,7 +10,8 @@ import torch
 from lightning import LightningModule, Trainer
 
 from revdeq_lightning.data.images import preparation as image_preparation
-from revdeq_lightning.data.images.module import AugmentationConfig, ImageDataModule
+from revdeq_lightning.data.images.augmentation import AugmentationConfig
+from revdeq_lightning.data.images.module import ImageDataModule
 from revdeq_lightning.data.loading.sampler import IGNORE_INDEX
 from tests.helpers.data import SaveAt, assert_same_splits, builder, encoded, make_folder, split, whole
 
@@ -40,7 +41,7 @@ def test_images_are_decoded_once_and_read_as_a_memory_map(module, monkeypatch):
     monkeypatch.setattr(image_preparation, "_decode_all", lambda *_: pytest.fail("decoded twice"))
     again = module(batch_size=2, seed=3, augmentation=EVERYTHING)
     assert_same_splits(again, first)
-    assert isinstance(again._dataset("train").images.array, np.memmap)
+    assert isinstance(again._dataset("train").images.open(), np.memmap)
     assert again.preprocessing_state() == first.preprocessing_state()
 
 
@@ -60,7 +61,7 @@ CHANGES = [
 def test_other_settings_are_another_file(module, tmp_path, change):
     module().setup("fit")
     module(**change).setup("fit")
-    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 2
+    assert len(list((tmp_path / "cache").glob("*.arrays"))) == 2
 
 
 @pytest.mark.parametrize("change", ["content", "name", "class", "added"])
@@ -81,7 +82,7 @@ def test_other_content_is_decoded_anew(module, tmp_path, change):
         (root / "train/bee/added.bmp").write_bytes(file.read_bytes())
     after = module(root, validation_fraction=0.0)
     after.setup("fit")
-    assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 2
+    assert len(list((tmp_path / "cache").glob("*.arrays"))) == 2
     assert before.class_names != after.class_names or not all(
         torch.equal(a, b) for a, b in zip(split(before, "train"), split(after, "train"), strict=True)
     )

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from revdeq_lightning.data import PuzzleDataModule
+from revdeq_lightning.data.loading.draws import Draws
 from revdeq_lightning.data.puzzles.mazes import is_solution
 from revdeq_lightning.data.puzzles.module import build_kind, make_puzzle
-from revdeq_lightning.data.puzzles.puzzle import Draws
 from revdeq_lightning.data.puzzles.sudoku import invariant, make_sudoku, symmetric
 
 SUDOKU = ((4, 8, 2, 2), (6, 22, 2, 3), (9, 40, 3, 3))

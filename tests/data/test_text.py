@@ -51,7 +51,7 @@ def module(tmp_path):
 
 
 def split_ids(data, split):
-    return data._prepared().arrays[split].array.tolist()
+    return data._prepared().arrays[split].open().tolist()
 
 
 def split_text(data, split):
@@ -81,7 +81,7 @@ def test_python_source_is_the_library_split_by_file(tmp_path):
 def test_the_default_text_has_the_ids_of_earlier_versions(tmp_path):
     settings = yaml.safe_load(Path("configs/lm/default.yaml").read_text())["data"]
     data = TextDataModule(**settings, cache_dir=str(tmp_path))
-    found = {split: (len(split_ids(data, split)), data._prepared().checksum(split)) for split in data.splits}
+    found = {split: (len(split_ids(data, split)), data._prepared().checksums[split]) for split in data.splits}
     expected = {"train": (3_093_937, "b84841dd"), "validation": (127_425, "4db0fe12"), "test": (123_518, "c18737f1")}
     assert found == expected
     assert data.split_statistics("test") == SplitStatistics(123_517, 399_999, 50_768)
@@ -285,9 +285,9 @@ def test_byte_caps_cut_each_split_at_a_character(module):
 # Cache
 
 
-def cached_file(data):
-    (file,) = Path(data.hparams["cache_dir"]).glob("*.safetensors")
-    return file
+def cached_folder(data):
+    (folder,) = Path(data.hparams["cache_dir"]).glob("*.arrays")
+    return folder
 
 
 def test_tokens_are_stored_once_and_read_as_a_memory_map(module, monkeypatch):
@@ -296,8 +296,8 @@ def test_tokens_are_stored_once_and_read_as_a_memory_map(module, monkeypatch):
     monkeypatch.setattr(TextDataModule, "_tokenize", lambda *_: pytest.fail("tokenized twice"))
     again = module(tokenizer="bpe", bpe_vocab_size=280)
     assert split_ids(again, "train") == split_ids(first, "train")
-    assert isinstance(again._prepared().arrays["train"].array, np.memmap)
-    assert again._prepared().arrays["train"].array.dtype == np.uint16
+    assert isinstance(again._prepared().arrays["train"].open(), np.memmap)
+    assert again._prepared().arrays["train"].open().dtype == np.uint16
     assert again.tokenizer_state() == first.tokenizer_state()
 
 
@@ -309,15 +309,19 @@ def test_other_content_or_settings_are_other_tokens(module, change):
     assert split_ids(module(), "train") == ids
 
 
-@pytest.mark.parametrize("damage", ["truncated", "short", "flipped", "overwritten"])
-def test_damaged_tokens_are_noticed_and_built_anew(module, damage):
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("train", lambda content: content[:-100]),
+        ("train", lambda content: content[:-5] + bytes([content[-5] ^ 1]) + content[-4:]),
+        ("index.json", lambda content: content[:3]),
+        ("index.json", lambda content: b"\xff" * 500),
+    ],
+)
+def test_damaged_tokens_are_noticed_and_built_anew(module, name, damage):
     expected = split_ids(module(), "train")
-    file = cached_file(module())
-    content = bytearray(file.read_bytes())
-    if damage == "flipped":
-        content[-5] ^= 1
-    damaged = {"truncated": content[:-100], "short": content[:3], "overwritten": b"\xff" * 500}.get(damage, content)
-    file.write_bytes(damaged)
+    file = cached_folder(module()) / name
+    file.write_bytes(damage(file.read_bytes()))
     with pytest.warns(UserWarning, match="is damaged and will be rebuilt"):
         assert split_ids(module(), "train") == expected
     assert split_ids(module(), "train") == expected
@@ -336,9 +340,7 @@ def test_an_interrupted_write_leaves_nothing(module, monkeypatch):
 def test_what_a_killed_preparation_left_is_neither_used_nor_kept(module, tmp_path):
     data = module()
     expected = split_ids(data, "train")
-    left = tmp_path / "cache" / f".{cached_file(data).name}.abc"
-    cached_file(data).unlink()
-    left.mkdir()
+    left = cached_folder(data).rename(tmp_path / "cache" / f".{cached_folder(data).name}.abc")
     (left / "arrays").write_bytes(b"half")
     assert split_ids(module(), "train") == expected
     assert not left.exists()
@@ -357,7 +359,7 @@ def _prepare_and_count(folder, start, builds):
     TextDataModule._tokenize = counted
     start.wait()
     assert data.vocab_size == 270
-    assert len(data._prepared().arrays["train"].array) > 0
+    assert len(data._prepared().arrays["train"].open()) > 0
 
 
 def test_processes_that_prepare_at_the_same_time_build_once(tmp_path):
@@ -479,7 +481,7 @@ def test_vocabulary_is_known_at_once_and_can_be_padded(module):
 def test_a_large_vocabulary_is_stored_in_32_bits(module, monkeypatch):
     monkeypatch.setattr("revdeq_lightning.data.text.tokenizers.ByteTokenizer.vocab_size", 2**16 + 1)
     data = module()
-    assert data._prepared().arrays["train"].array.dtype == np.uint32
+    assert data._prepared().arrays["train"].open().dtype == np.uint32
     assert bytes(split_ids(data, "train") + split_ids(data, "validation") + split_ids(data, "test")).decode() == PROSE
 
 

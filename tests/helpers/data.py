@@ -13,7 +13,8 @@ from lightning import Callback, LightningModule, Trainer
 from PIL import Image
 from torch.multiprocessing import ProcessRaisedException
 
-from revdeq_lightning.data.images.module import ImageBatch, ImageDataModule
+from revdeq_lightning.data.images.batches import ImageBatch
+from revdeq_lightning.data.images.module import ImageDataModule
 from revdeq_lightning.data.text.module import TextDataModule
 
 # The image task's command line on tiny JPEG files, in this process.

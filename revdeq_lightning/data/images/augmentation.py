@@ -200,14 +200,9 @@ def _inside(top: Tensor, left: Tensor, bottom: Tensor, right: Tensor, height: in
 
 
 def augment_pixels(images: Tensor, config: AugmentationConfig, keys: Tensor, seed: int) -> Tensor:
-    """Augment before normalization: crop, flip, RandAugment; uint8 in and out.
+    """Augment square images before normalization: crop, flip, RandAugment; uint8 in and out.
 
-    Args:
-        images: `(batch, channels, height, width)`, square.
-        config: Augmentations.
-        keys: One key per image, int64 `(batch,)`, on the host, which draws; every random number is a function of key
-            and `seed`.
-        seed: Seed of the random numbers.
+    The keys, int64 `(batch,)`, are on the host, which draws: every random number is a function of key and `seed`.
     """
     images = crop_and_flip(images, config, keys, seed)
     if config.randaugment_ops:

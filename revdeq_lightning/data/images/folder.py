@@ -8,9 +8,10 @@ import tarfile
 import tempfile
 import unicodedata
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -59,15 +60,11 @@ def _folder_key(root: Path) -> str:
 def _list_folder(root: Path) -> ImageCollection:
     files, folders, left_out = list_files(root)
     prefix, names = _without_wrapper([*(f"{name}/" for name in folders), *files])
-    return _arrange(names, str(root), os.fsencode, _FileReader(root / prefix), left_out)
+    return _arrange(names, str(root), os.fsencode, partial(_read_file, root / prefix), left_out)
 
 
-@dataclass
-class _FileReader:
-    root: Path
-
-    def __call__(self, name: bytes) -> Content:
-        return (self.root / os.fsdecode(name)).read_bytes()
+def _read_file(root: Path, name: bytes) -> Content:
+    return (root / os.fsdecode(name)).read_bytes()
 
 
 @dataclass
@@ -129,13 +126,9 @@ def _without_wrapper(names: list[str]) -> tuple[str, list[str]]:
     while len(tops := {name.partition("/")[0] for name in names}) == 1:
         top = tops.pop() + "/"
         inner = [name.removeprefix(top) for name in names if name != top]
+        is_split = top == "train/" or split_of(top[:-1]) in ("validation", "test")
         images = [name for name in inner if _is_image(name)]
-        if (
-            top == "train/"
-            or split_of(top[:-1]) in ("validation", "test")
-            or not images
-            or not all("/" in name for name in images)
-        ):
+        if is_split or not images or not all("/" in name for name in images):
             break
         prefix, names = prefix + top, inner
     return prefix, names
@@ -147,47 +140,53 @@ def _is_image(name: str) -> bool:
 
 def _split_folders(names: list[str], where: str) -> dict[str, str]:
     """The split of each top-level folder; without splits, everything is for training."""
-    with_images = {name.partition("/")[0] for name in names if "/" in name and _is_image(name)}
-    tops = sorted(with_images | {name.partition("/")[0] for name in names if "/" in name})
-    folders = {f"{top}/": split for top in tops if (split := split_of(top))}
-    shown = ", ".join(map(text_of, folders))
-    others = sorted(with_images - {folder[:-1] for folder in folders})
+    below: dict[str, set[str]] = {}  # where each top-level folder has images: the names of its folders, "" for itself
+    for top, _, inner in (name.partition("/") for name in names if "/" in name):
+        below.setdefault(top, set()).update([inner.rpartition("/")[0].partition("/")[0]] * _is_image(inner))
+    folders = {f"{top}/": split for top in sorted(below) if (split := split_of(top))}
+    others = sorted(top for top, inner in below.items() if inner and f"{top}/" not in folders)
     if not folders:
-        alike = {top: splits_within(top) for top in others if splits_within(top)}
-        direct = any(name.partition("/")[0] in alike and name.count("/") == 1 and _is_image(name) for name in names)
-        below: dict[str, set[str]] = {top: set() for top in others}
-        for top, folder, rest in (f"{name}/".split("/", 2) for name in names if "/" in name and _is_image(name)):
-            below[top].add(folder if rest else "")
-        if within := [text_of(top) for top in others if len({*map(split_of, below[top])} - {None}) > 1]:
-            raise ValueError(
-                f"{where} has splits within its classes ({', '.join(within[:5])}): move them to train/CLASS, val/CLASS "
-                "and test/CLASS."
-            )
-        if len(alike) > 1 and (not direct or (len(alike) == len(others) and len(set.union(*alike.values())) > 1)):
-            raise ValueError(
-                f"{where} has folders that look like splits, not like classes ({', '.join(map(text_of, alike))}): "
-                "rename them to train, val and test, with one folder per class in each."
-            )
-        if len(others) > 1 and len(first := below[others[0]]) > 1 and all(below[top] == first for top in others):
-            raise ValueError(
-                f"{where} has folders with the same folders in each ({', '.join(map(text_of, sorted(first)[:5]))} in "
-                f"{', '.join(map(text_of, others[:5]))}): rename the outer ones to train, val and test if they are no "
-                "classes; if they are, move them into one folder train/."
-            )
+        _refuse_unclear_splits({top: below[top] for top in others}, where)
         return {"": "train"}
     if "train" not in folders.values():
-        raise ValueError(f"{where} has {shown} but no train/: put the training images into train/CLASS/.")
+        raise ValueError(f"{where} has {_shown(folders)} but no train/: put the training images into train/CLASS/.")
     if others:
         raise ValueError(
-            f"{where} has folders of splits ({shown}) and other folders with images "
-            f"({', '.join(map(text_of, others[:5]))}): remove or rename those, or, if all are classes, move all into "
-            "one folder train/."
+            f"{where} has folders of splits ({_shown(folders)}) and other folders with images ({_shown(others)}): "
+            "remove or rename those, or, if all are classes, move all into one folder train/."
         )
     for split in folders.values():
         same = [text_of(folder) for folder, other in folders.items() if other == split]
         if len(same) > 1:
             raise ValueError(f"{where} has both {' and '.join(same)} for {split}: remove or rename one of them.")
     return folders
+
+
+def _refuse_unclear_splits(below: dict[str, set[str]], where: str) -> None:
+    """Raise ValueError if folders whose names stand for no split, with the folders in each, may be splits anyway."""
+    if within := [top for top, inner in below.items() if len({*map(split_of, inner)} - {None}) > 1]:
+        raise ValueError(
+            f"{where} has splits within its classes ({_shown(within)}): move them to train/CLASS, val/CLASS and "
+            "test/CLASS."
+        )
+    alike = {top: splits for top in below if (splits := splits_within(top))}
+    may_be_classes = any("" in below[top] for top in alike)
+    all_alike = len(alike) == len(below) and len(set().union(*alike.values())) > 1
+    if len(alike) > 1 and (all_alike or not may_be_classes):
+        raise ValueError(
+            f"{where} has folders that look like splits, not like classes ({_shown(alike)}): rename them to train, val "
+            "and test, with one folder per class in each."
+        )
+    inner = [sorted(folders) for folders in below.values()]
+    if len(inner) > 1 and len(inner[0]) > 1 and all(folders == inner[0] for folders in inner):
+        raise ValueError(
+            f"{where} has folders with the same folders in each ({_shown(inner[0])} in {_shown(below)}): rename the "
+            "outer ones to train, val and test if they are no classes; if they are, move them into one folder train/."
+        )
+
+
+def _shown(names: Iterable[str]) -> str:
+    return ", ".join(map(text_of, islice(names, 5)))
 
 
 def _class_of_folder(splits: dict[str, dict[str, str]], where: str) -> dict[str, str]:

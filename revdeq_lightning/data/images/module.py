@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 from unicodedata import normalize as in_unicode
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from revdeq_lightning.data.images.augmentation import (
     NO_AUGMENTATION,
@@ -24,20 +22,17 @@ from revdeq_lightning.data.images.decoding import (
     UNDECODABLE,
     ImageSizes,
     evaluation_resize,
-    find_images,
     normalize,
-    preprocess_files,
     skipped_message,
 )
 from revdeq_lightning.data.images.preparation import ImageData, prepare_decoding, prepare_in_memory
 from revdeq_lightning.data.images.sources import IMAGE_SOURCES, KNOWN_STATISTICS, open_image_source
 from revdeq_lightning.data.images.tables import ImageCollection, split_images
 from revdeq_lightning.data.loading.base import AbstractDataModule
-from revdeq_lightning.data.loading.sampler import ResumableLoader, shuffled
+from revdeq_lightning.data.loading.draws import shuffled_keys
+from revdeq_lightning.data.loading.sampler import ResumableLoader
 from revdeq_lightning.equilibrium.validation import require_choice, require_count, require_in_range
 from revdeq_lightning.errors import CheckpointError
-
-__all__ = ["AugmentationConfig", "ImageBatch", "ImageDataModule", "find_images", "preprocess_files"]
 
 
 class ImageDataModule(AbstractDataModule):
@@ -48,7 +43,7 @@ class ImageDataModule(AbstractDataModule):
     and augmentation are functions of (seed, epoch, image), except for the partner in mixup and cutmix, the neighbor in
     the rank's batch. A run resumed from any checkpoint continues with the batch after the last trained one.
 
-    Images of at most 64 pixels are decoded once, as for evaluation, into a file in `cache_dir`, and read as a memory
+    Images of at most 64 pixels are decoded once, as for evaluation, into a folder in `cache_dir`, and read as a memory
     map. Larger ones are decoded on demand: set `num_workers`.
 
     Args:
@@ -123,11 +118,8 @@ class ImageDataModule(AbstractDataModule):
         require_choice("source", source, IMAGE_SOURCES)
         require_choice("undecodable", undecodable, UNDECODABLE)
         require_choice("channels", channels, (None, 1, 3), "1 is gray, 3 RGB")
-        for name in ("image_size", "batch_size", "max_train_images", "max_eval_images"):
-            if self.hparams[name] is not None:
-                require_count(name, self.hparams[name])
-        for name in ("num_workers", "seed", "split_seed"):
-            require_count(name, self.hparams[name], at_least=0)
+        self._require_counts("image_size", optional=["max_train_images", "max_eval_images"])
+        require_count("split_seed", split_seed, at_least=0)
         require_in_range("validation_fraction", validation_fraction, "[0, 1)")
         require_in_range("crop_fraction", 1 if crop_fraction is None else crop_fraction, "(0, 1]")
         if (mean is None) != (std is None):
@@ -167,8 +159,7 @@ class ImageDataModule(AbstractDataModule):
     @property
     def image_size(self) -> int:
         """Side of the model's square input."""
-        size: int = self.hparams["image_size"]
-        return size
+        return int(self.hparams["image_size"])
 
     def num_images(self, split: str) -> int:
         """Images of a split."""
@@ -203,8 +194,7 @@ class ImageDataModule(AbstractDataModule):
 
     def train_dataloader(self) -> ResumableLoader:
         dataset = self._dataset("train")
-        order = partial(_training_order, len(dataset), self.hparams["seed"])
-        return self._training_loader(dataset, len(dataset), order)
+        return self._training_loader(dataset, len(dataset), partial(shuffled_keys, len(dataset), self.hparams["seed"]))
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
@@ -244,12 +234,7 @@ class ImageDataModule(AbstractDataModule):
         super()._close_loaders()
 
     def _prepared(self) -> ImageData:
-        if self._data is None:
-            data = self._prepare()
-            for name, values in (("mean", data.mean), ("std", data.std)):
-                if len(values) != data.channels:
-                    raise ValueError(f"{name} must have a value for each of the {data.channels} channel(s): {values}.")
-            self._data = data
+        self._data = self._data or self._prepare()
         return self._data
 
     def _prepare(self) -> ImageData:
@@ -271,7 +256,11 @@ class ImageDataModule(AbstractDataModule):
             crop_scale = self.augmentation.random_resized_crop
             data = prepare_decoding(collect(), sizes, crop_scale=crop_scale, seed=hparams["seed"], **skip)
         if hparams["mean"] is not None:
-            return data._replace(mean=list(hparams["mean"]), std=list(hparams["std"]))
+            given: dict[str, Any] = {name: list(hparams[name]) for name in ("mean", "std")}
+            for name, values in given.items():
+                if len(values) != data.channels:
+                    raise ValueError(f"{name} must have a value for each of the {data.channels} channel(s): {values}.")
+            return data._replace(**given)
         if sizes.channels == 3 and (known := KNOWN_STATISTICS.get(hparams["source"])):
             return data._replace(mean=list(known[0]), std=list(known[1]))
         return data
@@ -294,8 +283,3 @@ class ImageDataModule(AbstractDataModule):
 
 _SOURCE = ("dataset_name", "image_column", "label_column", "download")
 _SPLITTING = ("validation_fraction", "split_seed", "max_train_images", "max_eval_images")
-
-
-def _training_order(num_images: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Keys of the images, which continue through the epochs, so that a dataset can derive the epoch."""
-    return epoch * num_images + shuffled(num_images, seed, epoch)

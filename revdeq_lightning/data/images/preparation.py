@@ -1,4 +1,4 @@
-"""Prepare datasets from a source: decoded images in one file, and statistics of the training images."""
+"""Prepare datasets from a source: decoded images in a folder, and statistics of the training images."""
 
 import zlib
 from collections.abc import Callable
@@ -22,16 +22,9 @@ _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class ImageData(NamedTuple):
-    """Datasets by split, and their properties.
+    """Datasets by split, and their properties; mean and standard deviation are per channel, on the scale 0 ... 1.
 
-    Attributes:
-        class_names: Names in the order of their indices.
-        channels: 1 gray, 3 RGB.
-        mean: Mean per channel.
-        std: Standard deviation per channel.
-        datasets: Datasets by split.
-        checksums: Checksums of the training split's labels and images (of their names if images are decoded on demand).
-        left_out: Lines on what the source holds besides the images.
+    The checksums are of the training split's labels and images (of their names if images are decoded on demand).
     """
 
     class_names: list[str]
@@ -44,35 +37,20 @@ class ImageData(NamedTuple):
 
 
 def prepare_in_memory(
-    folder: Path,
-    name: str,
-    key: Any,
-    collect: Callable[[], ImageCollection],
-    sizes: ImageSizes,
-    *,
-    skip_undecodable: bool,
+    folder: Path, name: str, key: Any, collect: Callable[[], ImageCollection], sizes: ImageSizes, skip_undecodable: bool
 ) -> ImageData:
-    """Decode all images for evaluation into a file, unless it exists.
-
-    Args:
-        folder: Folder of the file.
-        name: Prefix of the file's name.
-        key: Identifies source and splits; plain containers.
-        collect: Lists the images of each split.
-        sizes: Target size of each image.
-        skip_undecodable: Whether to skip images that cannot be decoded, with a warning.
-    """
+    """Decode all images that `collect` lists for evaluation into `folder`, unless it has those of this `key`."""
     content = digest([_CACHE_FORMAT, key, sizes._asdict(), skip_undecodable])
-    path = folder / f"{name}-{sizes.image_size}px-{content}.safetensors"
+    path = folder / f"{name}-{sizes.image_size}px-{content}.arrays"
     cache = load_or_build(path, partial(_decode_all, path, collect, sizes, skip_undecodable))
     if skipped := cache.metadata["skipped"]:
         rank_zero_warn(skipped_message(skipped))
     datasets = {
-        split: PreparedImages(cache.arrays[split], cache.arrays[f"{split}/labels"], training=split == "train")
+        split: PreparedImages(cache.arrays[split], cache.arrays[f"{split}.labels"], training=split == "train")
         for split in cache.metadata["splits"]
     }
     mean, std, class_names = (cache.metadata[name] for name in ("mean", "std", "class_names"))
-    checksums = {"image_checksum": cache.checksum("train"), "label_checksum": cache.checksum("train/labels")}
+    checksums = {"image_checksum": cache.checksums["train"], "label_checksum": cache.checksums["train.labels"]}
     left_out = [*cache.metadata["left_out"], *([skipped_message(skipped)] if skipped else [])]
     return ImageData(class_names, sizes.channels, mean, std, datasets, checksums, left_out)
 
@@ -126,7 +104,7 @@ def _decode_all(
         if split == "train":
             mean, std = _statistics(images)
         writer.append(split, images)
-        writer.append(f"{split}/labels", labels[good])
+        writer.append(f"{split}.labels", labels[good])
     metadata = {"class_names": class_names, "splits": list(tables), "mean": mean, "std": std}
     return metadata | {"skipped": skipped, "left_out": list(left_out)}
 

@@ -10,7 +10,7 @@ import numpy as np
 from revdeq_lightning.data.images.folder import open_folder
 from revdeq_lightning.data.images.huggingface import open_huggingface
 from revdeq_lightning.data.images.tables import ImageCollection, ImageSource, ImageTable, numbered_names
-from revdeq_lightning.data.loading.sampler import shuffled
+from revdeq_lightning.data.loading.draws import Draws
 
 IMAGE_SOURCES = ("digits", "cifar10", "cifar100", "folder", "huggingface")
 
@@ -55,7 +55,7 @@ def _read_digits() -> ImageCollection:
     digits: Any = load_digits()
     pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None]
     everything = _pixels_table("digits", pixels, digits.target)
-    order = shuffled(len(pixels), seed=0, epoch=0)
+    order = Draws(0, 0).permutation(len(pixels))
     num_test = 297
     tables = {"train": everything.take(np.sort(order[num_test:])), "test": everything.take(np.sort(order[:num_test]))}
     return ImageCollection([str(digit) for digit in range(10)], tables)

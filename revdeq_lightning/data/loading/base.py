@@ -3,7 +3,7 @@
 import hashlib
 import json
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from lightning import LightningDataModule
@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from revdeq_lightning.data.loading.files import SPLITS
 from revdeq_lightning.data.loading.sampler import ResumableBatchSampler, ResumableLoader
-from revdeq_lightning.equilibrium.validation import require_choice, require_in_range
+from revdeq_lightning.equilibrium.validation import require_choice, require_count, require_in_range
 from revdeq_lightning.errors import CheckpointError
 
 Split = TypeVar("Split")
@@ -21,7 +21,7 @@ Split = TypeVar("Split")
 class AbstractDataModule(LightningDataModule):
     """Provide loaders split over the ranks; a checkpoint stores the position of the first batch not yet trained.
 
-    Requires the hyperparameters `batch_size` and `num_workers`.
+    Requires the hyperparameters `batch_size`, `num_workers`, and `seed`.
     """
 
     _items: str
@@ -107,6 +107,13 @@ class AbstractDataModule(LightningDataModule):
     def __str__(self) -> str:
         # Lightning's version iterates over every batch of a loader that is not a DataLoader.
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.hparams.items())})"
+
+    def _require_counts(self, *names: str, optional: Sequence[str] = ()) -> None:
+        """Raise ValueError unless these settings are counts, as those that every data module has."""
+        for name in (*names, "batch_size", *(name for name in optional if self.hparams[name] is not None)):
+            require_count(name, self.hparams[name])
+        for name in ("num_workers", "seed"):
+            require_count(name, self.hparams[name], at_least=0)
 
     def _announce(self) -> None:
         """Print once what was found."""
@@ -211,8 +218,8 @@ class AbstractDataModule(LightningDataModule):
 
 def check_fractions(validation_fraction: float, test_fraction: float) -> None:
     """Raise ValueError unless both are fractions and leave something to train on."""
-    require_in_range("validation_fraction", validation_fraction, "[0, 1)")
-    require_in_range("test_fraction", test_fraction, "[0, 1)")
+    for name, fraction in (("validation_fraction", validation_fraction), ("test_fraction", test_fraction)):
+        require_in_range(name, fraction, "[0, 1)")
     if validation_fraction + test_fraction >= 1:
         raise ValueError(
             "validation_fraction and test_fraction must leave something to train on, "

@@ -1,5 +1,8 @@
 """Batches in an order that is a function of seed and epoch, starting at any position."""
 
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -8,7 +11,6 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from revdeq_lightning.data.loading.workers import leave_signals_to_main_process
 from revdeq_lightning.equilibrium.validation import require_count, require_in_range
 
 PADDING = -1
@@ -16,20 +18,6 @@ PADDING = -1
 
 IGNORE_INDEX = -100
 """Target of positions or items without a target; losses and metrics ignore it."""
-
-
-def random_bits(count: int, seed: int, epoch: int) -> NDArray[np.uint64]:
-    """Draw `count` random 64-bit integers, a pure function of (seed, epoch).
-
-    Uses raw bits of the generator, the only stream that NumPy guarantees not to change, so a run resumed with another
-    version of NumPy keeps its order.
-    """
-    return np.random.PCG64(np.random.SeedSequence([seed, epoch])).random_raw(count)
-
-
-def shuffled(num_items: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """A permutation of `0 ... num_items - 1`, a pure function of (seed, epoch)."""
-    return np.argsort(random_bits(num_items, seed, epoch), kind="stable")
 
 
 class ResumableBatchSampler(Sampler[list[int]]):
@@ -138,7 +126,7 @@ class ResumableLoader:
             persistent_workers=num_workers > 0,
             pin_memory=pin_memory,
             generator=torch.Generator(),
-            worker_init_fn=leave_signals_to_main_process,
+            worker_init_fn=_leave_signals_to_main_process,
         )
 
     @property
@@ -180,3 +168,21 @@ class ResumableLoader:
         self._loader._iterator = None
         if hasattr(iterator, "_shutdown_workers"):
             iterator._shutdown_workers()
+
+
+def _leave_signals_to_main_process(worker: int) -> None:
+    """Ignore signals that a scheduler or Ctrl-C sends to every process, because the last step still needs data.
+
+    A worker ends when the training process ends it, including by SIGTERM.
+    """
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # macOS lacks it: there SIGTERM ends a worker immediately
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_parent(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(128 + signal.SIGTERM)

@@ -7,9 +7,10 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from revdeq_lightning.data.loading.draws import Draws
 from revdeq_lightning.data.loading.sampler import IGNORE_INDEX
 from revdeq_lightning.data.puzzles import mazes, sudoku
-from revdeq_lightning.data.puzzles.puzzle import Draws, Puzzle
+from revdeq_lightning.data.puzzles.puzzle import Puzzle
 from revdeq_lightning.equilibrium.validation import require_choice, require_count, require_in_range
 
 Array = NDArray[np.int64]

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import breadth_first_order, depth_first_order, minimum_spanning_tree
 
-from revdeq_lightning.data.puzzles.puzzle import Draws, Puzzle
+from revdeq_lightning.data.loading.draws import Draws
+from revdeq_lightning.data.puzzles.puzzle import Puzzle
 
 ALGORITHMS = ("depth_first", "spanning_tree", "mixed")
 WALL, FREE, START, GOAL = range(4)
@@ -19,15 +20,10 @@ Edges = tuple[NDArray[np.int64], NDArray[np.int64]]
 
 
 def make_maze(draws: Draws, size: int, algorithm: str, loops: float) -> Puzzle:
-    """A maze of `size` x `size` cells with a start and a goal.
+    """A maze of `size` x `size` cells with a start and a goal, see `PuzzleDataModule` for `algorithm` and `loops`.
 
-    Args:
-        draws: Random numbers.
-        size: Cells a side.
-        algorithm: "depth_first" (long corridors: randomized depth-first search), "spanning_tree" (many short dead ends:
-            minimum spanning tree of random weights, as by Kruskal or Prim), or "mixed": each in half of the mazes.
-        loops: Fraction of the walls between cells that are opened in addition; 0 for a perfect maze, with one path
-            between any two cells.
+    "depth_first" is randomized depth-first search, "spanning_tree" the minimum spanning tree of random weights, as by
+    Kruskal or Prim; "mixed" makes each in half of the mazes.
     """
     if algorithm == "mixed":
         algorithm = ALGORITHMS[int(draws.integers(2, 1)[0])]

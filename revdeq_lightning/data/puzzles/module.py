@@ -16,11 +16,12 @@ from torch.utils.data import Dataset
 
 from revdeq_lightning.data.loading.array_cache import ArrayWriter, load_or_build
 from revdeq_lightning.data.loading.base import AbstractDataModule, check_fractions, digest
+from revdeq_lightning.data.loading.draws import Draws, shuffled_keys
 from revdeq_lightning.data.loading.files import SPLITS
-from revdeq_lightning.data.loading.sampler import IGNORE_INDEX, PADDING, ResumableLoader, shuffled
+from revdeq_lightning.data.loading.sampler import IGNORE_INDEX, PADDING, ResumableLoader
 from revdeq_lightning.data.puzzles.files import Arrays, read_npz, read_sudoku_tables
 from revdeq_lightning.data.puzzles.kinds import AbstractKind, Mazes, PrefixSums, Sudoku, checked
-from revdeq_lightning.data.puzzles.puzzle import Draws, Puzzle
+from revdeq_lightning.data.puzzles.puzzle import Puzzle
 from revdeq_lightning.equilibrium.validation import require_choice, require_count
 
 KIND_SETTINGS = ("puzzle", "size", "algorithm", "loops", "num_empty")
@@ -111,14 +112,9 @@ class PuzzleDataModule(AbstractDataModule):
         super().__init__()
         self.save_hyperparameters()
         require_choice("puzzle", puzzle, KINDS)
-        for name in ("size", "num_validation", "num_test", "batch_size"):
-            require_count(name, self.hparams[name])
+        self._require_counts("size", "num_validation", "num_test", optional=["num_train"])
         for test_size in test_sizes or ():
             require_count("test_sizes", test_size)
-        if num_train is not None:
-            require_count("num_train", num_train)
-        for name in ("num_workers", "seed"):
-            require_count(name, self.hparams[name], at_least=0)
         check_fractions(validation_fraction, test_fraction)
         if puzzle == "sudoku" and test_sizes:
             raise ValueError(f"a Sudoku has one size, got test_sizes={test_sizes}: remove it")
@@ -141,8 +137,8 @@ class PuzzleDataModule(AbstractDataModule):
         """Shape of a training puzzle. Reads the file if there is one."""
         if self.hparams["path"] is None:
             return list(self.kind.shape(self.hparams["size"]))
-        arrays = next(iter(self._prepared().values()))[0]
-        return list(arrays[0].shape[1:])
+        ((inputs, _), *_) = next(iter(self._prepared().values()))
+        return list(inputs.shape[1:])
 
     @property
     def test_shapes(self) -> list[tuple[int, ...]]:
@@ -169,7 +165,7 @@ class PuzzleDataModule(AbstractDataModule):
 
     def train_dataloader(self) -> ResumableLoader:
         num_train, seed = self._num_train, self.hparams["seed"]
-        order = partial(training_order, num_train, seed)
+        order = partial(shuffled_keys, num_train, seed)
         if self.hparams["path"] is None and self.hparams["num_train"] is None:
             make: Any = partial(make_puzzle, self.kind, seed, "train", self.hparams["size"])
         else:
@@ -220,10 +216,10 @@ class PuzzleDataModule(AbstractDataModule):
         data: dict[str, list[Arrays]] = {}
         for (split, split_size), number in wanted.items():
             key = digest([_CACHE_FORMAT, self.kind_settings(), hparams["seed"], split, split_size, number])
-            path = Path(hparams["cache_dir"], f"{hparams['puzzle']}-{split_size}-{split}-{key}.safetensors")
+            path = Path(hparams["cache_dir"], f"{hparams['puzzle']}-{split_size}-{split}-{key}.arrays")
             make = partial(make_puzzle, self.kind, hparams["seed"], split, split_size, train_size=size)
             arrays = load_or_build(path, partial(_make_all, make, number, path)).arrays
-            data.setdefault(split, []).append((arrays["inputs"].array, arrays["targets"].array))
+            data.setdefault(split, []).append((arrays["inputs"].open(), arrays["targets"].open()))
         return data
 
     def _from_file(self, path: str) -> dict[str, list[Arrays]]:
@@ -256,20 +252,14 @@ def build_kind(puzzle: str, *, size: int, algorithm: str, loops: float, num_empt
 def make_puzzle(
     kind: AbstractKind, seed: int, split: str, size: int, number: int, train_size: int | None = None
 ) -> Puzzle:
-    """Make puzzle `number` of a split: the first one drawn whose content belongs to the split.
+    """Make puzzle `number` (from 0) of a split: the first one drawn whose content belongs to the split.
 
-    Args:
-        kind: What to make.
-        seed: Of all puzzles.
-        split: "train", "validation" or "test".
-        size: Of the puzzle.
-        number: From 0 on.
-        train_size: Size of the training puzzles, if not `size`: puzzles of other sizes are in no other split.
+    If the training puzzles have another `train_size`, every puzzle does: none of this size is in another split.
     """
-    may_be_shared = train_size is None or size == train_size
+    may_be_shared = train_size in (None, size)
     for attempt in range(_MOST_TRIES):
         puzzle = kind.make(Draws(seed, SPLITS.index(split), size, number, attempt), size)
-        if puzzle and not (may_be_shared and split_of(kind, puzzle.inputs) != split):
+        if puzzle and (not may_be_shared or split_of(kind, puzzle.inputs) == split):
             return puzzle
     raise ValueError(
         f"{_MOST_TRIES} attempts gave no puzzle of size {size} for the {split} split: use a larger size, or fewer empty"
@@ -296,11 +286,6 @@ def stored_puzzle(arrays: Arrays, kind: AbstractKind | None, seed: int, key: int
     inputs, targets = (array[key % len(array)].astype(np.int64) for array in arrays)
     puzzle = Puzzle(inputs, targets)
     return puzzle if kind is None else kind.vary(puzzle, Draws(seed, len(SPLITS), key))
-
-
-def training_order(num_train: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Keys of the puzzles, which count on through the epochs."""
-    return epoch * num_train + shuffled(num_train, seed, epoch)
 
 
 def divide(kind: AbstractKind, arrays: Arrays, fractions: Mapping[str, float]) -> dict[str, list[Arrays]]:

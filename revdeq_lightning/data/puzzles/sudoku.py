@@ -5,12 +5,14 @@ No library was found that takes a seed, a size, and a number of empty cells.
 
 import functools
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from revdeq_lightning.data.puzzles.puzzle import Draws, Puzzle
+from revdeq_lightning.data.loading.draws import Draws
+from revdeq_lightning.data.puzzles.puzzle import Puzzle
 
 BOXES = {4: (2, 2), 6: (2, 3), 9: (3, 3)}
 """Rows and columns of a box, by the size of the grid."""
@@ -25,9 +27,9 @@ def make_sudoku(draws: Draws, size: int, num_empty: int) -> Puzzle | None:
     puzzle = solution.copy()
     for cell in draws.permutation(size * size):
         row, column = divmod(int(cell), size)
-        value, puzzle[row, column] = puzzle[row, column], 0
-        if has_another(puzzle, row, column, int(value)):
-            puzzle[row, column] = value
+        puzzle[row, column] = 0
+        if len(list(islice(solutions(puzzle), 2))) > 1:
+            puzzle[row, column] = solution[row, column]
         elif np.count_nonzero(puzzle == 0) == num_empty:
             return Puzzle(puzzle, solution)
     return None
@@ -84,18 +86,6 @@ def solutions(puzzle: NDArray[np.int64], draws: Draws | None = None) -> Iterator
 
     for _ in search():
         yield np.array(grid).reshape(size, size)
-
-
-def has_another(puzzle: NDArray[np.int64], row: int, column: int, value: int) -> bool:
-    """Whether the puzzle has a solution with another value in this empty cell."""
-    size = len(puzzle)
-    for other in range(1, size + 1):
-        if other != value:
-            trial = puzzle.copy()
-            trial[row, column] = other
-            if next(solutions(trial), None) is not None:
-                return True
-    return False
 
 
 def contradiction(puzzle: NDArray[np.int64]) -> str | None:

@@ -115,11 +115,7 @@ class TextDataModule(AbstractDataModule):
         require_choice("source", source, SOURCES)
         require_choice("window_order", window_order, WINDOW_ORDERS)
         check_tokenizer_name(tokenizer)
-        for name in ("context_length", "batch_size", "pad_vocab_size_to_multiple", *_LIMITS):
-            if self.hparams[name] is not None:
-                require_count(name, self.hparams[name])
-        require_count("num_workers", num_workers, at_least=0)
-        require_count("seed", seed, at_least=0)
+        self._require_counts("context_length", "pad_vocab_size_to_multiple", optional=_LIMITS)
         require_count("bpe_vocab_size", bpe_vocab_size, at_least=257)
         check_fractions(validation_fraction, test_fraction)
         if (path is None) != (source == "python"):
@@ -189,7 +185,7 @@ class TextDataModule(AbstractDataModule):
             settings = {name: hparams[name] for name in _CONTENT_ARGUMENTS}
             content = source_key(hparams["source"], self._paths(), hparams["dataset_name"])
             key = digest([_CACHE_FORMAT, content, tokenizer_key(hparams["tokenizer"]), settings])
-            file = f"{hparams['source']}-{Path(hparams['tokenizer']).stem}-{key}.safetensors"
+            file = f"{hparams['source']}-{Path(hparams['tokenizer']).stem}-{key}.arrays"
             path = Path(hparams["cache_dir"], file)
             self._cache = load_or_build(path, partial(self._tokenize, path))
         return self._cache
@@ -279,7 +275,7 @@ class TextDataModule(AbstractDataModule):
     def _order_settings(self) -> dict[str, Any]:
         settings = {name: self.hparams[name] for name in ("seed", "context_length", "window_order")}
         prepared = self._prepared()
-        return settings | {"num_tokens": len(prepared.arrays["train"]), "token_checksum": prepared.checksum("train")}
+        return settings | {"num_tokens": len(prepared.arrays["train"]), "token_checksum": prepared.checksums["train"]}
 
 
 _PREFIXES = ("", "validation_", "test_")

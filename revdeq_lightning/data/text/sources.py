@@ -54,14 +54,7 @@ def read_source(
 ) -> tuple[Mapping[str, Iterator[str]], list[str]]:
     """The text of each split in parts, read as they are needed, and lines on what was left out, complete when all are.
 
-    Args:
-        source: One of the `SOURCES`.
-        paths: Path of each split.
-        dataset_name: Configuration of a Hugging Face dataset.
-        validation_fraction: For "python", the approximate fraction of the files.
-        test_fraction: Likewise.
-        streaming: Whether to fetch only what is read of a Hugging Face dataset.
-        folder: Folder for temporary files.
+    The fractions are for "python", `streaming` is for a Hugging Face dataset; `folder` is for temporary files.
     """
     left_out: list[str] = []
     if source == "python":

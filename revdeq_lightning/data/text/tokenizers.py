@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from typing_extensions import override
 
 from revdeq_lightning.data.loading.files import content_key, hub_is_reachable, read_text
 
@@ -65,16 +64,13 @@ class ByteTokenizer(AbstractTokenizer):
 
     vocab_size = 256
 
-    @override
     def encode_parts(self, texts: Iterable[str]) -> Iterator[NDArray[np.int64]]:
         for text in texts:
             yield np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int64)
 
-    @override
     def decode_bytes(self, ids: Sequence[int] | NDArray[np.int64]) -> bytes:
         return self._checked(ids).astype(np.uint8).tobytes()
 
-    @override
     def state(self) -> dict[str, str]:
         return {"kind": "bytes"}
 
@@ -90,7 +86,6 @@ class CharacterTokenizer(AbstractTokenizer):
         self.vocab_size = len(self.characters)
         self._code_points = _code_points(self.characters)
 
-    @override
     def encode_parts(self, texts: Iterable[str]) -> Iterator[NDArray[np.int64]]:
         start = 0
         for text in texts:
@@ -106,11 +101,9 @@ class CharacterTokenizer(AbstractTokenizer):
             start += len(text)
             yield ids
 
-    @override
     def decode_bytes(self, ids: Sequence[int] | NDArray[np.int64]) -> bytes:
         return "".join(self.characters[i] for i in self._checked(ids)).encode("utf-8")
 
-    @override
     def state(self) -> dict[str, str]:
         return {"kind": "characters", "characters": self.characters}
 
@@ -163,7 +156,6 @@ class BytePairTokenizer(AbstractTokenizer):
         tokenizer.train_from_iterator(parts, trainer)
         return cls(tokenizer.to_str())
 
-    @override
     def encode_parts(self, texts: Iterable[str]) -> Iterator[NDArray[np.int64]]:
         last = None
         for text, ids in self._encode(self._windows(texts)):
@@ -220,11 +212,9 @@ class BytePairTokenizer(AbstractTokenizer):
                 break
         return left[:cut], right
 
-    @override
     def decode_bytes(self, ids: Sequence[int] | NDArray[np.int64]) -> bytes:
         return b"".join(self._bytes[i] for i in self._checked(ids))
 
-    @override
     def state(self) -> dict[str, str]:
         return {"kind": "bpe", "definition": self._definition}
 
@@ -242,14 +232,9 @@ def tokenizer_from_state(state: dict[str, str]) -> AbstractTokenizer:
 
 
 def build_tokenizer(name: str, *, bpe_vocab_size: int, training_text: Iterable[str]) -> AbstractTokenizer:
-    """Build a tokenizer by name.
+    """Build a tokenizer by name; "characters" and "bpe" learn from the training text, in large parts.
 
-    Args:
-        name: "bytes", "characters" or "bpe" (both learned from the training text), "gpt2", the path of a
-            `tokenizer.json`, or of a folder with it or with `vocab.json` and `merges.txt`, or the name of a repository
-            of the Hub.
-        bpe_vocab_size: Tokens that "bpe" learns, including the 256 bytes.
-        training_text: What "characters" and "bpe" learn from, in large parts.
+    A path is that of a `tokenizer.json`, or of a folder with it or with `vocab.json` and `merges.txt`.
     """
     check_tokenizer_name(name)
     match name:
@@ -265,7 +250,7 @@ def build_tokenizer(name: str, *, bpe_vocab_size: int, training_text: Iterable[s
 
 
 def check_tokenizer_name(name: str) -> None:
-    """Raise a ValueError if `name` is neither a known tokenizer nor an existing path, and cannot be one of the Hub."""
+    """Raise ValueError if `name` is neither a known tokenizer nor an existing path, and cannot be one of the Hub."""
     if name not in TOKENIZERS and not Path(name).exists() and not _HUB_NAME.fullmatch(name):
         known = f"one of {', '.join(TOKENIZERS)} or an existing path, or OWNER/NAME on the Hub"
         raise ValueError(f'tokenizer must be {known}, got "{name}".')

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from revdeq_lightning.data.loading.array_cache import StoredArray
-from revdeq_lightning.data.loading.sampler import IGNORE_INDEX, PADDING, random_bits, shuffled
+from revdeq_lightning.data.loading.draws import Draws
+from revdeq_lightning.data.loading.sampler import IGNORE_INDEX, PADDING
 
 WINDOW_ORDERS = ("shuffled", "random")
 
@@ -34,7 +35,7 @@ class TokenWindows(Dataset[TextBatch]):
         first = np.asarray(starts, dtype=np.int64)[:, None]
         positions = first + np.arange(self.context_length + 1)
         exists = (first != PADDING) & (positions < len(self.tokens))
-        window = self.tokens.array[np.where(exists, positions, 0)].astype(np.int64)
+        window = self.tokens.open()[np.where(exists, positions, 0)].astype(np.int64)
         tokens = np.where(exists, window, 0)[:, :-1]
         targets = np.where(exists, window, IGNORE_INDEX)[:, 1:]
         return TextBatch(torch.from_numpy(tokens), torch.from_numpy(np.ascontiguousarray(targets)))
@@ -56,9 +57,9 @@ def window_starts(epoch: int, *, num_tokens: int, context_length: int, seed: int
         order: "shuffled": windows whose targets do not overlap, from a random offset, shuffled. "random": independent
             uniform positions, as in nanoGPT.
     """
-    count = count_windows(num_tokens, context_length)
+    draws, count = Draws(seed, epoch), count_windows(num_tokens, context_length)
     if order == "random":
-        return (random_bits(count, seed, epoch) % np.uint64(num_tokens - context_length)).astype(np.int64)
-    num_offsets = num_tokens - count * context_length  # all offsets that leave room for the windows
-    offset = int(random_bits(count + 1, seed, epoch)[-1] % np.uint64(num_offsets))
-    return offset + context_length * shuffled(count, seed, epoch)
+        return draws.integers(num_tokens - context_length, count)
+    windows = draws.permutation(count)
+    offset = draws.integers(num_tokens - count * context_length, 1)  # all offsets that leave room for the windows
+    return offset + context_length * windows
