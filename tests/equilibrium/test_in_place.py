@@ -1,6 +1,7 @@
 """f works in place on what it gets, and the caller on what a solve returns: every solver, adjoint and mode."""
 
 import contextlib
+import itertools
 
 import pytest
 import torch
@@ -16,16 +17,28 @@ from revdeq_lightning.equilibrium import (
     ReconstructionError,
     ReversibleAdjoint,
     ReversibleSolver,
-    solve_fixed_point,
 )
-from tests.helpers.equilibrium import EVERY_SOLVER, assert_equal_gradients, project, with_every_pair
+from tests.helpers.equilibrium import (
+    BPTT,
+    EVERY_SOLVER,
+    REVERSIBLE,
+    assert_equal_gradients,
+    project,
+    solve,
+    with_every_pair,
+    with_every_solver,
+)
 
 MODES = {
     "training": contextlib.nullcontext,
     "no_grad": torch.no_grad,
     "inference": torch.inference_mode,
 }
-with_every_mode = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+
+
+def modes_of(adjoint):
+    """Without gradients every adjoint runs the same loop, the reversible one after a check of f."""
+    return MODES if isinstance(adjoint, BackpropAdjoint | ReversibleAdjoint) else ["training"]
 
 
 class PreActivation(nn.Module):
@@ -46,24 +59,24 @@ def inputs():
     return torch.randn(3, 4, generator=generator), torch.randn(3, 4, generator=generator)
 
 
-@with_every_mode
 @with_every_pair
-def test_f_that_works_in_place_on_the_state(solver, adjoint, mode):
+def test_f_that_works_in_place_on_the_state(solver, adjoint):
     """The twin that does not is the oracle, to the bit."""
-    results = []
-    for inplace in (True, False):
-        f, (x, z0) = PreActivation(inplace), inputs()
-        given = z0.clone()
-        with mode():
-            # In inference mode both kinds of tensors: made within, which count no changes, and outside.
-            x = x.clone().requires_grad_(mode is MODES["training"])
-            solution = solve_fixed_point(f, given, x, solver=solver, adjoint=adjoint)
-        assert torch.equal(given, z0)
-        results.append([solution.value, solution.stats.relative_residual])
-        if mode is MODES["training"]:
-            project(solution.value).backward()
-            results[-1] += [x.grad, *(p.grad for p in f.parameters())]
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    for mode in modes_of(adjoint):
+        results = []
+        for inplace in (True, False):
+            f, (x, z0) = PreActivation(inplace), inputs()
+            given = z0.clone()
+            with MODES[mode]():
+                # In inference mode both kinds of tensors: made within, which count no changes, and outside.
+                x = x.clone().requires_grad_(mode == "training")
+                solution = solve(f, x, solver, adjoint, given)
+            assert torch.equal(given, z0)
+            results.append([solution.value, solution.stats.relative_residual])
+            if mode == "training":
+                project(solution.value).backward()
+                results[-1] += [x.grad, *(p.grad for p in f.parameters())]
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)), mode
 
 
 class AddsInPlace(nn.Module):
@@ -82,14 +95,13 @@ class AddsInPlace(nn.Module):
         return value
 
 
-@with_every_mode
 @with_every_pair
-def test_what_would_change_later_evaluations_is_an_error(solver, adjoint, mode):
-    for changed, late in (("x", False), ("x", True), ("z", True)):
+def test_what_would_change_later_evaluations_is_an_error(solver, adjoint):
+    for mode, (changed, late) in itertools.product(modes_of(adjoint), (("x", False), ("x", True), ("z", True))):
         f, (x, z0) = AddsInPlace(changed, late), inputs()
         message = rf"f changes its {changed} in place \(evaluation {1 + late}\).*clone"
-        with mode(), pytest.raises(RuntimeError, match=message):
-            solve_fixed_point(f, z0.clone(), {"a": x.clone()[:, None]}, solver=solver, adjoint=adjoint)
+        with MODES[mode](), pytest.raises(RuntimeError, match=message):
+            solve(f, {"a": x.clone()[:, None]}, solver, adjoint, z0.clone())
 
 
 MAPS = {
@@ -100,16 +112,15 @@ MAPS = {
 }
 
 
-@with_every_mode
 @with_every_pair
-def test_the_value_is_memory_of_its_own(solver, adjoint, mode):
+def test_the_value_is_memory_of_its_own(solver, adjoint):
     """An in-place operation right after the layer changes no gradient, and neither x nor z0."""
-    for name, f in MAPS.items():
+    for mode, name in itertools.product(modes_of(adjoint), MAPS):
         results = []
         for inplace in (True, False):
             x, z0 = (leaf.requires_grad_() for leaf in inputs())
-            with mode():
-                value = solve_fixed_point(f, z0, x, solver=solver, adjoint=adjoint).value
+            with MODES[mode]():
+                value = solve(MAPS[name], x, solver, adjoint, z0).value
                 value = value.mul_(3.0).relu_() if inplace else (value * 3.0).relu()
             assert torch.equal(x, inputs()[0]), name
             assert torch.equal(z0, inputs()[1]), name
@@ -117,19 +128,18 @@ def test_the_value_is_memory_of_its_own(solver, adjoint, mode):
             if value.requires_grad:
                 project(value).backward()
                 results[-1] += [tensor.grad for tensor in (x, z0) if tensor.grad is not None]
-        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)), name
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)), (mode, name)
 
 
-@with_every_pair
-def test_after_one_step_too(solver, adjoint):
+@with_every_solver
+def test_after_one_step_too(make):
     x, z0 = inputs()
     with torch.no_grad():
-        value = solve_fixed_point(MAPS["z_itself"], z0, x, solver=type(solver)(max_steps=1), adjoint=adjoint).value
-        value.fill_(7.0)
+        solve(MAPS["z_itself"], x, make(max_steps=1), BPTT, z0).value.fill_(7.0)
     assert torch.equal(z0, inputs()[1])
 
 
-@pytest.mark.parametrize("adjoint", [BackpropAdjoint(), ReversibleAdjoint(), ImplicitAdjoint(unconverged="ignore")])
+@pytest.mark.parametrize("adjoint", [BPTT, REVERSIBLE, ImplicitAdjoint(unconverged="ignore")])
 def test_states_on_the_way_are_memory_of_their_own(adjoint):
     gradients = []
     for inplace in (True, False):
@@ -155,9 +165,9 @@ def test_f_that_returns_the_same_memory_each_time():
             solver = make(max_steps=40)
             if name == "picard":  # its state is what f returned
                 with pytest.raises(RuntimeError, match="f changes its z in place"):
-                    solve_fixed_point(f, torch.zeros(3, 4), x, solver=solver, adjoint=BackpropAdjoint())
+                    solve(f, x, solver, BPTT)
                 continue
-            value = solve_fixed_point(f, torch.zeros(3, 4), x, solver=solver, adjoint=BackpropAdjoint()).value
+            value = solve(f, x, solver, BPTT).value
             assert torch.allclose(value, 2 * x, atol=1e-3), name
             before = value.clone()
             f(value, x)
@@ -173,7 +183,7 @@ class Lazy(nn.Module):
         return 0.2 * self.out(torch.tanh(self.hidden(z))) + x
 
 
-@pytest.mark.parametrize("adjoint", [ReversibleAdjoint(mismatch="raise"), BackpropAdjoint(), PhantomAdjoint()])
+@pytest.mark.parametrize("adjoint", [REVERSIBLE, BPTT, PhantomAdjoint()])
 def test_lazy_modules_take_their_shapes_from_the_first_solve(adjoint):
     torch.manual_seed(0)
     layer = EquilibriumLayer(Lazy(), solver=ReversibleSolver(max_steps=3), adjoint=adjoint)
@@ -194,12 +204,9 @@ def test_a_change_that_pytorch_does_not_count():
         x.data.mul_(0.9)
         return torch.tanh(0.5 * z + x)
 
-    x = inputs()[0].requires_grad_()
-    solution = solve_fixed_point(
-        f, torch.zeros(3, 4), x, solver=MomentumSolver(max_steps=3), adjoint=ReversibleAdjoint(mismatch="raise")
-    )
+    value = solve(f, inputs()[0].requires_grad_(), MomentumSolver(max_steps=3), REVERSIBLE).value
     with pytest.raises(ReconstructionError, match="data changed in place"):
-        project(solution.value).backward()
+        project(value).backward()
 
 
 def test_picard_does_not_copy_at_every_evaluation():
@@ -212,5 +219,5 @@ def test_picard_does_not_copy_at_every_evaluation():
 
     returned = [torch.full((3, 4), float(k)) for k in range(5)]
     with torch.no_grad():
-        solve_fixed_point(f, torch.zeros(3, 4), None, solver=PicardSolver(max_steps=5), adjoint=BackpropAdjoint())
+        solve(f, None, PicardSolver(max_steps=5), BPTT, torch.zeros(3, 4))
     assert seen[1:] == [leaf.data_ptr() for leaf in returned[:4]]

@@ -62,14 +62,3 @@ def test_more_evaluations_than_there_are_is_the_exact_gradient():
     more = solve(f, x, PicardSolver(max_steps=3), BackpropAdjoint(num_evaluations=9), z0).value
     exact = solve(f, x, PicardSolver(max_steps=3), BackpropAdjoint(), z0).value
     assert torch.equal(gradients(more, x, f.weight, z0), gradients(exact, x, f.weight, z0))
-
-
-@pytest.mark.parametrize("wrong", [0, -1, 1.5, True])
-def test_wrong_numbers_of_evaluations_are_errors(wrong):
-    with pytest.raises(ValueError, match=f"num_evaluations must be (at least 1|an integer), got {wrong!r}"):
-        BackpropAdjoint(num_evaluations=wrong)
-
-
-def test_a_tolerance_with_truncation_is_an_error():
-    with pytest.raises(ValueError, match=r"num_evaluations=2 needs a solver without a tolerance.*rtol=0\.1"):
-        solve(TanhMap(), inputs(), PicardSolver(rtol=0.1), BackpropAdjoint(num_evaluations=2))

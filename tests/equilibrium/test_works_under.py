@@ -10,7 +10,6 @@ from torch.nn.utils import parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from benchmarks.measure import peak_tensor_bytes
 from revdeq_lightning.equilibrium import (
     AndersonSolver,
     BackpropAdjoint,
@@ -95,34 +94,6 @@ def test_autocast_casts_a_weight_once_a_pass(stored):
         for casts, calls in ((forward, 7), (backward, 7 - stored)):
             assert casts.shapes.count(layer.f.up.weight.shape) == (1 if cache else calls)
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
-
-
-def test_autocast_keeps_no_cast_of_a_state():
-    class Direct(nn.Module):
-        """A matrix product of the state itself."""
-
-        def __init__(self):
-            super().__init__()
-            self.linear = nn.Linear(64, 64, bias=False)
-
-        def forward(self, z, x):
-            return torch.tanh(self.linear(z) + x)
-
-    def peak(num_steps):
-        torch.manual_seed(0)
-        layer, x = EquilibriumLayer(Direct(), solver=MomentumSolver(max_steps=num_steps)), torch.randn(64, 64)
-
-        def run():
-            with torch.autocast("cpu", torch.bfloat16):
-                loss = layer(x).value.sum()
-            loss.backward()
-            layer.zero_grad()
-
-        return peak_tensor_bytes(run)
-
-    peak(2)
-    digits = 64 * 64 * (16 - 4) * 3 / 8  # bytes
-    assert peak(16) <= 1.01 * peak(4) + digits
 
 
 @with_solver
