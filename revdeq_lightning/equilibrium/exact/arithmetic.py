@@ -138,7 +138,7 @@ class ExactArithmetic(AbstractArithmetic):
     def advance(self, u_before: Tensor, u: Tensor, v: Tensor, kept: Kept = None) -> Tensor:
         quotient = self._multiple(u_before, self.p, self.q)
         if kept is not None:
-            kept.push(u_before - self._least(quotient))
+            kept.push(u_before if self._is_shift(self.p, self.q) else u_before - self._least(quotient))
         return self._increment(u, v).add_(quotient, alpha=self.sign)
 
     def invert_(self, u_next: Tensor, u: Tensor, v: Tensor, kept: Kept = None) -> Tensor:
@@ -157,10 +157,14 @@ class ExactArithmetic(AbstractArithmetic):
     def _increment(self, u: Tensor, v: Tensor) -> Tensor:
         """`round(scale * (c * u_k + b * v))`: depends on u_k alone, so that both directions get the same bits."""
         _, c, b = self.recurrence
-        increment = v.to(self.compute_dtype, copy=True).mul_(b * self.scale)
+        increment = v.to(self.compute_dtype) * (b * self.scale)
         if c:  # every operation rounded for itself, as in the kernels
             increment.add_(u.to(self.compute_dtype, copy=True).mul_(c))
         return increment.round_().to(self.dtype)
+
+    def _is_shift(self, numerator: int, denominator: int) -> bool:
+        """Whether `floor(whole * numerator / denominator)` drops the last bits of `whole`, and nothing else."""
+        return numerator == 1 and self.dtype == torch.int32 and denominator & (denominator - 1) == 0
 
     def _multiple(
         self, whole: Tensor, numerator: int, denominator: int, *, up: bool = False, out: Tensor | None = None
@@ -168,11 +172,12 @@ class ExactArithmetic(AbstractArithmetic):
         """`floor(whole * numerator / denominator)`, or its ceiling."""
         if denominator == 1:
             return whole * numerator if out is None else torch.mul(whole, numerator, out=out)
-        if numerator == 1 and self.dtype == torch.int32 and denominator & (denominator - 1) == 0:
+        if self._is_shift(numerator, denominator):
             return whole >> (denominator.bit_length() - 1)
         # Half a unit away from every whole number, so that the rounding of 1 / denominator does not matter.
         offset = denominator - 0.5 if up else 0.5
-        multiple = whole.to(torch.float64, copy=True).mul_(numerator).add_(offset).mul_(1 / denominator).floor_()
+        multiple = whole.to(torch.float64) * numerator if numerator != 1 else whole.to(torch.float64, copy=True)
+        multiple.add_(offset).mul_(1 / denominator).floor_()
         return multiple.to(self.dtype) if out is None else out.copy_(multiple)
 
     def limit(self) -> float:

@@ -26,9 +26,11 @@ class Remainders:
         return divmod(self.width * self.count + bit, 8)
 
     def push(self, digits: Tensor) -> None:
-        """Put one digit on every element's stack."""
+        """Put one digit on every element's stack: the last `width` bits of whole numbers."""
         for bit in range(0, self.width, 8):  # a wider digit is several fields
             field = (digits if self.width <= 8 else digits.to(torch.int32) >> bit).to(torch.uint8)
+            if self.width - bit < 8:
+                field.bitwise_and_(2 ** (self.width - bit) - 1)
             index, offset = self.place(bit)
             if offset == 0:
                 self.rows.append(field)
