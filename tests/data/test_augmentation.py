@@ -1,6 +1,5 @@
 import itertools
 import math
-import time
 import zlib
 
 import numpy as np
@@ -54,21 +53,17 @@ def test_numbers_are_those_of_splitmix64_started_from_the_mixed_key():
     def mixed(value):
         return _splitmix64((value - 0x9E3779B97F4A7C15) % 2**64)[1]
 
-    for seed, key, purpose in itertools.product((0, 5), (0, 1, 2**40), ("crop", "flip")):
+    keys = (0, 1, 2**40)
+    for seed, purpose in itertools.product((0, 5), ("crop", "flip")):
         start = mixed(zlib.crc32(purpose.encode()) ^ (seed * 0x9E3779B97F4A7C15 % 2**64))
-        state, expected = mixed((key + start) % 2**64), []
-        for _ in range(3):
-            state, output = _splitmix64(state)
-            expected.append((output >> 40) / 2**24)
-        assert uniform(torch.tensor([key]), seed, purpose, 3).tolist() == [expected]
+        expected = []
+        for key in keys:
+            state = mixed((key + start) % 2**64)
+            for _ in range(3):
+                state, output = _splitmix64(state)
+                expected.append((output >> 40) / 2**24)
+        assert uniform(torch.tensor(keys), seed, purpose, 3).flatten().tolist() == expected
     assert _splitmix64(0)[1] == 0xE220A8397B1DCDAF  # published
-
-
-def test_numbers_depend_on_the_key_not_on_the_batch():
-    together = uniform(MANY, 1, "crop", 4)
-    for keys in (MANY[7:8], MANY[7:100], MANY.flip(0)):
-        assert torch.equal(uniform(keys, 1, "crop", 4), together[keys])
-    assert torch.equal(uniform(MANY, 1, "crop", 2), together[:, :2])
 
 
 def test_numbers_are_uniform_and_independent_between_keys_seeds_and_purposes():
@@ -124,24 +119,12 @@ def test_no_augmentation_changes_nothing():
     assert result.partners.tolist() == list(range(6))
 
 
-def test_crop_and_flip_of_a_cifar_batch_take_less_than_five_milliseconds():
-    batch, keys = images(128, height=32, width=32), MANY[:128]
-    config = AugmentationConfig(crop_padding=4, flip=True)
-    seconds = []
-    for _ in range(30):
-        start = time.perf_counter()
-        crop_and_flip(batch, config, keys, 0)
-        seconds.append(time.perf_counter() - start)
-    assert min(seconds) < 0.005
-
-
 def test_random_boxes_lie_in_the_image_and_have_the_areas_and_ratios_asked_for():
     draws = uniform(MANY, 0, "crop", 4)
     left, top, width, height = random_box(draws, 500, 400, (0.1, 0.5)).unbind(1)
-    assert (left >= 0).all()
-    assert (top >= 0).all()
-    assert (left + width <= 500).all()
-    assert (top + height <= 400).all()
+    assert min(left.min(), top.min()) >= 0
+    assert (left + width).max() <= 500
+    assert (top + height).max() <= 400
     area = (width * height / 200000).numpy()
     whole = (height < 400).numpy()  # not cut off
     assert whole.mean() > 0.95
@@ -156,16 +139,12 @@ def test_random_boxes_lie_in_the_image_and_have_the_areas_and_ratios_asked_for()
 def test_resized_crop_is_torchvisions_bilinear_one():
     batch = images(40, height=20, width=24)
     boxes = random_box(uniform(MANY[:40], 3, "crop", 4), 24, 20, (0.08, 1.0))
+    boxes[0] = torch.tensor([0, 0, 24, 20])
     result = resized_crop(batch, boxes)
-    for n, box in enumerate(boxes.int().tolist()):
-        left, top, width, height = box
+    assert torch.equal(result[0], batch[0])
+    for n, (left, top, width, height) in enumerate(boxes.int().tolist()):
         expected = TF.resized_crop(batch[n], top, left, height, width, [20, 24], antialias=False)
         assert (result[n].int() - expected.int()).abs().max() <= 1  # rounding of the grid
-
-
-def test_the_whole_image_as_a_crop_is_the_image():
-    batch = images(2)
-    assert torch.equal(resized_crop(batch, torch.tensor([[0, 0, 12, 12]] * 2)), batch)
 
 
 # RandAugment
@@ -183,30 +162,25 @@ def reference(image, operation, sign, magnitude):
     return transform._apply_image_or_video_transform(image, operation, level, transform.interpolation, fill)
 
 
-def test_operations_are_torchvisions():
+def test_there_are_the_operations_of_torchvision():
     assert list(OPERATIONS) == list(LEVELS)
-    assert len(OPERATIONS) == 14
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-@pytest.mark.parametrize("magnitude", [0, 3, 9, 17, 30])
-@pytest.mark.parametrize("channels", [1, 3])
-def test_operation_is_torchvisions_on_each_image(operation, magnitude, channels):
-    batch = images(8, channels, height=18, width=26)
+def test_operation_is_torchvisions_on_each_image(operation):
+    interpolated = operation.startswith(("Shear", "Translate", "Rotate"))
     signs = torch.tensor([1.0, -1.0] * 4)
-    result = apply_operations(batch, torch.full((8,), OPERATIONS.index(operation)), signs, magnitude)
-    assert result.dtype == torch.uint8
-    for n in range(8):
-        expected = reference(batch[n], operation, int(signs[n]), magnitude)
-        difference = (result[n].int() - expected.int()).abs()
-        if operation.startswith(("Shear", "Translate", "Rotate")):
-            assert difference.max() <= 1  # interpolated values that end in .5 are rounded either way,
-            assert (difference > 0).float().mean() < 0.05  # and shears by tenths of a pixel have many
-        else:
-            assert difference.max() <= 1  # torchvision's magnitudes are float32
-            assert (difference > 0).float().mean() < 0.02
-    if magnitude > 3 and operation != "Identity" and not (channels == 1 and operation == "Color"):
-        assert not torch.equal(result, batch)
+    for magnitude, channels in itertools.product((0, 3, 9, 17, 30), (1, 3)):
+        batch = images(8, channels, height=18, width=26)
+        result = apply_operations(batch, torch.full((8,), OPERATIONS.index(operation)), signs, magnitude)
+        assert result.dtype == torch.uint8
+        for n in range(8):
+            difference = (result[n].int() - reference(batch[n], operation, int(signs[n]), magnitude).int()).abs()
+            assert difference.max() <= 1  # torchvision's magnitudes are float32,
+            # interpolated values that end in .5 are rounded either way, and shears by tenths of a pixel have many
+            assert (difference > 0).float().mean() < (0.05 if interpolated else 0.02)
+        if magnitude > 3 and operation != "Identity" and not (channels == 1 and operation == "Color"):
+            assert not torch.equal(result, batch)
 
 
 def test_a_batch_of_all_operations_treats_each_image_alone():
@@ -237,7 +211,7 @@ def test_operations_and_signs_are_drawn_evenly(monkeypatch):
 
 def test_erased_rectangles_have_the_areas_and_the_frequency_asked_for():
     height, width, probability = 40, 50, 0.3
-    result = erase(torch.ones(len(MANY) // 4, 2, height, width), probability, MANY[: len(MANY) // 4], 0)
+    result = erase(torch.ones(len(MANY) // 8, 2, height, width), probability, MANY[: len(MANY) // 8], 0)
     assert torch.equal(result[:, 0], result[:, 1])
     holes = result[:, 0] == 0
     areas = holes.sum((1, 2)).numpy()
@@ -257,22 +231,14 @@ def test_erased_rectangles_have_the_areas_and_the_frequency_asked_for():
 # Mixing
 
 
-@pytest.mark.parametrize("alpha", [0.1, 0.2, 0.5, 1.0, 3.0])
-def test_shares_are_beta_distributed(alpha):
-    shares = symmetric_beta(uniform(MANY, 0, "mix", 2), alpha).double().numpy()
-    assert shares.min() >= 0
-    assert shares.max() <= 1
+def test_shares_are_beta_distributed():
     inner = np.linspace(0.01, 0.99, 50)
-    expected = stats.beta(alpha, alpha).cdf(inner)
-    found = np.searchsorted(np.sort(shares), inner) / len(shares)
-    assert np.abs(found - expected).max() < 0.015  # 2 standard errors are 0.007
-
-
-def test_extreme_draws_give_shares():
-    draws = torch.tensor([[0.0, 0.0], [0.0, 0.25], [1 - 2.0**-24, 0.25], [1 - 2.0**-24, 0.0], [0.5, 0.75]])
-    for alpha in (1e-3, 0.2, 1.0, 50.0):
-        shares = symmetric_beta(draws, alpha)
-        assert ((shares >= 0) & (shares <= 1)).all()
+    extreme = torch.tensor([[0.0, 0.0], [0.0, 0.25], [1 - 2.0**-24, 0.25], [1 - 2.0**-24, 0.0], [0.5, 0.75]])
+    for alpha in (1e-3, 0.1, 0.2, 1.0, 3.0, 50.0):
+        shares = symmetric_beta(torch.cat([uniform(MANY, 0, "mix", 2), extreme]), alpha).double().numpy()
+        assert 0 <= shares.min() <= shares.max() <= 1
+        found = np.searchsorted(np.sort(shares), inner) / len(shares)
+        assert np.abs(found - stats.beta(alpha, alpha).cdf(inner)).max() < 0.015  # 2 standard errors are 0.007
 
 
 def test_mixup_is_the_weighted_sum_with_the_partner():
@@ -306,6 +272,9 @@ def test_cutmix_weights_are_the_counted_areas():
 
 
 def test_each_image_is_mixed_one_way_or_not_at_all():
+    single = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    for kind in ("mixup_alpha", "cutmix_alpha"):  # a batch of one is mixed with itself
+        torch.testing.assert_close(mix(single, AugmentationConfig(**{kind: 1.0}), MANY[:1], 0).images, single)
     number = 4000
     batch = torch.arange(number, dtype=torch.float32).view(-1, 1, 1, 1).expand(-1, 1, 16, 16)
     config = AugmentationConfig(mixup_alpha=1.0, cutmix_alpha=1.0, mix_probability=0.6)
@@ -323,14 +292,6 @@ def test_each_image_is_mixed_one_way_or_not_at_all():
     torch.testing.assert_close(result.images[n, 0, 0, 0], expected.float())
 
 
-def test_a_batch_of_one_is_mixed_with_itself():
-    batch = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    for config in (AugmentationConfig(mixup_alpha=1.0), AugmentationConfig(cutmix_alpha=1.0)):
-        result = mix(batch, config, MANY[:1], 0)
-        torch.testing.assert_close(result.images, batch)
-        assert result.partners.tolist() == [0]
-
-
 # Settings
 
 
@@ -346,10 +307,7 @@ def test_a_batch_of_one_is_mixed_with_itself():
         ({"mix_probability": -1}, r"mix_probability must be in \[0, 1\], got -1"),
         ({"random_resized_crop": (0.0, 1.0)}, r"two ascending fractions of the area, got \[0.0, 1.0\]"),
         ({"random_resized_crop": (0.5, 0.2)}, r"ascending .* got \[0.5, 0.2\]"),
-        (
-            {"random_resized_crop": (0.5, 1.0), "crop_padding": 4},
-            r"use one of them, got 4 and \[0.5, 1.0\]",
-        ),
+        ({"random_resized_crop": (0.5, 1.0), "crop_padding": 4}, r"use one of them, got 4 and \[0.5, 1.0\]"),
     ],
 )
 def test_settings_out_of_range_are_refused(arguments, message):

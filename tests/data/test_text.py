@@ -29,6 +29,7 @@ from tests.helpers.processes import run_apart
 # Lightning 2.6 uses what PyTorch 2.15 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec:FutureWarning")
 PROSE = "".join(f"Line {i}: the {i * i}th caf\u00e9,\tand so on.\n\n" for i in range(60))
+ALL_FOR_TRAINING = {"validation_fraction": 0.0, "test_fraction": 0.0}
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 
@@ -37,11 +38,10 @@ def module(tmp_path):
     """Builds a data module on the file text.txt, which holds PROSE unless another text is given."""
 
     def build(text=PROSE, **arguments):
-        if isinstance(text, str):
-            text = text.encode("utf-8")
+        content = text.encode("utf-8") if isinstance(text, str) else text
         file = tmp_path / "text.txt"
-        if not file.exists() or file.read_bytes() != text:
-            file.write_bytes(text)
+        if not file.exists() or file.read_bytes() != content:
+            file.write_bytes(content)
         defaults = {"source": "files", "cache_dir": str(tmp_path / "cache"), "context_length": 8, "batch_size": 4}
         if arguments.get("source", "files") == "files":
             defaults["path"] = str(file)
@@ -54,16 +54,23 @@ def split_ids(data, split):
     return data._prepared().arrays[split].open().tolist()
 
 
-def split_text(data, split):
-    return data.tokenizer.decode(split_ids(data, split))
+def texts_of(data):
+    return {split: data.tokenizer.decode(split_ids(data, split)) for split in data.splits}
+
+
+def statistics_of(data, split):
+    """By definition: all but the first token; words as separated by white space, and one for each line end."""
+    ids = split_ids(data, split)
+    covered = data.tokenizer.decode_bytes(ids[1:])
+    text = covered.decode(errors="replace")
+    return SplitStatistics(len(ids) - 1, len(covered), len(text.split()) + text.count("\n"))
 
 
 # Sources and splits
 
 
 def test_python_source_is_the_library_split_by_file(tmp_path):
-    data = TextDataModule(cache_dir=str(tmp_path), max_train_bytes=None)
-    texts = {split: split_text(data, split) for split in data.splits}
+    texts = texts_of(TextDataModule(cache_dir=str(tmp_path), max_train_bytes=None))
     assert sorted(texts) == ["test", "train", "validation"]
     assert 5e6 < sum(map(len, texts.values())) < 40e6
     root = Path(sysconfig.get_paths()["stdlib"])
@@ -87,46 +94,39 @@ def test_the_default_text_has_the_ids_of_earlier_versions(tmp_path):
     assert data.split_statistics("test") == SplitStatistics(123_517, 399_999, 50_768)
 
 
-def test_last_tenth_is_cut_like_nanogpt_does(module):
-    data = module(tokenizer="characters", validation_fraction=0.1, test_fraction=0.0)
-    cut = int(0.9 * len(PROSE))
-    assert data.splits == ("train", "validation")
-    assert (split_text(data, "train"), split_text(data, "validation")) == (PROSE[:cut], PROSE[cut:])
+@pytest.mark.parametrize("fractions", [(0.1, 0.0), (0.2, 0.1)])  # the first is nanoGPT's: the last tenth
+def test_fractions_cut_a_text_larger_than_a_block_at_characters(module, fractions):
+    validation, test = fractions
+    text = "".join(f"{i} \u6f22\u5b57 caf\u00e9\U0001f642 \u00a0 . \n" for i in range(20_000))
+    data = module(text, tokenizer="characters", validation_fraction=validation, test_fraction=test)
+    ends = int((1 - validation - test) * len(text)), int((1 - test) * len(text))
+    parts = {"train": text[: ends[0]], "validation": text[ends[0] : ends[1]], "test": text[ends[1] :]}
+    assert texts_of(data) == {split: part for split, part in parts.items() if part}
+    assert all(data.split_statistics(split) == statistics_of(data, split) for split in data.splits)
 
 
-def test_fractions_cut_contiguous_parts_that_make_up_the_text(module):
-    data = module(validation_fraction=0.2, test_fraction=0.1)
-    parts = [split_text(data, split) for split in ("train", "validation", "test")]
-    assert "".join(parts) == PROSE
-    assert [round(len(part) / len(PROSE), 2) for part in parts] == [0.7, 0.2, 0.1]
+def test_byte_caps_cut_each_split_at_a_character(module):
+    data = module("\u00e9" * 300_000, max_train_bytes=200_001, max_eval_bytes=33)
+    assert texts_of(data) == {"train": "\u00e9" * 100_000, "validation": "\u00e9" * 16, "test": "\u00e9" * 16}
 
 
-def test_files_and_folders_are_concatenated_in_order_of_names(module, tmp_path):
+def test_files_are_concatenated_in_order_of_names_and_not_joined_word_to_word(module, tmp_path):
     folder = tmp_path / "folder"
-    (folder / "sub").mkdir(parents=True)
-    for name in ("b.txt", "a.txt", "sub/c.txt", ".hidden"):
-        (folder / name).write_text(f"content of {name}\n")
-    data = module(path=[str(tmp_path / "text.txt"), str(folder)], validation_fraction=0.0, test_fraction=0.0)
-    assert split_text(data, "train") == PROSE + "".join(f"content of {n}\n" for n in ("a.txt", "b.txt", "sub/c.txt"))
-
-
-def test_files_are_not_joined_word_to_word(module, tmp_path):
-    folder = tmp_path / "folder"
-    folder.mkdir()
+    (folder / "4").mkdir(parents=True)
     contents = {
         "1": b"\xef\xbb\xbfno line end",
         "2": b"",
         "3": b"windows\r\n",
-        "4": "wide".encode("utf-16"),
+        "4/wide.txt": "wide".encode("utf-16"),
         "5": b"mac\r",
     }
     for name, content in (contents | {"6": b"last", "Thumbs.db": b"\0\0", "6~": b"backup"}).items():
         (folder / name).write_bytes(content)
-    data = module(path=str(folder), validation_fraction=0.0, test_fraction=0.0)
-    assert split_text(data, "train") == "no line end\nwindows\r\nwide\nmac\rlast"
+    data = module(path=[str(folder), str(tmp_path / "text.txt")], **ALL_FOR_TRAINING)
+    assert texts_of(data) == {"train": "no line end\nwindows\r\nwide\nmac\rlast\n" + PROSE}
     (line,) = data.found()["left_out"]
     assert line.endswith("folder: 2 made by the system: 6~, Thumbs.db")
-    assert data.found()["tokens"] == {"train": len("no line end\nwindows\r\nwide\nmac\rlast")}
+    assert data.found()["tokens"] == {"train": len(split_ids(data, "train"))}
 
 
 def test_a_folder_of_splits_is_not_one_text(module, tmp_path):
@@ -145,9 +145,7 @@ def test_explicit_files_are_the_splits_whatever_the_fractions(module, tmp_path):
     for split in ("validation", "test"):
         (tmp_path / split).write_text(f"the {split} text")
     data = module(validation_path=str(tmp_path / "validation"), test_path=[str(tmp_path / "test")])
-    assert split_text(data, "train") == PROSE
-    assert split_text(data, "validation") == "the validation text"
-    assert split_text(data, "test") == "the test text"
+    assert texts_of(data) == {"train": PROSE, "validation": "the validation text", "test": "the test text"}
     assert module(validation_path=str(tmp_path / "validation")).splits == ("train", "validation")
 
 
@@ -166,65 +164,36 @@ def test_local_huggingface_dataset(module, tmp_path, form):
     else:
         datasets.DatasetDict(parts).save_to_disk(folder)
     data = module(source="huggingface", path=str(folder), dataset_name="small", context_length=4)
-    assert split_text(data, "train") == "\n = Title = \n\n one two \n"
-    assert (split_text(data, "validation"), split_text(data, "test")) == ("three\n", "four\n")
+    assert texts_of(data) == {"train": "\n = Title = \n\n one two \n", "validation": "three\n", "test": "four\n"}
 
 
 def test_a_hub_dataset_that_was_tokenized_needs_no_hub(module, monkeypatch):
     rows = {split: datasets.Dataset.from_dict({"text": ["once upon a time"]}) for split in ("train", "test")}
     monkeypatch.setattr(text_sources, "load_huggingface", lambda path, name, streaming: rows)
     first = module(source="huggingface", path="a/b", context_length=4)
-    assert split_text(first, "train") == "once upon a time\n"
+    assert texts_of(first)["train"] == "once upon a time\n"
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     assert module(source="huggingface", path="a/b", context_length=4).vocab_size == 256
 
 
-ROWS = ["", "one\n", "two \u00e9 words", None]
-
-
-def write_table(path, rows):
-    """JSON lines or parquet, compressed as the name says."""
-    if ".parquet" in path.name:
-        datasets.Dataset.from_dict({"id": list(range(len(rows))), "text": rows}).to_parquet(path)
-        return
-    content = "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(rows)).encode()
-    compression = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".lz4": "lz4"}.get(path.suffix)
-    with pyarrow.output_stream(str(path), compression=compression) as file:
-        file.write(content)
-
-
-@pytest.mark.parametrize("name", ["a.jsonl", "a [1].jsonl.gz", "a.jsonl.zst", "a.ndjson.bz2", "a.parquet"])
-def test_tables_are_the_column_text_a_line_a_row(module, tmp_path, name):
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    write_table(folder / name, ROWS)
-    (folder / "0.txt").write_text("before")
-    data = module(path=str(folder), validation_fraction=0.0, test_fraction=0.0)
-    assert split_text(data, "train") == "before\n\none\ntwo \u00e9 words\n"
-    assert data.found()["left_out"] == ["1 row(s) of the file without text, such as row 3"]
-
-
-@pytest.mark.parametrize("suffix", ["gz", "zst", "bz2", "lz4"])
-def test_compressed_text_is_unpacked(module, tmp_path, suffix):
-    compression = {"gz": "gzip", "zst": "zstd"}.get(suffix, suffix)
-    with pyarrow.output_stream(str(tmp_path / f"text.{suffix}"), compression=compression) as file:
-        file.write(PROSE.encode())
-    data = module(path=str(tmp_path / f"text.{suffix}"), validation_fraction=0.0, test_fraction=0.0)
-    assert split_text(data, "train") == PROSE
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ('{"text": "a"}\n{"text": ', "cannot read the dataset .*a.jsonl"),
-        ('{"words": "a"}', "has the columns .'words'."),
-    ],
-)
-def test_tables_that_hold_no_text_are_told(module, tmp_path, content, message):
-    (tmp_path / "a.jsonl").write_text(content)
-    with pytest.raises(ValueError, match=message) as error:
-        module(path=str(tmp_path / "a.jsonl")).setup("fit")
-    assert "\n" not in str(error.value)
+@pytest.mark.parametrize("name", ["a [1].jsonl.gz", "a.jsonl", "a.ndjson.bz2", "a.parquet", "a.txt.zst", "text.lz4"])
+def test_tables_and_compressed_files_are_read(module, tmp_path, name):
+    rows = ["", "one\n", "two \u00e9 words", None]
+    table = datasets.Dataset.from_dict({"id": list(range(len(rows))), "text": rows})
+    file = tmp_path / "folder" / name
+    file.parent.mkdir()
+    (file.parent / "0.txt").write_text("before")
+    if name == "a.parquet":
+        table.to_parquet(file)
+    else:
+        content = "".join(json.dumps(row) + "\n" for row in table) if "json" in name else "\none\ntwo \u00e9 words\n"
+        compression = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".lz4": "lz4"}.get(file.suffix)
+        with pyarrow.output_stream(str(file), compression=compression) as stream:
+            stream.write(content.encode())
+    data = module(path=str(file.parent), **ALL_FOR_TRAINING)
+    assert texts_of(data) == {"train": "before\n\none\ntwo \u00e9 words\n"}
+    is_table = "json" in name or name == "a.parquet"
+    assert data.found()["left_out"] == ["1 row(s) of the file without text, such as row 3"] * is_table
 
 
 @pytest.mark.parametrize("limit", [{"max_train_bytes": 3000}, {"max_train_tokens": 2000, "tokenizer": "bpe"}])
@@ -243,43 +212,18 @@ def test_a_part_of_a_hub_dataset_is_streamed_and_no_more_is_read(module, monkeyp
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(files, "hub_is_reachable", lambda: True)
     hub = {"source": "huggingface", "path": "HuggingFaceFW/fineweb-edu", "dataset_name": "sample-10BT"}
-    data = module(**hub, **limit, bpe_vocab_size=300, validation_fraction=0.2)
-    text = "".join(f"document {number} of many\n" for number in range(10**4))
-    assert text.startswith(split_text(data, "train"))
-    assert data.splits == ("train", "validation", "test")
+    settings = hub | limit | {"bpe_vocab_size": 300, "validation_fraction": 0.2}
+    data = module(**settings)
+    texts = texts_of(data)
+    assert list(texts) == ["train", "validation", "test"]
+    assert "".join(f"document {number} of many\n" for number in range(10**4)).startswith(texts["train"])
+    assert data.split_statistics("train") == statistics_of(data, "train")
     if "max_train_tokens" in limit:
         assert len(split_ids(data, "train")) == 2000
-        expected = data.tokenizer.decode_bytes(split_ids(data, "train")[1:])
-        assert data.split_statistics("train") == SplitStatistics(
-            1999, len(expected), len(expected.split()) + expected.count(b"\n")
-        )
     else:
-        assert abs(len(split_text(data, "train")) - 3000) < 10
+        assert abs(len(texts["train"]) - 3000) < 10
     assert len(read) < 1500
-    assert split_ids(module(**hub, **limit, bpe_vocab_size=300, validation_fraction=0.2), "test") == split_ids(
-        data, "test"
-    )
-
-
-def test_a_text_larger_than_a_block_is_cut_at_the_same_characters(module):
-    text = "".join(f"{i} \u6f22\u5b57 caf\u00e9\U0001f642 \u00a0 . \n" for i in range(20_000))
-    data = module(text, tokenizer="characters", validation_fraction=0.2, test_fraction=0.1)
-    ends = int(0.7 * len(text)), int(0.9 * len(text))
-    parts = dict(
-        zip(("train", "validation", "test"), (text[: ends[0]], text[ends[0] : ends[1]], text[ends[1] :]), strict=True)
-    )
-    assert {split: split_text(data, split) for split in data.splits} == parts
-    for split, part in parts.items():
-        words = len(part[1:].split()) + part[1:].count("\n")
-        assert data.split_statistics(split) == SplitStatistics(len(part) - 1, len(part[1:].encode()), words)
-    limited = module(text, max_train_bytes=400_001)
-    assert split_text(limited, "train") == text.encode()[:400_001].decode(errors="ignore")
-
-
-def test_byte_caps_cut_each_split_at_a_character(module):
-    data = module("\u00e9" * 300, max_train_bytes=101, max_eval_bytes=33)
-    assert split_text(data, "train") == "\u00e9" * 50
-    assert split_text(data, "validation") == split_text(data, "test") == "\u00e9" * 16
+    assert texts_of(module(**settings)) == texts
 
 
 # Cache
@@ -301,47 +245,44 @@ def test_tokens_are_stored_once_and_read_as_a_memory_map(module, monkeypatch):
     assert again.tokenizer_state() == first.tokenizer_state()
 
 
-@pytest.mark.parametrize("change", [{"text": PROSE + "!"}, {"tokenizer": "characters"}, {"validation_fraction": 0.2}])
-def test_other_content_or_settings_are_other_tokens(module, change):
-    before = module()
-    ids = split_ids(before, "train")
-    assert split_ids(module(**change), "train") != ids
+def test_other_content_or_settings_are_other_tokens(module, tmp_path):
+    def tokenizer(size):
+        (tmp_path / "tokenizer.json").write_text(BytePairTokenizer.train([PROSE], size).state()["definition"])
+        return {"tokenizer": str(tmp_path / "tokenizer.json")}
+
+    ids = split_ids(module(), "train")
+    for change in ({"text": PROSE + "!"}, {"tokenizer": "characters"}, {"validation_fraction": 0.2}):
+        assert split_ids(module(**change), "train") != ids, change
     assert split_ids(module(), "train") == ids
+    assert [module(**tokenizer(size)).vocab_size for size in (260, 270)] == [260, 270]  # files of one name
 
 
-@pytest.mark.parametrize(
-    ("name", "damage"),
-    [
+def test_damaged_tokens_are_noticed_and_built_anew(module):
+    expected = split_ids(module(), "train")
+    damages = [
         ("train", lambda content: content[:-100]),
         ("train", lambda content: content[:-5] + bytes([content[-5] ^ 1]) + content[-4:]),
         ("index.json", lambda content: content[:3]),
         ("index.json", lambda content: b"\xff" * 500),
-    ],
-)
-def test_damaged_tokens_are_noticed_and_built_anew(module, name, damage):
-    expected = split_ids(module(), "train")
-    file = cached_folder(module()) / name
-    file.write_bytes(damage(file.read_bytes()))
-    with pytest.warns(UserWarning, match="is damaged and will be rebuilt"):
+    ]
+    for name, damage in damages:
+        file = cached_folder(module()) / name
+        file.write_bytes(damage(file.read_bytes()))
+        with pytest.warns(UserWarning, match="is damaged and will be rebuilt"):
+            assert split_ids(module(), "train") == expected
         assert split_ids(module(), "train") == expected
-    assert split_ids(module(), "train") == expected
 
 
-def test_an_interrupted_write_leaves_nothing(module, monkeypatch):
+def test_an_interrupted_or_killed_preparation_leaves_nothing(module, monkeypatch):
     data = module()
     monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         data.prepare_data()
-    assert [f.suffix for f in Path(data.hparams["cache_dir"]).iterdir()] in ([], [".lock"])
     monkeypatch.undo()
-    data.prepare_data()
-
-
-def test_what_a_killed_preparation_left_is_neither_used_nor_kept(module, tmp_path):
-    data = module()
+    cache = Path(data.hparams["cache_dir"])
+    assert [file.suffix for file in cache.iterdir()] in ([], [".lock"])
     expected = split_ids(data, "train")
-    left = cached_folder(data).rename(tmp_path / "cache" / f".{cached_folder(data).name}.abc")
-    (left / "arrays").write_bytes(b"half")
+    left = cached_folder(data).rename(cache / f".{cached_folder(data).name}.abc")
     assert split_ids(module(), "train") == expected
     assert not left.exists()
 
@@ -404,31 +345,26 @@ def test_training_windows_lie_within_the_text(order, num_tokens, context_length)
         for starts in epochs:
             assert set(np.diff(np.sort(starts))) <= {context_length}
         assert len(epochs[0]) >= (num_tokens - 1) // context_length - 1
-    assert not np.array_equal(window_starts(0, seed=1, **sizes | {"num_tokens": 500}), epochs[0])
 
 
 @pytest.mark.parametrize("order", ["shuffled", "random"])
-def test_training_batches_are_windows_of_the_text_with_targets_shifted_by_one(module, order):
-    data = module(window_order=order)
-    text = bytes(split_ids(data, "train"))
-    batches = list(data.train_dataloader())
-    for batch in batches:
+def test_training_batches_are_windows_of_the_text_in_an_order_of_seed_and_epoch(module, order):
+    def epochs(seed):
+        loader = module(window_order=order, seed=seed).train_dataloader()
+        return [list(loader) for _ in range(2)]
+
+    first, second = epochs(0)
+    text = bytes(split_ids(module(), "train"))
+    for batch in first:
         assert batch.tokens.dtype == batch.targets.dtype == torch.int64
         assert batch.tokens.shape == batch.targets.shape == (4, 8)
         for tokens, targets in zip(batch.tokens.tolist(), batch.targets.tolist(), strict=True):
             assert tokens[1:] == targets[:-1]
             assert bytes([tokens[0], *targets]) in text
-    assert len(batches) == len(data.train_dataloader())
-
-
-def test_training_order_depends_on_seed_and_epoch_only(module):
-    def epochs(seed):
-        loader = module(seed=seed).train_dataloader()
-        return [torch.cat([batch.tokens for batch in loader]).tolist() for _ in range(2)]
-
-    first, second = epochs(0)
-    assert epochs(0) == [first, second]
-    assert len({json.dumps(order) for order in (first, second, *epochs(1))}) == 4
+    assert len(first) == len(module().train_dataloader())
+    orders = [[batch.tokens.tolist() for batch in batches] for batches in (first, second, *epochs(1), *epochs(0))]
+    assert orders[:2] == orders[4:]
+    assert len(set(map(str, orders))) == 4
 
 
 @pytest.mark.parametrize("context_length", [1, 7, 8, 500])
@@ -445,13 +381,12 @@ def test_evaluation_predicts_every_token_but_the_first_exactly_once(module, cont
         assert data.split_statistics(split).num_tokens == len(ids) - 1
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_evaluation_over_ranks_predicts_the_same_targets_in_equal_batches(module, monkeypatch, world_size):
+def test_evaluation_over_ranks_predicts_the_same_targets_in_equal_batches(module, monkeypatch):
     data = module()
     expected = sorted(t for batch in data.test_dataloader() for t in batch.targets.flatten().tolist() if t >= 0)
     ranks = []
-    for rank in range(world_size):
-        monkeypatch.setattr(TextDataModule, "_rank_and_world_size", lambda _, rank=rank: (rank, world_size))
+    for rank in range(3):
+        monkeypatch.setattr(TextDataModule, "_rank_and_world_size", lambda _, rank=rank: (rank, 3))
         ranks.append(list(data.test_dataloader()))
     assert len({tuple(batch.tokens.shape for batch in batches) for batches in ranks}) == 1
     targets = [t for batches in ranks for batch in batches for t in batch.targets.flatten().tolist()]
@@ -461,15 +396,11 @@ def test_evaluation_over_ranks_predicts_the_same_targets_in_equal_batches(module
 def test_statistics_count_bytes_and_words_of_the_predicted_text(module):
     text = "\u00e9a b\n\n c d\u00a0e\tf\n" * 10
     for tokenizer, first_bytes in (("bytes", 1), ("characters", 2), ("bpe", None)):
-        data = module(text, tokenizer=tokenizer, bpe_vocab_size=258, validation_fraction=0.0, test_fraction=0.0)
+        data = module(text, tokenizer=tokenizer, bpe_vocab_size=258, **ALL_FOR_TRAINING)
         statistics = data.split_statistics("train")
-        ids = split_ids(data, "train")
-        covered = data.tokenizer.decode_bytes(ids[1:])
-        num_words = sum(len(line.split()) + 1 for line in covered.decode(errors="replace").split("\n")) - 1
-        assert statistics == SplitStatistics(len(ids) - 1, len(covered), num_words)
-        assert num_words == 90
-        if first_bytes:
-            assert statistics.num_bytes == len(text.encode()) - first_bytes
+        assert statistics == statistics_of(data, "train")
+        assert statistics.num_words == 90
+        assert first_bytes is None or statistics.num_bytes == len(text.encode()) - first_bytes
 
 
 def test_vocabulary_is_known_at_once_and_can_be_padded(module):
@@ -482,14 +413,13 @@ def test_a_large_vocabulary_is_stored_in_32_bits(module, monkeypatch):
     monkeypatch.setattr("revdeq_lightning.data.text.tokenizers.ByteTokenizer.vocab_size", 2**16 + 1)
     data = module()
     assert data._prepared().arrays["train"].open().dtype == np.uint32
-    assert bytes(split_ids(data, "train") + split_ids(data, "validation") + split_ids(data, "test")).decode() == PROSE
+    assert "".join(texts_of(data).values()) == PROSE
 
 
 # Resuming with Lightning
 
 STOPS = {
-    "middle of the first epoch": ("on_train_batch_end", 5, {}),
-    "middle of the second epoch": ("on_train_batch_end", 40, {}),
+    "middle of an epoch": ("on_train_batch_end", 40, {}),
     "last batch of an epoch": ("on_train_batch_end", 29, {}),
     "validation in mid-epoch": ("on_validation_end", 4, {"val_check_interval": 10}),
     "validation at the end of an epoch": ("on_validation_end", 2, {}),
@@ -498,9 +428,8 @@ STOPS = {
     "failed step": ("on_exception", 1, {"fail_at": 40}),
     "between accumulated gradients": ("on_train_batch_end", 34, {"accumulate_grad_batches": 4}),
     "part of the batches": ("on_train_batch_end", 13, {"limit_train_batches": 10}),
-    "workers": ("on_train_batch_end", 40, {"num_workers": 2}),
+    "workers, random windows": ("on_train_batch_end", 40, {"num_workers": 2, "window_order": "random"}),
     "new loaders every epoch": ("on_train_batch_end", 40, {"reload_dataloaders_every_n_epochs": 1}),
-    "random windows": ("on_train_batch_end", 40, {"window_order": "random"}),
 }
 
 
@@ -510,34 +439,28 @@ def test_resumed_run_sees_the_batches_of_the_uninterrupted_run(tmp_path, stop):
     hook, nth, options = STOPS[stop]
     options = dict(options)
     fail_at = options.pop("fail_at", None)
-    window_order = options.pop("window_order", "shuffled")
-    num_workers = options.pop("num_workers", 0)
-
-    def data(workers=num_workers):
-        return data_module(tmp_path, num_workers=workers, window_order=window_order)
-
-    fit(tmp_path, "whole", data=data(0), **options)
-    save = SaveAt(hook, nth, tmp_path / "run.ckpt")
+    settings = {name: options.pop(name) for name in ("num_workers", "window_order") if name in options}
+    fit(tmp_path, "whole", data=data_module(tmp_path, **settings | {"num_workers": 0}), **options)
+    save, data = SaveAt(hook, nth, tmp_path / "run.ckpt"), data_module(tmp_path, **settings)
     with pytest.raises(InterruptedError):
-        fit(tmp_path, "begin", callbacks=[save], fail_at=fail_at, data=data(), **options)
+        fit(tmp_path, "begin", callbacks=[save], fail_at=fail_at, data=data, **options)
     before = recorded(tmp_path, "begin")
     state = torch.load(tmp_path / "run.ckpt", weights_only=True)["TextDataModule"]
     per_epoch = options.get("limit_train_batches", 29)
     assert state["position"] == {"epoch": len(before) // per_epoch, "batch": len(before) % per_epoch}
-    fit(tmp_path, "rest", ckpt_path=tmp_path / "run.ckpt", data=data(), **options)
+    fit(tmp_path, "rest", ckpt_path=tmp_path / "run.ckpt", data=data_module(tmp_path, **settings), **options)
     assert before + recorded(tmp_path, "rest") == recorded(tmp_path, "whole")
 
 
-def test_two_ranks_share_each_batch_and_resume_exactly_with_and_without_workers(tmp_path):
+def test_two_ranks_share_each_batch_and_resume_exactly(tmp_path):
     run_apart(fit_two_ranks, tmp_path)
     whole = [recorded(tmp_path, "whole", rank) for rank in (0, 1)]
     fit(tmp_path, "joined", data=data_module(tmp_path, batch_size=6))
     assert [a + b for a, b in zip(*whole, strict=True)] == recorded(tmp_path, "joined")
-    for workers in (0, 2):
-        for rank in (0, 1):  # rank 1 may have recorded one batch more when rank 0 stopped
-            begin = recorded(tmp_path, f"begin{workers}", rank)[:20]
-            assert len(begin) == 20
-            assert begin + recorded(tmp_path, f"rest{workers}", rank) == whole[rank]
+    for rank in (0, 1):  # rank 1 may have recorded one batch more when rank 0 stopped
+        begin = recorded(tmp_path, "begin", rank)[:20]
+        assert len(begin) == 20
+        assert begin + recorded(tmp_path, "rest", rank) == whole[rank]
 
 
 def test_overfit_batches_gives_the_same_batches_every_epoch(tmp_path):
@@ -549,36 +472,30 @@ def test_overfit_batches_gives_the_same_batches_every_epoch(tmp_path):
 
 def test_every_fit_starts_at_the_first_epoch_and_ends_its_workers(tmp_path):
     data = data_module(tmp_path, num_workers=1)
-    fit(tmp_path, "first", data=data, max_epochs=1)
-    assert not multiprocessing.active_children()
-    fit(tmp_path, "second", data=data, max_epochs=1)
+    for name in ("first", "second"):
+        fit(tmp_path, name, data=data, max_epochs=1)
+        assert not multiprocessing.active_children()
     assert recorded(tmp_path, "first") == recorded(tmp_path, "second")
 
 
-def test_resuming_in_another_order_warns_and_in_another_vocabulary_fails(module):
-    state = module().state_dict() | {"position": {"epoch": 0, "batch": 1}}
-    other = module(seed=7, batch_size=2)
-    other.load_state_dict(state)
-    with pytest.warns(UserWarning, match=r"seed 0 -> 7, global_batch_size 4 -> 2"):
-        other.train_dataloader()
-    with pytest.raises(ValueError, match=r"different vocabulary .*tokenizer=\"characters\""):
-        module(tokenizer="characters").load_state_dict(state)
-
-
-def test_resuming_with_another_text_of_the_same_length_warns(module):
+def test_resuming_with_other_data_warns_and_in_another_vocabulary_fails(module):
     state = json.loads(json.dumps(module().state_dict())) | {"position": {"epoch": 0, "batch": 1}}
-    other = module(PROSE.replace("Line", "line"))
-    other.load_state_dict(state)
+
+    def resume(*text, **settings):
+        data = module(*text, **settings)
+        data.load_state_dict(state)
+        data.train_dataloader()
+
+    resume()  # a warning is an error here
+    with pytest.warns(UserWarning, match=r"seed 0 -> 7, global_batch_size 4 -> 2"):
+        resume(seed=7, batch_size=2)
+    same_length = PROSE.replace("Line", "line")
     with pytest.warns(UserWarning, match=r"training data or its order changed .*\(token_checksum \w{8} -> \w{8}\)"):
-        other.train_dataloader()
-
-
-def test_a_checkpoint_of_before_there_were_checksums_resumes(module):
-    state = module().state_dict() | {"position": {"epoch": 0, "batch": 1}}
-    del state["order"]["token_checksum"]
-    same = module()
-    same.load_state_dict(state)
-    same.train_dataloader()  # a warning is an error here
+        resume(same_length)
+    with pytest.raises(ValueError, match=r"different vocabulary .*tokenizer=\"characters\""):
+        resume(tokenizer="characters")
+    del state["order"]["token_checksum"]  # before there were checksums
+    resume(same_length)
 
 
 def test_a_missing_split_is_told_and_training_without_validation_works(tmp_path):
@@ -586,7 +503,7 @@ def test_a_missing_split_is_told_and_training_without_validation_works(tmp_path)
     fit(tmp_path, "run", data=data, max_epochs=1, limit_val_batches=0)
     with pytest.raises(ValueError, match=r"no validation split: set validation_fraction above 0 .*limit_val_batches=0"):
         fit(tmp_path, "run", data=data)
-    with pytest.raises(ValueError, match=r"no test split: set test_fraction above 0"):
+    with pytest.raises(ValueError, match="no test split: set test_fraction above 0"):
         data.test_dataloader()
     with pytest.raises(ValueError, match="split must be one of 'train', 'validation', 'test', got 'val'"):
         data.split_statistics("val")
@@ -602,14 +519,14 @@ def test_a_missing_split_is_told_and_training_without_validation_works(tmp_path)
         ({"source": "python", "path": "x"}, "source \"python\" takes no path, got 'x'"),
         ({"source": "huggingface"}, 'source "huggingface" needs a path, got None'),
         ({"source": "python", "test_path": "x"}, 'are for source "files", the source is "python"'),
-        ({"tokenizer": "words"}, 'tokenizer must be one of .* got "words"'),
+        ({"tokenizer": "words"}, 'one of bytes, characters, bpe, gpt2 or an existing path, .* got "words"'),
         ({"window_order": "sorted"}, "window_order must be one of 'shuffled', 'random', got 'sorted'"),
         ({"validation_fraction": -0.1}, r"validation_fraction must be in \[0, 1\), got -0.1"),
         ({"validation_fraction": 0.6, "test_fraction": 0.4}, "leave something to train on, got 0.6 and 0.4"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"context_length": 0}, "context_length must be at least 1, got 0"),
         ({"seed": -1}, "seed must be at least 0, got -1"),
-        ({"num_workers": -1}, "num_workers must be at least 0, got -1"),
+        ({"num_workers": None}, "num_workers must be an integer, got None"),
         ({"bpe_vocab_size": 256}, "bpe_vocab_size must be at least 257, got 256"),
         ({"max_train_bytes": 0}, "max_train_bytes must be at least 1, got 0"),
     ],
@@ -631,7 +548,7 @@ def test_wrong_arguments_are_refused_at_construction(module, arguments, message)
         (
             PROSE,
             {"batch_size": 1000},
-            r"batch_size 1000 on 1 rank\(s\) needs 1000 items, the data has \d+: lower batch",
+            r"batch_size 1000 on 1 rank\(s\) needs 1000 items, the data has \d+: lower",
         ),
         (
             "a" * 500 + "z" * 50,
@@ -642,60 +559,60 @@ def test_wrong_arguments_are_refused_at_construction(module, arguments, message)
 )
 def test_texts_that_do_not_fit_are_told(module, text, arguments, message):
     data = module(text, **arguments)
-
-    def start():
+    with pytest.raises(ValueError, match=message) as error:  # noqa: PT012
         data.setup("fit")
         data.train_dataloader()
-
-    with pytest.raises(ValueError, match=message) as error:
-        start()
     assert "\n" not in str(error.value)
 
 
-def test_missing_files_are_told(module, tmp_path):
+def test_missing_files_are_told(module, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=f"no such text file or folder: {re.escape(str(tmp_path))}/none"):
         module(path=str(tmp_path / "none")).prepare_data()
     (tmp_path / "folder").mkdir()
     with pytest.raises(FileNotFoundError, match=r"no files under .*folder: use a text file"):
         module(path=str(tmp_path / "folder")).prepare_data()
-
-
-def test_datasets_without_text_or_training_split_are_told(module, tmp_path):
-    datasets.DatasetDict({"train": datasets.Dataset.from_dict({"words": ["a"]})}).save_to_disk(tmp_path / "words")
-    with pytest.raises(ValueError, match=r"has the columns \['words'\], \"text\" is not among them"):
-        module(source="huggingface", path=str(tmp_path / "words")).prepare_data()
-    datasets.DatasetDict({"test": datasets.Dataset.from_dict({"text": ["a"]})}).save_to_disk(tmp_path / "test")
-    with pytest.raises(ValueError, match=r"has the splits \['test'\], \"train\" is not among them"):
-        module(source="huggingface", path=str(tmp_path / "test")).prepare_data()
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "folder")})
+    with pytest.raises(FileNotFoundError, match=r"no source of its standard library .*use source=\"files\""):
+        module(source="python").prepare_data()
 
 
 @pytest.mark.parametrize(
-    ("rows", "message"),
+    ("splits", "message"),
     [
+        ({"train": {"words": ["a"]}}, r"has the columns \['words'\], \"text\" is not among them"),
+        ({"test": {"text": ["a"]}}, r"has the splits \['test'\], \"train\" is not among them"),
         (
-            list(range(50)),
-            r"train, row 0: \"text\" must be a text, got 0: save a copy with a column \"text\" of strings",
+            {"train": {"text": [0] * 50}},
+            r"row 0: \"text\" must be a text, got 0: save a copy with a column \"text\"",
         ),
-        ([["a", "b"]] * 50, r"train, row 0: .* got \['a', 'b'\]"),
-        ([None] * 50, r"no row of train has a text"),
-        ([], r"the training split of \S+ has no rows"),
+        ({"train": {"text": [["a", "b"]] * 50}}, r"train, row 0: .* got \['a', 'b'\]"),
+        ({"train": {"text": [None] * 50}}, "no row of train has a text"),
+        ({"train": {"text": []}}, r"the training split of \S+ has no rows"),
     ],
 )
-def test_rows_that_are_no_texts_are_told(module, tmp_path, rows, message):
-    datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": rows})}).save_to_disk(tmp_path / "rows")
+def test_datasets_without_texts_are_told(module, tmp_path, splits, message):
+    parts = {split: datasets.Dataset.from_dict(columns) for split, columns in splits.items()}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "rows")
     with pytest.raises(ValueError, match=message) as error:
         module(source="huggingface", path=str(tmp_path / "rows")).setup("fit")
     assert "\n" not in str(error.value)
 
 
-def test_a_dataset_that_cannot_be_read_is_told(module, tmp_path):
-    for name, content in {"table.parquet": b"PAR1", "text.txt": b"\xff"}.items():
-        folder = tmp_path / name.partition(".")[0]
-        folder.mkdir()
-        (folder / name).write_bytes(content)
-        with pytest.raises(ValueError, match=r"cannot read the dataset \S+ \(.*\): check its files") as error:
-            module(source="huggingface", path=str(folder)).setup("fit")
-        assert "\n" not in str(error.value)
+@pytest.mark.parametrize(
+    ("source", "name", "content", "message"),
+    [
+        ("huggingface", "table.parquet", b"PAR1", r"cannot read the dataset \S+ \(.*\): check its files"),
+        ("huggingface", "text.txt", b"\xff", r"cannot read the dataset \S+ \(.*\): check its files"),
+        ("files", "a.jsonl", b'{"text": "a"}\n{"text": ', "cannot read the dataset .*a.jsonl"),
+        ("files", "a.jsonl", b'{"words": "a"}', "has the columns .'words'."),
+    ],
+)
+def test_tables_that_cannot_be_read_are_told(module, tmp_path, source, name, content, message):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        module(source=source, path=str(tmp_path / "folder")).setup("fit")
+    assert "\n" not in str(error.value)
 
 
 def test_missing_rows_and_unused_splits_are_left_out_and_told(module, tmp_path):
@@ -707,10 +624,7 @@ def test_missing_rows_and_unused_splits_are_left_out_and_told(module, tmp_path):
     left_out = ["2 row(s) of train without text, such as row 3", "the split extra (3 rows)", "the split test (0 rows)"]
     with pytest.warns(UserWarning, match=re.escape("left out: ")):
         data.setup("fit")
-    assert {split: split_text(data, split) for split in data.splits} == {
-        "train": "one two three\n" * 6,
-        "validation": "one two three\n" * 3,
-    }
+    assert texts_of(data) == {"train": "one two three\n" * 6, "validation": "one two three\n" * 3}
     again = module(source="huggingface", path=str(tmp_path / "rows"))
     assert sorted(data.found()["left_out"]) == sorted(again.found()["left_out"]) == left_out
 
@@ -720,18 +634,6 @@ def test_bytes_are_counted_although_a_tokenizer_strips_spaces(module, tmp_path):
     library.add_special_tokens([AddedToken("<mask>", lstrip=True, rstrip=True)])
     library.save(str(tmp_path / "tokenizer.json"))
     text = "To be, or not to be, that is the  <mask>  question.\n" * 40
-    data = module(text, tokenizer=str(tmp_path / "tokenizer.json"), validation_fraction=0.0, test_fraction=0.0)
-    assert split_text(data, "train") == text
+    data = module(text, tokenizer=str(tmp_path / "tokenizer.json"), **ALL_FOR_TRAINING)
+    assert texts_of(data) == {"train": text}
     assert data.split_statistics("train").num_bytes == len(text) - 1
-
-
-def test_a_library_without_source_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
-    with pytest.raises(FileNotFoundError, match=r"no source of its standard library .*use source=\"files\""):
-        TextDataModule(cache_dir=str(tmp_path)).prepare_data()
-
-
-def test_a_tokenizer_file_is_part_of_the_key(module, tmp_path):
-    for size in (260, 270):
-        (tmp_path / "tokenizer.json").write_text(BytePairTokenizer.train([PROSE], size).state()["definition"])
-        assert module(tokenizer=str(tmp_path / "tokenizer.json")).vocab_size == size

@@ -216,13 +216,11 @@ def recorded(folder: Path, name: str, rank: int = 0) -> list:
 
 
 def fit_two_ranks(directory: Path) -> None:
-    """A whole run, and in two parts: 20 batches, and the rest, with and without workers."""
+    """A whole run, and in two parts: 20 batches, and the rest."""
     two_ranks = {"strategy": "ddp_fork", "devices": 2}
     fit(directory, "whole", **two_ranks)
-    for workers in (0, 2):
-        checkpoint = directory / f"{workers}.ckpt"
-        options = {"data": data_module(directory, num_workers=workers), **two_ranks}
-        with contextlib.suppress(InterruptedError, ProcessRaisedException):
-            fit(directory, f"begin{workers}", callbacks=[SaveAt("on_train_batch_end", 20, checkpoint)], **options)
-        options = {"data": data_module(directory, num_workers=workers), **two_ranks}
-        fit(directory, f"rest{workers}", ckpt_path=checkpoint, **options)
+    save = SaveAt("on_train_batch_end", 20, directory / "run.ckpt")
+    with contextlib.suppress(InterruptedError, ProcessRaisedException):
+        fit(directory, "begin", callbacks=[save], data=data_module(directory, num_workers=2), **two_ranks)
+    rest = data_module(directory, num_workers=2)
+    fit(directory, "rest", ckpt_path=directory / "run.ckpt", data=rest, **two_ranks)
