@@ -7,7 +7,8 @@ import torch
 
 from revdeq_lightning.callbacks.function_evaluations import FunctionEvaluations
 from revdeq_lightning.equilibrium import BackpropAdjoint, MomentumSolver, PicardSolver, ReversibleSolver
-from tests.helpers.modules import Spy, Stranger, loader, trainer
+from tests.helpers.equilibrium import Spy
+from tests.helpers.modules import Stranger, loader, trainer
 from tests.helpers.runs import tiny_data, tiny_task, tiny_trainer
 
 

@@ -16,7 +16,8 @@ from revdeq_lightning.equilibrium import (
     ReversibleAdjoint,
     ReversibleSolver,
 )
-from tests.helpers.modules import Spy, Stranger, loader, trainer
+from tests.helpers.equilibrium import Spy
+from tests.helpers.modules import Stranger, loader, trainer
 
 SILENT = ReversibleAdjoint(mismatch="ignore")
 

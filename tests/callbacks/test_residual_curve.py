@@ -17,7 +17,8 @@ from revdeq_lightning.equilibrium import (
     ReversibleSolver,
 )
 from revdeq_lightning.loggers.plots import by_step, residual_plots, save_png
-from tests.helpers.modules import Spy, Stranger, loader, trainer
+from tests.helpers.equilibrium import Spy
+from tests.helpers.modules import Stranger, loader, trainer
 
 
 def read(path):

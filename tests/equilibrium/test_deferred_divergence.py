@@ -4,35 +4,29 @@ import math
 import threading
 
 import pytest
-import torch
 
 from revdeq_lightning.equilibrium import (
     AndersonSolver,
-    BackpropAdjoint,
     DivergenceError,
-    EquilibriumLayer,
     ImplicitAdjoint,
     MomentumSolver,
     PhantomAdjoint,
     RelaxedSolver,
-    ReversibleAdjoint,
     deferred_divergence,
 )
-from tests.helpers.equilibrium import AttentionBlock
+from tests.helpers.equilibrium import BPTT, REVERSIBLE, attention_layer, sequence
 
 PAIRS = [
-    (MomentumSolver(max_steps=3), ReversibleAdjoint(mismatch="raise")),
-    (MomentumSolver(max_steps=3, rtol=1e-3), ReversibleAdjoint(mismatch="raise")),
-    (RelaxedSolver(max_steps=3), BackpropAdjoint()),
+    (MomentumSolver(max_steps=3), REVERSIBLE),
+    (MomentumSolver(max_steps=3, rtol=1e-3), REVERSIBLE),
+    (RelaxedSolver(max_steps=3), BPTT),
     (AndersonSolver(max_steps=3, rtol=1e-3), ImplicitAdjoint(unconverged="raise")),
     (RelaxedSolver(max_steps=3), PhantomAdjoint()),
 ]
 
 
 def layer_and_input(solver, adjoint):
-    torch.manual_seed(0)
-    x = torch.randn(2, 5, 32)
-    return EquilibriumLayer(AttentionBlock(), solver=solver, adjoint=adjoint), x
+    return attention_layer(solver, adjoint), sequence().detach()
 
 
 @pytest.mark.parametrize(("solver", "adjoint"), PAIRS)

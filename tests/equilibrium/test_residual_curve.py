@@ -18,8 +18,7 @@ from revdeq_lightning.equilibrium import (
     ReversibleSolver,
     recorded_residuals,
 )
-from tests.helpers.equilibrium import TanhMap, attention_layer, inputs, sequence
-from tests.helpers.modules import Spy
+from tests.helpers.equilibrium import Spy, TanhMap, attention_layer, inputs, sequence
 
 
 class Noting(TanhMap):

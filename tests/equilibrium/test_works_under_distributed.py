@@ -33,7 +33,7 @@ from tests.helpers.processes import run_on_ranks
 NUM_RANKS = 2
 NUM_MICRO_BATCHES = 2
 STORED = SOLVERS["momentum"], ReversibleAdjoint(mismatch="raise", stored_evaluations=2)
-OTHERS = {
+WAYS = {name: (SOLVERS[name], REVERSIBLE) for name in ("momentum", "tolerance")} | {
     "stored": STORED,
     "implicit": (
         AndersonSolver(max_steps=6),
@@ -70,7 +70,7 @@ def mean_loss(network, x):
 def gradients_with_ddp(rank):
     """Of every solver: gradients after accumulation with `no_sync`, and how often DDP reduced a bucket."""
     results = {}
-    for name, (solver, adjoint) in ({name: (s, REVERSIBLE) for name, s in SOLVERS.items()} | OTHERS).items():
+    for name, (solver, adjoint) in WAYS.items():
         network = DistributedDataParallel(Network(solver, adjoint), find_unused_parameters=False)
         for _ in range(2):  # the second round meets the buckets that DDP rebuilt after the first
             network.zero_grad()
@@ -83,8 +83,8 @@ def gradients_with_ddp(rank):
 
 def test_ddp_equals_one_process_with_the_joined_batch(tmp_path):
     ranks = run_on_ranks(gradients_with_ddp, NUM_RANKS, tmp_path)
-    for name, (solver, adjoint) in ({name: (s, BPTT) for name, s in SOLVERS.items()} | OTHERS).items():
-        network = Network(solver, adjoint)
+    for name, (solver, adjoint) in WAYS.items():
+        network = Network(solver, BPTT if isinstance(adjoint, ReversibleAdjoint) else adjoint)
         parts = [x for rank in range(NUM_RANKS) for x in micro_batches(rank)]
         value = network(torch.cat(parts)).value
         sum(project(part) / len(part) / NUM_RANKS for part in value.split(len(parts[0]))).backward()
@@ -102,10 +102,9 @@ def one_process_group(tmp_path):
 
 # PyTorch 2.14's, of any result that might be changed in place, such as that of a linear layer; here none is.
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor")
-@pytest.mark.parametrize("reshard", [True, False])
-@pytest.mark.parametrize("unit", ["layer", "network"])
+@pytest.mark.parametrize(("unit", "reshard"), [("layer", True), ("network", True), ("network", False)])
 def test_fsdp2_of_the_layer_or_a_parent(one_process_group, unit, reshard):
-    for solver, adjoint in (*((solver, REVERSIBLE) for solver in SOLVERS.values()), STORED):
+    for solver, adjoint in (WAYS[name] for name in ("momentum", "tolerance", "stored")):
         plain, sharded = Network(solver, BPTT), Network(solver, adjoint)
         if unit == "layer":
             fully_shard(sharded.layer, mesh=one_process_group, reshard_after_forward=reshard)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from revdeq_lightning.equilibrium import (
     AndersonSolver,
@@ -84,7 +85,10 @@ REVERSIBLE, BPTT = ReversibleAdjoint(mismatch="raise"), BackpropAdjoint()
 """`mismatch="raise"`: a test also fails if the backward pass does not come back to the initial state bit for bit."""
 TOLERANCE = 1e-5  # float32: rounding of f, some 1e-7, summed over the evaluations
 
-with_solver = pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+# Both solvers, and both ways back: all steps of all samples at once, and each sample's own.
+with_solver = pytest.mark.parametrize(
+    "solver", [SOLVERS["momentum"], SOLVERS["tolerance"]], ids=["momentum", "tolerance"]
+)
 
 
 def attention_layer(solver, adjoint, dim=16, **settings):
@@ -117,20 +121,24 @@ def assert_equal_gradients(ours, reference, tolerance=TOLERANCE):
             assert relative_error(gradient, expected) <= tolerance, i
 
 
-def assert_matches_bptt(run, tolerance=TOLERANCE):
-    """`run(adjoint)` returns gradients; it must do the same for both adjoints."""
-    assert_equal_gradients(run(REVERSIBLE), run(BPTT), tolerance)
+def matches_bptt(tolerance=TOLERANCE):
+    """A test of `test(solver, adjoint)`, which returns gradients: the reversible ones must be those of BPTT."""
+
+    def decorate(run):
+        @with_solver
+        def test(solver):
+            assert_equal_gradients(run(solver, REVERSIBLE), run(solver, BPTT), tolerance)
+
+        test.__name__, test.__doc__ = run.__name__, run.__doc__
+        return test
+
+    return decorate
 
 
-def assert_layer_matches_bptt(make, tolerance=TOLERANCE):
-    """`make(adjoint)` returns a layer and its inputs."""
-
-    def run(adjoint):
-        layer, *inputs = make(adjoint)
-        project(layer(*inputs).value).backward()
-        return gradients_of(layer, *inputs)
-
-    assert_matches_bptt(run, tolerance)
+def backward(layer, *inputs):
+    """The gradients of a layer and of its inputs."""
+    project(layer(*inputs).value).backward()
+    return gradients_of(layer, *inputs)
 
 
 def refuses(error, *fragments):
@@ -246,18 +254,61 @@ def dense_implicit_gradients(f, z, x, *parameters):
 
 
 class Damped(nn.Module):
-    def __init__(self, f):
+    """f made to contract, with a rate of its own for each sample if it is given so."""
+
+    def __init__(self, f, rate=0.4):
         super().__init__()
-        self.f = f
+        self.f, self.rate = f, rate
 
     def forward(self, z, x):
-        return 0.4 * torch.tanh(self.f(z, x)) + x
+        return self.rate * torch.tanh(self.f(z, x)) + x
 
 
 def damped_layer(solver, adjoint, **settings):
     layer = attention_layer(solver, adjoint, **settings)
     layer.f = Damped(layer.f)
     return layer
+
+
+# What makes the host wait for a device.
+
+
+SYNCHRONIZING = ("_local_scalar_dense", "is_nonzero", "item", "nonzero", "equal", "masked_select", "_unique2")
+METHODS = ("tolist", "numpy", "cpu")
+
+
+class Spy(TorchDispatchMode):
+    """Counts what reads a tensor's values on the host; the states of the random generators are always there."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __enter__(self):
+        self.methods = {name: getattr(torch.Tensor, name) for name in METHODS}
+        for name, method in self.methods.items():
+            setattr(torch.Tensor, name, self._counted(method))
+        return super().__enter__()
+
+    def __exit__(self, *exception):
+        for name, method in self.methods.items():
+            setattr(torch.Tensor, name, method)
+        return super().__exit__(*exception)
+
+    def _counted(self, method):
+        def counted(tensor, *args, **kwargs):
+            self.count += 1
+            return method(tensor, *args, **kwargs)
+
+        return counted
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__.split(".")[0]
+        if name in SYNCHRONIZING and args[0].dtype != torch.uint8:
+            self.count += 1
+        if name in ("index", "index_put", "index_put_"):
+            self.count += any(i is not None and i.dtype == torch.bool for i in args[1])
+        return func(*args, **(kwargs or {}))
 
 
 # What tests that compile need.

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -160,22 +159,6 @@ def trainer(folder, callbacks=(), **settings) -> Trainer:
 def state(trainer: Trainer) -> dict:
     """All that a run leaves: weights, buffers, optimizer, loops, callbacks' own."""
     return trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-
-
-class Spy(TorchDispatchMode):
-    """Counts what reads a tensor's values on the host."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func.__name__.split(".")[0] in (
-            "_local_scalar_dense",
-            "nonzero",
-            "equal",
-            "masked_select",
-            "item",
-        )
-        return func(*args, **(kwargs or {}))
 
 
 # Callbacks that make training diverge, to be named in a configuration.
