@@ -11,7 +11,7 @@ import yaml
 from PIL import Image
 
 from revdeq_lightning.cli.inference import load_reasoner
-from revdeq_lightning.data.puzzles.mazes import is_solution
+from revdeq_lightning.data.puzzles.mazes import Mazes
 from revdeq_lightning.data.puzzles.module import build_kind, make_puzzle
 from revdeq_lightning.loggers.puzzle_pictures import COLORS, SolvedPuzzle, animate_maze
 from revdeq_lightning.report.run_folder import read_run
@@ -166,7 +166,7 @@ def test_the_report_knows_the_task_and_its_units(trained):
 
 
 def test_solved_puzzles_are_counted_by_what_is_a_solution(tmp_path):
-    """Of a maze with two shortest paths, the one that is not the target counts too; against `is_solution`."""
+    """Of a maze with two shortest paths, the one that is not the target counts too; against `Mazes.is_solved`."""
     square = np.array([[0, 0, 0, 0, 0], [0, 2, 1, 1, 0], [0, 1, 0, 1, 0], [0, 1, 1, 3, 0], [0, 0, 0, 0, 0]])
     paths = [np.zeros_like(square) for _ in range(2)]
     paths[0][1, 1:4], paths[0][1:4, 3] = 1, 1
@@ -185,7 +185,7 @@ def test_solved_puzzles_are_counted_by_what_is_a_solution(tmp_path):
     answers = torch.from_numpy(np.stack([paths[0], paths[1], paths[0] | paths[1]]))
     logits = torch.nn.functional.one_hot(answers, 2).movedim(-1, 1).float()
     sums = task._sums(PuzzleBatch(inputs, targets), ReasonerOutput(logits, None, torch.ones(3)))
-    assert int(sums["solved"]) == sum(is_solution(square, a) for a in answers.numpy()) == 2
+    assert int(sums["solved"]) == sum(Mazes("mixed", 0.0).is_solved(square, a) for a in answers.numpy()) == 2
     assert int(sums["puzzles"]) == 3
 
 

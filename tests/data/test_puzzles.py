@@ -9,9 +9,8 @@ import torch
 
 from revdeq_lightning.data import PuzzleDataModule
 from revdeq_lightning.data.loading.draws import Draws
-from revdeq_lightning.data.puzzles.mazes import is_solution
 from revdeq_lightning.data.puzzles.module import build_kind, make_puzzle
-from revdeq_lightning.data.puzzles.sudoku import invariant, make_sudoku, symmetric
+from revdeq_lightning.data.puzzles.sudoku import Sudoku
 
 SUDOKU = ((4, 8, 2, 2), (6, 22, 2, 3), (9, 40, 3, 3))
 
@@ -67,6 +66,7 @@ def test_any_shortest_path_is_a_solution_and_nothing_else():
     above, below = (np.zeros_like(square) for _ in range(2))
     above[1, 1:4], above[1:4, 3] = 1, 1
     below[1:4, 1], below[3, 1:4] = 1, 1
+    is_solution = kind().is_solved
     assert is_solution(square, above)
     assert is_solution(square, below)
     assert not is_solution(square, above | below)
@@ -103,14 +103,15 @@ def count_solutions(grid, rows, columns):
 
 @pytest.mark.parametrize(("size", "empty", "rows", "columns"), SUDOKU)
 def test_sudokus_have_one_solution_and_symmetric_forms(size, empty, rows, columns):
-    puzzle = make_sudoku(Draws(7), size, empty)
+    sudoku = Sudoku(size, empty)
+    puzzle = sudoku.make(Draws(7), size)
     assert np.count_nonzero(puzzle.inputs == 0) == empty
     if size < 9:
         assert count_solutions(puzzle.inputs.tolist(), rows, columns) == 1
-    forms = [symmetric(puzzle, Draws(i)) for i in range(20)]
+    forms = [sudoku.vary(puzzle, Draws(i)) for i in range(20)]
     assert len({form.inputs.tobytes() for form in forms}) == 20
     for form in (puzzle, *forms):
-        assert invariant(form.inputs) == invariant(puzzle.inputs)
+        assert sudoku.key(form.inputs) == sudoku.key(puzzle.inputs)
         assert (form.targets == form.inputs)[form.inputs > 0].all()
         boxes = form.targets.reshape(size // rows, rows, size // columns, columns).swapaxes(1, 2).reshape(size, size)
         for units in (form.targets, form.targets.T, boxes):
@@ -210,7 +211,7 @@ def test_a_sudoku_has_empty_and_given_cells(tmp_path, num_empty):
 
 
 def test_tables_of_sudokus_are_read(tmp_path):
-    puzzle = make_sudoku(Draws(7), 9, 40)
+    puzzle = Sudoku(9, 40).make(Draws(7), 9)
     question, answer = ("".join(map(str, array.ravel())) for array in puzzle)
     row = f"a,{question.replace('0', '.')},{answer},1\n"
     for name in ("Training.csv", "TEST.CSV"):

@@ -1,19 +1,22 @@
 """The kinds of puzzles: how one is made, what its symbols are, what is wrong with it, what solves it."""
 
 from abc import abstractmethod
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from revdeq_lightning.data.loading.draws import Draws
 from revdeq_lightning.data.loading.sampler import IGNORE_INDEX
-from revdeq_lightning.data.puzzles import mazes, sudoku
-from revdeq_lightning.data.puzzles.puzzle import Puzzle
-from revdeq_lightning.equilibrium.validation import require_choice, require_count, require_in_range
 
 Array = NDArray[np.int64]
+
+
+class Puzzle(NamedTuple):
+    """Symbols of the cells, and the answer in each; int64 arrays of one shape, `(length,)` or `(height, width)`."""
+
+    inputs: Array
+    targets: Array
 
 
 class AbstractKind:
@@ -21,7 +24,6 @@ class AbstractKind:
 
     num_symbols: int
     num_answers: int
-    ndim: ClassVar[int]
 
     @abstractmethod
     def make(self, draws: Draws, size: int) -> Puzzle | None:
@@ -51,7 +53,7 @@ class AbstractKind:
 class PrefixSums(AbstractKind):
     """Strings of bits; the answer is the parity of each prefix. The size is the number of bits."""
 
-    num_symbols, num_answers, ndim = 2, 2, 1
+    num_symbols, num_answers = 2, 2
 
     def make(self, draws: Draws, size: int) -> Puzzle:
         bits = draws.integers(2, size)
@@ -61,68 +63,6 @@ class PrefixSums(AbstractKind):
         return (size,)
 
 
-@dataclass
-class Mazes(AbstractKind):
-    """Mazes, see `make_maze`. The size is the number of cells a side."""
-
-    algorithm: str
-    loops: float
-
-    num_symbols, num_answers, ndim = 4, 2, 2
-
-    def __post_init__(self) -> None:
-        require_choice("algorithm", self.algorithm, mazes.ALGORITHMS)
-        require_in_range("loops", self.loops, "[0, 1]")
-
-    def make(self, draws: Draws, size: int) -> Puzzle:
-        return mazes.make_maze(draws, size, self.algorithm, self.loops)
-
-    def shape(self, size: int) -> tuple[int, ...]:
-        return (2 * size + 1, 2 * size + 1)
-
-    def fault(self, inputs: Array) -> str | None:
-        for symbol, name in ((mazes.START, "start"), (mazes.GOAL, "goal")):
-            if (count := np.count_nonzero(inputs == symbol)) != 1:
-                return f"a maze must have one {name} (symbol {symbol}), got {count}"
-        return "there is no path from start to goal" if mazes.shortest_path(inputs) is None else None
-
-    def is_solved(self, inputs: Array, answers: Array) -> bool:
-        return mazes.is_solution(inputs, answers)
-
-
-@dataclass
-class Sudoku(AbstractKind):
-    """Sudoku with one solution; symbols and answers 1 to size, 0 is an empty cell. The size is 4, 6 or 9."""
-
-    size: int
-    num_empty: int
-
-    ndim = 2
-
-    def __post_init__(self) -> None:
-        require_choice("size", self.size, sudoku.BOXES)
-        require_count("num_empty", self.num_empty)
-        require_in_range("num_empty", self.num_empty, f"[1, {self.size**2})")
-        self.num_symbols = self.num_answers = self.size + 1
-
-    def make(self, draws: Draws, size: int) -> Puzzle | None:
-        return sudoku.make_sudoku(draws, size, self.num_empty)
-
-    def shape(self, size: int) -> tuple[int, ...]:
-        return (size, size)
-
-    def key(self, inputs: Array) -> bytes:
-        return sudoku.invariant(inputs)
-
-    def vary(self, puzzle: Puzzle, draws: Draws) -> Puzzle:
-        return sudoku.symmetric(puzzle, draws)
-
-    def fault(self, inputs: Array) -> str | None:
-        if inputs.shape != self.shape(self.size):
-            return f"a Sudoku of size {self.size} has shape {self.shape(self.size)}, got {inputs.shape}"
-        return sudoku.contradiction(inputs)
-
-
 def checked(kind: AbstractKind, arrays: tuple[Array, Array], path: str) -> tuple[Array, Array]:
     """The puzzles of a file, if all are puzzles of this kind.
 
@@ -130,14 +70,16 @@ def checked(kind: AbstractKind, arrays: tuple[Array, Array], path: str) -> tuple
         ValueError: Names the first that is not.
     """
     inputs, targets = arrays
-    if inputs.ndim != kind.ndim + 1:
-        raise ValueError(
-            f"{path}: inputs must have {kind.ndim + 1} dimensions for {type(kind).__name__}, got shape {inputs.shape}"
-        )
-    for name, array, number in (("inputs", inputs, kind.num_symbols), ("targets", targets, kind.num_answers)):
-        wrong = (array < 0) | (array >= number)
-        if name == "targets":
-            wrong &= array != IGNORE_INDEX
+    ndim = 1 + len(kind.shape(1))
+    if inputs.ndim != ndim:
+        name = type(kind).__name__
+        raise ValueError(f"{path}: inputs must have {ndim} dimensions for {name}, got shape {inputs.shape}")
+    wrong_inputs = (inputs < 0) | (inputs >= kind.num_symbols)
+    wrong_targets = ((targets < 0) | (targets >= kind.num_answers)) & (targets != IGNORE_INDEX)
+    for name, array, wrong, number in (
+        ("inputs", inputs, wrong_inputs, kind.num_symbols),
+        ("targets", targets, wrong_targets, kind.num_answers),
+    ):
         if wrong.any():
             place = tuple(int(i) for i in np.argwhere(wrong)[0])
             raise ValueError(f"{path}: {name} must be from 0 to {number - 1}, got {array[place]} at {list(place)}")

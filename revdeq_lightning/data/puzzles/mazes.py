@@ -4,44 +4,80 @@ A maze of c x c cells has 2c + 1 pixels a side: cells at odd rows and columns, w
 """
 
 import functools
+from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import breadth_first_order, depth_first_order, minimum_spanning_tree
 
 from revdeq_lightning.data.loading.draws import Draws
-from revdeq_lightning.data.puzzles.puzzle import Puzzle
+from revdeq_lightning.data.puzzles.kinds import AbstractKind, Array, Puzzle
+from revdeq_lightning.equilibrium.validation import require_choice, require_in_range
 
 ALGORITHMS = ("depth_first", "spanning_tree", "mixed")
 WALL, FREE, START, GOAL = range(4)
 
-Edges = tuple[NDArray[np.int64], NDArray[np.int64]]
+Edges = tuple[Array, Array]
 
 
-def make_maze(draws: Draws, size: int, algorithm: str, loops: float) -> Puzzle:
-    """A maze of `size` x `size` cells with a start and a goal, see `PuzzleDataModule` for `algorithm` and `loops`.
+@dataclass
+class Mazes(AbstractKind):
+    """Mazes with a start and a goal. The size is the number of cells a side.
 
-    "depth_first" is randomized depth-first search, "spanning_tree" the minimum spanning tree of random weights, as by
-    Kruskal or Prim; "mixed" makes each in half of the mazes.
+    Attributes:
+        algorithm: "depth_first" (long corridors: randomized depth-first search), "spanning_tree" (many short dead ends:
+            minimum spanning tree of random weights, as by Kruskal or Prim), or "mixed": each in half of the mazes.
+        loops: Fraction of the walls between cells that are opened in addition; 0 for a perfect maze, with one path
+            between any two cells.
     """
-    if algorithm == "mixed":
-        algorithm = ALGORITHMS[int(draws.integers(2, 1)[0])]
-    edges = _depth_first(draws, size) if algorithm == "depth_first" else _spanning_tree(draws, size)
-    if loops:
-        a, b = grid_edges(size)
-        more = draws.uniform(len(a)) < loops
-        edges = np.r_[edges[0], a[more]], np.r_[edges[1], b[more]]
-    start, goal = draws.permutation(size * size)[:2]
-    a, b = edges
-    pixels = np.full((2 * size + 1, 2 * size + 1), WALL)
-    pixels[1::2, 1::2] = FREE
-    pixels[a // size + b // size + 1, a % size + b % size + 1] = FREE
-    for cell, symbol in ((start, START), (goal, GOAL)):
-        pixels[2 * (cell // size) + 1, 2 * (cell % size) + 1] = symbol
-    path = shortest_path(pixels)
-    assert path is not None
-    return Puzzle(pixels, path)
+
+    algorithm: str
+    loops: float
+
+    num_symbols, num_answers = 4, 2
+
+    def __post_init__(self) -> None:
+        require_choice("algorithm", self.algorithm, ALGORITHMS)
+        require_in_range("loops", self.loops, "[0, 1]")
+
+    def make(self, draws: Draws, size: int) -> Puzzle:
+        algorithm = self.algorithm
+        if algorithm == "mixed":
+            algorithm = ALGORITHMS[int(draws.integers(2, 1)[0])]
+        a, b = _depth_first(draws, size) if algorithm == "depth_first" else _spanning_tree(draws, size)
+        if self.loops:
+            others = grid_edges(size)
+            more = draws.uniform(len(others[0])) < self.loops
+            a, b = np.r_[a, others[0][more]], np.r_[b, others[1][more]]
+        start, goal = draws.permutation(size * size)[:2]
+        pixels = np.full((2 * size + 1, 2 * size + 1), WALL)
+        pixels[1::2, 1::2] = FREE
+        pixels[a // size + b // size + 1, a % size + b % size + 1] = FREE
+        for cell, symbol in ((start, START), (goal, GOAL)):
+            pixels[2 * (cell // size) + 1, 2 * (cell % size) + 1] = symbol
+        path = shortest_path(pixels)
+        assert path is not None
+        return Puzzle(pixels, path)
+
+    def shape(self, size: int) -> tuple[int, ...]:
+        return (2 * size + 1, 2 * size + 1)
+
+    def fault(self, inputs: Array) -> str | None:
+        for symbol, name in ((START, "start"), (GOAL, "goal")):
+            if (count := np.count_nonzero(inputs == symbol)) != 1:
+                return f"a maze must have one {name} (symbol {symbol}), got {count}"
+        return "there is no path from start to goal" if shortest_path(inputs) is None else None
+
+    def is_solved(self, inputs: Array, answers: Array) -> bool:
+        """Whether what is marked is a shortest path from start to goal: any of them, where there are several."""
+        path = answers == 1
+        marked = np.where(path, inputs, WALL)
+        if path[inputs == WALL].any() or any(np.count_nonzero(marked == symbol) != 1 for symbol in (START, GOAL)):
+            return False
+        shortest, through = shortest_path(inputs), shortest_path(marked)
+        if through is None or shortest is None:
+            return False
+        return bool(shortest.sum() == through.sum() == np.count_nonzero(path))
 
 
 @functools.cache
@@ -74,7 +110,7 @@ def _spanning_tree(draws: Draws, size: int) -> Edges:
     return tree.row.astype(np.int64), tree.col.astype(np.int64)
 
 
-def shortest_path(pixels: NDArray[np.int64]) -> NDArray[np.int64] | None:
+def shortest_path(pixels: Array) -> Array | None:
     """1 on a shortest path from start to goal through what is no wall, 0 elsewhere; None if there is no path."""
     height, width = pixels.shape
     nodes = np.arange(height * width).reshape(height, width)
@@ -92,18 +128,3 @@ def shortest_path(pixels: NDArray[np.int64]) -> NDArray[np.int64] | None:
         path[node] = 1
         node = before[node]
     return path.reshape(height, width)
-
-
-def is_solution(pixels: NDArray[np.int64], path: NDArray[np.int64]) -> bool:
-    """Whether what is marked is a shortest path from start to goal: any of them, where there are several."""
-    marked = np.where(path == 1, pixels, WALL)
-    if (
-        np.count_nonzero(marked == START) != 1
-        or np.count_nonzero(marked == GOAL) != 1
-        or (path == 1)[pixels == WALL].any()
-    ):
-        return False
-    shortest, through = shortest_path(pixels), shortest_path(marked)
-    if through is None or shortest is None:
-        return False
-    return bool(shortest.sum() == through.sum() == np.count_nonzero(path == 1))

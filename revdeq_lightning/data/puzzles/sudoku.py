@@ -5,34 +5,84 @@ No library was found that takes a seed, a size, and a number of empty cells.
 
 import functools
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from revdeq_lightning.data.loading.draws import Draws
-from revdeq_lightning.data.puzzles.puzzle import Puzzle
+from revdeq_lightning.data.puzzles.kinds import AbstractKind, Array, Puzzle
+from revdeq_lightning.equilibrium.validation import require_choice, require_count, require_in_range
 
 BOXES = {4: (2, 2), 6: (2, 3), 9: (3, 3)}
 """Rows and columns of a box, by the size of the grid."""
 
 
-def make_sudoku(draws: Draws, size: int, num_empty: int) -> Puzzle | None:
-    """A puzzle with one solution and `num_empty` empty cells; None if this solution led to none.
+@dataclass
+class Sudoku(AbstractKind):
+    """Sudoku with one solution; symbols and answers 1 to size, 0 is an empty cell. The size is 4, 6 or 9."""
 
-    The cells of a random solution are emptied in random order, each if the solution stays the only one.
-    """
-    solution = next(solutions(np.zeros((size, size), np.int64), draws))
-    puzzle = solution.copy()
-    for cell in draws.permutation(size * size):
-        row, column = divmod(int(cell), size)
-        puzzle[row, column] = 0
-        if len(list(islice(solutions(puzzle), 2))) > 1:
-            puzzle[row, column] = solution[row, column]
-        elif np.count_nonzero(puzzle == 0) == num_empty:
-            return Puzzle(puzzle, solution)
-    return None
+    size: int
+    num_empty: int
+
+    def __post_init__(self) -> None:
+        require_choice("size", self.size, BOXES)
+        require_count("num_empty", self.num_empty)
+        require_in_range("num_empty", self.num_empty, f"[1, {self.size**2})")
+        self.num_symbols = self.num_answers = self.size + 1
+
+    def make(self, draws: Draws, size: int) -> Puzzle | None:
+        """Empty the cells of a random solution in random order, each if the solution stays the only one."""
+        solution = next(solutions(np.zeros((size, size), np.int64), draws))
+        puzzle = solution.copy()
+        for cell in draws.permutation(size * size):
+            row, column = divmod(int(cell), size)
+            puzzle[row, column] = 0
+            if len(list(islice(solutions(puzzle), 2))) > 1:
+                puzzle[row, column] = solution[row, column]
+            elif np.count_nonzero(puzzle == 0) == self.num_empty:
+                return Puzzle(puzzle, solution)
+        return None
+
+    def shape(self, size: int) -> tuple[int, ...]:
+        return (size, size)
+
+    def key(self, inputs: Array) -> bytes:
+        """How many given cells there are where, and of which values: the same for all symmetric forms."""
+        size = len(inputs)
+        given, (rows, columns) = inputs > 0, BOXES[size]
+        boxes = given.reshape(size // rows, rows, size // columns, columns)
+        lines = [
+            sorted(sorted(band) for band in given.sum(1).reshape(-1, rows).tolist()),
+            sorted(sorted(stack) for stack in given.sum(0).reshape(-1, columns).tolist()),
+        ]
+        values = sorted(np.bincount(inputs.ravel(), minlength=size + 1)[1:].tolist())
+        counts = [*(sorted(lines) if rows == columns else lines), sorted(boxes.sum((1, 3)).ravel().tolist()), values]
+        return repr(counts).encode()
+
+    def vary(self, puzzle: Puzzle, draws: Draws) -> Puzzle:
+        """Rename the values, permute rows and columns within and among boxes, or transpose."""
+        size = len(puzzle.inputs)
+        rows, columns = BOXES[size]
+        values = np.r_[0, draws.permutation(size) + 1]
+        order = [_lines(draws, size, rows), _lines(draws, size, columns)]
+        arrays = [values[array[order[0]][:, order[1]]] for array in puzzle]
+        if rows == columns and draws.integers(2, 1)[0]:
+            arrays = [array.T for array in arrays]
+        return Puzzle(*arrays)
+
+    def fault(self, inputs: Array) -> str | None:
+        if inputs.shape != self.shape(self.size):
+            return f"a Sudoku of size {self.size} has shape {self.shape(self.size)}, got {inputs.shape}"
+        seen: set[tuple[int, int]] = set()
+        for cell, (value, units) in enumerate(zip(inputs.ravel().tolist(), units_of(self.size), strict=True)):
+            for unit, name in zip(units, ("row", "column", "box"), strict=True):
+                if value and (unit, value) in seen:
+                    row, column = divmod(cell, self.size)
+                    return f"{value} stands twice in the {name} of row {row + 1}, column {column + 1}"
+                seen.add((unit, value))
+        return None
 
 
 @functools.cache
@@ -44,7 +94,7 @@ def units_of(size: int) -> list[tuple[int, int, int]]:
     ]
 
 
-def solutions(puzzle: NDArray[np.int64], draws: Draws | None = None) -> Iterator[Any]:
+def solutions(puzzle: Array, draws: Draws | None = None) -> Iterator[Any]:
     """Yield all solutions, in random order with `draws`; none if the puzzle contradicts itself."""
     size = len(puzzle)
     units, grid = units_of(size), puzzle.ravel().tolist()
@@ -88,44 +138,6 @@ def solutions(puzzle: NDArray[np.int64], draws: Draws | None = None) -> Iterator
         yield np.array(grid).reshape(size, size)
 
 
-def contradiction(puzzle: NDArray[np.int64]) -> str | None:
-    """What is wrong with the given cells, if a value stands twice in a row, column or box."""
-    seen: set[tuple[int, int]] = set()
-    for cell, (value, units) in enumerate(zip(puzzle.ravel().tolist(), units_of(len(puzzle)), strict=True)):
-        for unit, name in zip(units, ("row", "column", "box"), strict=True):
-            if value and (unit, value) in seen:
-                row, column = divmod(cell, len(puzzle))
-                return f"{value} stands twice in the {name} of row {row + 1}, column {column + 1}"
-            seen.add((unit, value))
-    return None
-
-
-def symmetric(puzzle: Puzzle, draws: Draws) -> Puzzle:
-    """The same puzzle with its values renamed, rows and columns permuted within and among boxes, or transposed."""
-    size = len(puzzle.inputs)
-    rows, columns = BOXES[size]
-    values = np.r_[0, draws.permutation(size) + 1]
-    order = [_lines(draws, size, rows), _lines(draws, size, columns)]
-    arrays = [values[array[order[0]][:, order[1]]] for array in puzzle]
-    if rows == columns and draws.integers(2, 1)[0]:
-        arrays = [array.T for array in arrays]
-    return Puzzle(*arrays)
-
-
-def _lines(draws: Draws, size: int, per_box: int) -> NDArray[np.int64]:
+def _lines(draws: Draws, size: int, per_box: int) -> Array:
     bands = draws.permutation(size // per_box)
     return np.concatenate([band * per_box + draws.permutation(per_box) for band in bands])
-
-
-def invariant(inputs: NDArray[np.int64]) -> bytes:
-    """The same for all symmetric forms of a puzzle: how many given cells there are where, and of which values."""
-    size = len(inputs)
-    given, (rows, columns) = inputs > 0, BOXES[size]
-    boxes = given.reshape(size // rows, rows, size // columns, columns)
-    lines = [
-        sorted(sorted(band) for band in given.sum(1).reshape(-1, rows).tolist()),
-        sorted(sorted(stack) for stack in given.sum(0).reshape(-1, columns).tolist()),
-    ]
-    values = sorted(np.bincount(inputs.ravel(), minlength=size + 1)[1:].tolist())
-    counts = [*(sorted(lines) if rows == columns else lines), sorted(boxes.sum((1, 3)).ravel().tolist()), values]
-    return repr(counts).encode()
