@@ -1,7 +1,8 @@
 """States and maps that cannot work: errors that show the value received and what to change."""
 
 import dataclasses
-import math
+import threading
+from math import inf, nan
 
 import pytest
 import torch
@@ -10,16 +11,18 @@ from revdeq_lightning.equilibrium import (
     AndersonSolver,
     BroydenSolver,
     DivergenceError,
+    ImplicitAdjoint,
     MomentumSolver,
+    PhantomAdjoint,
     PicardSolver,
     RelaxedSolver,
     ReversibleSolver,
+    deferred_divergence,
     solve_fixed_point,
 )
-from tests.helpers.equilibrium import BPTT, REVERSIBLE, SOLVERS, attention_layer, refuses, sequence, solve
+from tests.helpers.equilibrium import BPTT, IMPLICIT, REVERSIBLE, SOLVERS, attention_layer, refuses, sequence, solve
 
 SOLVER = SOLVERS["reversible"]
-nan, inf = math.nan, math.inf
 
 # The state
 
@@ -159,3 +162,70 @@ def test_float_states_have_no_such_range():
         x = torch.full((2, 3), 1e9)
         solution = solve(lambda z, x: x + 0 * z, x, ReversibleSolver(arithmetic=arithmetic), REVERSIBLE)
         assert (solution.value - 1e9).abs().max() < 1e9
+
+
+# A solve that diverges goes on with NaN where asked to: every gradient that other processes wait for is made
+
+DEFERRED = [
+    (MomentumSolver(max_steps=3), REVERSIBLE),
+    (MomentumSolver(max_steps=3, rtol=1e-3), REVERSIBLE),
+    (RelaxedSolver(max_steps=3), BPTT),
+    (AndersonSolver(max_steps=3, rtol=1e-3), ImplicitAdjoint(unconverged="raise")),
+    (RelaxedSolver(max_steps=3), PhantomAdjoint()),
+]
+
+
+@pytest.mark.parametrize(("solver", "adjoint"), DEFERRED)
+def test_a_solve_that_diverges_gives_nan_to_its_result_and_every_gradient(solver, adjoint):
+    layer, x = attention_layer(solver, adjoint), sequence()
+    x.data[1, 0, 0] = nan
+    with pytest.raises(DivergenceError, match="is not finite"):
+        layer(x)
+    errors = []
+    with deferred_divergence(errors):
+        solution = layer(x)
+    (error,) = errors
+    assert "the state is not finite (nan)" in str(error)
+    assert solution.value.isnan().all()
+    assert solution.stats.relative_residual.isnan().all()
+    assert solution.stats.reconstruction_mismatch is None
+    assert (solution.stats.converged is None) == (not solver.has_tolerance)
+    solution.value.sum().backward()
+    gradients = [x.grad, *(p.grad for p in layer.parameters())]
+    assert all(g is not None and not g.isfinite().all() for g in gradients)
+    assert len(errors) == 1
+    with pytest.raises(DivergenceError):
+        layer(x)  # outside it is an error again
+
+
+def test_the_linear_solve_of_a_backward_pass_too_in_whatever_thread_it_runs():
+    layer, x = attention_layer(AndersonSolver(max_steps=40, rtol=1e-3), IMPLICIT), sequence()
+
+    def backward(solution):
+        solution.value.register_hook(lambda gradient: gradient * nan)
+        solution.value.sum().backward()
+
+    with pytest.raises(DivergenceError, match="linear system of ImplicitAdjoint's backward pass diverged"):
+        backward(layer(x))
+    layer.zero_grad()
+    errors = []
+    with deferred_divergence(errors):
+        solution = layer(x)
+    assert solution.value.isfinite().all()
+    assert not errors
+    thread = threading.Thread(target=backward, args=(solution,))
+    thread.start()
+    thread.join()
+    (error,) = errors
+    assert "linear system" in str(error)
+    assert all(p.grad is not None and not p.grad.isfinite().all() for p in layer.parameters())
+
+
+def test_a_later_equilibrium_diverges_on_what_an_earlier_one_left_and_both_are_noted():
+    layer, x = attention_layer(*DEFERRED[0]), sequence()
+    x.data[0, 0, 0] = inf
+    errors = []
+    with deferred_divergence(errors):
+        layer(layer(x).value).value.sum().backward()
+    assert [type(error) for error in errors] == [DivergenceError] * 2
+    assert all(not p.grad.isfinite().all() for p in layer.parameters())

@@ -23,6 +23,8 @@ from revdeq_lightning.equilibrium.function import EquilibriumFunction
 from tests.helpers.equilibrium import (
     ADJOINTS,
     BPTT,
+    IMPLICIT,
+    NEUMANN,
     REVERSIBLE,
     SOLVERS,
     attention_layer,
@@ -295,8 +297,6 @@ def test_weights_that_change_with_every_call_are_a_mismatch():
 
 
 # Backward again
-
-IMPLICIT, UNROLLED, NEUMANN = ADJOINTS
 
 
 @pytest.mark.parametrize(

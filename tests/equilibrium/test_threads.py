@@ -8,25 +8,9 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
-from revdeq_lightning.equilibrium import (
-    BackpropAdjoint,
-    EquilibriumLayer,
-    ImplicitAdjoint,
-    MomentumSolver,
-    PhantomAdjoint,
-    ReversibleAdjoint,
-    normalize_weights,
-)
-from tests.helpers.equilibrium import assert_equal_gradients, project
+from revdeq_lightning.equilibrium import EquilibriumLayer, MomentumSolver, normalize_weights
+from tests.helpers.equilibrium import EVERY_ADJOINT, assert_equal_gradients, project
 
-ADJOINTS = {
-    "reversible": ReversibleAdjoint(mismatch="raise"),
-    "recorded": ReversibleAdjoint(mismatch="raise", forward_with_grad=True),
-    "backprop": BackpropAdjoint(),
-    "checkpointed": BackpropAdjoint(checkpoint=True),
-    "implicit": ImplicitAdjoint(unconverged="ignore"),
-    "phantom": PhantomAdjoint(num_steps=3, kind="neumann"),
-}
 WEIGHTS = {
     "plain": lambda f: f,
     "weight": lambda f: normalize_weights(f, "weight"),
@@ -87,16 +71,16 @@ def contents(layer):
     # How weights are exchanged does not depend on the adjoint, but for where it evaluates f; nor on the mode, but that
     # nothing is evaluated again.
     [
-        *((adjoint, "weight", "training") for adjoint in ADJOINTS),
+        *((adjoint, "weight", "training") for adjoint in EVERY_ADJOINT),
         *(("reversible", weights, "training") for weights in WEIGHTS if weights != "weight"),
         ("reversible", "weight", "inference"),
         ("backprop", "spectral", "no_grad"),
         ("implicit", "hooks", "no_grad"),
-        ("phantom", "one_layer", "inference"),
+        ("neumann", "one_layer", "inference"),
     ],
 )
 def test_each_gets_what_it_gets_alone(adjoint, weights, mode):
-    layer = layer_of(ADJOINTS[adjoint], weights)
+    layer = layer_of(EVERY_ADJOINT[adjoint], weights)
     if weights == "spectral":
         layer.eval()  # in training its estimate moves with every solve, of whichever thread
     parameters = list(layer.parameters())
@@ -114,13 +98,13 @@ def test_each_gets_what_it_gets_alone(adjoint, weights, mode):
     with torch.no_grad():  # and the weights are still computed from the parameters
         for parameter in parameters:
             parameter.mul_(0.5)
-        fresh = layer_of(ADJOINTS[adjoint], weights).train(layer.training)
+        fresh = layer_of(EVERY_ADJOINT[adjoint], weights).train(layer.training)
         fresh.load_state_dict(layer.state_dict())
         assert torch.equal(layer(inputs(0)).value, fresh(inputs(0)).value)
 
 
 def test_spectral_normalization_in_training_is_one_map_a_solve():
-    layer = layer_of(ADJOINTS["reversible"], "spectral")  # a mismatch raises
+    layer = layer_of(EVERY_ADJOINT["reversible"], "spectral")  # a mismatch raises
 
     def work(k):
         project(layer(inputs(k)).value).backward()
@@ -129,7 +113,7 @@ def test_spectral_normalization_in_training_is_one_map_a_solve():
     assert not any("forward" in vars(module) for module in layer.modules())
 
 
-@pytest.mark.parametrize("adjoint", [ADJOINTS["reversible"], ADJOINTS["recorded"]])
+@pytest.mark.parametrize("adjoint", [EVERY_ADJOINT["reversible"], EVERY_ADJOINT["recorded"]])
 def test_each_solve_has_one_dropout_mask_of_its_own(adjoint):
     layer = layer_of(adjoint, "plain", dropout=0.5)  # a mask that changes within a solve is a mismatch, which raises
     masks = {}
@@ -145,7 +129,7 @@ def test_each_solve_has_one_dropout_mask_of_its_own(adjoint):
 
 def test_cached_parametrizations_end_with_their_region():
     """`parametrize.cached()` counts its regions in all threads: the count and its weights are left alone."""
-    layer = layer_of(ADJOINTS["backprop"], "weight")
+    layer = layer_of(EVERY_ADJOINT["backprop"], "weight")
 
     def work(k):
         with parametrize.cached():
@@ -157,7 +141,7 @@ def test_cached_parametrizations_end_with_their_region():
 
 
 def test_an_inner_equilibrium_of_one_thread_is_the_layer_of_another():
-    inner = layer_of(ADJOINTS["reversible"], "plain")
+    inner = layer_of(EVERY_ADJOINT["reversible"], "plain")
 
     class Outer(nn.Module):
         def __init__(self):
@@ -167,7 +151,7 @@ def test_an_inner_equilibrium_of_one_thread_is_the_layer_of_another():
         def forward(self, z, x):
             return 0.5 * torch.tanh(self.inner(z).value) + x
 
-    layers = [inner, EquilibriumLayer(Outer(), solver=inner.solver, adjoint=ADJOINTS["reversible"]), inner]
+    layers = [inner, EquilibriumLayer(Outer(), solver=inner.solver, adjoint=EVERY_ADJOINT["reversible"]), inner]
 
     def work(k):
         x = inputs(k).requires_grad_()
@@ -188,7 +172,7 @@ def test_a_gradient_in_f_may_be_taken_in_another_thread(inner, outer):
     class Energy(nn.Module):
         def __init__(self):
             super().__init__()
-            self.inner, self.pool = layer_of(ADJOINTS[inner], "plain"), None
+            self.inner, self.pool = layer_of(EVERY_ADJOINT[inner], "plain"), None
 
         def forward(self, z, x):
             with torch.enable_grad():
@@ -198,7 +182,7 @@ def test_a_gradient_in_f_may_be_taken_in_another_thread(inner, outer):
             return x - 0.1 * (self.pool.submit(take).result(timeout=30) if self.pool else take())
 
     f = Energy()
-    layer = EquilibriumLayer(f, solver=MomentumSolver(max_steps=2), adjoint=ADJOINTS[outer])
+    layer = EquilibriumLayer(f, solver=MomentumSolver(max_steps=2), adjoint=EVERY_ADJOINT[outer])
     with torch.no_grad():
         alone = layer(inputs(0)).value
     x = inputs(0).requires_grad_()

@@ -1,29 +1,20 @@
 """What people put around and inside an equilibrium: the gradient must be that of BPTT under the same conditions."""
 
-import contextlib
 import copy
 
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations, parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from revdeq_lightning.equilibrium import (
-    AndersonSolver,
-    BackpropAdjoint,
-    EquilibriumLayer,
-    ImplicitAdjoint,
-    MomentumSolver,
-    PhantomAdjoint,
     ReversibleAdjoint,
 )
 from tests.helpers.equilibrium import (
     BPTT,
     REVERSIBLE,
     SOLVERS,
-    AttentionBlock,
     assert_equal_gradients,
     attention_layer,
     backward,
@@ -245,161 +236,3 @@ def test_without_gradients_the_value_is_the_same(solver):
         assert torch.equal(plain.stats.num_steps, recorded.stats.num_steps)
         assert torch.equal(plain.stats.relative_residual, recorded.stats.relative_residual)
     assert torch.equal(attention_layer(solver, BPTT)(x).value, recorded.value)
-
-
-class Of(nn.Module):
-    """f(z, x) = module(z + x)."""
-
-    def __init__(self, *modules):
-        super().__init__()
-        self.module = nn.Sequential(*modules)
-
-    def forward(self, z, x):
-        return self.module(z + x)
-
-
-def test_transformer_layer_of_torch_in_eval_mode():
-    """It has a fast path that it takes only without gradients: `forward_with_grad` keeps it on the same one."""
-
-    def run(adjoint):
-        torch.manual_seed(0)
-        f = Of(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True))
-        return backward(EquilibriumLayer(f, solver=SOLVERS["reversible"], adjoint=adjoint).eval(), sequence())
-
-    assert_equal_gradients(run(ReversibleAdjoint(mismatch="raise", forward_with_grad=True)), run(BPTT))
-
-
-# Inside f
-
-
-@matches_bptt()
-def test_tied_parameters(solver, adjoint):
-    torch.manual_seed(0)
-    f = Of(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16))
-    f.module[2].weight = f.module[0].weight
-    layer = EquilibriumLayer(f, solver=solver, adjoint=adjoint)
-    assert len(list(layer.parameters())) == 3
-    return backward(layer, sequence())
-
-
-@pytest.mark.parametrize("cached", [False, True], ids=["plain", "cached"])
-@with_solver
-def test_parametrized_weights(solver, cached):
-    def run(adjoint):
-        layer = attention_layer(solver, adjoint)
-        parametrizations.weight_norm(layer.f.up)
-        parametrizations.weight_norm(layer.f.qkv)
-        return backward(layer, sequence())
-
-    with parametrize.cached() if cached else contextlib.nullcontext():
-        assert_equal_gradients(run(REVERSIBLE), run(BPTT))
-
-
-class Nested(nn.Module):
-    """f that solves an equilibrium of its own."""
-
-    def __init__(self, solver, adjoint):
-        super().__init__()
-        self.inner = EquilibriumLayer(AttentionBlock(dim=16, num_heads=2, dropout=0.3), solver=solver, adjoint=adjoint)
-        self.norm = nn.LayerNorm(16)
-
-    def forward(self, z, x):
-        return self.norm(x + self.inner(z).value)
-
-
-@matches_bptt()
-def test_equilibrium_inside_f(solver, adjoint):
-    torch.manual_seed(0)
-    return backward(EquilibriumLayer(Nested(solver, adjoint), solver=solver, adjoint=adjoint), sequence())
-
-
-class Contracting(nn.Module):
-    """With an inner equilibrium, an outer f whose fixed point every adjoint differentiates."""
-
-    def __init__(self, solver=None, inner=None):
-        super().__init__()
-        self.linear = nn.Linear(4, 4, dtype=torch.float64)
-        self.inner = inner and EquilibriumLayer(Contracting(), solver=solver, adjoint=inner)
-
-    def forward(self, z, x):
-        z = self.inner(z).value if self.inner else z
-        return 0.1 * torch.tanh(self.linear(z)) + x
-
-
-NESTED = {
-    "reversible": REVERSIBLE,
-    "recorded": ReversibleAdjoint(mismatch="raise", forward_with_grad=True),
-    "stored": ReversibleAdjoint(mismatch="raise", stored_evaluations=2),
-    "backprop": BPTT,
-    "checkpointed": BackpropAdjoint(checkpoint=True),
-    "implicit": ImplicitAdjoint(solver=AndersonSolver(max_steps=30, rtol=1e-9)),
-    "unrolled": PhantomAdjoint(num_steps=8, beta=1.0),
-    "neumann": PhantomAdjoint(num_steps=8, beta=1.0, kind="neumann"),
-}
-
-
-@pytest.mark.parametrize("outer", NESTED)
-def test_equilibria_of_any_two_adjoints_nest(outer):
-    """At the fixed points all gradients are that of BPTT; frozen parameters take other ways, of either level."""
-
-    def run(outer, inner, frozen):
-        torch.manual_seed(0)
-        solver = MomentumSolver(momentum=1 / 32, max_steps=8)
-        layer = EquilibriumLayer(Contracting(solver, inner), solver=solver, adjoint=outer).requires_grad_(not frozen)
-        x = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
-        return [gradient for gradient in backward(layer, x) if gradient is not None]
-
-    references = [run(BPTT, BPTT, frozen) for frozen in (False, True)]
-    for i, inner in enumerate(NESTED.values()):
-        frozen = (i + list(NESTED).index(outer)) % 2 == 1
-        assert_equal_gradients(run(NESTED[outer], inner, frozen), references[frozen], 1e-4)  # 8 steps leave 1e-6
-
-
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
-def test_script_as_f():
-    """The gradients of the same f as a Python module."""
-
-    class Small(nn.Module):
-        def __init__(self):
-            super().__init__()
-            torch.manual_seed(0)
-            self.linear = nn.Linear(4, 4, dtype=torch.float64)
-
-        def forward(self, z, x):
-            return 0.25 * torch.tanh(self.linear(z)) + x
-
-    for adjoint in NESTED.values():
-        scripted, plain = (
-            backward(
-                EquilibriumLayer(f, solver=MomentumSolver(max_steps=8), adjoint=adjoint),
-                torch.ones(3, 4, dtype=torch.float64, requires_grad=True),
-            )
-            for f in (torch.jit.script(Small()), Small())
-        )
-        assert_equal_gradients(scripted, plain, 1e-12)
-
-
-@pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
-def test_energy_whose_gradient_f_takes(frozen):
-    """Its own leaf, made in every evaluation, has no gradient to lose."""
-
-    class Energy(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.linear = nn.Linear(4, 4, dtype=torch.float64)
-
-        def forward(self, z, x):
-            with torch.enable_grad():
-                own = z if z.requires_grad else z.detach().requires_grad_()
-                energy = torch.cosh(self.linear(own)).log().sum()
-                (gradient,) = torch.autograd.grad(energy, own, create_graph=True)
-            return x - 0.3 * gradient
-
-    def run(adjoint):
-        torch.manual_seed(0)
-        layer = EquilibriumLayer(Energy(), solver=MomentumSolver(max_steps=5), adjoint=adjoint)
-        layer.requires_grad_(not frozen)
-        x = torch.randn(3, 4, dtype=torch.float64).requires_grad_(not frozen)
-        return [layer(x).value.detach()] if frozen else backward(layer, x)
-
-    assert_equal_gradients(run(REVERSIBLE), run(BPTT), 1e-10)

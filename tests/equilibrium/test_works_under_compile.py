@@ -7,16 +7,15 @@ import torch
 from torch import nn
 
 from revdeq_lightning.equilibrium import (
-    BackpropAdjoint,
     EquilibriumLayer,
     ImplicitAdjoint,
     MomentumSolver,
-    PhantomAdjoint,
-    ReversibleAdjoint,
 )
 from tests.helpers.equilibrium import (
     BPTT,
     COMPILES,
+    EVERY_ADJOINT,
+    IMPLICIT,
     REVERSIBLE,
     assert_equal_gradients,
     backward,
@@ -51,17 +50,6 @@ class Outer(nn.Module):
         return self.inner(z, x).clone()
 
 
-ADJOINTS = {
-    "reversible": REVERSIBLE,
-    "recorded": ReversibleAdjoint(mismatch="raise", forward_with_grad=True),
-    "backprop": BPTT,
-    "checkpointed": BackpropAdjoint(checkpoint=True),
-    "implicit": ImplicitAdjoint(unconverged="ignore"),
-    "phantom": PhantomAdjoint(),
-    "neumann": PhantomAdjoint(kind="neumann"),
-}
-
-
 class Model(nn.Module):
     """An equilibrium among other layers."""
 
@@ -87,7 +75,7 @@ class Dropping(Gated):
         ("reversible", False, "aot_eager"),
         ("recorded", True, "aot_eager"),
         ("checkpointed", True, "aot_eager"),
-        *((adjoint, False, "aot_eager") for adjoint in ("backprop", "implicit", "phantom", "neumann")),
+        *((adjoint, False, "aot_eager") for adjoint in ("backprop", "implicit", "unrolled", "neumann")),
     ],
 )
 def test_compiled_model(adjoint, compile_f, backend):
@@ -96,7 +84,7 @@ def test_compiled_model(adjoint, compile_f, backend):
     results = []
     for compiled in (False, True):
         torch.manual_seed(0)
-        model = Model(ADJOINTS[adjoint], Dropping(), num_parts=2)
+        model = Model(EVERY_ADJOINT[adjoint], Dropping(), num_parts=2)
         if compile_f:
             model.layer.f.compile(backend="aot_eager")  # draws as eager code does
         step = torch.compile(model, backend=backend) if compiled else model
@@ -111,7 +99,7 @@ def test_compiled_model(adjoint, compile_f, backend):
     assert_equal_gradients(*results, 1e-5)  # inductor rounds otherwise than eager does, outside of the solve
 
 
-@pytest.mark.parametrize("adjoint", [REVERSIBLE, BPTT, ImplicitAdjoint()])
+@pytest.mark.parametrize("adjoint", [REVERSIBLE, BPTT, IMPLICIT])
 def test_compiled_f_that_works_in_place(adjoint):
     class InPlace(Gated):
         def forward(self, z, x):
@@ -138,7 +126,7 @@ def test_one_program_for_the_whole_model_is_refused():
             attempt()
 
 
-@pytest.mark.parametrize("adjoint", [REVERSIBLE, ADJOINTS["implicit"]], ids=["reversible", "implicit"])
+@pytest.mark.parametrize("adjoint", [REVERSIBLE, IMPLICIT], ids=["reversible", "implicit"])
 def test_compiled_backward_pass(adjoint):
     """Compiled autograd, against the eager backward pass; a reversible mismatch raises."""
     torch.compiler.reset()

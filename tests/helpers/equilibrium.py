@@ -161,18 +161,26 @@ EVERY_SOLVER = {
 with_every_solver = pytest.mark.parametrize("make", EVERY_SOLVER.values(), ids=EVERY_SOLVER)
 
 
+EVERY_ADJOINT = {
+    "reversible": REVERSIBLE,
+    "recorded": ReversibleAdjoint(mismatch="raise", forward_with_grad=True),
+    "backprop": BPTT,
+    "checkpointed": BackpropAdjoint(checkpoint=True),
+    "implicit": ImplicitAdjoint(solver=AndersonSolver(max_steps=30, rtol=1e-10), unconverged="ignore"),
+    "unrolled": PhantomAdjoint(beta=0.8),
+    "neumann": PhantomAdjoint(beta=0.8, kind="neumann"),
+}
+IMPLICIT, UNROLLED, NEUMANN = ADJOINTS = [EVERY_ADJOINT[name] for name in ("implicit", "unrolled", "neumann")]
+
+with_every_adjoint = pytest.mark.parametrize("adjoint", EVERY_ADJOINT.values(), ids=EVERY_ADJOINT)
+with_adjoint = pytest.mark.parametrize("adjoint", ADJOINTS, ids=["implicit", "unrolled", "neumann"])
+
+
 def _pairs():
-    adjoints = {
-        "reversible": REVERSIBLE,
-        "backprop": BPTT,
-        "checkpointed": BackpropAdjoint(checkpoint=True),
-        "implicit": ImplicitAdjoint(unconverged="ignore"),
-        "unrolled": PhantomAdjoint(num_steps=3),
-        "neumann": PhantomAdjoint(num_steps=3, kind="neumann"),
-    }
     for i, (solver, make) in enumerate(EVERY_SOLVER.items()):
-        for k, (name, adjoint) in enumerate(adjoints.items()):
-            if adjoint is not REVERSIBLE or solver in ("reversible", "momentum"):
+        for k, (name, adjoint) in enumerate(EVERY_ADJOINT.items()):
+            is_two_step = solver in ("reversible", "momentum")
+            if is_two_step or not isinstance(adjoint, ReversibleAdjoint):
                 tolerance = {} if (i + k) % 2 else {"rtol": 0.3}
                 yield f"{solver}-{name}{'-tolerance' * len(tolerance)}", (make(max_steps=4, **tolerance), adjoint)
 
@@ -182,14 +190,6 @@ PAIRS = dict(_pairs())
 with_every_pair = pytest.mark.parametrize(("solver", "adjoint"), PAIRS.values(), ids=PAIRS)
 
 TIGHT = ImplicitAdjoint(solver=AndersonSolver(max_steps=100, rtol=1e-12))
-
-ADJOINTS = [
-    ImplicitAdjoint(solver=AndersonSolver(max_steps=60, rtol=1e-10), unconverged="ignore"),
-    PhantomAdjoint(),
-    PhantomAdjoint(kind="neumann"),
-]
-
-with_adjoint = pytest.mark.parametrize("adjoint", ADJOINTS, ids=["implicit", "unrolled", "neumann"])
 
 
 class Affine(nn.Module):
