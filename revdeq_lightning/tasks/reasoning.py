@@ -83,7 +83,7 @@ class ReasoningTask(AbstractTask):
 
     def setup(self, stage: str) -> None:
         if check_model := self.from_data("check_model"):
-            check_model(self.model.config)
+            check_model(num_symbols=self.model.config.num_symbols, num_answers=self.model.config.num_answers)
         self._sizes = [shape_name(shape) for shape in self.from_data("test_shapes") or ()]
         for size in self._sizes:
             self.metrics[f"test_{size}"] = ReasoningMetrics()

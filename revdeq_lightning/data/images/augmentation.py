@@ -58,10 +58,8 @@ class AugmentationConfig:
                 raise ValueError(f"random_resized_crop must be two ascending fractions of the area, got {list(scale)}.")
             self.random_resized_crop = (scale[0], scale[1])
             if self.crop_padding:
-                raise ValueError(
-                    "crop_padding and random_resized_crop are two ways to crop: use one of them, got "
-                    f"{self.crop_padding} and {list(scale)}."
-                )
+                got = f"got {self.crop_padding} and {list(scale)}"
+                raise ValueError(f"crop_padding and random_resized_crop are two ways to crop: use one of them, {got}.")
 
 
 NO_AUGMENTATION = AugmentationConfig()

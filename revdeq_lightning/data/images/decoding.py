@@ -71,7 +71,9 @@ def decode_image(content: bytes | NDArray[np.uint8], name: str, channels: int) -
             image = ImageOps.exif_transpose(file)
             if image.mode.startswith("I;16") or (image.mode == "I" and file.format == "PPM"):
                 # Pillow scales a graymap with any other range in its header to 16 bits, and colors to 8.
-                image = _upper_bits(np.asarray(image), may_have_fewer=is_deep)
+                pixels = np.asarray(image)
+                bits = 12 if is_deep and pixels.max() < 1 << 12 else 16
+                image = Image.fromarray((pixels >> (bits - 8)).astype(np.uint8))
                 if getattr(file, "tag_v2", {}).get(262) == 0:  # white is zero, which Pillow applies to 8 bits only
                     image = ImageOps.invert(image)
             elif is_deep and 0 < np.asarray(image.convert("RGB")).max() < 16:
@@ -90,12 +92,6 @@ def decode_image(content: bytes | NDArray[np.uint8], name: str, channels: int) -
         raise UndecodableImageError(
             f'cannot decode the image {name} ({reason}): repair or remove it, or set undecodable="skip".'
         ) from None
-
-
-def _upper_bits(pixels: NDArray[Any], *, may_have_fewer: bool) -> Image.Image:
-    """The upper 8 of 16 bits, or of 12 if no pixel needs more."""
-    bits = 12 if may_have_fewer and pixels.max() < 1 << 12 else 16
-    return Image.fromarray((pixels >> (bits - 8)).astype(np.uint8))
 
 
 def evaluation_resize(image_size: int, crop_fraction: float | None) -> int:
@@ -134,10 +130,8 @@ def find_images(path: str | os.PathLike[str]) -> list[Path]:
         raise FileNotFoundError(f"no such image or folder of images: {root} (looked in {Path.cwd()})")
     files = sorted(root / name for name in list_files(root).files if name.lower().endswith(IMAGE_SUFFIXES))
     if not files:
-        raise FileNotFoundError(
-            f"no images ({', '.join(IMAGE_SUFFIXES)}) in {root} (looked in {Path.cwd()}): use an image or a folder of "
-            "images."
-        )
+        suffixes = ", ".join(IMAGE_SUFFIXES)
+        raise FileNotFoundError(f"no images ({suffixes}) in {root} (looked in {Path.cwd()}): use another folder.")
     return files
 
 

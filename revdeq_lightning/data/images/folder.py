@@ -166,8 +166,7 @@ def _refuse_unclear_splits(below: dict[str, set[str]], where: str) -> None:
     """Raise ValueError if folders whose names stand for no split, with the folders in each, may be splits anyway."""
     if within := [top for top, inner in below.items() if len({*map(split_of, inner)} - {None}) > 1]:
         raise ValueError(
-            f"{where} has splits within its classes ({_shown(within)}): move them to train/CLASS, val/CLASS and "
-            "test/CLASS."
+            f"{where} has splits within its classes ({_shown(within)}): move them to train/CLASS, val/CLASS."
         )
     alike = {top: splits for top in below if (splits := splits_within(top))}
     may_be_classes = any("" in below[top] for top in alike)
@@ -199,9 +198,9 @@ def _class_of_folder(splits: dict[str, dict[str, str]], where: str) -> dict[str,
     for name in spellings:
         other = alike.setdefault(" ".join(name.casefold().split()), name)
         if other != name and len(name) > 1:  # single letters are classes of characters
+            both = f"{text_of(other)!r} and {text_of(name)!r}"
             raise ValueError(
-                f"{where} has the class folders {text_of(other)!r} and {text_of(name)!r}, which differ only in "
-                "case or spaces: give a class one name."
+                f"{where} has the class folders {both}, which differ only in case or spaces: give one name."
             )
     return {folder: found[0] for found in spellings.values() for folder in found}
 
@@ -216,10 +215,8 @@ def _arrange(
         class_of = {name: name[len(folder) :].partition("/")[0] for name in inside}
         splits[split] = {name: label for name, label in class_of.items() if _is_image(name)}
         if empty := sorted(set(class_of.values()) - set(splits[split].values())):
-            raise ValueError(
-                f"the class folder {text_of(folder + empty[0])} in {where} has no images "
-                f"({', '.join(IMAGE_SUFFIXES)}): fill it or remove it."
-            )
+            found, suffixes = text_of(folder + empty[0]), ", ".join(IMAGE_SUFFIXES)
+            raise ValueError(f"the class folder {found} in {where} has no images ({suffixes}): fill it or remove it.")
     class_of_folder = _class_of_folder(splits, where)
     splits = {s: {name: class_of_folder[folder] for name, folder in found.items()} for s, found in splits.items()}
     class_names = sorted(set(splits["train"].values()))

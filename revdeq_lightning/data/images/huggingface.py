@@ -56,10 +56,8 @@ def _labels(path: str, split: str, column: str, values: Sequence[Any]) -> NDArra
     for row, value in enumerate(values):
         if not isinstance(value, int | str):
             fault = "rows without a label" if value is None else "labels that are neither integers nor names"
-            raise ValueError(
-                f'{path}, {split}: {fault} (column "{column}"); every row needs a class of train, row {row} has '
-                f"{value!r:.60}."
-            )
+            advice = f"every row needs a class of train, row {row} has {value!r:.60}"
+            raise ValueError(f'{path}, {split}: {fault} (column "{column}"); {advice}.')
     return np.asarray(values)
 
 

@@ -135,10 +135,8 @@ class ImageDataModule(AbstractDataModule):
                 f'dataset_name, image_column and label_column are for source "huggingface", the source is "{source}".'
             )
         if self.augmentation.crop_padding >= image_size:
-            raise ValueError(
-                f"crop_padding must be smaller than the image of {image_size} pixels, got "
-                f"{self.augmentation.crop_padding}."
-            )
+            got = self.augmentation.crop_padding
+            raise ValueError(f"crop_padding must be smaller than the image of {image_size} pixels, got {got}.")
         self._data: ImageData | None = None
 
     @property
@@ -168,16 +166,6 @@ class ImageDataModule(AbstractDataModule):
     def found(self) -> dict[str, Any]:
         images = {split: self.num_images(split) for split in self.splits}
         return {"images": images, "classes": self.class_names, "left_out": self._prepared().left_out}
-
-    def check_model(self, *, num_classes: int, num_channels: int) -> None:
-        """Raise a ValueError if the model was built for different images."""
-        counts = {"class(es)": (self.num_classes, num_classes), "channel(s)": (self.num_channels, num_channels)}
-        for name, (here, there) in counts.items():
-            if here != there:
-                raise ValueError(
-                    f"the images (source {self.hparams['source']!r}, path {self.hparams['path']!r}) have {here} "
-                    f"{name}, the model has {there}: build the model for {here}, or use the data that it was built for."
-                )
 
     def preprocessing_state(self) -> dict[str, Any]:
         """Preprocessing settings and class names for `preprocess_files`; plain containers."""

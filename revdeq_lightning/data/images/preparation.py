@@ -66,10 +66,8 @@ def prepare_decoding(
     """Datasets that decode on demand, with ImageNet's statistics and the arguments of `DecodedImages`."""
     class_names, tables, left_out = collection
     if getattr(tables["train"].read, "temporary", None):
-        raise ValueError(
-            "images of a compressed archive cannot be decoded as they are needed: set in_memory to true, or use the "
-            "unpacked folder or an uncompressed .tar."
-        )
+        fault = "images of a compressed archive cannot be decoded as they are needed"
+        raise ValueError(f"{fault}: set in_memory to true, or use the unpacked folder or an uncompressed .tar.")
     options: dict[str, Any] = {"crop_scale": crop_scale, "seed": seed, "skip_undecodable": skip_undecodable}
     datasets = {s: DecodedImages(table, sizes, training=s == "train", **options) for s, table in tables.items()}
     gray = sizes.channels == 1

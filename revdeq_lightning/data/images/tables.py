@@ -84,10 +84,8 @@ def split_images(
         if limit is not None and limit < len(table):
             tables[split] = table.take(stratified_subset(table, limit, split_seed))
         if not len(table):
-            raise ValueError(
-                f"no images are left for {split} (validation_fraction {validation_fraction}): use more images, or "
-                "another fraction."
-            )
+            fraction = f"validation_fraction {validation_fraction}"
+            raise ValueError(f"no images are left for {split} ({fraction}): use more images, or another fraction.")
     return tables
 
 

@@ -65,6 +65,15 @@ class AbstractDataModule(LightningDataModule):
         """What the data holds, for the records of a run: plain containers, with sizes by split and `left_out`."""
         return {"splits": list(self.splits)}
 
+    def check_model(self, **sizes: int) -> None:
+        """Raise ValueError if the model was built for other data: its sizes, by name, must be those of the data."""
+        for name, there in sizes.items():
+            if (here := getattr(self, name)) != there:
+                raise ValueError(
+                    f"the data ({self._origin()}) has {name} {here}, the model has {there}: use the data that it was "
+                    f"built for, or build one for {here}"
+                )
+
     def val_dataloader(self) -> ResumableLoader:
         return self._evaluation_loader("validation")
 
@@ -133,13 +142,15 @@ class AbstractDataModule(LightningDataModule):
     def _of_split(self, by_split: Mapping[str, Split], split: str, advice: str) -> Split:
         require_choice("split", split, SPLITS)
         if split not in by_split:
-            names = [name for name in ("source", "path") if name in self.hparams]
-            origin = ", ".join(f"{name} {self.hparams[name]!r}" for name in names)
             raise ValueError(
-                f"the data ({origin}) has no {split} split: {advice}, or omit it"
+                f"the data ({self._origin()}) has no {split} split: {advice}, or omit it"
                 " (trainer.limit_val_batches=0 trains without validation)."
             )
         return by_split[split]
+
+    def _origin(self) -> str:
+        names = [name for name in ("source", "puzzle", "path") if name in self.hparams]
+        return ", ".join(f"{name} {self.hparams[name]!r}" for name in names)
 
     def _training_loader(self, dataset: Dataset[Any], num_items: int, order: Callable[..., Any]) -> ResumableLoader:
         """Loader of complete batches, from the loaded position."""

@@ -25,10 +25,9 @@ class Mazes(AbstractKind):
     """Mazes with a start and a goal. The size is the number of cells a side.
 
     Attributes:
-        algorithm: "depth_first" (long corridors: randomized depth-first search), "spanning_tree" (many short dead ends:
-            minimum spanning tree of random weights, as by Kruskal or Prim), or "mixed": each in half of the mazes.
-        loops: Fraction of the walls between cells that are opened in addition; 0 for a perfect maze, with one path
-            between any two cells.
+        algorithm: "depth_first" (randomized depth-first search: long corridors), "spanning_tree" (minimum spanning tree
+            of random weights, as by Kruskal or Prim: many short dead ends), or "mixed": each in half of the mazes.
+        loops: Fraction of the walls between cells that are opened in addition; 0: one path between any two cells.
     """
 
     algorithm: str

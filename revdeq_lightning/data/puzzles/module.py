@@ -154,16 +154,6 @@ class PuzzleDataModule(AbstractDataModule):
         """What `build_kind` needs; plain containers."""
         return {name: self.hparams[name] for name in KIND_SETTINGS}
 
-    def check_model(self, model: Any) -> None:
-        """Raise a ValueError if the model, of this configuration, was made for other puzzles."""
-        for name in ("num_symbols", "num_answers"):
-            here, there = getattr(self, name), getattr(model, name)
-            if here != there:
-                raise ValueError(
-                    f"the puzzles ({self.hparams['puzzle']}) have {name} {here}, the model has {there}: use the data "
-                    "that it was built for"
-                )
-
     def train_dataloader(self) -> ResumableLoader:
         num_train, seed = self._num_train, self.hparams["seed"]
         order = partial(shuffled_keys, num_train, seed)
@@ -262,10 +252,8 @@ def make_puzzle(
         puzzle = kind.make(Draws(seed, SPLITS.index(split), size, number, attempt), size)
         if puzzle and (not may_be_shared or split_of(kind, puzzle.inputs) == split):
             return puzzle
-    raise ValueError(
-        f"{_MOST_TRIES} attempts gave no puzzle of size {size} for the {split} split: use a larger size, or fewer empty"
-        " cells"
-    )
+    tried = f"{_MOST_TRIES} attempts gave no puzzle of size {size} for the {split} split"
+    raise ValueError(f"{tried}: use a larger size, or fewer empty cells")
 
 
 def split_of(kind: AbstractKind, inputs: NDArray[np.int64]) -> str:

@@ -15,7 +15,7 @@ from revdeq_lightning.data.loading.base import AbstractDataModule, check_fractio
 from revdeq_lightning.data.loading.files import SPLITS
 from revdeq_lightning.data.loading.sampler import ResumableLoader
 from revdeq_lightning.data.text.passages import Passage
-from revdeq_lightning.data.text.sources import SOURCES, read_source, source_key
+from revdeq_lightning.data.text.sources import SOURCES, read_files, read_huggingface, read_python, source_key
 from revdeq_lightning.data.text.tokenizers import (
     AbstractTokenizer,
     build_tokenizer,
@@ -218,10 +218,13 @@ class TextDataModule(AbstractDataModule):
         source, limit = hparams["source"], hparams["max_train_bytes"]
         needed = min(filter(None, (limit, _MOST_BYTES_PER_TOKEN * (hparams["max_train_tokens"] or 0))), default=None)
         streaming = source == "huggingface" and needed is not None and not Path(paths["train"]).is_dir()
-        fractions = {name: hparams[name] for name in _FRACTIONS}
-        texts, left_out = read_source(
-            source, paths, hparams["dataset_name"], **fractions, streaming=streaming, folder=folder
-        )
+        left_out: list[str] = []
+        if source == "python":
+            texts = read_python(hparams["validation_fraction"], hparams["test_fraction"])
+        elif source == "files":
+            texts = read_files(paths, folder, left_out)
+        else:
+            texts = read_huggingface(paths["train"], hparams["dataset_name"], streaming, left_out)
         limits = {"train": limit, "validation": hparams["max_eval_bytes"], "test": hparams["max_eval_bytes"]}
         ends = 1 - hparams["validation_fraction"] - hparams["test_fraction"], 1 - hparams["test_fraction"]
         whole = source != "python" and list(texts) == ["train"]

@@ -31,6 +31,8 @@ _BATCH_ROWS = 100
 
 Paths = Mapping[str, str | Sequence[str]]
 Batch = dict[str, list[Any]]
+Texts = dict[str, Iterator[str]]
+"""The text of each split in parts, read as they are needed; then what was left out is in the list `left_out`."""
 
 
 def source_key(source: str, paths: Paths, dataset_name: str | None) -> str:
@@ -42,28 +44,11 @@ def source_key(source: str, paths: Paths, dataset_name: str | None) -> str:
     return repr({split: [files_key(*found) for found in _find_files(path, [])] for split, path in paths.items()})
 
 
-def read_source(
-    source: str,
-    paths: Paths,
-    dataset_name: str | None,
-    *,
-    validation_fraction: float,
-    test_fraction: float,
-    streaming: bool,
-    folder: Path,
-) -> tuple[Mapping[str, Iterator[str]], list[str]]:
-    """The text of each split in parts, read as they are needed, and lines on what was left out, complete when all are.
-
-    The fractions are for "python", `streaming` is for a Hugging Face dataset; `folder` is for temporary files.
-    """
-    left_out: list[str] = []
-    if source == "python":
-        return _read_python(validation_fraction, test_fraction), left_out
-    if source == "huggingface":
-        return _read_huggingface(str(paths["train"]), dataset_name, streaming, left_out), left_out
+def read_files(paths: Paths, folder: Path, left_out: list[str]) -> Texts:
+    """Files of each split, joined; `folder` is for temporary files."""
     found = {split: _find_files(path, left_out) for split, path in paths.items()}
     files = {split: [root / name for root, names in roots for name in names] for split, roots in found.items()}
-    return {s: _joined(_read_file(file, folder, left_out) for file in files[s]) for s in files}, left_out
+    return {s: _joined(_read_file(file, folder, left_out) for file in files[s]) for s in files}
 
 
 def _library() -> tuple[Path, list[str]]:
@@ -84,8 +69,8 @@ def _hash(name: str) -> bytes:
     return hashlib.sha256(name.encode()).digest()
 
 
-def _read_python(validation_fraction: float, test_fraction: float) -> dict[str, Iterator[str]]:
-    """Assign a file's split by the hash of its name: identical everywhere, similar across versions.
+def read_python(validation_fraction: float, test_fraction: float) -> Texts:
+    """Files of the library; the hash of a file's name decides its split: identical everywhere, similar across versions.
 
     In this order, a byte limit on the split selects files from the entire library.
     """
@@ -167,7 +152,8 @@ def _read_table(path: Path) -> Iterator[Batch]:
         yield from _select(rows)
 
 
-def _read_huggingface(path: str, name: str | None, streaming: bool, left_out: list[str]) -> dict[str, Iterator[str]]:
+def read_huggingface(path: str, name: str | None, streaming: bool, left_out: list[str]) -> Texts:
+    """Rows of a dataset; `streaming` fetches only those that are read."""
     loaded = load_huggingface(path, name, streaming=streaming or Path(path).is_dir())
     for split in loaded:
         if split not in SPLITS:

@@ -49,13 +49,8 @@ def count_windows(num_tokens: int, context_length: int) -> int:
 def window_starts(epoch: int, *, num_tokens: int, context_length: int, seed: int, order: str) -> NDArray[np.int64]:
     """Start positions of the training windows of one epoch, a pure function of the arguments.
 
-    Args:
-        epoch: From 0.
-        num_tokens: Length of the text, at least `context_length + 1`.
-        context_length: Predicted tokens per window.
-        seed: Not negative.
-        order: "shuffled": windows whose targets do not overlap, from a random offset, shuffled. "random": independent
-            uniform positions, as in nanoGPT.
+    "shuffled": windows whose targets do not overlap, from a random offset, shuffled. "random": independent uniform
+    positions, as in nanoGPT.
     """
     draws, count = Draws(seed, epoch), count_windows(num_tokens, context_length)
     if order == "random":
