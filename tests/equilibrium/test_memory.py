@@ -68,10 +68,10 @@ def test_memory_grows_by_the_digits_alone(make, radix):
         assert growth <= 1.35 * math.log2(radix) * ELEMENTS / 8 * (num_steps - 4) * per_step + ELEMENTS
 
 
-def test_a_shallow_solve_takes_little_more_than_a_checkpoint_of_every_evaluation():
-    """States of 4 bytes an element; those that float64 held had a third more here, at any depth."""
+def test_a_shallow_solve_takes_no_more_than_a_checkpoint_of_every_evaluation():
+    """States of 4 bytes an element, and nothing of one evaluation beside the next: 3 % less here."""
     solver = MomentumSolver(momentum=1 / 8, max_steps=4)
-    assert peak_bytes(solver) <= 1.08 * peak_bytes(solver, BackpropAdjoint(checkpoint=True))
+    assert peak_bytes(solver) <= peak_bytes(solver, BackpropAdjoint(checkpoint=True))
 
 
 def test_stored_steps_grow_linearly():

@@ -247,9 +247,14 @@ class _BackwardPass:
         while self.stored:  # newest first, each freed when its gradient is known
             self._carry(self._differentiate(self.stored.pop(), self.g_current, self.keep_graph))
         for k in reversed(range(self.solve.iteration.num_evaluations)):
-            value, products = self._evaluate(k, self.solver.iterate_before(self.state, None), self.g_current)
-            self.state = self.solver.invert_step(self.state, value, None)
-            self._carry(products)
+            self._undo(k)
+
+    # The loops call a function for each evaluation, so that nothing of one is there beside the next.
+
+    def _undo(self, k: int) -> None:
+        value, products = self._evaluate(k, self.solver.iterate_before(self.state, None), self.g_current)
+        self.state = self.solver.invert_step(self.state, value, None)
+        self._carry(products)
 
     def _carry(self, products: list[Tensor | None]) -> None:
         self.g_current, self.g_previous = self.solver.carry_(self.g_previous, self.g_current, products)
@@ -263,18 +268,20 @@ class _BackwardPass:
         for _ in range(num_evaluations, self.solve.iteration.num_evaluations):
             self.state = solver.invert_step(self.state, solver.iterate_before(self.state, nobody), nobody)
         for k in reversed(range(num_evaluations)):
-            active = num_steps > k // solver.evaluations_per_step
-            weights = select(active, self.g_current, [torch.zeros_like(g) for g in self.g_current])
-            value, products = self._evaluate(k, solver.iterate_before(self.state, active), weights)
-            self.state = solver.invert_step(self.state, value, active)
-            previous, current = self.g_previous, self.g_current
-            carried = solver.carry_([g.clone() for g in previous], [g.clone() for g in current], products)
-            # A sample that had stopped still entered the evaluation, and the others' results if f mixes samples.
-            held = [
-                g if product is None else g.add(product, alpha=solver.recurrence.b)
-                for g, product in zip(current, products, strict=True)
-            ]
-            self.g_current, self.g_previous = select(active, carried[0], held), select(active, carried[1], previous)
+            self._undo_of_active(k, num_steps > k // solver.evaluations_per_step)
+
+    def _undo_of_active(self, k: int, active: Tensor) -> None:
+        solver, previous, current = self.solver, self.g_previous, self.g_current
+        weights = select(active, current, [torch.zeros_like(g) for g in current])
+        value, products = self._evaluate(k, solver.iterate_before(self.state, active), weights)
+        self.state = solver.invert_step(self.state, value, active)
+        carried = solver.carry_([g.clone() for g in previous], [g.clone() for g in current], products)
+        # A sample that had stopped still entered the evaluation, and the others' results if f mixes samples.
+        held = [
+            g if product is None else g.add(product, alpha=solver.recurrence.b)
+            for g, product in zip(current, products, strict=True)
+        ]
+        self.g_current, self.g_previous = select(active, carried[0], held), select(active, carried[1], previous)
 
     def _evaluate(self, k: int, iterate: Leaves, g: Leaves) -> tuple[Leaves, list[Tensor | None]]:
         """Evaluation k again, `v = f(iterate, x)`, and `(dv/du)^T g`; the products for everything else go to `sums`."""
