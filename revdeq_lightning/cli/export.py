@@ -1,8 +1,6 @@
 """Trained models for others: weights alone, language models in `transformers` and `lm-evaluation-harness`."""
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,10 +8,9 @@ from revdeq_lightning.cli.inference import (
     AS_TRAINED,
     ModelSettings,
     check_output,
-    load_checkpoint,
     read_trained,
+    replacing,
     solver_for,
-    weights_of_model,
     writing,
 )
 from revdeq_lightning.data.text.tokenizers import (
@@ -24,7 +21,6 @@ from revdeq_lightning.data.text.tokenizers import (
     without_loss,
 )
 from revdeq_lightning.equilibrium.validation import require_count
-from revdeq_lightning.errors import CheckpointError
 
 END = "<|endoftext|>"
 
@@ -45,32 +41,17 @@ def export_weights(
         CheckpointError: If the checkpoint is damaged, or not of a training run.
         OSError: If there is no checkpoint, or the file cannot be written; an existing file is left unchanged.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     path = Path(ckpt_path)
     if format == "huggingface":
         return export_folder(path, Path(output or path.with_suffix("")))
-    if not path.exists():
-        raise FileNotFoundError(f"no checkpoint {path}")
     target = check_output(output or path.with_suffix(".safetensors"))
-    try:
-        checkpoint = load_checkpoint(path)
-        weights, settings, step = (checkpoint[key] for key in ("state_dict", "hyper_parameters", "global_step"))
-    except (ValueError, OSError):  # their messages already say what is wrong
-        raise
-    except Exception as error:  # torch raises many types for files that are not checkpoints
-        raise CheckpointError(f"{path} is not a checkpoint of a training run ({type(error).__name__})") from None
+    settings, weights, step = read_trained(path, "global_step")
     # Copies, as safetensors does not allow tied weights to share memory.
-    tensors = {name: w.clone().contiguous() for name, w in weights_of_model(weights).items()}
-    beside = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        save_file(tensors, beside, {"hyper_parameters": json.dumps(settings), "global_step": str(step)})
-        beside.replace(target)
-    except (SafetensorError, OSError) as error:
-        raise OSError(f"cannot write {target}: {error}; choose another --output") from None
-    finally:
-        beside.unlink(missing_ok=True)
+    tensors = {name: w.clone().contiguous() for name, w in weights.items()}
+    with replacing(target) as file:
+        save_file(tensors, file, {"hyper_parameters": json.dumps(settings), "global_step": str(step)})
     return f"{sum(w.numel() for w in tensors.values()):,} parameters in {len(tensors)} tensors, in {target}"
 
 
@@ -80,11 +61,9 @@ def export_folder(ckpt_path: Path, folder: Path) -> str:
         raise FileExistsError(f"{folder} exists: choose another --output")
     check_output(folder)
     model, tokenizer = load(ckpt_path)
-    with writing(folder), tempfile.TemporaryDirectory(dir=folder.parent) as beside:
-        whole = Path(beside, folder.name)
+    with replacing(folder) as whole:
         model.save_pretrained(whole)
         tokenizer.save_pretrained(whole)
-        whole.replace(folder)
     return f"{model.num_parameters():,} parameters and the tokenizer, in {folder}"
 
 
@@ -113,6 +92,7 @@ def evaluate(
         model: What may differ from training.
     """
     _require("lm_eval", "evaluation")
+    _require("accelerate", "evaluation")
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -146,7 +126,7 @@ def load(ckpt_path: str | Path, model: ModelSettings = AS_TRAINED) -> tuple[Any,
     _require("transformers", "huggingface")
     from revdeq_lightning.models.huggingface import RevDEQConfig, RevDEQForCausalLM
 
-    settings, weights, state = read_trained(ckpt_path, "tokenizer", "a language model", "runs/lm")
+    settings, weights, state = read_trained(ckpt_path, "tokenizer")
     solver = vars(solver_for(settings, model)).copy()
     steps = solver.pop("max_steps")
     config = RevDEQConfig(settings["network"], solver, None if solver["solver"] == "none" else steps)

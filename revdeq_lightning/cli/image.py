@@ -1,12 +1,11 @@
 """The image classifiers' command line; `predict` is in `inference.py`."""
 
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from lightning.pytorch.cli import LightningArgumentParser
 
 from revdeq_lightning.callbacks.samples import ImageSamples
-from revdeq_lightning.cli.trainer import AbstractCommandLine, run_command_line
+from revdeq_lightning.cli.trainer import AbstractCommandLine
 from revdeq_lightning.data.images.module import ImageDataModule
 from revdeq_lightning.report.classification import ClassificationReport
 from revdeq_lightning.runs.folder import ImageRunConfig
@@ -16,6 +15,7 @@ from revdeq_lightning.tasks.classification import ClassificationTask
 class ImageCommandLine(AbstractCommandLine):
     """`fit`, `validate` and `test` of the image classifiers."""
 
+    task_class, data_class = ClassificationTask, ImageDataModule
     run_class = ImageRunConfig
     figures: ClassVar[dict[str, str]] = {
         "accuracy": "accuracy {:.2%}",
@@ -35,8 +35,3 @@ class ImageCommandLine(AbstractCommandLine):
     def closing_split(self) -> str | None:
         # Without test images, use the validation images, so that every run has image samples and a depth sweep.
         return next((split for split in ("test", "validation") if split in self.datamodule.splits), None)
-
-
-def run(subcommand: str, options: Sequence[str]) -> None:
-    """Parse and run one command."""
-    run_command_line(ImageCommandLine, ClassificationTask, ImageDataModule, subcommand, options)

@@ -6,6 +6,7 @@ They import Lightning only to prepare images.
 import csv
 import errno
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 
 from revdeq_lightning.checkpoints.files import other_checkpoint, read_checkpoint
 from revdeq_lightning.checkpoints.names import is_sharded_checkpoint
@@ -21,16 +23,16 @@ from revdeq_lightning.data.text.tokenizers import AbstractTokenizer, tokenizer_f
 from revdeq_lightning.equilibrium import settle_checks
 from revdeq_lightning.equilibrium.validation import require_count
 from revdeq_lightning.errors import CheckpointError
-from revdeq_lightning.models import (
-    AbstractClassifier,
-    ClassifierConfig,
-    ExplicitReasoner,
-    Reasoner,
-    ReasonerConfig,
-    TransformerConfig,
-)
+from revdeq_lightning.models import AbstractClassifier, ClassifierConfig, ReasonerConfig, TransformerConfig
 from revdeq_lightning.models.build import SolverConfig, build_image_classifier, build_language_model, build_reasoner
 from revdeq_lightning.models.generation import continue_text
+
+MODELS: dict[str, tuple[str, str, Any, Any]] = {
+    "tokenizer": ("a language model", "runs/lm", TransformerConfig, build_language_model),
+    "preprocessing": ("an image classifier", "runs/image", ClassifierConfig, build_image_classifier),
+    "puzzles": ("a reasoner", "runs/reasoning", ReasonerConfig, build_reasoner),
+}
+"""By what a checkpoint has besides settings and weights: its model, where training writes it, settings and builder."""
 
 
 @dataclass
@@ -77,10 +79,19 @@ def writing(path: Path) -> Iterator[None]:
     """Say which file could not be written; errors of other files name them."""
     try:
         yield
-    except OSError as error:
-        if error.filename not in (None, str(path)):
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "filename", None) not in (None, str(path)):
             raise
-        raise OSError(f"cannot write {path}: {error.strerror or error}; choose another --output") from None
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(f"cannot write {path}: {reason}; choose another --output") from None
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give another path, whose file or folder gets this one when it is complete."""
+    with writing(path), tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        yield Path(folder, path.name)
+        Path(folder, path.name).replace(path)
 
 
 def solver_for(settings: dict[str, Any], model: ModelSettings) -> SolverConfig:
@@ -94,21 +105,14 @@ def solver_for(settings: dict[str, Any], model: ModelSettings) -> SolverConfig:
     return SolverConfig(**settings["solver"] | changed)
 
 
-def read_trained(
-    ckpt_path: str | Path, state: str, kind: str, folder: str
-) -> tuple[dict[str, Any], dict[str, Any], Any]:
-    """Read settings, weights (averaged weights, if any) and the entry `state` of a model's checkpoint.
-
-    Args:
-        ckpt_path: Checkpoint of a training run.
-        state: Key of what such a model needs in addition to its weights.
-        kind: What the model is, for the error.
-        folder: Where training writes such runs, for the error.
+def read_trained(ckpt_path: str | Path, state: str) -> tuple[dict[str, Any], dict[str, torch.Tensor], Any]:
+    """Read settings, weights (averaged weights, if any) and the entry `state`, such as one of `MODELS`.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        CheckpointError: If it is damaged, or not a checkpoint of such a model.
+        CheckpointError: If it is damaged, or a checkpoint without this entry.
     """
+    kind, folder, *_ = MODELS.get(state, ("a training run", "runs/TASK"))
     if not Path(ckpt_path).exists():
         raise FileNotFoundError(f"no checkpoint {ckpt_path}: training writes it to {folder}/NAME/DATE/checkpoints")
     try:
@@ -116,13 +120,7 @@ def read_trained(
         settings, weights, needed = (checkpoint[key] for key in ("hyper_parameters", "state_dict", state))
     except KeyError as error:
         raise CheckpointError(f"{ckpt_path} is not a checkpoint of {kind} (it has no {error})") from None
-    return settings, weights_of_model(weights), needed
-
-
-def weights_of_model(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The weights by their names in the model, without those of metrics."""
-    prefix = "model."
-    return {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
+    return settings, {n.removeprefix("model."): w for n, w in weights.items() if n.startswith("model.")}, needed
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -134,12 +132,33 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{error}{other_checkpoint(path)}") from None
 
 
+def load_model(ckpt_path: str | Path, state: str, device: str, model: ModelSettings) -> tuple[Any, Any]:
+    """Load the model of a checkpoint that has this entry of `MODELS`, and the entry."""
+    *_, config, build = MODELS[state]
+    settings, weights, needed = read_trained(ckpt_path, state)
+    network = build(config(**settings["network"]), solver_for(settings, model))
+    network.load_state_dict(weights)
+    return network.to(device).eval(), needed
+
+
 def load_language_model(ckpt_path: str | Path, device: str = "cpu") -> tuple[Any, AbstractTokenizer]:
-    """Load model and tokenizer of a checkpoint. Raises the errors of `read_trained`."""
-    settings, weights, tokenizer = read_trained(ckpt_path, "tokenizer", "a language model", "runs/lm")
-    model = build_language_model(TransformerConfig(**settings["network"]), SolverConfig(**settings["solver"]))
-    model.load_state_dict(weights)
-    return model.to(device).eval(), tokenizer_from_state(tokenizer)
+    """Load model and tokenizer of a checkpoint. Raises as `read_trained`."""
+    model, tokenizer = load_model(ckpt_path, "tokenizer", device, AS_TRAINED)
+    return model, tokenizer_from_state(tokenizer)
+
+
+def load_classifier(
+    ckpt_path: str | Path, device: str = "cpu", model: ModelSettings = AS_TRAINED
+) -> tuple[AbstractClassifier, dict[str, Any]]:
+    """Load the model of a checkpoint and the preprocessing of its images. Raises as `read_trained`."""
+    return load_model(ckpt_path, "preprocessing", device, model)
+
+
+def load_reasoner(
+    ckpt_path: str | Path, device: str = "cpu", model: ModelSettings = AS_TRAINED
+) -> tuple[Any, dict[str, Any]]:
+    """Load the model of a checkpoint and the settings of its kind of puzzle. Raises as `read_trained`."""
+    return load_model(ckpt_path, "puzzles", device, model)
 
 
 def generate_text(
@@ -178,16 +197,6 @@ def generate_text(
         seed=seed,
         warm_start=warm_start,
     )
-
-
-def load_classifier(
-    ckpt_path: str | Path, device: str = "cpu", model: ModelSettings = AS_TRAINED
-) -> tuple[AbstractClassifier, dict[str, Any]]:
-    """Load the model of a checkpoint and the preprocessing of its images. Raises the errors of `read_trained`."""
-    settings, weights, state = read_trained(ckpt_path, "preprocessing", "an image classifier", "runs/image")
-    classifier = build_image_classifier(ClassifierConfig(**settings["network"]), solver_for(settings, model))
-    classifier.load_state_dict(weights)
-    return classifier.to(device).eval(), state
 
 
 @torch.no_grad()
@@ -286,13 +295,3 @@ def predict_puzzles(
         np.savez_compressed(file, predictions=np.concatenate(answers), evaluations=np.concatenate(made))
     mean = float(np.concatenate(made).mean())
     return f"{len(inputs):,} puzzles, {mean:.1f} evaluations of f each, answers in {output}"
-
-
-def load_reasoner(
-    ckpt_path: str | Path, device: str = "cpu", model: ModelSettings = AS_TRAINED
-) -> tuple[Reasoner | ExplicitReasoner, dict[str, Any]]:
-    """Model of a checkpoint and the settings of its kind of puzzle; see `read_trained`."""
-    settings, weights, state = read_trained(ckpt_path, "puzzles", "a reasoner", "runs/reasoning")
-    reasoner = build_reasoner(ReasonerConfig(**settings["network"]), solver_for(settings, model))
-    reasoner.load_state_dict(weights)
-    return reasoner.to(device).eval(), state

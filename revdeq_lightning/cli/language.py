@@ -1,6 +1,5 @@
 """The language model's command line."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -10,7 +9,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from revdeq_lightning.callbacks.samples import TextSamples
 from revdeq_lightning.cli.errors import fail, setting_errors
 from revdeq_lightning.cli.inference import check_output, load_language_model, writing
-from revdeq_lightning.cli.trainer import AbstractCommandLine, run_command_line
+from revdeq_lightning.cli.trainer import AbstractCommandLine
 from revdeq_lightning.data.text.module import TextDataModule
 from revdeq_lightning.models.generation import continue_text
 from revdeq_lightning.program import printable
@@ -21,6 +20,7 @@ from revdeq_lightning.tasks.language_modeling import LanguageModelingTask
 class LanguageCommandLine(AbstractCommandLine):
     """`fit`, `validate`, `test` and `predict` of the language model."""
 
+    task_class, data_class = LanguageModelingTask, TextDataModule
     run_class = LanguageRunConfig
     figures: ClassVar[dict[str, str]] = {
         "bits_per_byte": "{:.4f} bits per byte",
@@ -68,11 +68,6 @@ class LanguageCommandLine(AbstractCommandLine):
         with setting_errors(), writing(path), path.open("wb") as file:
             np.save(file, nats)
         print(f"{nats.size:,} tokens, {nats.mean():.4f} nats per token, in {path}")
-
-
-def run(subcommand: str, options: Sequence[str]) -> None:
-    """Parse and run one command."""
-    run_command_line(LanguageCommandLine, LanguageModelingTask, TextDataModule, subcommand, options)
 
 
 def vocab_size(data: TextDataModule) -> int:

@@ -31,7 +31,11 @@ SUBCOMMANDS = {
 
 # One command line per task; `lm` is the default. With one for all tasks and `class_path` in the file, a misspelled key
 # gave ten lines, "Does not validate against any of the Union subtypes ...", with the complete value.
-TASKS = {"lm": "language", "image": "image", "reasoning": "reasoning"}
+TASKS = {
+    "lm": ("language", "LanguageCommandLine"),
+    "image": ("image", "ImageCommandLine"),
+    "reasoning": ("reasoning", "ReasoningCommandLine"),
+}
 
 FUNCTIONS = {
     "generate": ("inference", "generate_text"),
@@ -111,7 +115,8 @@ def main(args: Sequence[str] | None = None) -> None:
         else:
             options = with_config_of_checkpoint(options)
             check_options(task, subcommand, options)
-            importlib.import_module(f"revdeq_lightning.cli.{TASKS[task]}").run(subcommand, options)
+            module, name = TASKS[task]
+            getattr(importlib.import_module(f"revdeq_lightning.cli.{module}"), name).start(subcommand, options)
     except KeyboardInterrupt:
         fail("interrupted", code=130)
 

@@ -15,6 +15,7 @@ import yaml
 
 from revdeq_lightning.cli.errors import fail, nearest
 from revdeq_lightning.cli.parser import REMOVED_SETTINGS, given_files
+from revdeq_lightning.models.option_names import OWN_OPTIONS, adjoint_option
 from revdeq_lightning.program import program
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -27,42 +28,28 @@ GENERAL = {
 }
 OTHERS = ("c", "h", "help", "weights_only", "verbose", "output", "return_predictions")
 SOURCES = {
-    "lm": (
-        "text",
-        "TextDataModule",
-        "language_modeling",
-        "LanguageModelingTask",
-        "TransformerConfig",
-        "LanguageRunConfig",
-    ),
-    "image": (
-        "images",
-        "ImageDataModule",
-        "classification",
-        "ClassificationTask",
-        "ClassifierConfig",
-        "ImageRunConfig",
-    ),
-    "reasoning": ("puzzles", "PuzzleDataModule", "reasoning", "ReasoningTask", "ReasonerConfig", "ReasoningRunConfig"),
+    "lm": ("text", "Text", "language_modeling", "LanguageModelingTask", "TransformerConfig", "Language"),
+    "image": ("images", "Image", "classification", "ClassificationTask", "ClassifierConfig", "Image"),
+    "reasoning": ("puzzles", "Puzzle", "reasoning", "ReasoningTask", "ReasonerConfig", "Reasoning"),
 }
-"""Folder and class of the data, file and class of the task, class of the network's settings, and of the run's."""
+"""Folder of the data, `...DataModule`; file and class of the task; class of the network's settings; `...RunConfig`."""
 
 
 @functools.cache
 def option_groups(task: str) -> dict[str, list[str]]:
     """Names of a task's options, without their group, by the group: `model.solver` among others."""
     folder, data, file, module, network, run = SOURCES[task]
-    augmentation = {"data.augmentation": _fields("data/images/augmentation.py", "AugmentationConfig")}
+    augmentation = {"data.augmentation": _names("data/images/augmentation.py", "AugmentationConfig")}
     return {
-        "data": _arguments(f"data/{folder}/module.py", data),
+        "data": _names(f"data/{folder}/module.py", f"{data}DataModule"),
         **(augmentation if task == "image" else {}),
-        "model": _arguments(f"tasks/{file}.py", module),
-        "model.network": _fields("models/config.py", network),
+        "model": _names(f"tasks/{file}.py", module),
+        "model.network": _names("models/config.py", network),
         "model.solver": _solver_options(),
-        "model.optimizer": _fields("tasks/optimizers.py", "OptimizerConfig"),
-        "trainer": _arguments("pytorch/trainer/trainer.py", "Trainer", _folder_of("lightning")),
-        "run": [*_fields("runs/folder.py", run), *_fields("runs/folder.py", "RunConfig")],
-        "diagnostics": _fields("callbacks/config.py", "DiagnosticsConfig"),
+        "model.optimizer": _names("tasks/optimizers.py", "OptimizerConfig"),
+        "trainer": _names("pytorch/trainer/trainer.py", "Trainer", _folder_of("lightning")),
+        "run": [*_names("runs/folder.py", f"{run}RunConfig"), *_names("runs/folder.py", "RunConfig")],
+        "diagnostics": _names("callbacks/config.py", "DiagnosticsConfig"),
     }
 
 
@@ -92,9 +79,7 @@ def check_options(task: str, subcommand: str, options: Sequence[str]) -> None:
 
 def check_arguments(module: str, function: str, options: Sequence[str]) -> None:
     """Fail if the command line has a name that is no argument of a command's function in `cli`."""
-    tree = ast.parse((PACKAGE / f"cli/{module}.py").read_text(encoding="utf-8"))
-    node = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == function)
-    names = [argument.arg for argument in node.args.args]
+    names = _names(f"cli/{module}.py", function)
     for option in options:
         name = option.removeprefix("--").split("=")[0]
         if option.startswith("--") and name.split(".")[0] not in (*names, "help", "config", "print_config"):
@@ -145,32 +130,29 @@ def _folder_of(package: str) -> Path:
 
 
 @functools.cache
-def _classes(path: Path) -> dict[str, ast.ClassDef]:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    return {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+def _definitions(path: Path) -> dict[str, ast.ClassDef | ast.FunctionDef]:
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    return {node.name: node for node in body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
 
 
-def _fields(file: str, name: str) -> list[str]:
-    """Fields of a dataclass, without those of its bases."""
-    found = [node for node in _classes(PACKAGE / file)[name].body if isinstance(node, ast.AnnAssign)]
-    return [ast.unparse(node.target) for node in found if "ClassVar" not in ast.unparse(node.annotation)]
-
-
-def _arguments(file: str, name: str, folder: Path = PACKAGE) -> list[str]:
-    """Arguments of a class's constructor."""
-    methods = {node.name: node for node in _classes(folder / file)[name].body if isinstance(node, ast.FunctionDef)}
-    arguments = methods["__init__"].args
-    return [argument.arg for argument in (*arguments.args[1:], *arguments.kwonlyargs)]
+def _names(file: str, name: str, folder: Path = PACKAGE) -> list[str]:
+    """Arguments of a function or of a class's constructor, or fields of a dataclass without those of its bases."""
+    node = _definitions(folder / file)[name]
+    if isinstance(node, ast.ClassDef):
+        constructors = [n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"]
+        if not constructors:
+            found = [n for n in node.body if isinstance(n, ast.AnnAssign) and "ClassVar" not in ast.unparse(n)]
+            return [ast.unparse(n.target) for n in found]
+        (node,) = constructors
+    return [argument.arg for argument in (*node.args.args, *node.args.kwonlyargs) if argument.arg != "self"]
 
 
 def _solver_options() -> list[str]:
     """The options that `SolverConfig` makes of the fields of solvers and adjoints, and its own."""
-    names = ["solver"]
+    names = list(OWN_OPTIONS)
     for kind in ("Solver", "Adjoint"):
         for path in sorted((PACKAGE / "equilibrium" / f"{kind.lower()}s").glob("*.py")):
-            for name in (name for name in _classes(path) if name.endswith(kind)):
-                fields = _fields(str(path.relative_to(PACKAGE)), name)
-                plain = fields if kind == "Solver" else ["checkpoint", "mismatch", "unconverged"]
-                names += [f if f in plain else f"{path.stem}_{f.removeprefix('num_')}" for f in fields]
-    own = ["adjoint", "num_losses", "loss_decay", "backward_solver", "backward_max_steps", "backward_rtol", "compiled"]
-    return [*names, *own]
+            for name in (name for name in _definitions(path) if name.endswith(kind)):
+                fields = _names(str(path.relative_to(PACKAGE)), name)
+                names += fields if kind == "Solver" else [adjoint_option(path.stem, field) for field in fields]
+    return names

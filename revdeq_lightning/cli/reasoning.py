@@ -1,11 +1,10 @@
 """The reasoners' command line; `predict` is in `inference.py`."""
 
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from lightning.pytorch.cli import LightningArgumentParser
 
-from revdeq_lightning.cli.trainer import AbstractCommandLine, run_command_line
+from revdeq_lightning.cli.trainer import AbstractCommandLine
 from revdeq_lightning.data.puzzles.module import PuzzleDataModule
 from revdeq_lightning.report.reasoning import ReasoningReport
 from revdeq_lightning.runs.folder import ReasoningRunConfig
@@ -15,6 +14,7 @@ from revdeq_lightning.tasks.reasoning import ReasoningTask
 class ReasoningCommandLine(AbstractCommandLine):
     """`fit`, `validate` and `test` of the reasoners."""
 
+    task_class, data_class = ReasoningTask, PuzzleDataModule
     run_class = ReasoningRunConfig
     figures: ClassVar[dict[str, str]] = {
         "solved": "{:.2%} solved",
@@ -29,8 +29,3 @@ class ReasoningCommandLine(AbstractCommandLine):
     def task_callbacks(self) -> list[Any]:
         """What a test writes into the run's folder."""
         return [ReasoningReport(self.run_config.path)]
-
-
-def run(subcommand: str, options: Sequence[str]) -> None:
-    """Parse and run one command."""
-    run_command_line(ReasoningCommandLine, ReasoningTask, PuzzleDataModule, subcommand, options)

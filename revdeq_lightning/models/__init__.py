@@ -20,7 +20,6 @@ if TYPE_CHECKING:
         IGNORE_INDEX as IGNORE_INDEX,
         chunked_cross_entropy as chunked_cross_entropy,
     )
-    from revdeq_lightning.models.explicit import ExplicitTransformerLM as ExplicitTransformerLM
     from revdeq_lightning.models.generation import generate as generate
     from revdeq_lightning.models.reasoner import (
         AbstractReasoner as AbstractReasoner,
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from revdeq_lightning.models.resnet import ResNet as ResNet
     from revdeq_lightning.models.transformer import (
         AbstractLanguageModel as AbstractLanguageModel,
+        ExplicitTransformerLM as ExplicitTransformerLM,
         LMLoss as LMLoss,
         LMOutput as LMOutput,
         TransformerLM as TransformerLM,

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, make_dataclass
+from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Any, Literal, NamedTuple, get_type_hints
 
 import docstring_parser
@@ -22,6 +22,7 @@ from revdeq_lightning.models import (
     TransformerLM,
     build_classifier,
 )
+from revdeq_lightning.models.option_names import adjoint_option
 
 _DEFAULTS = {"max_steps": 8, "rtol": 0.0, "atol": 0.0, "checkpoint": False, "mismatch": "warn"}
 """All other options default to null, which selects the default of the solver or adjoint."""
@@ -50,26 +51,15 @@ def _options(classes: Mapping[str, type], option_name: Callable[[str, str], str]
     return options
 
 
-def _adjoint_option(adjoint: str, argument: str) -> str:
-    """`phantom_steps` for phantom's `num_steps`; the options that came first have no prefix."""
-    old = argument in ("checkpoint", "mismatch", "unconverged")
-    return argument if old else f"{adjoint}_{argument.removeprefix('num_')}"
-
-
 _SOLVER_OPTIONS = _options(SOLVERS, lambda solver, argument: argument)
-_ADJOINT_OPTIONS = _options(ADJOINTS, _adjoint_option)
+_ADJOINT_OPTIONS = _options(ADJOINTS, adjoint_option)
 _ADJOINT_OPTIONS.pop("implicit_solver")
 _ADJOINT_OPTIONS |= {
     f"backward_{name}": _Option(kind | None, None, f"{name} of the backward linear solve", {"implicit": "solver"})
     for name, kind in (("solver", Literal[tuple(SOLVERS)]), ("max_steps", int), ("rtol", float))
 }
 _OPTIONS = {
-    "solver": _Option(
-        Literal[(*SOLVERS, "none")],
-        "momentum",
-        "none: an explicit stack of layers, the baseline",
-        {},
-    ),
+    "solver": _Option(Literal[(*SOLVERS, "none")], "momentum", "none: an explicit stack of layers, the baseline", {}),
     **_SOLVER_OPTIONS,
     "adjoint": _Option(Literal[tuple(ADJOINTS)] | None, None, "null: the one that suits the solver", {}),
     **_ADJOINT_OPTIONS,
@@ -181,13 +171,8 @@ def build_image_classifier(network: ClassifierConfig, solver: SolverConfig) -> A
 
 def build_reasoner(network: ReasonerConfig, solver: SolverConfig) -> ExplicitReasoner | Reasoner:
     """The model that the settings describe."""
+    correction = solver.correction
     if solver.solver == "none":
         solver.require_no_settings()
         return ExplicitReasoner(network)
-    num_losses = solver.correction["num_losses"]
-    return Reasoner(network, solver.build_solver(), solver.build_adjoint(), num_losses)
-
-
-def plain(**settings: Any) -> dict[str, dict[str, Any]]:
-    """Dataclasses as plain containers, which load from a checkpoint with `weights_only=True`."""
-    return {name: asdict(value) for name, value in settings.items()}
+    return Reasoner(network, solver.build_solver(), solver.build_adjoint(), **correction)

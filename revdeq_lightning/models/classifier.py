@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from abc import abstractmethod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -72,8 +72,7 @@ class PaperConvBlock(nn.Module):
 
     def forward(self, z_BCHW: Tensor, x_BCHW: Tensor) -> Tensor:
         h_BCHW = self.conv2(F.relu(self.norm1(self.conv1(z_BCHW))))
-        out_BCHW: Tensor = self.norm3(F.relu(z_BCHW + self.norm2(x_BCHW + h_BCHW)))
-        return out_BCHW
+        return cast(Tensor, self.norm3(F.relu(z_BCHW + self.norm2(x_BCHW + h_BCHW))))
 
 
 class ModernConvBlock(nn.Module):
@@ -93,14 +92,13 @@ class ModernConvBlock(nn.Module):
     def forward(self, z_BCHW: Tensor, x_BCHW: Tensor) -> Tensor:
         h_BCHW = z_BCHW + x_BCHW
         a_BCHW = F.silu(self.norm2(self.conv1(F.silu(self.norm1(h_BCHW)))))
-        out_BCHW: Tensor = self.norm3(h_BCHW + self.conv2(self.dropout(a_BCHW)))
-        return out_BCHW
+        return cast(Tensor, self.norm3(h_BCHW + self.conv2(self.dropout(a_BCHW))))
 
 
 def make_block(config: ClassifierConfig, stage: int) -> nn.Module:
-    """Build f for one resolution of our classifiers."""
+    """Build f for one resolution."""
     channels, width = config.channels[stage], config.widths[stage]
-    if config.block == "paper":
+    if config.block == "paper" or config.architecture.startswith("paper"):
         return PaperConvBlock(channels, width)
     if config.block == "modern":
         return ModernConvBlock(channels, width, config.dropout, config.group_size)
@@ -110,16 +108,16 @@ def make_block(config: ClassifierConfig, stage: int) -> nn.Module:
 class PreActDownsample(nn.Module):
     """`conv2(relu(norm2(conv1(relu(norm1(x)))))) + residual_conv(x)` at half the resolution, BatchNorm."""
 
-    def __init__(self, num_in: int, num_out: int, momentum: float) -> None:
+    def __init__(self, num_in: int, num_out: int) -> None:
         super().__init__()
-        self.norm1, self.norm2 = nn.BatchNorm2d(num_in, momentum=momentum), nn.BatchNorm2d(num_out, momentum=momentum)
+        self.norm1 = nn.BatchNorm2d(num_in, momentum=PAPER_BATCH_NORM_MOMENTUM)
+        self.norm2 = nn.BatchNorm2d(num_out, momentum=PAPER_BATCH_NORM_MOMENTUM)
         self.conv1, self.conv2 = conv3x3(num_in, num_out, stride=2), conv3x3(num_out, num_out)
         self.residual_conv = nn.Conv2d(num_in, num_out, 1, stride=2, bias=False)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         h_BCHW = self.conv1(F.relu(self.norm1(x_BCHW)))
-        out_BCHW: Tensor = self.conv2(F.relu(self.norm2(h_BCHW))) + self.residual_conv(x_BCHW)
-        return out_BCHW
+        return cast(Tensor, self.conv2(F.relu(self.norm2(h_BCHW))) + self.residual_conv(x_BCHW))
 
 
 class Downsample(nn.Sequential):
@@ -169,11 +167,11 @@ class PaperSingleClassifier(AbstractClassifier):
 
     def __init__(self, config: ClassifierConfig, solver: Any, adjoint: Any) -> None:
         super().__init__(config)
-        (channels,), (width,) = config.channels, config.widths
+        (channels,) = config.channels
         (layer_solver,) = stage_solvers(config, solver)
         self.stem = nn.Conv2d(config.num_channels, channels, 3, padding=1)
         self.stem_norm = group_norm(channels)
-        self.equilibrium = EquilibriumLayer(PaperConvBlock(channels, width), solver=layer_solver, adjoint=adjoint)
+        self.equilibrium = EquilibriumLayer(make_block(config, 0), solver=layer_solver, adjoint=adjoint)
         self.pool = nn.AdaptiveAvgPool2d(PAPER_POOL_SIZE)
         self.head = nn.Linear(channels * PAPER_POOL_SIZE**2, config.num_classes)
 
@@ -186,11 +184,19 @@ class PaperSingleClassifier(AbstractClassifier):
 class AbstractStagesClassifier(AbstractClassifier):
     """One equilibrium per resolution, `x = x + z`, with downsampling in between."""
 
-    stem: nn.Module
-    equilibria: nn.ModuleList
-    downsamples: nn.ModuleList
-    drop: nn.Module
-    final: nn.Module
+    def __init__(
+        self, config: ClassifierConfig, solver: Any, adjoint: Any, stem: nn.Module, downsample: Any, final: nn.Module
+    ) -> None:
+        super().__init__(config)
+        self.stem = stem
+        self.equilibria = nn.ModuleList(
+            EquilibriumLayer(make_block(config, i), solver=stage_solver, adjoint=adjoint)
+            for i, stage_solver in enumerate(stage_solvers(config, solver))
+        )
+        self.downsamples = nn.ModuleList(downsample(a, b) for a, b in itertools.pairwise(config.channels))
+        self.drop = StochasticDepth(config.stochastic_depth, "row")
+        self.final = final
+        self.head = nn.Linear(config.channels[-1], config.num_classes)
 
     def features(self, images_BCHW: Tensor) -> tuple[Tensor, tuple[SolverStats, ...]]:
         """Mean of the last stage."""
@@ -207,35 +213,17 @@ class PaperStagesClassifier(AbstractStagesClassifier):
     """Released multi-scale classifier."""
 
     def __init__(self, config: ClassifierConfig, solver: Any, adjoint: Any) -> None:
-        super().__init__(config)
-        channels, momentum = config.channels, PAPER_BATCH_NORM_MOMENTUM
-        self.stem = nn.Sequential(
-            conv3x3(config.num_channels, channels[0]), nn.BatchNorm2d(channels[0], momentum=momentum), nn.ReLU()
-        )
-        self.equilibria = nn.ModuleList(
-            EquilibriumLayer(PaperConvBlock(c, w), solver=s, adjoint=adjoint)
-            for c, w, s in zip(channels, config.widths, stage_solvers(config, solver), strict=True)
-        )
-        self.downsamples = nn.ModuleList(PreActDownsample(a, b, momentum) for a, b in itertools.pairwise(channels))
-        self.drop = self.final = nn.Identity()
-        self.head = nn.Linear(channels[-1], config.num_classes)
+        norm = nn.BatchNorm2d(config.channels[0], momentum=PAPER_BATCH_NORM_MOMENTUM)
+        stem = nn.Sequential(conv3x3(config.num_channels, config.channels[0]), norm, nn.ReLU())
+        super().__init__(config, solver, adjoint, stem, PreActDownsample, nn.Identity())
 
 
 class StagesClassifier(AbstractStagesClassifier):
     """Our classifier for images of any size: `stem_stride` 1 or 2 for 32x32, 4 for 224x224."""
 
     def __init__(self, config: ClassifierConfig, solver: Any, adjoint: Any) -> None:
-        super().__init__(config)
-        channels = config.channels
-        self.stem = modern_stem(config)
-        self.equilibria = nn.ModuleList(
-            EquilibriumLayer(make_block(config, i), solver=layer_solver, adjoint=adjoint)
-            for i, layer_solver in enumerate(stage_solvers(config, solver))
-        )
-        self.downsamples = nn.ModuleList(Downsample(a, b) for a, b in itertools.pairwise(channels))
-        self.drop = StochasticDepth(config.stochastic_depth, "row")
-        self.final = nn.Sequential(nn.BatchNorm2d(channels[-1]), nn.SiLU())
-        self.head = nn.Linear(channels[-1], config.num_classes)
+        final = nn.Sequential(nn.BatchNorm2d(config.channels[-1]), nn.SiLU())
+        super().__init__(config, solver, adjoint, modern_stem(config), Downsample, final)
 
 
 def modern_stem(config: ClassifierConfig) -> nn.Module:
@@ -260,13 +248,9 @@ class JointBlock(nn.Module):
         channels = config.channels
         n = len(channels)
         self.blocks = nn.ModuleList(make_block(config, i) for i in range(n))
+        pairs = itertools.permutations(range(n), 2)
         self.resample = nn.ModuleDict(
-            {
-                f"{j}to{i}": resampling(channels[j], channels[i], i - j, config.group_size)
-                for j in range(n)
-                for i in range(n)
-                if i != j
-            }
+            {f"{j}to{i}": resampling(channels[j], channels[i], i - j, config.group_size) for j, i in pairs}
         )
         self.norms = nn.ModuleList(group_norm(c, config.group_size) for c in channels)
 
@@ -327,5 +311,4 @@ def build_classifier(config: ClassifierConfig, solver: Any, adjoint: Any) -> Abs
         solver: Solver of every equilibrium; `config.steps` sets its steps in each stage.
         adjoint: Gradient rule of every equilibrium.
     """
-    classifier: AbstractClassifier = CLASSIFIERS[config.architecture](config, solver, adjoint)
-    return classifier
+    return cast(AbstractClassifier, CLASSIFIERS[config.architecture](config, solver, adjoint))

@@ -1,6 +1,5 @@
 """Sizes and options of the models."""
 
-from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
@@ -11,32 +10,12 @@ from revdeq_lightning.equilibrium.validation import require_choice, require_coun
 BLOCKS = ("modern", "paper")
 REASONER_BLOCKS = ("convolution", "attention")
 ARCHITECTURES = ("stages", "joint", "paper_single", "paper_stages", "resnet")
-ARCHITECTURES_WITH = {
-    "blocks": ("resnet",),
-    "block": ("stages", "joint"),
-    "group_size": ("stages", "joint"),
-    "dropout": ("stages", "joint"),
-    "stochastic_depth": ("stages",),
-    "stem_stride": ("stages", "joint", "resnet"),
-}
-"""Options that only some classifiers have."""
-BLOCKS_WITH = {
-    "num_heads": BLOCKS,
-    "num_layers": BLOCKS,
-    "d_mlp": BLOCKS,
-    "double_projection": ("paper",),
-    "rope_base": BLOCKS,
-    "num_taps": BLOCKS,
-    "group_size": ("modern",),
-    "dropout": ("modern",),
-}
-"""Options that only some blocks have."""
-REASONER_BLOCKS_WITH = {
-    "num_layers": REASONER_BLOCKS,
-    "num_heads": ("attention",),
-    "d_mlp": ("attention",),
-    "padding": ("convolution",),
-}
+OURS = ("stages", "joint")
+
+
+def only(default: Any, **owners: tuple[str, ...]) -> Any:
+    """A field that only these blocks, or these architectures, have; others must keep the default."""
+    return field(default=default, metadata=owners)
 
 
 @dataclass
@@ -64,13 +43,13 @@ class TransformerConfig:
     vocab_size: int
     context_length: int
     d_model: int
-    num_heads: int = 0
+    num_heads: int = only(0, block=BLOCKS)
     block: str = "modern"
-    num_layers: int = 1
-    d_mlp: int = 0
-    double_projection: bool = False
-    rope_base: float = 10000.0
-    num_taps: int = 4
+    num_layers: int = only(1, block=BLOCKS)
+    d_mlp: int = only(0, block=BLOCKS)
+    double_projection: bool = only(False, block=("paper",))
+    rope_base: float = only(10000.0, block=BLOCKS)
+    num_taps: int = only(4, block=BLOCKS)
     loss_chunk_size: int = 1024
     block_options: dict[str, Any] = field(default_factory=dict)
 
@@ -79,7 +58,7 @@ class TransformerConfig:
             require_count(name, getattr(self, name))
         require_in_range("rope_base", self.rope_base, "(0, inf)")
         require_count("d_mlp", self.d_mlp, at_least=0, advice="0 is for 4 * d_model")
-        _check_block(self)
+        _check_block(self, BLOCKS)
         if not self.has_cache:
             return
         require_count("num_heads", self.num_heads)
@@ -147,12 +126,12 @@ class ClassifierConfig:
     channels: list[int] = field(default_factory=lambda: [64, 128, 256])
     widths: list[int] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
-    blocks: list[int] = field(default_factory=list)
-    block: str = "modern"
-    group_size: int = 16
-    stem_stride: int = 1
-    dropout: float = 0.0
-    stochastic_depth: float = 0.0
+    blocks: list[int] = field(default_factory=list, metadata={"architecture": ("resnet",)})
+    block: str = only("modern", architecture=OURS)
+    group_size: int = only(16, architecture=OURS, block=("modern",))
+    stem_stride: int = only(1, architecture=(*OURS, "resnet"))
+    dropout: float = only(0.0, architecture=OURS, block=("modern",))
+    stochastic_depth: float = only(0.0, architecture=("stages",))
     block_options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -168,9 +147,8 @@ class ClassifierConfig:
                 require_count(name, value)
             if values and len(values) != len(self.channels):
                 raise ValueError(f"{name} must have one entry per stage, got {values} for channels {self.channels}")
-        for name, architectures in ARCHITECTURES_WITH.items():
-            _require_owner(self, name, "architecture", architectures)
-        _check_block(self)
+        _check_owners(self, "architecture")
+        _check_block(self, BLOCKS)
         self.widths = self.widths or [1] * len(self.channels)
         if self.block not in BLOCKS and max(self.widths) > 1:
             raise ValueError(f"widths belongs to block 'modern' or 'paper', got {self.widths} for {self.block!r}")
@@ -213,10 +191,10 @@ class ReasonerConfig:
     shape: list[int]
     channels: int = 48
     block: str = "convolution"
-    num_layers: int = 1
-    num_heads: int = 0
-    d_mlp: int = 0
-    padding: str = "zeros"
+    num_layers: int = only(1, block=REASONER_BLOCKS)
+    num_heads: int = only(0, block=("attention",))
+    d_mlp: int = only(0, block=("attention",))
+    padding: str = only("zeros", block=("convolution",))
     growth: float = 1.0
     block_options: dict[str, Any] = field(default_factory=dict)
 
@@ -229,7 +207,7 @@ class ReasonerConfig:
         for size in self.shape:
             require_count("shape", size)
         require_in_range("growth", self.growth, "[0, inf)")
-        _check_block(self, REASONER_BLOCKS, REASONER_BLOCKS_WITH)
+        _check_block(self, REASONER_BLOCKS)
         require_choice("padding", self.padding, ("zeros", "circular"))
         if self.block == "attention":
             require_count("num_heads", self.num_heads)
@@ -240,23 +218,21 @@ class ReasonerConfig:
         return len(self.shape)
 
 
-def _check_block(
-    config: Any, own: tuple[str, ...] = BLOCKS, owners: Mapping[str, tuple[str, ...]] = BLOCKS_WITH
-) -> None:
+def _check_block(config: Any, ours: tuple[str, ...]) -> None:
     """Raise ValueError for an unknown block, or an option that this block does not have."""
-    if config.block not in own and "." not in config.block:
-        raise ValueError(f"block must be one of {', '.join(own)} or an import path, got {config.block!r}")
-    if config.block_options and config.block in own:
+    if config.block not in ours and "." not in config.block:
+        raise ValueError(f"block must be one of {', '.join(ours)} or an import path, got {config.block!r}")
+    if config.block_options and config.block in ours:
         raise ValueError(f"block_options requires a user-defined block, got block={config.block!r}")
-    for name, blocks in owners.items():
-        if hasattr(config, name):
-            _require_owner(config, name, "block", blocks)
+    _check_owners(config, "block")
 
 
-def _require_owner(config: Any, name: str, kind: str, owners: tuple[str, ...]) -> None:
-    """Raise ValueError if an option is set that this architecture or block does not have."""
-    (option,) = (f for f in fields(config) if f.name == name)
-    default = option.default if option.default_factory is MISSING else option.default_factory()
-    value, owner = getattr(config, name), getattr(config, kind)
-    if value != default and owner not in owners:
-        raise ValueError(f"{name} belongs to {kind} {' or '.join(map(repr, owners))}, got {value} for {owner!r}")
+def _check_owners(config: Any, kind: str) -> None:
+    """Raise ValueError if an option is set that this block or architecture does not have."""
+    owner = getattr(config, kind)
+    for option in fields(config):
+        default = option.default if option.default_factory is MISSING else option.default_factory()
+        value, owners = getattr(config, option.name), option.metadata.get(kind, (owner,))
+        if value != default and owner not in owners:
+            names = " or ".join(map(repr, owners))
+            raise ValueError(f"{option.name} belongs to {kind} {names}, got {value} for {owner!r}")

@@ -5,7 +5,7 @@ chunk of tokens at a time and computes its gradient immediately, in the forward 
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -49,8 +49,7 @@ def chunked_cross_entropy(
             raise ValueError(
                 f"target {wrong[0].item()} is neither in [0, {num_classes}) nor ignore_index {ignore_index}"
             )
-    loss: Tensor = _ChunkedCrossEntropy.apply(hidden_ND, weight_VD, targets_N, chunk_size, ignore_index)
-    return loss
+    return cast(Tensor, _ChunkedCrossEntropy.apply(hidden_ND, weight_VD, targets_N, chunk_size, ignore_index))
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

@@ -1,7 +1,7 @@
 """Generate text with a language model, with or without a key-value cache for every evaluation of f."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -52,7 +52,12 @@ def generate(
             vocabulary; if the solver has a tolerance, because a cache is exact only with a fixed number of evaluations;
             or if it has none with a warm start, which would change the text.
     """
-    _check_sampling(max_new_tokens, temperature, top_k, top_p)
+    require_count("max_new_tokens", max_new_tokens, at_least=0)
+    require_in_range("temperature", temperature, "[0, inf)")
+    if top_k is not None:
+        require_count("top_k", top_k)
+    if top_p is not None:
+        require_in_range("top_p", top_p, "(0, 1]")
     context_length = model.config.context_length
     if tokens_BT.dim() != 2 or not 1 <= tokens_BT.shape[1] <= context_length:
         raise ValueError(
@@ -60,14 +65,22 @@ def generate(
             f"got {tuple(tokens_BT.shape)}"
         )
     model.config.check_tokens(tokens_BT)
-    if use_cache:
-        _check_cache(model)
-    if warm_start:
-        _check_warm_start(model, use_cache)
+    if use_cache and (fault := cache_fault(model)):
+        raise ValueError(f"{fault}: set use_cache=False")
+    solver = getattr(getattr(model, "equilibrium", None), "solver", None)
+    if warm_start and (use_cache or solver is None or not solver.has_tolerance):
+        raise ValueError(
+            f"warm_start=True needs a solver with a tolerance and use_cache=False, got {solver} and"
+            f" use_cache={use_cache}: a fixed number of steps from another start would change the text"
+        )
 
     reader = TextReader(model, use_cache)
     text = [tokens_BT]
-    with _eval_mode(model), _warm_started(model) if warm_start else nullcontext():
+    with ExitStack() as stack:
+        stack.callback(model.train, model.training)
+        model.eval()
+        if warm_start:
+            stack.enter_context(_warm_started(model))
         for _ in range(max_new_tokens):
             logits_BV = model.head(reader.read(text[-1])[:, -1])
             settle_checks()  # a GPU could not draw from NaN
@@ -116,34 +129,18 @@ def sample(
     return torch.multinomial(probs_BV, 1, generator=generator)
 
 
-def _check_sampling(max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
-    require_count("max_new_tokens", max_new_tokens, at_least=0)
-    require_in_range("temperature", temperature, "[0, inf)")
-    if top_k is not None:
-        require_count("top_k", top_k)
-    if top_p is not None:
-        require_in_range("top_p", top_p, "(0, 1]")
-
-
-def _check_cache(model: AbstractLanguageModel) -> None:
+def cache_fault(model: Any) -> str | None:
+    """Why a key-value cache would change the text or cannot be used; None: it changes nothing."""
+    solver = getattr(getattr(model, "equilibrium", None), "solver", None)
     if not model.config.has_cache:
-        raise ValueError(f"block={model.config.block!r} has no cache of keys and values: set use_cache=False")
-    solver = getattr(getattr(model, "equilibrium", None), "solver", None)
-    rtol, atol = getattr(solver, "rtol", 0), getattr(solver, "atol", 0)
-    if rtol or atol:
-        raise ValueError(
-            f"generation with a cache needs a fixed number of steps, got a solver with rtol={rtol}, atol={atol}: "
-            "set both to 0, or pass use_cache=False"
+        return f"block={model.config.block!r} has no cache of keys and values"
+    if solver is not None and solver.has_tolerance:
+        return (
+            "generation with a cache needs a fixed number of steps, got a solver with"
+            f" rtol={solver.rtol}, atol={solver.atol}"
         )
-
-
-def _check_warm_start(model: AbstractLanguageModel, use_cache: bool) -> None:
-    solver = getattr(getattr(model, "equilibrium", None), "solver", None)
-    if use_cache or solver is None or not solver.has_tolerance:
-        raise ValueError(
-            f"warm_start=True needs a solver with a tolerance and use_cache=False, got {solver} and"
-            f" use_cache={use_cache}: a fixed number of steps from another start would change the text"
-        )
+    # The cache evaluates f outside its layer, but FSDP2 gathers parameters only for the layer.
+    return "the parameters are sharded" if any(map(is_sharded, model.parameters())) else None
 
 
 @contextmanager
@@ -169,24 +166,6 @@ def _warm_started(model: Any) -> Iterator[None]:
             handle.remove()
 
 
-@contextmanager
-def _eval_mode(model: AbstractLanguageModel) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
-def has_exact_cache(model: Any) -> bool:
-    """Whether a key-value cache changes nothing: not with a tolerance, nor with a block of one's own."""
-    solver = getattr(getattr(model, "equilibrium", None), "solver", None)
-    # The cache evaluates f outside its layer, but FSDP2 gathers parameters only for the layer.
-    is_whole = not any(map(is_sharded, model.parameters()))
-    return model.config.has_cache and (solver is None or not solver.has_tolerance) and is_whole
-
-
 def continue_text(model: Any, tokenizer: Any, prompt: str, *, seed: int = 0, **sampling: Any) -> str:
     """Return prompt and continuation; only the end of a prompt longer than the context is read.
 
@@ -199,7 +178,7 @@ def continue_text(model: Any, tokenizer: Any, prompt: str, *, seed: int = 0, **s
     context_length = model.config.context_length
     tokens_BT = torch.tensor([ids[-context_length:]], device=device)
     generator = torch.Generator(device).manual_seed(seed)
-    use_cache = has_exact_cache(model)
+    use_cache = cache_fault(model) is None
     new = generate(model, tokens_BT, generator=generator, use_cache=use_cache, **sampling)[0, tokens_BT.shape[1] :]
     # A padded vocabulary has ids without text, which an untrained model may draw.
     text: str = tokenizer.decode([i for i in new.tolist() if i < tokenizer.vocab_size])

@@ -17,7 +17,7 @@ from typing_extensions import override
 from revdeq_lightning.equilibrium import settle_checks
 from revdeq_lightning.models.build import SolverConfig, build_language_model
 from revdeq_lightning.models.config import TransformerConfig
-from revdeq_lightning.models.generation import TextReader, has_exact_cache
+from revdeq_lightning.models.generation import TextReader, cache_fault
 from revdeq_lightning.models.transformer import AbstractLanguageModel
 
 _MODULE = "modeling_revdeq"
@@ -74,7 +74,7 @@ class PromptCache:
     def read(self, tokens_BT: Tensor, mask_BT: Tensor | None) -> Tensor:
         """Inputs of the output projection at the new tokens; zero at padding before a text."""
         if not self._readers:
-            use_cache = self._goes_on and has_exact_cache(self._model)
+            use_cache = self._goes_on and cache_fault(self._model) is None
             groups = self._groups(tokens_BT, mask_BT)
             self._readers = [(start, rows, TextReader(self._model, use_cache)) for start, rows in groups]
         begins = [max(0, start - self._length) for start, *_ in self._readers]

@@ -8,7 +8,7 @@ includes, uses it on all (AMD EPYC, one core, 1024 x 1024 x 1024: 105 and 223 GF
 import functools
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +28,7 @@ class Linear(nn.Linear):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x @ weight.T + bias` by the faster of the two libraries."""
     if not _is_transformed() and mkl_is_slow() and _is_plain(x) and _is_plain(weight) and x.dim() > 1:
-        product: Tensor = _OneDNNLinear.apply(x, weight, bias)
-        return product
+        return cast(Tensor, _OneDNNLinear.apply(x, weight, bias))
     return F.linear(x, weight, bias)
 
 
@@ -64,8 +63,7 @@ class _OneDNNLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-        return product
+        return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], ""))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

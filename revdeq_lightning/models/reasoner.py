@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from revdeq_lightning.equilibrium import EquilibriumLayer, FixedPointSolution
+from revdeq_lightning.equilibrium.validation import require_in_range
 from revdeq_lightning.models.config import ReasonerConfig, TransformerConfig
 from revdeq_lightning.models.own_block import own_block
 from revdeq_lightning.models.transformer import MODERN_NORM_EPS, ModernBlock
@@ -39,8 +40,7 @@ def convolution(config: ReasonerConfig, num_in: int, num_out: int, size: int = 3
     """A convolution over strings or grids that keeps the size."""
     kind: Any = {1: nn.Conv1d, 2: nn.Conv2d}[config.ndim]
     mode = config.padding if size > 1 else "zeros"
-    convolved: nn.Module = kind(num_in, num_out, size, padding=size // 2, bias=bias, padding_mode=mode)
-    return convolved
+    return cast(nn.Module, kind(num_in, num_out, size, padding=size // 2, bias=bias, padding_mode=mode))
 
 
 class ChannelNorm(nn.Module):
@@ -65,8 +65,7 @@ class ConvolutionLayer(nn.Module):
         nn.init.zeros_(cast(Tensor, self.conv2.weight))
 
     def forward(self, h: Tensor) -> Tensor:
-        out: Tensor = self.norm2(h + self.conv2(F.silu(self.norm1(self.conv1(h)))))
-        return out
+        return cast(Tensor, self.norm2(h + self.conv2(F.silu(self.norm1(self.conv1(h))))))
 
 
 class ConvolutionBlock(nn.Module):
@@ -77,8 +76,7 @@ class ConvolutionBlock(nn.Module):
         self.layers = nn.Sequential(*(ConvolutionLayer(config) for _ in range(config.num_layers)))
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
-        out: Tensor = self.layers(z + x)
-        return out
+        return cast(Tensor, self.layers(z + x))
 
 
 class AttentionBlock(nn.Module):
@@ -100,8 +98,7 @@ class AttentionBlock(nn.Module):
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
         z_BNC, x_BNC = (state.flatten(2).transpose(1, 2) for state in (z, x))
-        out: Tensor = self.block(z_BNC, x_BNC).transpose(1, 2).reshape(z.shape)
-        return out
+        return cast(Tensor, self.block(z_BNC, x_BNC).transpose(1, 2).reshape(z.shape))
 
 
 class AbstractReasoner(nn.Module):
@@ -153,8 +150,7 @@ class AbstractReasoner(nn.Module):
 
     def readout(self, state: Tensor) -> Tensor:
         """Logits of each cell."""
-        logits: Tensor = self.head(state)
-        return logits
+        return cast(Tensor, self.head(state))
 
 
 class ExplicitReasoner(AbstractReasoner):
@@ -177,10 +173,15 @@ class Reasoner(AbstractReasoner):
         solver: Solver of the fixed point, such as `MomentumSolver(max_steps=32)`.
         adjoint: Gradient rule, such as `ReversibleAdjoint()`.
         num_losses: Fixed-point correction: the parts of the solve, each with a loss in training; 1 for none.
+        loss_decay: Weight of each part's loss over that of the next.
     """
 
-    def __init__(self, config: ReasonerConfig, solver: Any, adjoint: Any, num_losses: int = 1) -> None:
+    def __init__(
+        self, config: ReasonerConfig, solver: Any, adjoint: Any, num_losses: int = 1, loss_decay: float = 0.8
+    ) -> None:
         super().__init__(config)
+        require_in_range("loss_decay", loss_decay, "(0, 1]")
+        self.loss_decay = loss_decay
         self.equilibrium = EquilibriumLayer(make_block(config), solver=solver, adjoint=adjoint, num_parts=num_losses)
 
     def forward(self, inputs: Tensor, *, max_steps: int | None = None, z0: Tensor | None = None) -> ReasonerOutput:
@@ -206,8 +207,7 @@ class Reasoner(AbstractReasoner):
         `config.growth`.
         """
         ratio = math.prod(shape) / math.prod(self.config.shape)
-        steps: int = math.ceil(self.equilibrium.solver.max_steps * max(1.0, ratio) ** self.config.growth)
-        return steps
+        return cast(int, math.ceil(self.equilibrium.solver.max_steps * max(1.0, ratio) ** self.config.growth))
 
     def random_state(self, inputs: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """A state of standard normal numbers, to start from."""

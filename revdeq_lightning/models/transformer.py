@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -82,8 +82,7 @@ class PaperAttention(nn.Module):
         if self.inner is not None:
             qkv = [project(t_BTD) for project, t_BTD in zip(self.inner, qkv, strict=True)]
         q_BHTK, k_BHTK, v_BHTK = (split_heads(t_BTD, self.num_heads) for t_BTD in qkv)
-        out_BTD: Tensor = self.output(attention(q_BHTK, k_BHTK, v_BHTK, cache))
-        return out_BTD
+        return cast(Tensor, self.output(attention(q_BHTK, k_BHTK, v_BHTK, cache)))
 
 
 class PaperBlock(nn.Module):
@@ -103,8 +102,7 @@ class PaperBlock(nn.Module):
 
     def forward(self, z_BTD: Tensor, x_BTD: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         h_BTD = z_BTD + self.attention(self.norm1(z_BTD + x_BTD), cache)
-        out_BTD: Tensor = h_BTD + self.mlp(self.norm2(h_BTD))
-        return out_BTD
+        return cast(Tensor, h_BTD + self.mlp(self.norm2(h_BTD)))
 
 
 class ModernAttention(nn.Module):
@@ -129,8 +127,7 @@ class ModernAttention(nn.Module):
         )
         start = 0 if cache is None else cache.length
         q_BHTK, k_BHTK = (self.rotate(rms_norm(t), start).to(v_BHTK) for t in (q_BHTK, k_BHTK))
-        out_BTD: Tensor = self.output(attention(q_BHTK, k_BHTK, v_BHTK, cache, self.is_causal))
-        return out_BTD
+        return cast(Tensor, self.output(attention(q_BHTK, k_BHTK, v_BHTK, cache, self.is_causal)))
 
     def rotate(self, t_BHTK: Tensor, start: int) -> Tensor:
         """Rotate pairs of channels by angles proportional to the position, so that products depend on distances."""
@@ -150,9 +147,7 @@ class GatedMLP(nn.Module):
         self.down = Linear(d_mlp, d, bias=False)
 
     def forward(self, h_BTD: Tensor) -> Tensor:
-        """Apply the MLP to each token."""
-        out_BTD: Tensor = self.down(F.silu(self.gate(h_BTD)) * self.up(h_BTD))
-        return out_BTD
+        return cast(Tensor, self.down(F.silu(self.gate(h_BTD)) * self.up(h_BTD)))
 
 
 class ModernLayer(nn.Module):
@@ -166,8 +161,7 @@ class ModernLayer(nn.Module):
 
     def forward(self, h_BTD: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         h_BTD = h_BTD + self.attention(self.norm1(h_BTD), cache)
-        out_BTD: Tensor = h_BTD + self.mlp(self.norm2(h_BTD))
-        return out_BTD
+        return cast(Tensor, h_BTD + self.mlp(self.norm2(h_BTD)))
 
 
 class ModernBlock(nn.Module):
@@ -187,8 +181,7 @@ class ModernBlock(nn.Module):
         h_BTD = z_BTD + x_BTD
         for layer in self.layers:
             h_BTD = layer(h_BTD, cache)
-        out_BTD: Tensor = self.norm(h_BTD)
-        return out_BTD
+        return cast(Tensor, self.norm(h_BTD))
 
 
 class ShortConvolution(nn.Module):
@@ -218,10 +211,8 @@ class PaperEmbedding(nn.Module):
         self.position = nn.Embedding(config.context_length, config.d_model)
 
     def forward(self, tokens_BT: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """Input injection x."""
         start = 0 if cache is None else cache.length
-        x_BTD: Tensor = self.token(tokens_BT) + self.position.weight[start : start + tokens_BT.shape[1]]
-        return x_BTD
+        return cast(Tensor, self.token(tokens_BT) + self.position.weight[start : start + tokens_BT.shape[1]])
 
 
 class ModernEmbedding(nn.Module):
@@ -234,9 +225,7 @@ class ModernEmbedding(nn.Module):
         self.convolution = ShortConvolution(config)
 
     def forward(self, tokens_BT: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """Input injection x."""
-        x_BTD: Tensor = self.convolution(rms_norm(self.token(tokens_BT)), cache)
-        return x_BTD
+        return cast(Tensor, self.convolution(rms_norm(self.token(tokens_BT)), cache))
 
 
 class AbstractLanguageModel(nn.Module):
@@ -272,8 +261,7 @@ class AbstractLanguageModel(nn.Module):
             raise ValueError(f"{end} tokens do not fit the model's context_length {self.config.context_length}")
         if tokens_BT.device.type == "cpu" and not torch.compiler.is_compiling():
             self.config.check_tokens(tokens_BT)
-        x_BTD: Tensor = self.embedding(tokens_BT, cache)
-        return x_BTD
+        return cast(Tensor, self.embedding(tokens_BT, cache))
 
     def hidden(self, tokens_BT: Tensor, cache: KeyValueCache | None = None) -> tuple[Tensor, SolverStats | None]:
         """Input of the output projection, and statistics; with a cache, of the tokens after the cached ones."""
@@ -343,7 +331,6 @@ class TransformerLM(AbstractLanguageModel):
         return LMLoss(loss, (targets_BT != IGNORE_INDEX).sum(), last.stats, tuple(part.stats for part in last.earlier))
 
     def transform(self, x_BTD: Tensor, cache: KeyValueCache | None) -> tuple[Tensor, SolverStats | None]:
-        """Solve `z = f(z, x)` from zero."""
         if cache is None:
             solution = self.equilibrium(x_BTD)
         else:
@@ -351,3 +338,20 @@ class TransformerLM(AbstractLanguageModel):
             f = cache.bind(getattr(self.equilibrium.f, "_orig_mod", self.equilibrium.f).forward)
             solution = self.equilibrium.solve(f, torch.zeros_like(x_BTD), x_BTD, adjoint=BackpropAdjoint())
         return solution.value, solution.stats
+
+
+class ExplicitTransformerLM(AbstractLanguageModel):
+    """The baseline without an equilibrium: `config.num_layers` modern layers, evaluated once: `h = f(0, x)`.
+
+    Same embedding, layers, readout, and interface as `TransformerLM` with `block="modern"`; the statistics are None.
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__(config)
+        if config.block != "modern":
+            raise ValueError(f"the explicit baseline needs block='modern', got block={config.block!r}")
+        self.block = ModernBlock(config)
+
+    def transform(self, x_BTD: Tensor, cache: KeyValueCache | None) -> tuple[Tensor, SolverStats | None]:
+        block = self.block if cache is None else cache.bind(self.block.forward)
+        return block(torch.zeros_like(x_BTD), x_BTD), None

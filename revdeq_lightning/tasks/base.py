@@ -3,6 +3,8 @@
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -10,9 +12,9 @@ from lightning import Callback, LightningModule
 from torch import Tensor, nn
 
 from revdeq_lightning.equilibrium import SolverStats, equilibria, jacobian_regularization, settle_checks
-from revdeq_lightning.equilibrium.function import is_compiled
 from revdeq_lightning.equilibrium.validation import require_in_range
 from revdeq_lightning.errors import ParallelismError
+from revdeq_lightning.models.build import SolverConfig
 from revdeq_lightning.tasks.averaged_weights import AveragedWeights
 from revdeq_lightning.tasks.checkpoint_fit import changed_settings, check_weights, kept_settings
 from revdeq_lightning.tasks.optimizers import OptimizerConfig, WindowedPlateau, build_optimizer, build_scheduler
@@ -37,34 +39,59 @@ class AbstractTask(LightningModule):
     """A model with its loss and optimizer.
 
     Args:
+        network: Sizes of the model, of `network_class`.
+        solver: How the equilibria are found and differentiated.
         optimizer: Optimizer, schedule, averaging of the weights.
+        build: Builds the model from `network` and `solver`.
+        compile: Compile each f, or the layers of a model without an equilibrium, with torch.compile.
         jacobian_weight: If above 0, add this times the mean of `jacobian_regularization` over the equilibria, at their
             solutions, to the training loss. It costs one evaluation of f with a double backward pass.
+        others: Other settings of the task, for its checkpoints.
 
     Raises:
-        ValueError: If the weight is negative or not finite.
+        ValueError: If the weight is negative or not finite, or the model has no equilibrium, or a compiled one.
     """
 
-    model: nn.Module
+    model: Any
+    network_class: type[Any]
     batch_type: type[Any]
     """Named tuple of the batches; its first two fields are enough, as a pair of tensors."""
+    metrics: nn.ModuleDict
+    """By split, "val" and "test"."""
 
-    def __init__(self, optimizer: OptimizerConfig, jacobian_weight: float = 0.0) -> None:
+    def __init__(
+        self,
+        network: Any,
+        solver: SolverConfig,
+        optimizer: OptimizerConfig,
+        build: Callable[[Any, SolverConfig], nn.Module],
+        *,
+        compile: bool,
+        jacobian_weight: float,
+        **others: Any,
+    ) -> None:
         super().__init__()
         require_in_range("jacobian_weight", jacobian_weight, "[0, inf)")
-        self.optimizer_config = optimizer
-        self.jacobian_weight = jacobian_weight
-
-    def check_penalty(self) -> None:
-        """Raise ValueError if the penalty has a weight but the model has no equilibrium, or a compiled one."""
+        # A checkpoint contains plain containers.
+        network = self.network_class(**network) if isinstance(network, dict) else network
+        solver = SolverConfig(**solver) if isinstance(solver, dict) else solver
+        optimizer = OptimizerConfig(**optimizer) if isinstance(optimizer, dict) else optimizer
+        settings = {"network": asdict(network), "solver": asdict(solver), "optimizer": asdict(optimizer), **others}
+        self.save_hyperparameters(settings | {"compile": compile, "jacobian_weight": jacobian_weight}, logger=False)
+        self.optimizer_config, self.jacobian_weight = optimizer, jacobian_weight
+        self._recipe = Recipe(partial(build, network, solver))
+        self.model = self._recipe.model()
         layers = equilibria(self.model)
-        if self.jacobian_weight and not layers:
-            raise ValueError(f"jacobian_weight={self.jacobian_weight} needs a model with an equilibrium: remove it")
-        if self.jacobian_weight and any(is_compiled(layer.f) for layer in layers):
+        if jacobian_weight and not layers:
+            raise ValueError(f"jacobian_weight={jacobian_weight} needs a model with an equilibrium: remove it")
+        if jacobian_weight and compile:
             raise ValueError(
-                f"jacobian_weight={self.jacobian_weight} needs second derivatives, which torch.compile does not"
-                " support: set compile=false"
+                f"jacobian_weight={jacobian_weight} needs second derivatives, which torch.compile does not support: set"
+                " compile=false"
             )
+        if compile:
+            for f in [layer.f for layer in layers] or [getattr(self.model, "block", self.model)]:
+                f.compile()
 
     @contextmanager
     def penalized(self) -> Iterator[list[Tensor]]:
@@ -121,9 +148,18 @@ class AbstractTask(LightningModule):
     def _add_to(self, split: str, batch: Any) -> Any:
         """Add a batch to the sums over a split, "val" or "test"; the return value is for callbacks."""
 
-    @abstractmethod
     def _log_figures(self, split: str) -> None:
         """Log the metrics of a complete split."""
+        self.log_dict({f"{split}/{key}": value for key, value in self._take(split).items()}, sync_dist=True)
+
+    def _metric(self, name: str) -> Any:
+        return self.metrics[name]
+
+    def _take(self, name: str, *arguments: Any) -> dict[str, Tensor]:
+        """The figures of a metric, which begins anew."""
+        figures: dict[str, Tensor] = self._metric(name).compute(*arguments)
+        self._metric(name).reset()
+        return figures
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Log the learning rates of this step: `train/lr` of AdamW and, with Muon, `train/muon_lr`."""
@@ -152,11 +188,6 @@ class AbstractTask(LightningModule):
     def on_test_epoch_end(self) -> None:
         settle_checks()
         self._log_figures("test")
-
-    def make_model(self, build: Callable[[], nn.Module]) -> None:
-        """Build `self.model`; within `deferred_weights()` without weights, which are set when it is sharded."""
-        self._recipe = Recipe(build)
-        self.model = self._recipe.model()
 
     def configure_model(self) -> None:
         """Shard the model if the strategy does so."""

@@ -1,20 +1,18 @@
 """Image classification: training loss, also for mixed images, and evaluation metrics."""
 
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics import MetricCollection, SumMetric
-from torchmetrics.classification import MulticlassAccuracy
 
 from revdeq_lightning.data.images.batches import ImageBatch
 from revdeq_lightning.data.loading.sampler import IGNORE_INDEX
-from revdeq_lightning.equilibrium import equilibria
 from revdeq_lightning.equilibrium.validation import require_in_range
+from revdeq_lightning.metrics import ClassificationMetrics
 from revdeq_lightning.models import ClassifierConfig
-from revdeq_lightning.models.build import SolverConfig, build_image_classifier, plain
+from revdeq_lightning.models.build import SolverConfig, build_image_classifier
 from revdeq_lightning.tasks.base import AbstractTask, TrainingOutput, require_integers
 from revdeq_lightning.tasks.optimizers import OptimizerConfig
 
@@ -37,7 +35,7 @@ class ClassificationTask(AbstractTask):
         jacobian_weight: Weight of the penalty on df/dz at the fixed point; 0 for none (see `AbstractTask`).
     """
 
-    model: Any
+    network_class = ClassifierConfig
     batch_type = ImageBatch
 
     def __init__(
@@ -50,23 +48,15 @@ class ClassificationTask(AbstractTask):
         compile: bool = False,
         jacobian_weight: float = 0.0,
     ) -> None:
-        # A checkpoint contains plain containers.
-        network = ClassifierConfig(**network) if isinstance(network, dict) else network
-        solver = SolverConfig(**solver) if isinstance(solver, dict) else solver
-        optimizer = OptimizerConfig(**optimizer) if isinstance(optimizer, dict) else optimizer
-        super().__init__(optimizer, jacobian_weight)
         require_in_range("label_smoothing", label_smoothing, "[0, 1)")
-        settings = plain(network=network, solver=solver, optimizer=optimizer)
-        options = {"label_smoothing": label_smoothing, "channels_last": channels_last, "compile": compile}
-        self.save_hyperparameters({**settings, **options, "jacobian_weight": jacobian_weight}, logger=False)
-        self.label_smoothing = label_smoothing
-        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.make_model(partial(build_in_order, network, solver, self.memory_format))
-        self.metrics = nn.ModuleDict({name: figures(network.num_classes) for name in ("val", "test")})
-        if compile:
-            for layer in equilibria(self.model):
-                layer.f.compile()
-        self.check_penalty()
+        memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        build = partial(build_in_order, memory_format=memory_format)
+        settings: Any = {"label_smoothing": label_smoothing, "channels_last": channels_last}
+        settings |= {"compile": compile, "jacobian_weight": jacobian_weight}
+        super().__init__(network, solver, optimizer, build, **settings)
+        self.label_smoothing, self.memory_format = label_smoothing, memory_format
+        num_classes = self.model.config.num_classes
+        self.metrics = nn.ModuleDict({name: ClassificationMetrics(num_classes) for name in ("val", "test")})
 
     def setup(self, stage: str) -> None:
         config = self.model.config
@@ -112,34 +102,27 @@ class ClassificationTask(AbstractTask):
     def evaluation_sums(self, batch: Any) -> dict[str, Tensor]:
         """Sums over the images of the batch, for `DepthSweep`."""
         batch = self.as_batch(batch)
-        logits_BV = self(batch.images).logits_BV.float()
-        nats = F.cross_entropy(logits_BV, batch.labels, reduction="sum", ignore_index=IGNORE_INDEX)
-        correct = (logits_BV.argmax(-1) == batch.labels).sum()
-        return {"loss": nats, "accuracy": correct, "count": (batch.labels != IGNORE_INDEX).sum()}
+        sums = self._sums(batch, self(batch.images).logits_BV)
+        return {"loss": sums["nats"], "accuracy": sums["right"], "count": sums["images"]}
+
+    def _sums(self, batch: ImageBatch, logits_BV: Tensor) -> dict[str, Tensor]:
+        """Sums over the images of a batch without padding, as `ClassificationMetrics` takes them."""
+        first_BK = logits_BV.topk(min(5, logits_BV.shape[1])).indices
+        return {
+            "nats": F.cross_entropy(logits_BV.float(), batch.labels, reduction="sum", ignore_index=IGNORE_INDEX),
+            "right": (first_BK[:, 0] == batch.labels).sum(),
+            "right_in_five": (first_BK == batch.labels[:, None]).sum(),
+            "images": (batch.labels != IGNORE_INDEX).sum(),
+        }
 
     def _nats(self, logits_BV: Tensor, labels_B: Tensor, weights_B: Tensor) -> Tensor:
         nats_B = F.cross_entropy(logits_BV, labels_B, reduction="none", label_smoothing=self.label_smoothing)
         return weights_B @ nats_B
 
-    def _add_to(self, name: str, batch: ImageBatch) -> Tensor:
-        logits_BV: Tensor = self(batch.images).logits_BV.float()
-        real = batch.labels != IGNORE_INDEX
-        nats_B = F.cross_entropy(logits_BV, batch.labels.clamp(min=0), reduction="none")
-        for key, metric in cast(MetricCollection, self.metrics[name]).items():
-            if key == "nats":
-                metric.update(nats_B * real)
-            elif key == "images":
-                metric.update(real.sum())
-            else:
-                metric.update(logits_BV, batch.labels)
+    def _add_to(self, split: str, batch: ImageBatch) -> Tensor:
+        logits_BV: Tensor = self(batch.images).logits_BV
+        self._metric(split).update(**self._sums(batch, logits_BV))
         return logits_BV
-
-    def _log_figures(self, name: str) -> None:
-        metrics = cast(MetricCollection, self.metrics[name])
-        values = metrics.compute()
-        values = {"loss": values.pop("nats") / values.pop("images")} | values
-        self.log_dict({f"{name}/{key}": value for key, value in values.items()}, sync_dist=True)
-        metrics.reset()
 
 
 def build_in_order(network: ClassifierConfig, solver: SolverConfig, memory_format: torch.memory_format) -> nn.Module:
@@ -157,17 +140,3 @@ def num_images(batch: ImageBatch) -> Tensor:
     """Number of images of the batch that could be decoded; at least 1."""
     shares = [weights_B @ (labels_B != IGNORE_INDEX).float() for labels_B, weights_B in targets(batch)]
     return sum(shares, torch.zeros((), device=batch.labels.device)).clamp(min=1)
-
-
-def figures(num_classes: int) -> MetricCollection:
-    """Metrics of an evaluation, and the sums of its loss; padding items do not count."""
-
-    def accuracy(top_k: int) -> MulticlassAccuracy:
-        return MulticlassAccuracy(num_classes, top_k=top_k, average="micro", ignore_index=IGNORE_INDEX)
-
-    # No MeanMetric: it would leave NaN out, or, with "disable", its weights.
-    sums = {name: SumMetric(nan_strategy="disable") for name in ("nats", "images")}
-    metrics: dict[str, Any] = {**sums, "accuracy": accuracy(1)}
-    if num_classes > 5:
-        metrics["top5_accuracy"] = accuracy(5)
-    return MetricCollection(metrics, compute_groups=False)

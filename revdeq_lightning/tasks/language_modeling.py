@@ -1,8 +1,7 @@
 """Language modeling: training loss, and evaluation metrics with units."""
 
 from contextlib import nullcontext
-from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +10,7 @@ from revdeq_lightning.data.text.windows import TextBatch
 from revdeq_lightning.equilibrium.function import is_compiled
 from revdeq_lightning.metrics import LanguageMetrics
 from revdeq_lightning.models import TransformerConfig
-from revdeq_lightning.models.build import SolverConfig, build_language_model, plain
+from revdeq_lightning.models.build import SolverConfig, build_language_model
 from revdeq_lightning.models.generation import continue_text
 from revdeq_lightning.tasks.base import AbstractTask, TrainingOutput
 from revdeq_lightning.tasks.optimizers import OptimizerConfig
@@ -35,7 +34,7 @@ class LanguageModelingTask(AbstractTask):
         jacobian_weight: Weight of the penalty on df/dz at the fixed point; 0 for none (see `AbstractTask`).
     """
 
-    model: Any  # ExplicitTransformerLM or TransformerLM
+    network_class = TransformerConfig
     batch_type = TextBatch
 
     def __init__(
@@ -46,19 +45,9 @@ class LanguageModelingTask(AbstractTask):
         compile: bool = False,
         jacobian_weight: float = 0.0,
     ) -> None:
-        # A checkpoint contains plain containers.
-        network = TransformerConfig(**network) if isinstance(network, dict) else network
-        solver = SolverConfig(**solver) if isinstance(solver, dict) else solver
-        optimizer = OptimizerConfig(**optimizer) if isinstance(optimizer, dict) else optimizer
-        super().__init__(optimizer, jacobian_weight)
-        settings = plain(network=network, solver=solver, optimizer=optimizer)
-        self.save_hyperparameters({**settings, "compile": compile, "jacobian_weight": jacobian_weight}, logger=False)
-        self.make_model(partial(build_language_model, network, solver))
+        settings: Any = {"compile": compile, "jacobian_weight": jacobian_weight}
+        super().__init__(network, solver, optimizer, build_language_model, **settings)
         self.metrics = nn.ModuleDict({name: LanguageMetrics() for name in SPLITS})
-        if compile:
-            f = self.model.equilibrium.f if solver.solver != "none" else self.model.block
-            f.compile()
-        self.check_penalty()
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         batch = self.as_batch(batch)
@@ -100,14 +89,12 @@ class LanguageModelingTask(AbstractTask):
 
     def _add_to(self, name: str, batch: TextBatch) -> None:
         output = self.model.loss(batch.tokens, batch.targets)
-        metric = cast(LanguageMetrics, self.metrics[name])
+        metric = self._metric(name)
         metric.update(output.loss.to(metric.total_nats.dtype) * output.num_targets, output.num_targets)
 
     def _log_figures(self, name: str) -> None:
-        metric = cast(LanguageMetrics, self.metrics[name])
         split_statistics = self.from_data("split_statistics")
-        figures = metric.compute(split_statistics(SPLITS[name]) if split_statistics else None)
-        metric.reset()
+        figures = self._take(name, split_statistics(SPLITS[name]) if split_statistics else None)
         # Already the same on all processes, but Lightning requires the flag.
         values = {f"{name}/{key}": value.to(torch.float32) for key, value in figures.items()}
         self.log_dict(values, sync_dist=True)

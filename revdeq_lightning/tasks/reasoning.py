@@ -1,7 +1,6 @@
 """Reasoning: the loss of training, and how many puzzles of each size are solved."""
 
 from collections.abc import Iterable
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -15,7 +14,7 @@ from revdeq_lightning.equilibrium.validation import require_count, require_in_ra
 from revdeq_lightning.host import send
 from revdeq_lightning.metrics import ReasoningMetrics
 from revdeq_lightning.models import ReasonerConfig
-from revdeq_lightning.models.build import SolverConfig, build_reasoner, plain
+from revdeq_lightning.models.build import SolverConfig, build_reasoner
 from revdeq_lightning.models.cross_entropy import corrected_loss
 from revdeq_lightning.tasks.base import AbstractTask, TrainingOutput
 from revdeq_lightning.tasks.optimizers import OptimizerConfig
@@ -43,7 +42,7 @@ class ReasoningTask(AbstractTask):
         jacobian_weight: Weight of the penalty on df/dz at the fixed point; 0 for none (see `AbstractTask`).
     """
 
-    model: Any
+    network_class = ReasonerConfig
     batch_type = PuzzleBatch
 
     def __init__(
@@ -57,29 +56,17 @@ class ReasoningTask(AbstractTask):
         compile: bool = False,
         jacobian_weight: float = 0.0,
     ) -> None:
-        # A checkpoint gives plain containers.
-        network = ReasonerConfig(**network) if isinstance(network, dict) else network
-        solver = SolverConfig(**solver) if isinstance(solver, dict) else solver
-        optimizer = OptimizerConfig(**optimizer) if isinstance(optimizer, dict) else optimizer
-        super().__init__(optimizer, jacobian_weight)
+        settings: Any = {"random_start": random_start, "late_start": late_start, "late_steps": late_steps}
+        settings |= {"compile": compile, "jacobian_weight": jacobian_weight}
+        super().__init__(network, solver, optimizer, build_reasoner, **settings)
         for name, value in (("random_start", random_start), ("late_start", late_start)):
             require_in_range(name, value, "[0, 1]")
-            if value and solver.solver == "none":
+            if value and not equilibria(self.model):
                 raise ValueError(f"{name}={value} needs a model with an equilibrium: remove it")
         require_count("late_steps", late_steps)
-        settings = plain(network=network, solver=solver, optimizer=optimizer)
-        starts = {"random_start": random_start, "late_start": late_start, "late_steps": late_steps}
-        options = {**starts, "compile": compile, "jacobian_weight": jacobian_weight}
-        self.save_hyperparameters({**settings, **options}, logger=False)
         self.random_start, self.late_start, self.late_steps = random_start, late_start, late_steps
-        self.loss_decay = solver.correction["loss_decay"]
-        self.make_model(partial(build_reasoner, network, solver))
         self.metrics = nn.ModuleDict({"val": ReasoningMetrics(), "test": ReasoningMetrics()})
         self._sizes: list[str] = []
-        if compile:
-            for layer in equilibria(self.model):
-                layer.f.compile()
-        self.check_penalty()
 
     def setup(self, stage: str) -> None:
         if check_model := self.from_data("check_model"):
@@ -107,7 +94,7 @@ class ReasoningTask(AbstractTask):
             stats = tuple(part.stats for part in (*earlier, output.solution))
             if earlier:
                 losses = [self._nats(self.model.readout(part.value), batch.targets) for part in earlier]
-                loss = corrected_loss([*losses, loss], self.loss_decay)
+                loss = corrected_loss([*losses, loss], self.model.loss_decay)
         loss = self.with_penalty(loss, penalties)
         return {"loss": loss, "step": TrainingOutput(stats, len(batch.inputs), "puzzles")}
 
@@ -140,8 +127,7 @@ class ReasoningTask(AbstractTask):
         self._metric(split).update(**sums)
         if split == "test" and (size := shape_name(batch.inputs.shape[1:])) in self._sizes:
             self._metric(f"test_{size}").update(**sums)
-        logits: Tensor = output.logits
-        return logits
+        return cast(Tensor, output.logits)
 
     def _log_figures(self, name: str) -> None:
         values = {f"{name}/{key}": value for key, value in self._take(name).items()}
@@ -152,15 +138,6 @@ class ReasoningTask(AbstractTask):
                 values[f"test/solved_from_random_{size}"] = found["solved"]
                 values[f"test/same_from_random_{size}"] = found["cell_accuracy"]
         self.log_dict(values, sync_dist=True)
-
-    def _metric(self, name: str) -> ReasoningMetrics:
-        return cast(ReasoningMetrics, self.metrics[name])
-
-    def _take(self, name: str) -> dict[str, Tensor]:
-        metric = self._metric(name)
-        values: dict[str, Tensor] = metric.compute()
-        metric.reset()
-        return values
 
     def _sums(self, batch: PuzzleBatch, output: Any) -> dict[str, Tensor]:
         """Sums over the puzzles of a batch, as `ReasoningMetrics` takes them."""

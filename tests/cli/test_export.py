@@ -1,7 +1,11 @@
 """Weights exported: what is told where that fails, and what it leaves. What they hold: `test_sharded_checkpoint.py`."""
 
+import os
 import resource
+import shutil
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -27,6 +31,27 @@ def error(capsys, *arguments, code=2):
     return line
 
 
+def test_generate_needs_only_the_checkpoint_and_no_lightning(checkpoint, tmp_path):
+    elsewhere = shutil.copy(checkpoint, tmp_path / "elsewhere.ckpt")
+    program = """
+import sys
+from revdeq_lightning.cli.main import main
+options = ["--ckpt_path", sys.argv[1], "--prompt", "abc", "--max_new_tokens", "30", "--top_k", "5"]
+for seed in "001":
+    main(["generate", *options, "--seed", seed])
+    print("|")
+assert "lightning" not in sys.modules
+"""
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    command = [sys.executable, "-c", program, str(elsewhere)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    first, again, other, _ = result.stdout.split("|\n")
+    assert first == again != other
+    assert first.startswith("abc")
+    assert len(first) == len("abc") + 30 + 1
+
+
 def test_it_says_of_a_damaged_checkpoint_what_generate_says(checkpoint, tmp_path, capsys):
     content = bytearray(checkpoint.read_bytes())
     content[len(content) // 2] ^= 1
@@ -36,12 +61,6 @@ def test_it_says_of_a_damaged_checkpoint_what_generate_says(checkpoint, tmp_path
     told = error(capsys, "export", "--ckpt_path", damaged)
     assert told == f"error: {damaged} is damaged (its checksum does not match)"
     assert told == error(capsys, "generate", "--ckpt_path", damaged)
-
-
-def test_a_folder_that_is_missing_is_told(checkpoint, tmp_path, capsys):
-    target = tmp_path / "none/weights.safetensors"
-    told = error(capsys, "export", "--ckpt_path", checkpoint, "--output", target)
-    assert told == f"error: cannot write {target}: there is no folder {target.parent}"
 
 
 def test_a_full_disk_is_told_and_leaves_the_file_of_before(checkpoint, tmp_path, capsys):
@@ -85,29 +104,23 @@ def test_a_new_run_begins_with_exported_weights(checkpoint, tmp_path, capsys, mo
     assert told.startswith(f"error: {weights} is no file of weights, or a damaged one")
 
 
-@pytest.mark.parametrize("command", ["fit", "test"])
-def test_weights_alone_are_no_checkpoint_of_a_run(checkpoint, tmp_path, capsys, command):
-    config = tiny_config(tmp_path)
-    weights = tmp_path / "w.safetensors"
-    run("export", "--ckpt_path", checkpoint, "--output", weights)
+def test_what_cannot_be_used_is_told(checkpoint, tmp_path, capsys):
+    run("export", "--ckpt_path", checkpoint, "--output", tmp_path / "w.safetensors")
+    torch.save({"w": torch.zeros(1)}, tmp_path / "w.ckpt")
+    config, folder, file, missing = tiny_config(tmp_path), checkpoint.parents[1], tmp_path / "w", tmp_path / "none/w"
     capsys.readouterr()
-    if command == "test":
-        for other in (command, "generate", "export"):
-            told = error(capsys, other, "--ckpt_path", weights)
-            assert told.startswith(f"error: {weights} holds weights alone, as `export` writes them: use a checkpoint")
-    weights = tmp_path / "w.ckpt"
-    torch.save({"w": torch.zeros(1)}, weights)
-    told = error(capsys, command, "--config", config, "--ckpt_path", weights, code=1 if command == "fit" else 2)
-    assert told.startswith(f"error: {weights} is not the checkpoint of a training run but weights alone")
-
-
-def test_the_folder_of_a_run_is_no_checkpoint(checkpoint, capsys):
-    folder = checkpoint.parent.parent
+    for command in ("test", "generate", "export"):
+        told = error(capsys, command, "--ckpt_path", f"{file}.safetensors")
+        assert told.startswith(f"error: {file}.safetensors holds weights alone, as `export` writes them: use a check")
+    for command, code in (("fit", 1), ("test", 2)):
+        told = error(capsys, command, "--config", config, "--ckpt_path", f"{file}.ckpt", code=code)
+        assert told.startswith(f"error: {file}.ckpt is not the checkpoint of a training run but weights alone")
+    told = error(capsys, "export", "--ckpt_path", f"{file}.ckpt")
+    assert told == f"error: {file}.ckpt is not a checkpoint of a training run (it has no 'hyper_parameters')"
     told = error(capsys, "fit", "--ckpt_path", folder)
     assert told == f"error: {folder} is the folder of a run: set --ckpt_path to a file in {folder}/checkpoints"
-
-
-def test_a_device_that_is_missing_is_told(checkpoint, capsys):
+    told = error(capsys, "export", "--ckpt_path", checkpoint, "--output", missing)
+    assert told == f"error: cannot write {missing}: there is no folder {missing.parent}"
     for device in ("cuda:97", "gpu", "meta"):
         told = error(capsys, "generate", "--ckpt_path", checkpoint, "--device", device)
         assert told.startswith(f"error: --device={device} cannot be used (")

@@ -245,6 +245,7 @@ TASKS = {
 
 def test_the_harness_agrees_with_log_likelihoods_by_hand(small, tmp_path, capsys):
     lm_eval = pytest.importorskip("lm_eval", reason="the extra evaluation is not installed")
+    pytest.importorskip("accelerate", reason="the extra evaluation is not installed")
     from lm_eval.tasks import TaskManager
 
     tokenizer = CharacterTokenizer(CHARACTERS)

@@ -7,9 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
-from revdeq_lightning.cli.option_names import _is_known, check_options, option_groups, short_help
+from revdeq_lightning.cli.option_names import _is_known, check_options, option_groups
 from tests.helpers.runs import run, tiny_config
 
 ROOT = Path(__file__).parents[2]
@@ -31,54 +30,58 @@ def test_every_option_of_the_parser_is_known_and_few_others(capsys, words):
     assert ours - real <= groups | given_by_data
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*/*.yaml")), ids=lambda path: path.stem)
-def test_every_configuration_passes(path):
-    task = {"lm": "lm", "reasoning": "reasoning", "trainer": "lm"}.get(path.parent.name, "image")
-    if (
-        isinstance(settings := yaml.safe_load(path.read_text()), dict)
-        and {"model", "data", "trainer"} & settings.keys()
-    ):
+def test_every_configuration_passes():
+    paths = [path for path in (ROOT / "configs").glob("*/*.yaml") if path.parent.name != "wandb"]
+    for path in paths:
+        task = {"lm": "lm", "reasoning": "reasoning", "trainer": "lm"}.get(path.parent.name, "image")
         check_options(task, "fit", ["--config", str(path)])
+    assert len(paths) > 30
 
 
-@pytest.mark.parametrize(
-    ("words", "error"),
-    [
-        ("fit --model.optimizer.lrr=3", "--model.optimizer.lrr=3 (did you mean model.optimizer.lr?)"),
-        ("fit --trainer.max_step 3", "--trainer.max_step (did you mean trainer.max_steps?)"),
-        ("fit --modle.network.d_model=3", "(did you mean model.network.d_model?)"),
-        ("fit --data.image_size=32", "is of the task image: use PYTHON -m revdeq_lightning image fit"),
-        ("image fit --config configs/lm/default.yaml", "is of the task lm: use PYTHON -m revdeq_lightning lm fit"),
-        ("generate --promt=x", "unrecognized arguments: --promt=x (did you mean prompt?)"),
-        ("image predict --imagse x", "unrecognized arguments: --imagse (did you mean images?)"),
-        ("report --outputt x RUN", "unrecognized arguments: --outputt"),
-    ],
-)
-def test_a_misspelt_option_is_reported_without_slow_imports(words, error):
+EARLY = {
+    "fit --model.optimizer.lrr=3": "--model.optimizer.lrr=3 (did you mean model.optimizer.lr?)",
+    "fit --trainer.max_step 3": "--trainer.max_step (did you mean trainer.max_steps?)",
+    "fit --modle.network.d_model=3": "(did you mean model.network.d_model?)",
+    "fit --data.image_size=32": "is of the task image: use PYTHON -m revdeq_lightning image fit",
+    "image fit --config configs/lm/default.yaml": "is of the task lm: use PYTHON -m revdeq_lightning lm fit",
+    "fit --config configs/lm/defalt.yaml": "configs/lm/defalt.yaml (did you mean configs/lm/default.yaml?)",
+    "fit --config {misspelt}": "model.solver.max_stpes (did you mean model.solver.max_steps?)",
+    "fti": "unknown command 'fti' (did you mean fit?)",
+    "generate --promt=x": "unrecognized arguments: --promt=x (did you mean prompt?)",
+    "image predict --imagse x": "unrecognized arguments: --imagse (did you mean images?)",
+    "report --outputt x RUN": "unrecognized arguments: --outputt",
+}
+
+
+def test_help_and_misspelt_names_come_without_slow_imports(tmp_path):
     program = """
 import sys
 from revdeq_lightning.cli.main import main
-try:
-    main(sys.argv[1:])
-finally:
-    assert not {"torch", "lightning", "numpy", "matplotlib", "jsonargparse"} & sys.modules.keys()
+for words in sys.argv[1:]:
+    try:
+        main(words.split())
+    except SystemExit as stop:
+        print(stop.code, file=sys.stderr, flush=True)
+assert not {"torch", "lightning", "numpy", "matplotlib", "jsonargparse"} & sys.modules.keys()
 """
-    command = [sys.executable, "-c", program, *words.split()]
+    path = tiny_config(tmp_path)
+    path.write_text(path.read_text().replace("max_steps: 3", "max_stpes: 3"))
+    lines = [line.format(misspelt=path) for line in EARLY]
+    command = [sys.executable, "-c", program, *lines, "--help", "fit --help"]
     result = subprocess.run(
         command, env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=ROOT, capture_output=True, text=True, check=False
     )
-    assert result.returncode == 2, result.stderr
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("error: ")
-    assert error in re.sub(r"use \S+ -m", "use PYTHON -m", line)
-
-
-def test_help_is_short_and_has_every_group():
-    text = short_help("lm", "fit")
-    assert len(text.splitlines()) < 60
-    assert max(map(len, text.splitlines())) <= 100
+    assert result.returncode == 0, result.stderr
+    told = re.sub(r"use \S+ -m", "use PYTHON -m", result.stderr).splitlines()
+    assert (told[1::2], told[-1]) == (["2"] * len(EARLY), "0")
+    for line, error in zip(told[::2], EARLY.values(), strict=False):
+        assert line.startswith("error: ")
+        assert error in line
+    assert "python -m revdeq_lightning generate --ckpt_path" in result.stdout
+    help_of_fit = result.stdout.partition("Usage: ")[2]
+    assert max(map(len, help_of_fit.splitlines())) <= 100
     for name in ("--config", "--ckpt_path", "--help=all", "--model.solver.*", "--data.*", "lr ", "val_check_interval"):
-        assert name in text
+        assert name in help_of_fit
 
 
 def test_the_checkpoint_of_another_task_is_told(tmp_path, capsys):

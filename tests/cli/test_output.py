@@ -63,7 +63,7 @@ def test_a_full_pipe_that_does_not_wait_loses_nothing():
     assert read.getvalue() == content
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8", "ascii:strict"])
+@pytest.mark.parametrize("encoding", ["ascii:strict", "cp1252", "utf-8"])
 def test_characters_that_cannot_be_shown_are_replaced(encoding):
     program = REPLACED + r"print('a\u2026\udc80\ufffdb'); print('e\u20ac', file=sys.stderr)"
     result = shell(f'"$PY" -c "{program}"', PYTHONIOENCODING=encoding)
@@ -85,7 +85,7 @@ def test_files_are_utf8_whatever_the_locale(flags, tmp_path):
     assert flags or result.stdout == "ascii a  b\n" or result.stdout.lower() == "ansi_x3.4-1968 a  b\n"
 
 
-@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
 def test_closed_streams_are_no_other_files(closed, tmp_path):
     program = (
         "print('x'); print('y', file=sys.stderr); f = open(sys.argv[1], 'w'); assert f.fileno() > 2; os.write(1, b'z')"
@@ -95,7 +95,7 @@ def test_closed_streams_are_no_other_files(closed, tmp_path):
     assert (tmp_path / "file").read_text() == ""
 
 
-@pytest.mark.parametrize("output", [">&-", "2>&-", ">/dev/full", "| true", "2>&1 | true"])
+@pytest.mark.parametrize("output", [">&-", ">/dev/full", "2>&1 | true"])
 def test_help_ends_well_without_its_reader(output):
     result = shell(f'set -o pipefail; "$PY" -m revdeq_lightning --help {output}')
     assert result.returncode == 0, result.stderr

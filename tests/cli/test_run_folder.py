@@ -44,8 +44,6 @@ def checkpoint(folder: Path) -> dict:
     [
         ("--model.network.d_model=32", "does not fit this model"),
         ("--model.optimizer.optimizer=adamw", "the state of optimizer=muon"),
-        ("--model.optimizer.schedule=plateau", "the state of schedule=constant without warmup_steps"),
-        ("--data.tokenizer=bytes", "does not fit this model"),
         ("--trainer.max_steps=-2", "max_steps"),
         ("--data.path=/nowhere", "nowhere"),
         ("--trainer.accelerator=gpu", "trainer (accelerator=gpu, "),
@@ -139,17 +137,16 @@ def test_runs_that_start_in_the_same_second_have_folders_of_their_own(tmp_path, 
     assert all((tmp_path / "runs" / version).is_dir() for version in versions)
 
 
-@pytest.mark.parametrize("version", [(), ("--run.version=mine",)])
-@pytest.mark.parametrize("wrong", ["--trainer.devices=0", "--ckpt_path={}/other.ckpt"], ids=["settings", "checkpoint"])
-def test_a_refused_new_run_leaves_no_folder(wrong, version, tmp_path, capsys):
+@pytest.mark.parametrize("options", [["--trainer.devices=0"], ["--ckpt_path={}/other.ckpt", "--run.version=mine"]])
+def test_a_refused_new_run_leaves_no_folder(options, tmp_path, capsys):
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
     with pytest.raises(SystemExit):
-        run("fit", "--config", tiny_config(tmp_path), wrong.format(tmp_path), *version)
+        run("fit", "--config", tiny_config(tmp_path), *(option.format(tmp_path) for option in options))
     assert capsys.readouterr().err.startswith("error: ")
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("setting", ["version=../x", "version=..", "name=a/b", "name=/tmp"])
+@pytest.mark.parametrize("setting", ["version=..", "name=a/b"])
 def test_a_run_stays_in_the_folder_of_runs(setting, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run("fit", "--config", tiny_config(tmp_path), f"--run.{setting}")
@@ -157,9 +154,9 @@ def test_a_run_stays_in_the_folder_of_runs(setting, tmp_path, capsys):
     assert capsys.readouterr().err.startswith(f"error: run.{key} must be a name without '/', got {value!r}: ")
 
 
-@pytest.mark.parametrize("damaged", ["", "{", "[]", "null"])
-def test_a_damaged_record_of_the_environment_does_not_end_the_run(tmp_path, damaged):
+def test_a_damaged_record_of_the_environment_does_not_end_the_run(tmp_path):
     path = tmp_path / "environment.json"
-    path.write_text(damaged)
-    write_environment(path, {"started": "now"})
-    assert json.loads(path.read_text()) == {"started": "now"}
+    for damaged in ("", "{", "[]", "null"):
+        path.write_text(damaged)
+        write_environment(path, {"started": "now"})
+        assert json.loads(path.read_text()) == {"started": "now"}

@@ -23,6 +23,10 @@ def test_closed_forms():
     assert figures["token_perplexity"].item() == pytest.approx(4, rel=1e-12)
     assert figures["word_perplexity"].item() == pytest.approx(16, rel=1e-12)
     assert figures["bits_per_byte"].item() == pytest.approx(0.5, rel=1e-12)
+    half = metrics.compute(Counts(num_tokens=16, num_bytes=64, num_words=8))  # the split was seen in part
+    assert {key: value.item() for key, value in half.items()} == {key: value.item() for key, value in figures.items()}
+    metrics.update(1e6, 1)
+    assert metrics.compute(Counts(9, 1, 1))["word_perplexity"].item() == math.inf
 
 
 def test_published_conversion_on_wikitext103():
@@ -64,14 +68,6 @@ def test_sums_in_float64():
     assert metrics.compute(Counts(1001, 1, 1))["loss"].item() == (2.0**30 + 250) / 1001
 
 
-def test_split_seen_in_part_takes_words_and_bytes_in_proportion():
-    metrics = LanguageMetrics()
-    metrics.update(2 * math.log(2), 1)
-    figures = metrics.compute(Counts(num_tokens=8, num_bytes=32, num_words=4))
-    assert figures["bits_per_byte"].item() == pytest.approx(0.5, rel=1e-12)
-    assert figures["word_perplexity"].item() == pytest.approx(16, rel=1e-12)
-
-
 def test_computes_anew_for_other_statistics_and_after_reset():
     metrics = LanguageMetrics()
     metrics.update(math.log(2), 1)
@@ -82,14 +78,7 @@ def test_computes_anew_for_other_statistics_and_after_reset():
     assert metrics.compute(Counts(1, 1, 1))["bits_per_byte"].item() == pytest.approx(2)
 
 
-def test_token_counted_twice_is_an_error():
-    metrics = LanguageMetrics()
-    metrics.update(1.0, 9)
-    with pytest.raises(ValueError, match="9 target tokens were seen, but the split holds 8"):
-        metrics.compute(Counts(8, 32, 4))
-
-
-def test_empty_split_is_an_error():
+def test_an_empty_split_and_a_token_counted_twice_are_errors():
     metrics = LanguageMetrics()
     metrics.update(0.0, 0)
     with pytest.raises(ValueError, match="no target token was seen"):
@@ -97,12 +86,9 @@ def test_empty_split_is_an_error():
     metrics.update(1.0, 1)
     with pytest.raises(ValueError, match="must hold words and bytes, got 0 and 32"):
         metrics.compute(Counts(8, 32, 0))
-
-
-def test_overflow_is_infinite():
-    metrics = LanguageMetrics()
-    metrics.update(1e6, 1)
-    assert metrics.compute(Counts(1, 1, 1))["word_perplexity"].item() == math.inf
+    metrics.update(1.0, 8)
+    with pytest.raises(ValueError, match="9 target tokens were seen, but the split holds 8"):
+        metrics.compute(Counts(8, 32, 4))
 
 
 def test_sums_over_processes():

@@ -70,27 +70,18 @@ def test_evaluations_are_those_of_every_stage(architecture):
     num_solves = 1 if architecture in ("joint", "paper_single") else len(SIZES[architecture]["channels"])
     assert [stats.forward_nfe for stats in output.stats] == [3] * num_solves
     assert [stats.backward_nfe for stats in output.stats] == [3] * num_solves
-
-
-def test_each_stage_may_have_its_own_steps():
-    output, _ = gradients(make("stages", steps=[1, 4]), *batch())
-    assert [stats.forward_nfe for stats in output.stats] == [1, 4]
+    if architecture == "stages":
+        output, _ = gradients(make("stages", steps=[1, 4]), *batch())
+        assert [stats.forward_nfe for stats in output.stats] == [1, 4]
 
 
 @pytest.mark.parametrize("architecture", ["stages", "joint"])
-@pytest.mark.parametrize(("size", "stride"), [(32, 1), (32, 2), (64, 4), (27, 1), (224, 4)])
-def test_one_constructor_takes_images_of_any_size(architecture, size, stride):
-    model = make(architecture, stem_stride=stride).eval()
-    logits = model(torch.randn(1, 3, size, size)).logits_BV
-    assert logits.shape == (1, 10)
+@pytest.mark.parametrize(("size", "stride"), [(27, 1), (32, 2), (224, 4)])
+def test_one_constructor_takes_images_of_any_size_channels_and_classes(architecture, size, stride):
+    model = make(architecture, stem_stride=stride, num_classes=101, num_channels=1).eval()
+    logits = model(torch.randn(1, 1, size, size)).logits_BV
+    assert logits.shape == (1, 101)
     assert logits.isfinite().all()
-
-
-def test_any_number_of_classes_and_channels():
-    with torch.device("meta"):
-        model = make("stages", num_classes=21_841, num_channels=1)
-    assert model.head.out_features == 21_841
-    assert model.stem[0].in_channels == 1
 
 
 @pytest.mark.parametrize("architecture", ["stages", "joint"])
@@ -117,8 +108,10 @@ def test_dropout_has_one_mask_a_solve():
     assert torch.equal(kept(images).logits_BV, kept(images).logits_BV)
 
 
-@pytest.mark.parametrize("settings", [{"block": "paper"}, {"group_size": 0}, {"group_size": 8}])
-@pytest.mark.parametrize("architecture", ["stages", "joint"])
+@pytest.mark.parametrize(
+    ("architecture", "settings"),
+    [("stages", {"block": "paper"}), ("joint", {"block": "paper"}), ("joint", {"group_size": 0})],
+)
 def test_gradient_of_other_blocks_matches_bptt(architecture, settings):
     images, labels = batch()
     _, ours = gradients(make(architecture, **settings), images, labels)
@@ -174,24 +167,6 @@ def test_peak_memory_grows_by_digits_alone_and_is_below_stored_bptt_from_two_ste
         assert ours[num_steps] <= 1.01 * ours[2] + digits
 
 
-def test_resnet_is_the_known_one():
-    torchvision = pytest.importorskip("torchvision")
-    known = torchvision.models.resnet18(num_classes=10)
-    ours = ResNet(ClassifierConfig(10, architecture="resnet", channels=[64, 128, 256, 512], stem_stride=1))
-    blocks = [block for layer in (known.layer1, known.layer2, known.layer3, known.layer4) for block in layer]
-    assert len(blocks) == len(ours.blocks)
-    images = torch.randn(2, 64, 8, 8)
-    expected = images
-    for theirs, block in zip(blocks, ours.blocks, strict=True):
-        names = {"conv1": "conv1", "conv2": "conv2", "norm1": "bn1", "norm2": "bn2"}
-        for name, their_name in names.items():
-            getattr(block, name).load_state_dict(getattr(theirs, their_name).state_dict())
-        if theirs.downsample is not None:
-            block.shortcut.load_state_dict(theirs.downsample.state_dict())
-        expected = theirs(expected)
-    torch.testing.assert_close(ours.blocks(images), expected)
-
-
 @pytest.mark.parametrize(
     ("images", "message"),
     [
@@ -217,10 +192,7 @@ def test_wrong_images_are_refused(images, message):
         ({"dropout": 1.0}, "got 1.0"),
         ({"architecture": "paper_single"}, "one stage"),
         ({"architecture": "joint", "steps": [1, 2, 3]}, "one solve"),
-        (
-            {"architecture": "paper_stages", "dropout": 0.1},
-            "dropout belongs to architecture 'stages' or .*got 0.1",
-        ),
+        ({"architecture": "paper_stages", "dropout": 0.1}, "dropout belongs to architecture 'stages' or .*got 0.1"),
         ({"architecture": "paper_stages", "stem_stride": 2}, "stem_stride belongs to"),
         ({"architecture": "joint", "stochastic_depth": 0.1}, "stochastic_depth belongs to architecture 'stages'"),
         ({"architecture": "resnet", "group_size": 0}, "group_size belongs to .* got 0 for 'resnet'"),

@@ -124,6 +124,7 @@ def test_wrong_puzzles_are_refused(inputs, says):
         ({"num_heads": 2}, "num_heads belongs to block 'attention'"),
         ({"block": "my.Block", "num_layers": 2}, "num_layers belongs to block 'convolution' or 'attention'"),
         ({"growth": -1.0}, "growth must be in"),
+        ({"block": "attention"}, "num_heads must be at least 1, got 0"),
         ({"padding": "reflect"}, "padding must be one of"),
     ],
 )

@@ -3,6 +3,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from revdeq_lightning.data.images.batches import ImageBatch
+from revdeq_lightning.equilibrium.function import is_compiled
 from revdeq_lightning.models import ClassifierConfig
 from revdeq_lightning.models.build import SolverConfig
 from revdeq_lightning.tasks.classification import ClassificationTask
@@ -87,4 +88,11 @@ def test_a_loss_that_is_not_finite_is_not_left_out_of_the_mean():
 
 
 def test_few_classes_have_no_top_five():
-    assert "top5_accuracy" not in make_task(num_classes=5).metrics["val"]
+    task = make_task(num_classes=5)
+    task.validation_step(make_batch([0, 1]), 0)
+    assert task.metrics["val"].compute().keys() == {"loss", "accuracy"}
+
+
+def test_a_model_without_an_equilibrium_is_compiled_too():
+    network, solver = ClassifierConfig(3, architecture="resnet", channels=[16]), SolverConfig(solver="none")
+    assert is_compiled(ClassificationTask(network, solver, OptimizerConfig(), compile=True).model)

@@ -3,8 +3,6 @@ import math
 import pytest
 import torch
 
-from revdeq_lightning.equilibrium import BackpropAdjoint, MomentumSolver, ReversibleAdjoint, ReversibleSolver
-from revdeq_lightning.models.build import SolverConfig
 from revdeq_lightning.tasks.language_modeling import LanguageModelingTask
 from tests.helpers.runs import tiny_data, tiny_task, tiny_trainer
 
@@ -55,15 +53,6 @@ def test_training_lowers_the_loss_and_logs_the_keys(tmp_path):
     }
 
 
-def test_every_parameter_is_trained(tmp_path):
-    data = tiny_data(tmp_path)
-    task = tiny_task(data)
-    before = {name: p.detach().clone() for name, p in task.named_parameters()}
-    tiny_trainer(tmp_path, max_steps=5, limit_val_batches=0).fit(task, data)
-    unchanged = [name for name, p in task.named_parameters() if torch.equal(p, before[name])]
-    assert unchanged == []
-
-
 def test_a_checkpoint_loads_without_code_and_without_the_command_line(tmp_path):
     data = tiny_data(tmp_path)
     trainer = tiny_trainer(tmp_path, max_steps=3)
@@ -85,26 +74,3 @@ def test_the_explicit_baseline_trains_without_equilibrium_metrics(tmp_path):
         tiny_task(data, solver={"solver": "none"}, optimizer={"schedule": "plateau", "plateau_window": 2}), data
     )
     assert not [key for key in trainer.callback_metrics if key.startswith("equilibrium")]
-
-
-def test_solver_settings_name_solver_and_adjoint():
-    settings = SolverConfig(solver="reversible", beta=0.5, max_steps=4, rtol=1e-3, arithmetic="float64")
-    assert settings.build_solver() == ReversibleSolver(beta=0.5, max_steps=4, rtol=1e-3, arithmetic="float64")
-    assert settings.build_adjoint() == ReversibleAdjoint()
-    assert SolverConfig(max_steps=2).build_solver() == MomentumSolver(max_steps=2)
-    assert SolverConfig(solver="picard").build_adjoint() == BackpropAdjoint()
-    assert SolverConfig(adjoint="backprop", checkpoint=True).build_adjoint() == BackpropAdjoint(checkpoint=True)
-
-
-@pytest.mark.parametrize(
-    ("settings", "match"),
-    [
-        ({"solver": "reversible", "momentum": 0.1}, "has no momentum, got momentum=0.1"),
-        ({"solver": "picard", "beta": 0.5}, "has no beta, got beta=0.5"),
-        ({"checkpoint": True}, "belongs to adjoint='backprop'"),
-        ({"beta": 3.0}, "beta must be in"),
-    ],
-)
-def test_settings_that_do_not_fit_are_errors(settings, match):
-    with pytest.raises(ValueError, match=match):
-        (SolverConfig(**settings).build_solver(), SolverConfig(**settings).build_adjoint())

@@ -15,6 +15,7 @@ from revdeq_lightning.tasks.optimizers import (
     group_parameters,
 )
 from tests.helpers.modules import Stranger, loader, make_model, trainer
+from tests.helpers.runs import run, run_metrics, tiny_config
 
 
 def muon(parameters):
@@ -151,6 +152,18 @@ def test_schedules_are_the_closed_forms():
     assert rates(OptimizerConfig(schedule="linear"), 5, 4) == [1, 0.75, 0.5, 0.25, 0]
     cosine = [0.1 + 0.9 * (1 + math.cos(math.pi * i / 4)) / 2 for i in range(4)]
     assert rates(OptimizerConfig(schedule="cosine", final_lr_fraction=0.1), 4, 4) == pytest.approx(cosine)
+
+
+def test_the_logged_rates_are_those_of_the_schedule(tmp_path):
+    optimizer = {"optimizer": "muon", "lr": 0.3, "muon_lr": 0.5, "embedding_lr": 0.7, "schedule": "linear"}
+    options = [f"--model.optimizer.{name}={value}" for name, value in optimizer.items()]
+    config = tiny_config(tmp_path, max_steps=4)
+    run("fit", "--config", config, "--run.version=v", "--model.optimizer.warmup_steps=1", *options, "--run.test=false")
+    rows = [row for row in run_metrics(tmp_path / "runs/tiny/v") if "train/loss" in row]
+    # Half of it in the step of the warm-up, then a quarter of the peak less in each.
+    factors = [0.5, 0.75, 0.5, 0.25]
+    assert [float(row["train/lr"]) for row in rows] == pytest.approx([0.3 * f for f in factors])
+    assert [float(row["train/muon_lr"]) for row in rows] == pytest.approx([0.5 * f for f in factors])
 
 
 def test_plateau_halves_after_patience_windows_without_improvement():

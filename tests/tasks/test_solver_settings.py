@@ -15,6 +15,7 @@ from revdeq_lightning.equilibrium import (
     PhantomAdjoint,
     PicardSolver,
     RelaxedSolver,
+    ReversibleSolver,
 )
 from revdeq_lightning.equilibrium.adjoints import ADJOINTS
 from revdeq_lightning.equilibrium.solvers import SOLVERS
@@ -23,6 +24,9 @@ from revdeq_lightning.models.build import SolverConfig
 
 
 def test_names_stand_for_solvers_and_adjoints():
+    settings = SolverConfig(solver="reversible", beta=0.5, max_steps=4, rtol=1e-3, arithmetic="float64")
+    assert settings.build_solver() == ReversibleSolver(beta=0.5, max_steps=4, rtol=1e-3, arithmetic="float64")
+    assert SolverConfig(adjoint="backprop", checkpoint=True).build_adjoint() == BackpropAdjoint(checkpoint=True)
     settings = SolverConfig(solver="anderson", max_steps=12, rtol=1e-3, memory=3, beta=0.8, ridge=1e-4)
     assert settings.build_solver() == AndersonSolver(max_steps=12, rtol=1e-3, memory=3, beta=0.8, ridge=1e-4)
     assert settings.build_adjoint() == ImplicitAdjoint()
@@ -36,7 +40,6 @@ def test_names_stand_for_solvers_and_adjoints():
         solver=RelaxedSolver(max_steps=9, rtol=1e-2), unconverged="raise"
     )
     assert SolverConfig(solver="picard", backprop_evaluations=2).build_adjoint() == BackpropAdjoint(num_evaluations=2)
-    assert SolverConfig(adjoint="phantom").build_adjoint() == PhantomAdjoint()
     settings = SolverConfig(adjoint="phantom", phantom_kind="neumann", phantom_steps=1, phantom_beta=1.0)
     assert settings.build_adjoint() == PhantomAdjoint(num_steps=1, beta=1.0, kind="neumann")
 
@@ -48,10 +51,7 @@ def test_names_stand_for_solvers_and_adjoints():
         ({"solver": "broyden", "ridge": 1e-4}, ("solver='broyden' has no ridge", "ridge=0.0001")),
         ({"solver": "anderson", "max_halvings": 0}, ("solver='anderson' has no max_halvings", "max_halvings=0")),
         ({"solver": "anderson", "arithmetic": "exact"}, ("has no arithmetic", "'exact'")),
-        (
-            {"solver": "anderson", "adjoint": "reversible"},
-            ("'anderson'", "MomentumSolver", "ImplicitAdjoint"),
-        ),
+        ({"solver": "anderson", "adjoint": "reversible"}, ("'anderson'", "MomentumSolver", "ImplicitAdjoint")),
         ({"solver": "picard", "adjoint": "reversible"}, ("'picard'", "'reversible'", "BackpropAdjoint")),
         ({"backward_rtol": 1e-3}, ("backward_rtol=0.001", "adjoint='implicit'", "adjoint='reversible'")),
         ({"adjoint": "phantom", "unconverged": "raise"}, ("unconverged='raise'", "'implicit'", "'phantom'")),
@@ -63,6 +63,8 @@ def test_names_stand_for_solvers_and_adjoints():
         ({"adjoint": "implicit", "backward_max_steps": 0}, ("max_steps", "at least 1")),
         ({"adjoint": "phantom", "phantom_steps": 0}, ("num_steps", "at least 1")),
         ({"adjoint": "phantom", "phantom_beta": 0.0}, ("beta must be in (0, 2)", "0.0")),
+        ({"solver": "picard", "beta": 0.5}, ("has no beta, got beta=0.5",)),
+        ({"beta": 3.0}, ("beta must be in",)),
     ],
 )
 def test_settings_that_do_not_belong_are_errors(settings, fragments):
