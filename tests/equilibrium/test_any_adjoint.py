@@ -1,32 +1,24 @@
 """Implicit and phantom gradients with any solver, in any surroundings."""
 
-import pytest
 import torch
 from torch import nn
 
 from revdeq_lightning.equilibrium import (
     AndersonSolver,
-    BackpropAdjoint,
     MomentumSolver,
     PhantomAdjoint,
     PicardSolver,
+    ReversibleAdjoint,
     ReversibleSolver,
 )
 from tests.helpers.equilibrium import (
-    ADJOINTS,
-    BPTT,
+    EVERY_ADJOINT,
     IMPLICIT,
-    NEUMANN,
-    REVERSIBLE,
-    UNROLLED,
     TanhMap,
-    damped_layer,
     gradients,
-    gradients_of,
     inputs,
     project,
     relative_error,
-    sequence,
     solve,
     with_adjoint,
     with_every_solver,
@@ -38,8 +30,8 @@ def test_any_solver_with_any_adjoint(make):
     f, x = TanhMap(), inputs()
     for has_tolerance in (True, False):
         solver = make(max_steps=80, rtol=1e-8) if has_tolerance else make(max_steps=80)
-        adjoints = [*ADJOINTS, BPTT, BackpropAdjoint(checkpoint=True)]
-        adjoints += [REVERSIBLE] * (make in (ReversibleSolver, MomentumSolver))
+        is_two_step = make in (ReversibleSolver, MomentumSolver)
+        adjoints = [a for a in EVERY_ADJOINT.values() if is_two_step or not isinstance(a, ReversibleAdjoint)]
         solutions = [solve(f, x, solver, adjoint) for adjoint in adjoints]
         grads = [gradients(solution.value, x, f.weight) for solution in solutions]
         for adjoint, solution, gradient in zip(adjoints, solutions, grads, strict=True):
@@ -96,54 +88,3 @@ def test_map_that_does_not_use_its_state_or_its_input(adjoint):
     value = solve(lambda z, _: 0.5 * z + bias, x, PicardSolver(max_steps=60), adjoint).value
     assert torch.autograd.grad(value.sum(), x, allow_unused=True, retain_graph=True)[0] is None
     assert (torch.autograd.grad(value.sum(), bias)[0] > 1).all()
-
-
-@pytest.mark.parametrize(
-    ("adjoint", "inside"), [(IMPLICIT, True), (IMPLICIT, False), (UNROLLED, True), (NEUMANN, False)]
-)
-def test_bf16_autocast_is_as_close_to_float64_as_bptt(adjoint, inside):
-    """With the backward pass inside of the region and outside."""
-
-    def run(adjoint, dtype=None):
-        layer, x = damped_layer(AndersonSolver(max_steps=20), adjoint), sequence()
-        if dtype is not None:
-            layer, x = layer.to(dtype), sequence().detach().to(dtype).requires_grad_()
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is None):
-            loss = project(layer(x).value)
-            if inside:
-                loss.backward()
-        if not inside:
-            loss.backward()
-        return torch.cat([g.flatten().double() for g in gradients_of(layer, x)])
-
-    error, bptt_error = (relative_error(run(a), run(a, torch.float64)) for a in (adjoint, BPTT))
-    assert 1e-4 < bptt_error < 0.3  # bf16 is at work
-    assert error <= 2 * bptt_error
-
-
-@with_adjoint
-def test_dropout_has_one_mask_a_solve(adjoint):
-    layer, x = damped_layer(AndersonSolver(max_steps=40), adjoint, dropout=0.3), sequence()
-    masks = []
-    layer.f.f.dropout.register_forward_hook(lambda module, inputs, output: masks.append(output == 0))
-    solution = layer(x)
-    state = torch.get_rng_state()
-    project(solution.value).backward()
-    assert torch.equal(torch.get_rng_state(), state)
-    assert len(masks) == 2 * solution.stats.forward_nfe
-    assert all(torch.equal(mask, masks[i % 2]) for i, mask in enumerate(masks))
-
-
-def test_half_precision_parameters():
-    for adjoint in ADJOINTS:
-        layer, x = damped_layer(AndersonSolver(max_steps=20), adjoint), sequence()
-        exact, half = layer.double(), x.detach().bfloat16().requires_grad_()
-        project(exact(x.detach().double()).value).backward()
-        expected = torch.cat([p.grad.flatten() for p in exact.parameters()])
-        layer.zero_grad()
-        layer.bfloat16()
-        project(layer(half).value.float()).backward()
-        ours = torch.cat([p.grad.flatten().double() for p in layer.parameters()])
-        assert relative_error(ours, expected) <= 0.1  # 8 bits
-        assert half.grad.dtype == torch.bfloat16
-        assert x.grad is None

@@ -19,10 +19,10 @@ from revdeq_lightning.equilibrium.exact import kernels
 from revdeq_lightning.equilibrium.solvers import reversible
 
 torch.manual_seed(0)  # float16, as the interpreter truncates to bfloat16, where a GPU rounds
-solvers = [ReversibleSolver(beta=beta, max_steps=1) for beta in (0.5, 0.7, 0.8, 1.2, 0.999)]
-solvers += [MomentumSolver(momentum=m, beta=b) for m, b in ((0.125, 1.0), (-0.25, 0.9), (0.1875, 0.7))]
+solvers = [ReversibleSolver(beta=beta, max_steps=1) for beta in (0.5, 0.8, 1.2, 0.999)]
+solvers += [MomentumSolver(momentum=m, beta=b) for m, b in ((-0.25, 0.9), (0.1875, 0.7))]
 for i, solver in enumerate(solvers):
-    for shape, dtype in (((3, 4, 5, 2), torch.float16), ((2, 513), torch.float32))[: 1 + (i in (2, 5))]:
+    for shape, dtype in (((3, 4, 5, 2), torch.float16), ((2, 513), torch.float32))[: 1 + (i in (1, 5))]:
         exact = solver.state_arithmetic([dtype])
         start = exact.encode(20 * torch.randn(shape).to(dtype))
         if len(shape) == 4:

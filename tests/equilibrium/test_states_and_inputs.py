@@ -41,8 +41,7 @@ class Pyramid(nn.Module):
         return {"fine": fine + z["coarse"].to(fine.dtype)[:, None], "coarse": coarse}
 
 
-@with_solver
-@pytest.mark.parametrize("used", ["both", "fine"])
+@pytest.mark.parametrize(("solver", "used"), [(SOLVERS["momentum"], "both"), (SOLVERS["tolerance"], "fine")])
 def test_pytrees(solver, used):
     def run(adjoint):
         torch.manual_seed(0)
