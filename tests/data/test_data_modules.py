@@ -5,22 +5,19 @@ import json
 import logging
 import multiprocessing
 import pickle
-import sys
 import time
 
 import huggingface_hub.constants
 import pytest
 import torch
 from lightning import Trainer
-from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
 
-from revdeq_lightning.data.images.augmentation import AugmentationConfig
 from revdeq_lightning.data.images.module import ImageDataModule
 from revdeq_lightning.data.text.module import TextDataModule
 from revdeq_lightning.data.text.tokenizers import build_tokenizer
 from revdeq_lightning.data.text.windows import TokenWindows
-from tests.helpers.data import make_folder
+from tests.helpers.data import make_folder, refused
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec:FutureWarning")
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -78,33 +75,6 @@ def test_a_failed_step_ends_the_workers(build):
     assert not multiprocessing.active_children()
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of jsonargparse, about what LightningCLI calls
-@pytest.mark.parametrize("kind", [TextDataModule, ImageDataModule])
-def test_a_command_line_builds_it_from_yaml(tmp_path, monkeypatch, kind):
-    text, config = tmp_path / "text.txt", tmp_path / "run.yaml"
-    text.write_text("abc" * 100)
-    yaml, option = {
-        TextDataModule: (f"source: files\n  path: [{text}]\n  context_length: 8", "tokenizer=characters"),
-        ImageDataModule: (
-            "source: digits\n  augmentation:\n    random_resized_crop: [0.5, 1]",
-            "augmentation.flip=true",
-        ),
-    }[kind]
-    config.write_text(f"data:\n  {yaml}\n  cache_dir: {tmp_path}/cache\n")
-    monkeypatch.setattr(sys, "argv", ["run"])
-    cli = LightningCLI(
-        FailingModel, kind, run=False, seed_everything_default=False, save_config_callback=None,
-        args=["--config", str(config), f"--data.{option}", "--data.batch_size=3"],
-        parser_kwargs={"parser_mode": "omegaconf+"}, trainer_defaults={"logger": False, "accelerator": "cpu"},
-    )  # fmt: skip
-    if kind is TextDataModule:
-        assert cli.datamodule.hparams["path"] == [str(text)]
-        assert cli.datamodule.vocab_size == 3
-    else:
-        assert cli.datamodule.augmentation == AugmentationConfig(random_resized_crop=(0.5, 1.0), flip=True)
-        assert next(iter(cli.datamodule.train_dataloader())).images.shape == (3, 1, 32, 32)
-
-
 @pytest.mark.parametrize(
     ("use", "message"),
     [
@@ -124,7 +94,7 @@ def test_an_unreachable_hub_is_reported_within_seconds(tmp_path, monkeypatch, us
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
     start = time.monotonic()
-    with pytest.raises(ConnectionError, match=message):
+    with refused(message, ConnectionError):
         use()
     assert time.monotonic() - start < 8
 

@@ -7,6 +7,7 @@ import subprocess
 import pytest
 
 from revdeq_lightning.data.loading.files import list_files, names_of_splits, read_text, split_of
+from tests.helpers.data import refused
 
 TEXT = "To be, or not to be: caf\u00e9.\n" * 40
 
@@ -109,9 +110,8 @@ def test_text_is_not_changed(tmp_path):
 def test_the_advice_on_another_encoding_gives_the_text(tmp_path, encoding):
     file = tmp_path / "a text"
     file.write_bytes(TEXT.encode(encoding))
-    with pytest.raises(ValueError, match="is not UTF-8: ") as error:
+    with refused("is not UTF-8: ") as error:
         list(read_text(file))
-    assert "\n" not in str(error.value)
     command = str(error.value).split("`")[1].replace("NEW_FILE", shlex.quote(str(tmp_path / "new")))
     subprocess.run(command, shell=True, check=True)
     assert (tmp_path / "new").read_text(encoding="utf-8") == TEXT
@@ -132,6 +132,5 @@ def test_the_advice_on_another_encoding_gives_the_text(tmp_path, encoding):
 )
 def test_what_is_no_text_is_told_with_what_it_seems_to_be(tmp_path, content, advice):
     (tmp_path / "text").write_bytes(content)
-    with pytest.raises(ValueError, match=advice) as error:
+    with refused(advice):
         list(read_text(tmp_path / "text"))
-    assert "\n" not in str(error.value)

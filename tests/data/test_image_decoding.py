@@ -11,7 +11,7 @@ from torchvision.transforms import v2 as transforms
 from revdeq_lightning.data.images.decoding import decode_image, preprocess_files
 from revdeq_lightning.data.images.module import ImageDataModule
 from revdeq_lightning.data.loading.sampler import IGNORE_INDEX
-from tests.helpers.data import builder, encoded, make_folder, pixels, split, whole
+from tests.helpers.data import builder, encoded, make_folder, pixels, refused, split, whole
 
 
 @pytest.fixture(scope="module")
@@ -126,9 +126,8 @@ def test_pixels_of_12_and_16_bits_keep_their_upper_8(file, channels):
     ],
 )
 def test_pixels_without_a_known_range_are_refused_in_one_line(content, reason):
-    with pytest.raises(ValueError, match=f"cannot decode the image x.y .*{reason}") as error:
+    with refused(f"cannot decode the image x.y .*{reason}"):
         decode_image(content, "x.y", 3)
-    assert "\n" not in str(error.value)
 
 
 def test_gray_channels_of_a_color_folder(module):
@@ -166,10 +165,9 @@ def damaged(tmp_path):
 def test_an_image_that_cannot_be_decoded_is_named_in_one_line(module, damaged, options):
     data = module(damaged, **options)
     message = r'cannot decode the image \S+/00[12].jpg \(.*\): repair.*undecodable="skip"'
-    with pytest.raises(ValueError, match=message) as error:
+    with refused(message):
         list(data.train_dataloader())
     data.teardown("fit")
-    assert "\n" not in str(error.value)
 
 
 def test_images_that_cannot_be_decoded_are_left_out_with_one_warning(module, damaged):
@@ -200,7 +198,7 @@ def test_prediction_skips_what_cannot_be_decoded(module, damaged):
     with pytest.warns(UserWarning, match=r"1 image\(s\) .*bee/001.jpg"):
         decoded = preprocess_files(paths, state, undecodable="skip")
     assert decoded.paths == [paths[0], paths[2]]
-    with pytest.raises(ValueError, match=r"bee/001.jpg \(no image format that Pillow knows\)"):
+    with refused(r"bee/001.jpg \(no image format that Pillow knows\)"):
         preprocess_files(paths, state)
     with pytest.warns(UserWarning, match="1 image"):
         assert preprocess_files(paths[1:2], state, undecodable="skip").images.shape == (0, 3, 16, 16)

@@ -23,6 +23,7 @@ from tests.helpers.data import (
     builder,
     make_archive,
     make_folder,
+    refused,
     split,
 )
 
@@ -102,7 +103,7 @@ def test_workers_decode_from_an_uncompressed_archive_and_not_from_a_compressed_o
     archive = make_archive(folder, tmp_path / "images.tar")
     assert_same_splits(module(archive, in_memory=False, num_workers=1), module())
     compressed = make_archive(folder, tmp_path / "images.tar.gz")
-    with pytest.raises(ValueError, match=r"compressed archive cannot be decoded .*set in_memory to true"):
+    with refused(r"compressed archive cannot be decoded .*set in_memory to true"):
         module(compressed, in_memory=False).setup("fit")
 
 
@@ -145,16 +146,15 @@ FAULTS = {
 def test_folders_that_do_not_fit_are_told(module, tmp_path, message):
     root = make_folder(tmp_path / "broken", dict.fromkeys(("train", "val", "test"), 1))
     FAULTS[message](root)
-    with pytest.raises(ValueError, match=message) as error:
+    with refused(message):
         module(root).setup("fit")
-    assert "\n" not in str(error.value)
 
 
 def test_missing_folders_and_damaged_archives_are_told(module, tmp_path, folder):
-    with pytest.raises(FileNotFoundError, match=r"no such image folder or archive: \S+/nowhere .*train/CLASS"):
+    with refused(r"no such image folder or archive: \S+/nowhere .*train/CLASS", FileNotFoundError):
         module(tmp_path / "nowhere").setup("fit")
     (tmp_path / "images.zip").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"images.zip is neither a folder nor an archive \(.tar, .tar.gz"):
+    with refused(r"images.zip is neither a folder nor an archive \(.tar, .tar.gz"):
         module(tmp_path / "images.zip").setup("fit")
     for suffix in (".tar", ".tar.gz", ".tar.xz"):
         archive = make_archive(folder, tmp_path / f"cut{suffix}")
@@ -162,7 +162,7 @@ def test_missing_folders_and_damaged_archives_are_told(module, tmp_path, folder)
         with tarfile.open(archive) as members:
             header = members.getmembers()[-1].offset
         archive.write_bytes(content[: header + 100 if suffix == ".tar" else len(content) // 2])
-        with pytest.raises(ValueError, match=rf"cut{suffix} cannot be read as a tar archive .*it is complete"):
+        with refused(rf"cut{suffix} cannot be read as a tar archive .*it is complete"):
             module(archive).setup("fit")
 
 
@@ -202,17 +202,16 @@ def test_splits_have_any_usual_name(module, tmp_path, in_archive):
 )
 def test_folders_whose_splits_are_not_clear_are_refused(module, tmp_path, names, message):
     root = make_folder(tmp_path / "other", dict.fromkeys(names.split(), 1))
-    with pytest.raises(ValueError, match=message) as error:
+    with refused(message):
         module(root).setup("fit")
-    assert "\n" not in str(error.value)
 
 
 def test_names_of_classes_that_are_names_of_splits(module, tmp_path):
     root = make_folder(tmp_path / "within", {"ant": 1, "bee": 2}, classes=("train", "test"))
-    with pytest.raises(ValueError, match=r"has splits within its classes \(ant, bee\): move them to train/CLASS"):
+    with refused(r"has splits within its classes \(ant, bee\): move them to train/CLASS"):
         module(root).setup("fit")
     root = make_folder(tmp_path / "other", {"": 2}, classes=("trainA", "trainB", "testA", "testB"))
-    with pytest.raises(ValueError, match="look like splits"):
+    with refused("look like splits"):
         module(root).setup("fit")
     kinds = ("bullet_train", "steam_train", "car", "test_tube")
     assert module(make_folder(tmp_path / "vehicles", {"": 2}, classes=kinds)).class_names == sorted(kinds)
@@ -257,7 +256,7 @@ def test_classes_that_differ_in_case_are_refused_but_letters_are_classes(module,
     root = make_folder(tmp_path / "other", {"train": 2}, classes=("ant", "cat"))
     make_folder(tmp_path / "more", {"": 2}, classes=("Cat",))
     shutil.copytree(tmp_path / "more" / "Cat", root / "val" / "Cat")
-    with pytest.raises(ValueError, match=r"class folders 'cat' and 'Cat', which differ only in case or spaces: give"):
+    with refused(r"class folders 'cat' and 'Cat', which differ only in case or spaces: give"):
         module(root).setup("fit")
     assert module(make_folder(tmp_path / "letters", {"": 2}, classes=("A", "a"))).class_names == ["A", "a"]
 
@@ -408,12 +407,9 @@ def test_cifar_is_downloaded_whole_or_not_at_all(cifar, module, tmp_path, monkey
     cut = tmp_path / "cut.tar.gz"
     cut.write_bytes(archive.read_bytes()[:-50])
     monkeypatch.setattr(published, "url", str(cut))
-    with pytest.raises(
-        ConnectionError, match=r"cannot download \S+cut.tar.gz \(.* corrupted.\): put cifar-10\S+ \(MD5"
-    ) as e:
+    with refused(r"cannot download \S+cut.tar.gz \(.* corrupted.\): put cifar-10\S+ \(MD5", ConnectionError):
         module(tmp_path / "again", source=source, image_size=33).setup("fit")
     assert not list((tmp_path / "again").iterdir())
-    assert "\n" not in str(e.value)
 
 
 def test_unreachable_or_unwanted_download_says_where_to_put_the_file(cifar, module, tmp_path, monkeypatch):
@@ -421,10 +417,10 @@ def test_unreachable_or_unwanted_download_says_where_to_put_the_file(cifar, modu
     monkeypatch.setattr(published, "url", "http://127.0.0.1:9/cifar.tar.gz")
     advice = r"put cifar-100?-python.tar.gz \(MD5 \w+\) into \S+/none/, .* CONFIG=configs/digits/default.yaml"
     start = time.monotonic()
-    with pytest.raises(ConnectionError, match=advice):
+    with refused(advice, ConnectionError):
         module(tmp_path / "none", source=source).setup("fit")
     assert time.monotonic() - start < 5
-    with pytest.raises(FileNotFoundError, match=r"\(download is false\): " + advice):
+    with refused(r"\(download is false\): " + advice, FileNotFoundError):
         module(tmp_path / "none", source=source, download=False).setup("fit")
 
 
@@ -432,10 +428,10 @@ def test_damaged_cifar_files_are_named(cifar, module):
     source, published, _, folder, archive = cifar
     file = folder / published.base_folder / published.test_list[0][0]
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=r"test\S* is damaged or a different file \(its MD5 is not \w+\): remove"):
+    with refused(r"test\S* is damaged or a different file \(its MD5 is not \w+\): remove"):
         module(folder, source=source).setup("fit")
     archive.write_bytes(archive.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=r"python.tar.gz is damaged or a different file"):
+    with refused(r"python.tar.gz is damaged or a different file"):
         module(archive, source=source).setup("fit")
 
 
@@ -484,9 +480,9 @@ def test_columns_are_found_or_told(module, folder, tmp_path):
     path = make_dataset(folder, tmp_path / "parquet", "numbers", "photo", "species")
     data = module(path, source="huggingface", label_column="species")
     assert data.num_images("test") == 6
-    with pytest.raises(ValueError, match=r"has the columns \['photo', 'species'\]: say which one with label_column"):
+    with refused(r"has the columns \['photo', 'species'\]: say which one with label_column"):
         module(path, source="huggingface").setup("fit")
-    with pytest.raises(ValueError, match=r'has the columns .* image_column "picture" is not among them'):
+    with refused(r'has the columns .* image_column "picture" is not among them'):
         module(path, source="huggingface", image_column="picture").setup("fit")
 
 
@@ -516,7 +512,7 @@ def test_rows_of_unknown_classes_or_none_are_told(saved):
                 "test": relabeled(test, [*names[:3], label, *names[4:]]),
             }
         )
-        with pytest.raises(ValueError, match=rf'test: {message} \(column "label"\); every row needs a class of train'):
+        with refused(rf'test: {message} \(column "label"\); every row needs a class of train'):
             data.setup("fit")
 
 
@@ -547,9 +543,8 @@ def test_splits_of_a_dataset_have_any_usual_name_and_the_others_are_left_out_wit
     ],
 )
 def test_datasets_without_one_training_split_are_told(saved, make_splits, message):
-    with pytest.raises(ValueError, match=message) as error:
+    with refused(message):
         saved(make_splits).setup("fit")
-    assert "\n" not in str(error.value)
 
 
 def test_rows_without_an_image_are_told_or_skipped(saved):
@@ -558,7 +553,7 @@ def test_rows_without_an_image_are_told_or_skipped(saved):
         rows = {"image": [*images[:4], None, *images[5:]], "label": train["label"]}
         return {"train": datasets.Dataset.from_dict(rows, features=train.features)}
 
-    with pytest.raises(ValueError, match=r"cannot decode the image train/00000004 \(the file is empty\)"):
+    with refused(r"cannot decode the image train/00000004 \(the file is empty\)"):
         saved(without_one, validation_fraction=0.0).setup("fit")
     with pytest.warns(UserWarning, match="1 image"):
         assert saved(without_one, validation_fraction=0.0, undecodable="skip").num_images("train") == 29
@@ -567,12 +562,11 @@ def test_rows_without_an_image_are_told_or_skipped(saved):
 @pytest.mark.parametrize("labels", [[["a", "b"]], [[1, 0]], [0.5]])
 def test_labels_that_are_not_one_class_are_told(saved, labels):
     data = saved(lambda _, test: {"train": relabeled(test, labels * 6)})
-    with pytest.raises(ValueError, match=r"train: labels that are neither integers nor names .*row 0 has") as error:
+    with refused(r"train: labels that are neither integers nor names .*row 0 has"):
         data.setup("fit")
-    assert "\n" not in str(error.value)
 
 
 def test_a_fraction_that_leaves_nothing_to_train_on_is_told(module, tmp_path):
     root = make_folder(tmp_path / "other", {"train": 1})
-    with pytest.raises(ValueError, match=r"no images are left for train \(validation_fraction 0.9\)"):
+    with refused(r"no images are left for train \(validation_fraction 0.9\)"):
         module(root, validation_fraction=0.9).setup("fit")

@@ -15,7 +15,7 @@ from revdeq_lightning.data.images import preparation as image_preparation
 from revdeq_lightning.data.images.augmentation import AugmentationConfig
 from revdeq_lightning.data.images.module import ImageDataModule
 from revdeq_lightning.data.loading.sampler import IGNORE_INDEX
-from tests.helpers.data import SaveAt, assert_same_splits, builder, encoded, make_folder, split, whole
+from tests.helpers.data import SaveAt, assert_same_splits, builder, encoded, make_folder, refused, split, whole
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec:FutureWarning")
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -171,26 +171,16 @@ def test_augmentation_is_a_function_of_seed_epoch_and_image(module):
     assert any(not torch.equal(other[key], reference[key]) for key in reference)
 
 
-def test_workers_cut_random_parts_out_of_the_original(module, folder):
-    config = AugmentationConfig(random_resized_crop=(0.2, 0.2), flip=True)
-    data = module(in_memory=False, augmentation=config, batch_size=30)
-    loader = data.train_dataloader()
-    first, second = whole(loader), whole(loader)
-    order = [first.keys[:, 0].argsort(), second.keys[:, 0].argsort()]
-    changed = (first.images[order[0]] != second.images[order[1]]).flatten(1).any(1)
-    assert changed.sum() > 25
-    again = module(in_memory=False, augmentation=config, batch_size=3, num_workers=2)
-    assert torch.equal(whole(again.train_dataloader()).images, first.images)
-    again.teardown("fit")
+def test_random_parts_are_cut_out_of_the_original(module, tmp_path):
     # A fifth of the area, anywhere: the mean over many cuts out of a ramp is that of the ramp, each spans about
     # sqrt(1/5) of it.
-    root = folder.parent / f"{folder.name}-ramp"
+    config = AugmentationConfig(random_resized_crop=(0.2, 0.2), flip=True)
     ramp = np.broadcast_to(np.linspace(0, 255, 200).astype(np.uint8)[None, :, None], (200, 200, 3))
     for name in "ab":
-        (root / name).mkdir(parents=True)
+        (tmp_path / "ramp" / name).mkdir(parents=True)
         for index in range(200):
-            (root / name / f"{index}.png").write_bytes(encoded(ramp, "png"))
-    data = module(root, in_memory=False, augmentation=config, batch_size=40, validation_fraction=0.0)
+            (tmp_path / "ramp" / name / f"{index}.png").write_bytes(encoded(ramp, "png"))
+    data = module(tmp_path / "ramp", in_memory=False, augmentation=config, batch_size=40, validation_fraction=0.0)
     images = whole(data.train_dataloader()).images.double()
     assert images.mean() == pytest.approx(127.5, abs=8)  # 400 cuts: a standard error of 2
     spans = (images[:, 0, :, -1] - images[:, 0, :, 0]).mean(1) / 255
@@ -288,7 +278,7 @@ def test_resuming_in_another_order_warns_and_with_other_classes_fails(module, tm
     with pytest.warns(UserWarning, match=changes):
         other.train_dataloader()
     animals = make_folder(tmp_path / "animals", {"train": 4}, classes=("ant", "bee", "cow"))
-    with pytest.raises(ValueError, match=r'different classes .*\(3 and 3; for example "cat" is in only one'):
+    with refused(r'different classes .*\(3 and 3; for example "cat" is in only one'):
         module(animals).load_state_dict(state)
 
 
@@ -322,12 +312,9 @@ def test_resuming_with_other_images_of_the_same_number_warns(module, folder, tmp
 def test_a_model_for_other_images_is_refused(module):
     data = module()
     data.check_model(num_classes=3, num_channels=3)
-    with pytest.raises(
-        ValueError,
-        match=r"source 'folder', path '\S+'\) has num_classes 3, the model has 10: use .* or build one for 3",
-    ):
+    with refused(r"source 'folder', path '\S+'\) has num_classes 3, the model has 10: use .* or build one for 3"):
         data.check_model(num_classes=10, num_channels=3)
-    with pytest.raises(ValueError, match="has num_channels 3, the model has 1"):
+    with refused("has num_channels 3, the model has 1"):
         data.check_model(num_classes=3, num_channels=1)
 
 
@@ -360,20 +347,17 @@ def test_a_model_for_other_images_is_refused(module):
     ],
 )
 def test_wrong_arguments_are_refused_at_construction(module, arguments, message):
-    with pytest.raises(ValueError, match=message) as error:
+    with refused(message):
         module(**arguments)
-    assert "\n" not in str(error.value)
 
 
 def test_what_does_not_fit_the_images_is_told(module, tmp_path):
-    with pytest.raises(ValueError, match=r"mean must have a value for each of the 3 channel\(s\): \[0.5\]"):
+    with refused(r"mean must have a value for each of the 3 channel\(s\): \[0.5\]"):
         module(mean=[0.5], std=[0.5]).setup("fit")
     data = module(make_folder(tmp_path / "other", {"train": 4}), validation_fraction=0.0, batch_size=13)
-    with pytest.raises(
-        ValueError, match=r"has no validation split: set validation_fraction above 0.*limit_val_batches=0"
-    ):
+    with refused(r"has no validation split: set validation_fraction above 0.*limit_val_batches=0"):
         data.val_dataloader()
-    with pytest.raises(ValueError, match="has no test split: add one to the data"):
+    with refused("has no test split: add one to the data"):
         data.test_dataloader()
-    with pytest.raises(ValueError, match=r"batch_size 13 on 1 rank\(s\) needs 13 items, the data has 12"):
+    with refused(r"batch_size 13 on 1 rank\(s\) needs 13 items, the data has 12"):
         data.train_dataloader()

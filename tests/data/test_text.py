@@ -23,7 +23,7 @@ from revdeq_lightning.data.text import sources as text_sources
 from revdeq_lightning.data.text.module import SplitStatistics, TextDataModule
 from revdeq_lightning.data.text.tokenizers import BytePairTokenizer
 from revdeq_lightning.data.text.windows import window_starts
-from tests.helpers.data import SaveAt, data_module, fit, fit_two_ranks, recorded
+from tests.helpers.data import SaveAt, data_module, fit, fit_two_ranks, recorded, refused
 from tests.helpers.processes import run_apart
 
 # Lightning 2.6 uses what PyTorch 2.15 deprecates.
@@ -135,7 +135,7 @@ def test_a_folder_of_splits_is_not_one_text(module, tmp_path):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(PROSE)
     message = r"holds several splits \(wiki.train.raw, wiki.valid.raw\), .*: set path, validation_path and test_path"
-    with pytest.raises(ValueError, match=message):
+    with refused(message):
         module(path=str(folder)).setup("fit")
     (folder / "wiki.valid.raw").unlink()
     module(path=str(folder)).setup("fit")
@@ -243,6 +243,11 @@ def test_tokens_are_stored_once_and_read_as_a_memory_map(module, monkeypatch):
     assert isinstance(again._prepared().arrays["train"].open(), np.memmap)
     assert again._prepared().arrays["train"].open().dtype == np.uint16
     assert again.tokenizer_state() == first.tokenizer_state()
+    monkeypatch.undo()
+    monkeypatch.setattr("revdeq_lightning.data.text.tokenizers.ByteTokenizer.vocab_size", 2**16 + 1)
+    large = module()
+    assert large._prepared().arrays["train"].open().dtype == np.uint32
+    assert "".join(texts_of(large).values()) == PROSE
 
 
 def test_other_content_or_settings_are_other_tokens(module, tmp_path):
@@ -409,13 +414,6 @@ def test_vocabulary_is_known_at_once_and_can_be_padded(module):
     assert module(pad_vocab_size_to_multiple=64).vocab_size == 256
 
 
-def test_a_large_vocabulary_is_stored_in_32_bits(module, monkeypatch):
-    monkeypatch.setattr("revdeq_lightning.data.text.tokenizers.ByteTokenizer.vocab_size", 2**16 + 1)
-    data = module()
-    assert data._prepared().arrays["train"].open().dtype == np.uint32
-    assert "".join(texts_of(data).values()) == PROSE
-
-
 # Resuming with Lightning
 
 STOPS = {
@@ -492,7 +490,7 @@ def test_resuming_with_other_data_warns_and_in_another_vocabulary_fails(module):
     same_length = PROSE.replace("Line", "line")
     with pytest.warns(UserWarning, match=r"training data or its order changed .*\(token_checksum \w{8} -> \w{8}\)"):
         resume(same_length)
-    with pytest.raises(ValueError, match=r"different vocabulary .*tokenizer=\"characters\""):
+    with refused(r"different vocabulary .*tokenizer=\"characters\""):
         resume(tokenizer="characters")
     del state["order"]["token_checksum"]  # before there were checksums
     resume(same_length)
@@ -501,11 +499,11 @@ def test_resuming_with_other_data_warns_and_in_another_vocabulary_fails(module):
 def test_a_missing_split_is_told_and_training_without_validation_works(tmp_path):
     data = data_module(tmp_path, validation_fraction=0.0)
     fit(tmp_path, "run", data=data, max_epochs=1, limit_val_batches=0)
-    with pytest.raises(ValueError, match=r"no validation split: set validation_fraction above 0 .*limit_val_batches=0"):
+    with refused(r"no validation split: set validation_fraction above 0 .*limit_val_batches=0"):
         fit(tmp_path, "run", data=data)
-    with pytest.raises(ValueError, match="no test split: set test_fraction above 0"):
+    with refused("no test split: set test_fraction above 0"):
         data.test_dataloader()
-    with pytest.raises(ValueError, match="split must be one of 'train', 'validation', 'test', got 'val'"):
+    with refused("split must be one of 'train', 'validation', 'test', got 'val'"):
         data.split_statistics("val")
 
 
@@ -532,9 +530,8 @@ def test_a_missing_split_is_told_and_training_without_validation_works(tmp_path)
     ],
 )
 def test_wrong_arguments_are_refused_at_construction(module, arguments, message):
-    with pytest.raises(ValueError, match=message) as error:
+    with refused(message):
         module(**arguments)
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -559,20 +556,19 @@ def test_wrong_arguments_are_refused_at_construction(module, arguments, message)
 )
 def test_texts_that_do_not_fit_are_told(module, text, arguments, message):
     data = module(text, **arguments)
-    with pytest.raises(ValueError, match=message) as error:  # noqa: PT012
+    with refused(message):
         data.setup("fit")
         data.train_dataloader()
-    assert "\n" not in str(error.value)
 
 
 def test_missing_files_are_told(module, tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match=f"no such text file or folder: {re.escape(str(tmp_path))}/none"):
+    with refused(f"no such text file or folder: {re.escape(str(tmp_path))}/none", FileNotFoundError):
         module(path=str(tmp_path / "none")).prepare_data()
     (tmp_path / "folder").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"no files under .*folder: use a text file"):
+    with refused(r"no files under .*folder: use a text file", FileNotFoundError):
         module(path=str(tmp_path / "folder")).prepare_data()
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "folder")})
-    with pytest.raises(FileNotFoundError, match=r"no source of its standard library .*use source=\"files\""):
+    with refused(r"no source of its standard library .*use source=\"files\"", FileNotFoundError):
         module(source="python").prepare_data()
 
 
@@ -593,9 +589,8 @@ def test_missing_files_are_told(module, tmp_path, monkeypatch):
 def test_datasets_without_texts_are_told(module, tmp_path, splits, message):
     parts = {split: datasets.Dataset.from_dict(columns) for split, columns in splits.items()}
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "rows")
-    with pytest.raises(ValueError, match=message) as error:
+    with refused(message):
         module(source="huggingface", path=str(tmp_path / "rows")).setup("fit")
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -610,9 +605,8 @@ def test_datasets_without_texts_are_told(module, tmp_path, splits, message):
 def test_tables_that_cannot_be_read_are_told(module, tmp_path, source, name, content, message):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / name).write_bytes(content)
-    with pytest.raises(ValueError, match=message) as error:
+    with refused(message):
         module(source=source, path=str(tmp_path / "folder")).setup("fit")
-    assert "\n" not in str(error.value)
 
 
 def test_missing_rows_and_unused_splits_are_left_out_and_told(module, tmp_path):

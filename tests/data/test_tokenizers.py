@@ -21,6 +21,7 @@ from revdeq_lightning.data.text.tokenizers import (
     build_tokenizer,
     tokenizer_from_state,
 )
+from tests.helpers.data import refused
 
 TEXT = "def f(x):\n    return x  # caf\u00e9, \u6f22\u5b57\n\n\nprint('the the then there', 123)\n" * 20
 BPE = BytePairTokenizer.train([TEXT], 280)
@@ -181,28 +182,28 @@ def test_a_tokenizer_of_the_hub_is_read_from_its_cache_without_any_network(no_hu
     repositories = ("openai-community/gpt2", "HuggingFaceTB/SmolLM2-135M")
     assert asked == [(repository, "tokenizer.json", True) for repository in repositories]
     for name in ("runs/tokenizer.json", "../tokenizer", "a/b/c"):
-        with pytest.raises(ValueError, match="or an existing path, or OWNER/NAME on the Hub, got"):
+        with refused("or an existing path, or OWNER/NAME on the Hub, got"):
             build(name)
 
 
 def test_offline_mode_asks_no_hub(no_hub, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub, "get_session", lambda: pytest.fail("asked the hub"))
-    with pytest.raises(ConnectionError, match="not reachable"):
+    with refused("not reachable", ConnectionError):
         build("gpt2")
 
 
 @pytest.mark.parametrize("tokenizer", [ByteTokenizer(), CharacterTokenizer("abc"), BPE], ids=["bytes", "chars", "bpe"])
 def test_ids_beyond_the_vocabulary_are_named(tokenizer):
     for bad in (tokenizer.vocab_size, -1):
-        with pytest.raises(ValueError, match=f"token id {bad} is not one of the {tokenizer.vocab_size} tokens"):
+        with refused(f"token id {bad} is not one of the {tokenizer.vocab_size} tokens"):
             tokenizer.decode([0, bad])
 
 
 def test_an_unknown_character_is_named_with_its_position():
-    with pytest.raises(ValueError, match=r"character '\u00e9' \(position 3\) .* 3 characters .*tokenizer=\"bytes\""):
+    with refused(r"character '\u00e9' \(position 3\) .* 3 characters .*tokenizer=\"bytes\""):
         CharacterTokenizer("abc").encode("aba\u00e9")
-    with pytest.raises(ValueError, match="character 'z'"):  # beyond the last known one
+    with refused("character 'z'"):  # beyond the last known one
         CharacterTokenizer("abc").encode("z")
 
 
@@ -231,11 +232,11 @@ def test_tokenizers_that_change_texts_are_refused():
     unseen.train_from_iterator([TEXT + ours._ALL_KINDS], trainers.BpeTrainer(vocab_size=400, show_progress=False))
     lower, prefixed = normalizers.Lowercase(), pre_tokenizers.ByteLevel(add_prefix_space=True)
     for library in (words, unseen, changed(normalizer=lower), changed(pre_tokenizer=prefixed)):
-        with pytest.raises(ValueError, match="does not reproduce a text exactly"):
+        with refused("does not reproduce a text exactly"):
             BytePairTokenizer(library.to_str())
     tokenizer = BytePairTokenizer(changed(normalizer=normalizers.Replace("the", "a")).to_str())
     assert tokenizer.decode(tokenizer.encode("a text")) == "a text"  # no check of a sample finds the next
-    with pytest.raises(ValueError, match="does not reproduce a text exactly"):
+    with refused("does not reproduce a text exactly"):
         tokenizer.encode("the text")
 
 
@@ -269,16 +270,15 @@ def test_words_are_cut_only_if_they_are_long(text):
 
 
 @pytest.mark.parametrize(
-    ("content", "error", "message"),
+    ("name", "content", "message"),
     [
-        ("not json", ValueError, "is not JSON"),
-        ('{"a": 1}', ValueError, "not the JSON of the tokenizers library"),
-        ('{"kind": "words"}', ValueError, "kind 'words'"),
-        (None, FileNotFoundError, "neither tokenizer.json nor vocab.json"),
+        ("tokenizer.json", "not json", "is not JSON"),
+        ("tokenizer.json", '{"a": 1}', "not the JSON of the tokenizers library"),
+        ("tokenizer.json", '{"kind": "words"}', "kind 'words'"),
+        ("other.json", "{}", "neither tokenizer.json nor vocab.json"),
     ],
 )
-def test_unusable_files_are_told(tmp_path, content, error, message):
-    if content is not None:
-        (tmp_path / "tokenizer.json").write_text(content)
-    with pytest.raises(error, match=message):
+def test_unusable_files_are_told(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with refused(message, (ValueError, FileNotFoundError)):
         build(str(tmp_path))

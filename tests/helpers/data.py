@@ -7,6 +7,7 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import yaml
 from lightning import Callback, LightningModule, Trainer
@@ -70,6 +71,14 @@ def tiny_image_config(folder: Path, *, network=None, solver=None, data=None, **t
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(config))
     return path
+
+
+@contextlib.contextmanager
+def refused(message: str, kind: type[Exception] | tuple[type[Exception], ...] = ValueError):
+    """An error of this kind, whose message matches, is raised and has one line."""
+    with pytest.raises(kind, match=message) as error:
+        yield error
+    assert "\n" not in str(error.value)
 
 
 # Folders and archives of images that a test makes.

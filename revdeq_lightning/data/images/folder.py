@@ -7,6 +7,7 @@ import shutil
 import tarfile
 import tempfile
 import unicodedata
+import weakref
 import zlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -69,10 +70,10 @@ def _read_file(root: Path, name: bytes) -> Content:
 
 @dataclass
 class _MemberReader:
-    """Read members of an uncompressed tar archive; `temporary` is the file if it was decompressed for this reader."""
+    """Read members of an uncompressed tar archive, which may have been decompressed for this reader."""
 
     path: Path
-    temporary: Any
+    temporary: bool
 
     def __call__(self, span: NDArray[np.int64]) -> Content:
         offset, size = span.tolist()
@@ -112,12 +113,14 @@ def _decompressed(path: Path) -> _MemberReader:
     with tarfile.open(path) as archive:
         stream: Any = archive.fileobj
         if isinstance(stream, io.BufferedReader):
-            return _MemberReader(path, None)
+            return _MemberReader(path, temporary=False)
         temporary = tempfile.NamedTemporaryFile(suffix=".tar")  # noqa: SIM115 (open as long as the reader)
+        reader = _MemberReader(Path(temporary.name), temporary=True)
+        weakref.finalize(reader, temporary.close)
         stream.seek(0)
         shutil.copyfileobj(stream, temporary)
         temporary.flush()
-        return _MemberReader(Path(temporary.name), temporary)
+        return reader
 
 
 def _without_wrapper(names: list[str]) -> tuple[str, list[str]]:
