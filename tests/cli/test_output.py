@@ -27,7 +27,7 @@ def shell(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_pipe_without_a_reader_leads_nowhere():
+def test_a_pipe_without_a_reader_and_a_full_disk_lead_nowhere():
     reader, writer = os.pipe()
     os.close(reader)
     with LastingFile(writer, "w") as file:
@@ -36,11 +36,6 @@ def test_a_pipe_without_a_reader_leads_nowhere():
         for _ in range(2):
             assert file.write(b"text") == 4
         assert os.write(writer, b"x") == 1  # by other libraries, too
-
-
-def test_a_full_disk_leads_nowhere():
-    with open("/dev/full", "wb", buffering=0) as full, pytest.raises(OSError, match="No space"):
-        full.write(b"x")
     with LastingFile("/dev/full", "w") as file:
         assert file.write(b"text") == 4
 

@@ -49,7 +49,7 @@ def every_text(test: Any) -> Any:
     return test
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @every_text
 @given(st.text())
 def test_any_text_survives_the_run_s_file(text):

@@ -1,11 +1,8 @@
-import weakref
-
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from benchmarks.measure import peak_tensor_bytes
 from revdeq_lightning.models.cross_entropy import chunked_cross_entropy
 
 N, D, V = 37, 12, 29
@@ -24,26 +21,20 @@ def loss_and_gradients(loss, hidden, weight):
     return loss.detach(), *torch.autograd.grad(3.0 * loss, (hidden, weight))
 
 
-@pytest.mark.parametrize("chunk_size", [1, 8, 37, 1000])
-def test_equals_plain_cross_entropy(chunk_size):
+@pytest.mark.parametrize(("chunk_size", "ignored"), [(1, -100), (8, -100), (8, 3), (37, -100), (1000, -100)])
+def test_equals_plain_cross_entropy(chunk_size, ignored):
     hidden, weight, targets = make_case()
-    plain = loss_and_gradients(F.cross_entropy(hidden @ weight.T, targets), hidden, weight)
-    chunked = loss_and_gradients(chunked_cross_entropy(hidden, weight, targets, chunk_size=chunk_size), hidden, weight)
-    torch.testing.assert_close(chunked, plain, rtol=1e-6, atol=1e-6)
+    targets[targets < 0] = ignored
+    plain = F.cross_entropy(hidden @ weight.T, targets, ignore_index=ignored)
+    chunked = chunked_cross_entropy(hidden, weight, targets, chunk_size=chunk_size, ignore_index=ignored)
+    expected = loss_and_gradients(plain, hidden, weight)
+    torch.testing.assert_close(loss_and_gradients(chunked, hidden, weight), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_gradcheck():
     hidden, weight, targets = make_case(torch.float64)
     inputs = hidden[:5, :3].detach().requires_grad_(), weight[:, :3].detach().requires_grad_()
     torch.autograd.gradcheck(lambda h, w: chunked_cross_entropy(h, w, targets[:5], chunk_size=2), inputs)
-
-
-def test_custom_ignore_index():
-    hidden, weight, targets = make_case(ignored=())
-    targets[:7] = 3
-    plain = loss_and_gradients(F.cross_entropy(hidden @ weight.T, targets, ignore_index=3), hidden, weight)
-    chunked = chunked_cross_entropy(hidden, weight, targets, chunk_size=8, ignore_index=3)
-    torch.testing.assert_close(loss_and_gradients(chunked, hidden, weight), plain, rtol=1e-6, atol=1e-6)
 
 
 def test_all_targets_ignored_gives_zero_and_zero_gradients():
@@ -103,61 +94,30 @@ def test_second_derivative_is_refused():
         torch.autograd.grad(chunked_cross_entropy(hidden, weight, targets), hidden, create_graph=True)
 
 
-class LiveBytes(TorchDispatchMode):
-    """Follows the bytes of all storages that operations make, and their peak."""
-
-    def __init__(self):
-        super().__init__()
-        self.live = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        inputs = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in inputs and storage._cdata not in self.live:
-                    self.live[storage._cdata] = storage.nbytes()
-                    weakref.finalize(storage, self.live.pop, storage._cdata, None)
-        self.peak = max(self.peak, sum(self.live.values()))
-        return out
-
-
-def peak_bytes(loss_of, num_rows, num_classes=2000, width=8):
-    hidden = torch.randn(num_rows, width, requires_grad=True)
-    weight = torch.randn(num_classes, width, requires_grad=True)
-    targets = torch.randint(num_classes, (num_rows,))
-    with LiveBytes() as memory:
-        loss_of(hidden, weight, targets).backward()
-    return memory.peak
-
-
 def test_memory_is_that_of_a_chunk_forward_and_backward():
+    def peak(loss_of, num_rows):
+        hidden, weight = torch.randn(num_rows, 8, requires_grad=True), torch.randn(2000, 8, requires_grad=True)
+        targets = torch.randint(2000, (num_rows,))
+        return peak_tensor_bytes(lambda: loss_of(hidden, weight, targets).backward())
+
     def chunked(hidden, weight, targets):
         return chunked_cross_entropy(hidden, weight, targets, chunk_size=64)
 
-    def plain(hidden, weight, targets):
-        return F.cross_entropy(hidden @ weight.T, targets)
-
     logits_of_a_chunk, logits_of_all = 64 * 2000 * 4, 4096 * 2000 * 4
-    assert peak_bytes(plain, 4096) >= 2 * logits_of_all  # the measurement sees what it should
-    small, large = peak_bytes(chunked, 512), peak_bytes(chunked, 4096)
+    # The measurement sees what it should.
+    assert peak(lambda hidden, weight, targets: F.cross_entropy(hidden @ weight.T, targets), 4096) >= 2 * logits_of_all
+    small, large = peak(chunked, 512), peak(chunked, 4096)
     assert large <= 4 * logits_of_a_chunk + 2**20
     assert large - small <= 4096 * 8 * 4 * 3  # rows of hidden and its gradient, no logits
 
 
-@pytest.mark.parametrize("target", [-1, V])
-def test_target_that_is_no_class_is_named(target):
-    hidden, weight, targets = make_case()
-    targets[3] = target
-    with pytest.raises(ValueError, match=rf"target {target} is neither in \[0, {V}\)"):
-        chunked_cross_entropy(hidden, weight, targets)
-
-
-def test_wrong_shapes_and_chunk_size_are_named():
+def test_wrong_targets_shapes_and_chunk_sizes_are_named():
     hidden, weight, targets = make_case()
     with pytest.raises(ValueError, match=r"got \(37, 12\), \(29, 11\), \(37,\)"):
         chunked_cross_entropy(hidden, weight[:, 1:], targets)
     with pytest.raises(ValueError, match="chunk_size must be at least 1, got 0"):
         chunked_cross_entropy(hidden, weight, targets, chunk_size=0)
+    for target in (-1, V):
+        targets[3] = target
+        with pytest.raises(ValueError, match=rf"target {target} is neither in \[0, {V}\)"):
+            chunked_cross_entropy(hidden, weight, targets)

@@ -54,17 +54,10 @@ def test_cached_logits_equal_uncached_ones(kind, solver):
 @pytest.mark.parametrize("kind", KINDS)
 def test_generated_text_equals_uncached_one_beyond_the_context(kind, temperature):
     model, (tokens, _) = make_case(kind), make_batch()
-    texts = [
-        generate(
-            model,
-            tokens[:, :4],
-            17,
-            temperature=temperature,
-            generator=torch.Generator().manual_seed(3),
-            use_cache=use_cache,
-        )
-        for use_cache in (True, False)
-    ]
+    texts = []
+    for use_cache in (True, False):
+        settings = {"temperature": temperature, "generator": torch.Generator().manual_seed(3), "use_cache": use_cache}
+        texts.append(generate(model, tokens[:, :4], 17, **settings))
     assert texts[0].shape == (3, 21)
     assert torch.equal(texts[0][:, :4], tokens[:, :4])
     assert torch.equal(*texts)
@@ -154,27 +147,6 @@ def test_model_is_evaluated_in_eval_mode_and_left_as_it_was():
     assert not text.requires_grad
 
 
-def test_under_autocast_and_in_float64():
-    model, (tokens, _) = make_case(), make_batch(1)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert generate(model, tokens[:, :3], 12).shape == (1, 15)
-    texts = [
-        generate(copy.deepcopy(model).double(), tokens[:, :3], 12, temperature=0, use_cache=cache)
-        for cache in (True, False)
-    ]
-    assert torch.equal(*texts)
-
-
-def test_tolerance_is_refused_with_a_cache_only():
-    model, (tokens, _) = make_case(), make_batch(1)
-    model.equilibrium.solver = MomentumSolver(max_steps=5, rtol=1e-3)
-    with pytest.raises(
-        ValueError, match=r"fixed number of steps, got a solver with rtol=0.001, atol=0.0: .* use_cache=False"
-    ):
-        generate(model, tokens[:, :3], 2)
-    assert generate(model, tokens[:, :3], 2, use_cache=False).shape == (1, 5)
-
-
 @torch.no_grad()
 def test_another_number_of_evaluations_is_noticed():
     model, (tokens, _) = make_case(), make_batch(1)
@@ -188,6 +160,21 @@ def test_another_number_of_evaluations_is_noticed():
         model.equilibrium.solver = MomentumSolver(max_steps=max_steps)
         with pytest.raises(RuntimeError, match=message):
             model(tokens[:, 3:4], cache)
+
+
+def test_under_autocast_in_float64_and_with_a_tolerance():
+    model, (tokens, _) = make_case(), make_batch(1)
+    settings = {"temperature": 0, "use_cache": False}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert generate(model, tokens[:, :3], 12).shape == (1, 15)
+    double = copy.deepcopy(model).double()
+    assert torch.equal(
+        generate(double, tokens[:, :3], 12, temperature=0), generate(double, tokens[:, :3], 12, **settings)
+    )
+    model.equilibrium.solver = MomentumSolver(max_steps=5, rtol=1e-3)
+    with pytest.raises(ValueError, match=r"fixed number of steps, got a solver with rtol=0.001.*: set use_cache=False"):
+        generate(model, tokens[:, :3], 2)
+    assert generate(model, tokens[:, :3], 2, **settings).shape == (1, 5)
 
 
 @pytest.mark.parametrize(

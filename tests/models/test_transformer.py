@@ -122,12 +122,17 @@ def test_copies_and_state_dicts_are_independent_and_equal(kind):
     assert torch.equal(model.loss(*batch).loss, reference)
 
 
-def test_modern_block_starts_as_a_norm():
-    """Closed form: with zero output layers, f(z, x) = norm(z + x)."""
+def test_modern_models_start_as_a_norm_and_a_uniform_guess():
+    """Closed forms: with zero output layers, f(z, x) = norm(z + x); with a zero readout, the loss is log(V)."""
     block = ModernBlock(TransformerConfig(**SMALL, num_layers=2))
     z, x = torch.randn(2, 5, 16), torch.randn(2, 5, 16)
     h = z + x
     torch.testing.assert_close(block(z, x), h / h.square().mean(-1, keepdim=True).sqrt(), rtol=1e-4, atol=1e-4)  # eps
+    for model in (
+        TransformerLM(TransformerConfig(**SMALL), MomentumSolver(), ReversibleAdjoint()),
+        ExplicitTransformerLM(TransformerConfig(**SMALL)),
+    ):
+        assert model.loss(*make_batch()).loss.item() == pytest.approx(math.log(SMALL["vocab_size"]))
 
 
 def test_modern_state_stays_bounded():
@@ -151,15 +156,6 @@ def test_short_convolution_matches_conv1d():
     kernel = convolution.taps_JD.flip(0).T[:, None]
     expected = F.conv1d(F.pad(x.mT, (2, 0)), kernel, groups=16).mT
     torch.testing.assert_close(convolution(x), expected, rtol=1e-5, atol=1e-6)
-
-
-def test_untrained_loss_is_that_of_a_uniform_guess():
-    """The modern readout starts at zero."""
-    for model in (
-        TransformerLM(TransformerConfig(**SMALL), MomentumSolver(), ReversibleAdjoint()),
-        ExplicitTransformerLM(TransformerConfig(**SMALL)),
-    ):
-        assert model.loss(*make_batch()).loss.item() == pytest.approx(math.log(SMALL["vocab_size"]))
 
 
 def test_rotation_is_a_complex_product_and_relative():

@@ -59,16 +59,9 @@ def test_each_solve_starts_from_the_states_of_its_own_tokens():
         assert torch.equal(start[:, old], before.value[:, -1])
 
 
-@pytest.mark.parametrize(
-    ("kind", "solver", "use_cache"),
-    [
-        ("modern", MomentumSolver(max_steps=3), False),
-        ("modern", MomentumSolver(max_steps=3), True),
-        ("explicit", None, False),
-    ],
-)
-def test_a_warm_start_that_would_change_the_text_is_an_error(kind, solver, use_cache):
-    model = make_model(kind, solver=solver)
+@pytest.mark.parametrize(("kind", "use_cache"), [("modern", False), ("modern", True), ("explicit", False)])
+def test_a_warm_start_that_would_change_the_text_is_an_error(kind, use_cache):
+    model = make_model(kind, solver=MomentumSolver(max_steps=3))
     with pytest.raises(ValueError, match="warm_start=True needs a solver with a tolerance and use_cache=False"):
         generate(model, make_batch()[0], 2, use_cache=use_cache, warm_start=True)
 

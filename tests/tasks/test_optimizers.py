@@ -102,6 +102,9 @@ def test_muon_moves_a_kernel_as_the_matrix_of_its_output_channels():
     assert torch.equal(kernel.weight.flatten(1), matrix.weight)
     with pytest.raises(ValueError, match=r"shape \(10,\)"):
         muon([nn.Parameter(torch.zeros(10))])
+    calls = []
+    assert optimizers[0].step(lambda: calls.append(1) or 5) == 5
+    assert calls == [1]
 
 
 def test_it_resumes_from_its_state_bit_for_bit():
@@ -127,12 +130,6 @@ def test_it_resumes_from_its_state_bit_for_bit():
     assert [g["lr"] for g in optimizer_2.param_groups] == [0.02 * 0.4, *3 * [0.01 * 0.4]]
 
 
-def test_it_evaluates_the_closure_once():
-    calls = []
-    assert muon(nn.Linear(2, 2, bias=False).parameters()).step(lambda: calls.append(1) or 5) == 5
-    assert calls == [1]
-
-
 def rates(config, steps, total):
     model = nn.Linear(1, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
@@ -152,6 +149,8 @@ def test_schedules_are_the_closed_forms():
     assert rates(OptimizerConfig(schedule="linear"), 5, 4) == [1, 0.75, 0.5, 0.25, 0]
     cosine = [0.1 + 0.9 * (1 + math.cos(math.pi * i / 4)) / 2 for i in range(4)]
     assert rates(OptimizerConfig(schedule="cosine", final_lr_fraction=0.1), 4, 4) == pytest.approx(cosine)
+    with pytest.raises(ValueError, match=r"decays over the run: set trainer\.max_steps"):
+        rates(OptimizerConfig(schedule="linear"), 1, math.inf)
 
 
 def test_the_logged_rates_are_those_of_the_schedule(tmp_path):
@@ -192,12 +191,6 @@ def test_plateau_halves_after_patience_windows_without_improvement():
 def test_settings_out_of_range_are_errors(settings, match):
     with pytest.raises(ValueError, match=match):
         OptimizerConfig(**settings)
-
-
-def test_decay_over_a_run_without_end_is_an_error():
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    with pytest.raises(ValueError, match=r"decays over the run: set trainer\.max_steps"):
-        build_scheduler(optimizer, OptimizerConfig(schedule="linear"), math.inf)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

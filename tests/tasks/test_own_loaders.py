@@ -93,6 +93,17 @@ def test_what_images_and_labels_must_be(tmp_path, change, message):
         trainer(tmp_path, 1).fit(task, DataLoader(TensorDataset(*change(*pair)), 4))
 
 
+def test_images_in_double_precision_and_a_report_that_needs_our_data(tmp_path):
+    """Also of batches that a data module normalizes after Lightning has converted them."""
+    task, (inputs, labels) = images()
+    task.on_after_batch_transfer = lambda batch, _: [batch[0].float(), batch[1]]
+    loader = DataLoader(TensorDataset(inputs.double(), labels), 4)
+    trainer(tmp_path, 1, precision="64-true").fit(task, loader)
+    assert all(p.dtype == torch.float64 for p in task.parameters())
+    with pytest.raises(ValueError, match="needs a data module with num_classes, got NoneType"):
+        trainer(tmp_path, 1, callbacks=[ClassificationReport(tmp_path)]).test(task, loader)
+
+
 @KINDS
 def test_several_loaders_count_as_one_and_pairs_are_predicted(make, tmp_path):
     task, pair = make()
@@ -102,17 +113,3 @@ def test_several_loaders_count_as_one_and_pairs_are_predicted(make, tmp_path):
     several = quiet.validate(task, [DataLoader(part, batch_size=4) for part in parts], verbose=False)
     assert several[0]["val/loss"] == pytest.approx(one["val/loss"], rel=1e-6)
     assert len(quiet.predict(task, DataLoader(whole, batch_size=4))) == 2
-
-
-def test_double_precision(tmp_path):
-    """Also of batches that a data module normalizes after Lightning has converted them."""
-    task, (inputs, labels) = images()
-    task.on_after_batch_transfer = lambda batch, _: [batch[0].float(), batch[1]]
-    trainer(tmp_path, 1, precision="64-true").fit(task, DataLoader(TensorDataset(inputs.double(), labels), 4))
-    assert all(p.dtype == torch.float64 for p in task.parameters())
-
-
-def test_a_report_that_needs_our_data_says_so(tmp_path):
-    task, pair = images()
-    with pytest.raises(ValueError, match="needs a data module with num_classes, got NoneType"):
-        trainer(tmp_path, 1, callbacks=[ClassificationReport(tmp_path)]).test(task, DataLoader(TensorDataset(*pair), 4))
