@@ -208,7 +208,7 @@ def newest_step(folder: Path) -> int:
     from revdeq_lightning.checkpoints.files import newest_good, steps_of
 
     path = newest_good(folder / "checkpoints").path
-    return 0 if path is None else steps_of([path])[0][path].number
+    return 0 if path is None else steps_of(path).number
 
 
 def last_logged_step(folder: Path) -> int:

@@ -22,11 +22,10 @@ class AbstractWatching(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._statistics.attach(pl_module)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         self._statistics.detach()
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._statistics.detach()
+    on_train_end = on_exception
 
 
 class AbstractProbing(Callback):

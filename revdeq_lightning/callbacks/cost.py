@@ -120,22 +120,20 @@ class Cost(AbstractWatching):
             log_on_host(pl_module, {f"system/{key}": value for key, value in figures.items()})
             self._reset()
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._mark("other")
-
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._mark(PAUSED)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._mark("other")
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_end(trainer, pl_module)
+    on_train_epoch_end = on_validation_end
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        super().on_exception(trainer, pl_module)
         self._clock = None
         self._undo.close()
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self.on_train_end(trainer, pl_module)
+    on_train_end = on_exception
 
     def _mark(self, phase: str) -> None:
         if self._clock is not None:
@@ -232,14 +230,10 @@ class _Last(Callback):
     def __init__(self, clock: _Clock) -> None:
         self.clock = clock
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         self.clock.mark("data")
 
-    def on_train_batch_end(self, *_: Any, **__: Any) -> None:
-        self.clock.mark("data")
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.clock.mark("data")
+    on_train_epoch_start = on_validation_end = on_train_batch_end
 
 
 def peak_memory_bytes(device: torch.device) -> int:

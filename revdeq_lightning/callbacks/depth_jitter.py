@@ -63,12 +63,10 @@ class DepthJitter(Callback):
         choice = chosen_solvers(pl_module, lambda layer: (changed(layer.solver, **drawn), layer.adjoint))
         self._jittered.enter_context(choice)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, *_: Any) -> None:
         self._jittered.close()
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(self, *_: Any) -> None:
         self._jittered.close()
 
 

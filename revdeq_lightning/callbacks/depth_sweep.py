@@ -83,9 +83,7 @@ class DepthSweep(AbstractAtValidations):
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._begin(pl_module, self.at_test)
 
-    def on_test_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
+    def on_test_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, *_: Any) -> None:
         self._evaluate(trainer, pl_module, batch)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -142,7 +140,8 @@ class DepthSweep(AbstractAtValidations):
             totals = {key: trainer.strategy.reduce(value, reduce_op="sum") for key, value in sums.items()}
             count = totals.pop("count")
             with solver_steps(pl_module, steps):
-                row: dict[str, Any] = {"steps": steps, "forward_nfe": evaluations(pl_module)}
+                nfe = sum(layer.solver.num_evaluations for layer in equilibria(pl_module))  # at most
+            row: dict[str, Any] = {"steps": steps, "forward_nfe": nfe}
             rows.append(row | {key: float(value / count) for key, value in totals.items()})
         self._totals = {}
         return rows if trainer.is_global_zero else []
@@ -158,11 +157,6 @@ class DepthSweep(AbstractAtValidations):
 def most_steps(module: nn.Module) -> int:
     """Steps of the deepest solver; 0 without a solver."""
     return max((layer.solver.max_steps for layer in equilibria(module)), default=0)
-
-
-def evaluations(module: nn.Module) -> int:
-    """Evaluations of f in one forward pass, at most."""
-    return sum(layer.solver.num_evaluations for layer in equilibria(module))
 
 
 def depths(steps: int) -> list[int]:

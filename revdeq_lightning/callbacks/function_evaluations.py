@@ -42,9 +42,7 @@ class FunctionEvaluations(AbstractWatching):
         self.total_forward_nfe = self.total_backward_nfe = 0
         self._counts: dict[str, tuple[Tensor, AbstractSolver]] = {}
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
         stats = self._statistics.take(outputs)
         if not stats:
             return

@@ -69,9 +69,7 @@ class ReconstructionCertificate(AbstractWatching):
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._count(self._statistics.take(None))
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
         if not self._is_counted:  # solves without an EquilibriumLayer
             self._count(self._statistics.take(outputs))
         self._is_counted = False

@@ -58,9 +58,7 @@ class ResidualCurve(AbstractWatching):
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
         self._recording.close()
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
         self._recording.close()
         stats = self._statistics.take(outputs)
         if not (trainer.is_global_zero and made_step(trainer)):
@@ -72,18 +70,17 @@ class ResidualCurve(AbstractWatching):
             with self._survives:
                 append_rows(self._path, rows)
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self.on_train_end(trainer, pl_module)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         self._recording.close()
-        super().on_train_end(trainer, pl_module)
+        super().on_exception(trainer, pl_module)
         if trainer.is_global_zero:
             with self._survives:
                 if steps := by_step(read_table(self._path)):  # none either if it ended before the first step
                     # A few, spread evenly from the first to the newest.
                     chosen = sorted({round(i * (len(steps) - 1) / (NUM_DRAWN - 1)) for i in range(NUM_DRAWN)})
                     save_png(residual_plots([steps[i] for i in chosen]), self._path.with_suffix(".png"))
+
+    on_train_end = on_exception
 
 
 def curve_rows(stats: Sequence[SolverStats], step: int) -> list[dict[str, float]]:

@@ -103,23 +103,30 @@ def contents(path: Path) -> dict[str, Any]:
     return content
 
 
-def newest_good(folder: Path, *, at_most: int | None = None) -> Found:
+def steps_of(path: Path) -> Steps:
+    """Progress at a checkpoint; raises what `read_checkpoint` raises, also if it is not one of a training run."""
+    content = contents(path)
+    is_exact = not content.get(BETWEEN_STEPS, False) and path.name not in (BEST, f".{BEST}.old")
+    return Steps(is_exact, content["global_step"])
+
+
+def newest_good(folder: Path) -> Found:
     """The newest checkpoint in a folder: `last.ckpt`, or the one with the most steps if that is missing or damaged.
 
     Inexact checkpoints (see `Steps`) are chosen only if there is no other. The search covers `*.ckpt` and files that a
     process killed in `put_in_place` had set aside. No file is changed.
-
-    Args:
-        folder: Folder of the checkpoints.
-        at_most: Maximum number of optimizer steps.
     """
     last = folder / LAST
-    steps, faults = steps_of([last] if last.exists() else [], at_most)
-    if not steps:
-        others = [path for path in sorted(folder.glob("*.ckpt")) if path != last]
-        others += sorted(folder.glob(".*.ckpt.old"))
-        steps, other_faults = steps_of(others, at_most)
-        faults |= other_faults
+    others = [*sorted(folder.glob("*.ckpt")), *sorted(folder.glob(".*.ckpt.old"))]
+    steps: dict[Path, Steps] = {}
+    faults: dict[Path, str] = {}
+    for path in [last] * last.exists() + [path for path in others if path != last]:
+        try:
+            steps[path] = steps_of(path)
+        except CheckpointError as error:
+            faults[path] = str(error).removeprefix(f"{path} ")
+        if last in steps:
+            break
     return Found(max(steps, key=lambda path: steps[path], default=None), faults)
 
 
@@ -127,22 +134,6 @@ def other_checkpoint(path: str | Path) -> str:
     """End of an error message about an unusable checkpoint: the newest usable one in its folder."""
     other = newest_good(Path(path).parent).path
     return f": continue from {other}" if other not in (None, Path(path)) else ""
-
-
-def steps_of(paths: list[Path], at_most: int | None = None) -> tuple[dict[Path, Steps], dict[Path, str]]:
-    """Optimizer steps of the usable checkpoints, and what is wrong with the others."""
-    steps: dict[Path, Steps] = {}
-    faults: dict[Path, str] = {}
-    for path in paths:
-        try:
-            content = contents(path)
-        except CheckpointError as error:
-            faults[path] = str(error).removeprefix(f"{path} ")
-            continue
-        is_exact = not content.get(BETWEEN_STEPS, False) and path.name != BEST
-        if at_most is None or content["global_step"] <= at_most:
-            steps[path] = Steps(is_exact, content["global_step"])
-    return steps, faults
 
 
 def fault_of(path: Path) -> str | None:
@@ -257,8 +248,9 @@ def remove_leftovers(folder: Path) -> list[Path]:
     """
     leftovers = sorted(folder.glob(".*.part"))
     for aside in folder.glob(".*.ckpt.old"):
-        newer = aside.with_name(aside.name.removeprefix(".").removesuffix(".old"))
-        leftovers += [aside] if newer.exists() and steps_of([newer])[0] else []
+        with contextlib.suppress(FileNotFoundError, CheckpointError):
+            steps_of(aside.with_name(aside.name.removeprefix(".").removesuffix(".old")))
+            leftovers.append(aside)
     for path in leftovers:
         remove(path)
     return leftovers

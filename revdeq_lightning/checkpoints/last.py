@@ -40,7 +40,6 @@ class LastCheckpoint(AbstractCheckpoint):
         every_n_steps: Also save every so many optimizer steps.
         every_minutes: Also save when the newest checkpoint is this old; several processes check at logging steps.
         stop_signal: Returns the number of the signal that ends training after this step, or 0.
-        clock: Seconds since 1970.
     """
 
     name = LAST
@@ -53,7 +52,6 @@ class LastCheckpoint(AbstractCheckpoint):
         every_n_steps: int | None = None,
         every_minutes: float | None = 30.0,
         stop_signal: Callable[[], int] = lambda: 0,
-        clock: Callable[[], float] = time.time,
     ) -> None:
         super().__init__(folder)
         require_count("keep_last", keep_last)
@@ -62,8 +60,7 @@ class LastCheckpoint(AbstractCheckpoint):
         if every_minutes is not None:
             require_in_range("checkpoint_every_minutes", every_minutes, "(0, inf]", "null for never")
         self.keep_last = keep_last
-        self.every_n_steps, self.every_minutes, self.clock = every_n_steps, every_minutes, clock
-        self.stop_signal = stop_signal
+        self.every_n_steps, self.every_minutes, self.stop_signal = every_n_steps, every_minutes, stop_signal
         self._saved_step = -1
         self._error: OSError | None = None
         self._step_of_file: int | None = None
@@ -79,20 +76,18 @@ class LastCheckpoint(AbstractCheckpoint):
                 raise CheckpointError(fault)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._saved_at = self.clock()
+        self._saved_at = time.monotonic()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero and not cast(Any, trainer).fast_dev_run:
             remove_leftovers(self.path.parent)
             self._leave_branch(trainer.global_step)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if not made_step(trainer):
             return
         if trainer.world_size == 1 or is_logging_step(trainer):
-            late = self.every_minutes is not None and self.clock() - self._saved_at >= 60 * self.every_minutes
+            late = self.every_minutes is not None and time.monotonic() - self._saved_at >= 60 * self.every_minutes
             # The clock of the first process decides.
             self._due = self._due or bool(largest([late and trainer.is_global_zero])[0])
         at_interval = self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0
@@ -136,7 +131,7 @@ class LastCheckpoint(AbstractCheckpoint):
             return
         if trainer.is_global_zero:
             self._keep_previous(trainer.global_step)
-        self._saved_at, self._due = self.clock(), False
+        self._saved_at, self._due = time.monotonic(), False
         self._error = self.save(trainer)
         if self._error:
             self._saved_step = -1
@@ -175,8 +170,9 @@ class LastCheckpoint(AbstractCheckpoint):
             self._step_of_file = None
         if not newer:
             return  # only `best.ckpt` is newer if a run was killed after a validation
-        best, _ = steps_of([path for path in [self.path.with_name(BEST)] if path.exists()])
-        newer += [path for path, steps in best.items() if steps.number > step]
+        best = self.path.with_name(BEST)
+        with contextlib.suppress(FileNotFoundError, CheckpointError):
+            newer += [best] if steps_of(best).number > step else []
         names = (f"left-at-step-{step}" + (f"-{k}" if k else "") for k in itertools.count())
         left = next(path for path in map(self.path.with_name, names) if not path.exists())
         left.mkdir()
@@ -194,6 +190,7 @@ class LastCheckpoint(AbstractCheckpoint):
             try_folder(folder)
         except OSError as error:
             return f"checkpoints cannot be written to {folder}: {error.strerror or error}; choose another run.folder"
-        steps, _ = steps_of([self.path] if self.path.exists() else [])
-        self._step_of_file = steps[self.path].number if steps else None
+        self._step_of_file = None
+        with contextlib.suppress(FileNotFoundError, CheckpointError):
+            self._step_of_file = steps_of(self.path).number
         return None

@@ -1,14 +1,13 @@
 """Saves the resolved configuration in the run's folder."""
 
 import os
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from lightning import Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 
 from revdeq_lightning.cli.yaml_text import dump_yaml, without_interpolation
-from revdeq_lightning.loggers.endurance import release
 from revdeq_lightning.runs.environment import describe_environment, replace_text, write_environment
 from revdeq_lightning.runs.folder import CONFIG, ENVIRONMENT, RunConfig
 from revdeq_lightning.runs.random_state import SEED
@@ -46,4 +45,4 @@ class SaveRunConfig(SaveConfigCallback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
         for logger in trainer.loggers:  # also of a run that was complete already, for its final test
-            release(logger)
+            cast(Any, logger).release()

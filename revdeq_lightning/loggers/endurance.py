@@ -90,13 +90,7 @@ class Enduring:
 
 def enduring(logger: Logger, waits: bool = False) -> Logger:
     """The logger, wrapped so that its failures no longer end a training; see `Enduring`."""
-    return cast(Logger, logger if issubclass(type(logger), Enduring) else Enduring(logger, waits))
-
-
-def release(logger: Logger) -> None:
-    """End the wait of an enduring logger."""
-    if issubclass(type(logger), Enduring):
-        cast(Any, logger).release()
+    return cast(Logger, Enduring(logger, waits))
 
 
 def survival(logger: Logger) -> AbstractContextManager[Any]:

@@ -76,9 +76,7 @@ class RunProgress(ProgressBar):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start("training", trainer.estimated_stepping_batches, trainer.global_step)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if not self._enabled:
             return
         if self._bar is not None:
@@ -104,14 +102,13 @@ class RunProgress(ProgressBar):
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=batch_idx + 1)
 
-    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._stop()
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if self._bar is not None:
+            with self._survives:
+                self._bar.stop()
+            self._bar = None
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._stop()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._stop()
+    on_test_end = on_train_end = on_exception
 
     def _start(self, description: str, total: float, completed: int) -> None:
         if not (self._enabled and self.console.is_terminal):
@@ -123,12 +120,6 @@ class RunProgress(ProgressBar):
         self._bar.add_task(description, total=known, completed=completed)
         with self._survives:
             self._bar.start()
-
-    def _stop(self) -> None:
-        if self._bar is not None:
-            with self._survives:
-                self._bar.stop()
-            self._bar = None
 
 
 def _figures(trainer: Trainer, shown: tuple[tuple[str, str], ...]) -> str:

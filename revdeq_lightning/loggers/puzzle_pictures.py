@@ -68,10 +68,11 @@ def draw_puzzle(axis: Any, puzzle: SolvedPuzzle, is_maze: bool) -> None:
     if is_maze:
         axis.imshow(maze_pixels(puzzle), interpolation="nearest")
         return
-    inputs, answers, targets = (np.atleast_2d(array) for array in puzzle)
-    if puzzle.inputs.ndim == 1:  # a string, in lines
-        width = min(16, inputs.shape[1])
-        inputs, answers, targets = (lines(array[0], width) for array in (inputs, answers, targets))
+    inputs, answers, targets = puzzle
+    if inputs.ndim == 1:  # a string, in lines; -1 fills the last one
+        width = min(16, len(inputs))
+        padded = [np.pad(array, (0, -len(array) % width), constant_values=-1) for array in puzzle]
+        inputs, answers, targets = (array.reshape(-1, width) for array in padded)
     wrong = (answers != targets) & (targets >= 0)
     background = np.full((*inputs.shape, 3), 255, np.uint8)
     background[wrong] = COLORS["wrong"]
@@ -84,13 +85,6 @@ def draw_puzzle(axis: Any, puzzle: SolvedPuzzle, is_maze: bool) -> None:
         axis.text(column, row, text, ha="center", va="center", color=color, fontweight=weight, fontsize="small")
 
 
-def lines(values: NDArray[np.int64], width: int) -> NDArray[np.int64]:
-    """A string in lines of this width; the rest of the last one is -1."""
-    padded = np.full(-(-len(values) // width) * width, -1)
-    padded[: len(values)] = values
-    return padded.reshape(-1, width)
-
-
 def animate_maze(steps: Sequence[SolvedPuzzle], path: Path, *, side: int = 480) -> None:
     """A WebP animation of a maze's answer as it appears, the last frame shown longer.
 
@@ -99,15 +93,11 @@ def animate_maze(steps: Sequence[SolvedPuzzle], path: Path, *, side: int = 480) 
         path: File to write.
         side: Pixels of the picture, about.
     """
-    frames = [scaled(maze_pixels(step), side) for step in steps]
+    factor = max(1, side // max(steps[0].inputs.shape))
+    pixels = [np.repeat(np.repeat(maze_pixels(step), factor, 0), factor, 1) for step in steps]
+    frames = [Image.fromarray(frame) for frame in pixels]
     durations = [120] * (len(frames) - 1) + [2500]
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0, lossless=True)
-
-
-def scaled(pixels: NDArray[np.uint8], side: int) -> Image.Image:
-    """A picture whose cells are squares."""
-    factor = max(1, side // max(pixels.shape[:2]))
-    return Image.fromarray(np.repeat(np.repeat(pixels, factor, 0), factor, 1))
 
 
 def draw_heat_map(values: NDArray[np.float64], rows: Sequence[str], columns: Sequence[str], path: Path) -> None:

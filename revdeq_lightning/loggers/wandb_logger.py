@@ -89,13 +89,7 @@ class WandbCheckpoints(Callback):
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._send(trainer)  # the last checkpoint is written in `on_train_end`
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._send(trainer)
-
-    def _send(self, trainer: Trainer) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         files = [path for path in (self.folder / BEST, self.folder / LAST) if path.is_file()]
         for logger in trainer.loggers if files and trainer.is_global_zero else []:
             if isinstance(logger, WandbLogger):
@@ -107,6 +101,8 @@ class WandbCheckpoints(Callback):
                     for file in files:
                         artifact.add_file(str(file), name=file.name)
                     run.log_artifact(artifact)
+
+    on_fit_end = on_exception  # the last checkpoint is written in `on_train_end`
 
 
 def wandb_logger(run: RunConfig) -> RunWandbLogger | None:

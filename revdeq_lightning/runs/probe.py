@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -61,10 +61,7 @@ class Probe:
     """Of the newest call's solves."""
 
     def gradients(
-        self,
-        choose: Callable[[EquilibriumLayer], Choice] | None = None,
-        *,
-        float64: bool = False,
+        self, choose: Callable[[EquilibriumLayer], Choice] | None = None, *, float64: bool = False
     ) -> Gradients:
         """Gradient of the loss for every parameter that has one, by name; all calls draw the same random numbers.
 
@@ -110,11 +107,9 @@ class Probe:
         settle_checks()
         return seen
 
-    @contextmanager
-    def precision(self) -> Iterator[None]:
+    def precision(self) -> AbstractContextManager[None]:
         """As in a training step."""
-        with self.trainer.precision_plugin.train_step_context():
-            yield
+        return self.trainer.precision_plugin.train_step_context()
 
     def _loss(self, float64: bool = False) -> Tensor:
         batch = apply_to_collection(self.batch, Tensor, _cast, float64)

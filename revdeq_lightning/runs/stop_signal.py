@@ -7,9 +7,8 @@ from typing import Any, cast
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
-from revdeq_lightning.processes import largest
 from revdeq_lightning.program import say
-from revdeq_lightning.runs.divergence import DivergenceGuard
+from revdeq_lightning.runs.agreement import AGREEMENT
 from revdeq_lightning.runs.signals import STOP, Stopped
 from revdeq_lightning.tasks.training_step import made_step
 
@@ -37,17 +36,16 @@ class StopSignal(Callback):
     """Ends training at Ctrl-C, SIGTERM, SIGHUP or SIGUSR1, on all ranks after the same optimizer step.
 
     A signal may reach only one rank, or each at a different time; ranks that acted on their own would deadlock in
-    different collectives. Therefore, the handler only records the signal, and the ranks exchange one number at each
-    optimizer step; a `DivergenceGuard` does so with its own. `LastCheckpoint` saves once they agree, and training ends
-    when the next step starts. A validation in progress, or due after that step, is finished first. A test is
-    interrupted, because it has no state to save.
+    different collectives. Therefore, the handler only records the signal, and the ranks agree at each optimizer step.
+    `LastCheckpoint` saves once they do, and training ends when the next step starts. A validation in progress, or due
+    after that step, is finished first. A test is interrupted, because it has no state to save.
 
     A second Ctrl-C ends training immediately, without a checkpoint.
     """
 
     def __init__(self) -> None:
         self._previous_interrupt: Any = None
-        self._took = self._is_guarded = False
+        self._took = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._took = STOP.take() or self._took
@@ -60,24 +58,22 @@ class StopSignal(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if threading.current_thread() is threading.main_thread():
             self._previous_interrupt = signal.signal(signal.SIGINT, self._interrupt)
-        self._is_guarded = any(isinstance(callback, DivergenceGuard) for callback in cast(Any, trainer).callbacks)
-        self._agree(trainer)  # a signal received by now ends the run before its first step
+        AGREEMENT.reach(trainer)  # a signal received by now ends the run before its first step
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._end_if_asked()  # not earlier: Lightning logs the last step's metrics after its `on_train_batch_end`
+        AGREEMENT.is_reached = False
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if made_step(trainer) and not (self._is_guarded and trainer.world_size > 1):
-            self._agree(trainer)
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if made_step(trainer) and not AGREEMENT.is_reached:
+            AGREEMENT.reach(trainer)
 
     def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
         if trainer.state.fn != "fit":
             self.on_test_batch_end(trainer)
 
     def on_test_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        self._agree(trainer)
+        AGREEMENT.reach(trainer)
         self._end_if_asked()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -92,9 +88,6 @@ class StopSignal(Callback):
         if self._took:  # not if the program took them
             STOP.give_back()
             self._took = False
-
-    def _agree(self, trainer: Trainer) -> None:
-        STOP.agreed = STOP.received if trainer.world_size == 1 else largest([STOP.received])[0]
 
     def _end_if_asked(self) -> None:
         if not STOP.agreed:

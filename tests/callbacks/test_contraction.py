@@ -8,7 +8,6 @@ from torch import nn
 from revdeq_lightning.callbacks.contraction import Contraction, ContractionWarning
 from revdeq_lightning.equilibrium import EquilibriumLayer, MomentumSolver
 from tests.helpers.modules import DIM, Stranger, loader, trainer
-from tests.helpers.runs import tiny_data, tiny_task, tiny_trainer
 
 
 class Linear(nn.Module):
@@ -95,20 +94,3 @@ def test_it_warns_when_f_ceases_to_contract_and_again_after_it_did(tmp_path):
     assert len(messages) == 2
     assert "at step 2: the spectral radius of df/dz where the solver ends is 1.2" in messages[0]
     assert "at step 5" in messages[1]
-
-
-def test_the_language_model_can_be_asked(tmp_path):
-    data = tiny_data(tmp_path)
-    run = tiny_trainer(tmp_path, [Contraction(2)], max_steps=2, limit_val_batches=0)
-    run.fit(tiny_task(data), data)
-    assert 0 < run.callback_metrics["equilibrium/spectral_radius"] < 1
-
-
-def test_what_cannot_be_asked_is_refused(tmp_path):
-    module = Stranger()
-    module.layers = nn.ModuleList()
-    with pytest.raises(ValueError, match="Stranger has none"):
-        trainer(tmp_path, [Contraction()]).fit(module, loader())
-    for settings in ({"every_n_steps": 0}, {"num_samples": 0}, {"num_iterations": 1}, {"warn_at": 0.0}):
-        with pytest.raises(ValueError, match=f"{next(iter(settings))} must be"):
-            Contraction(**settings)

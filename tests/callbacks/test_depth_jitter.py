@@ -52,15 +52,6 @@ def test_a_resumed_run_draws_what_the_whole_run_draws(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(task.parameters(), resumed.parameters(), strict=True))
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [({}, r"got \[\] and \[\]"), ({"steps": [2], "seed": -1}, "got -1")],
-)
-def test_wrong_settings_are_refused(settings, message):
-    with pytest.raises(ValueError, match=message):
-        DepthJitter(**settings)
-
-
 @pytest.mark.parametrize(("settings", "message"), [({"steps": [0]}, "got 0"), ({"betas": [2.5]}, "got 2.5")])
 def test_what_the_solver_refuses_is_told_before_training(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):

@@ -1,11 +1,10 @@
 """The settings `--diagnostics.*` of a training run."""
 
-import csv
-
 import pytest
 import yaml
 
-from tests.helpers.runs import run, tiny_config
+from tests.helpers.modules import table
+from tests.helpers.runs import refused, run, tiny_config
 
 ALWAYS = (
     *("equilibrium/forward_nfe", "equilibrium/total_backward_nfe", "equilibrium/num_certified_gradients"),
@@ -16,8 +15,7 @@ QUICK = ("--run.test=false", "--run.sample_tokens=0", "--run.version=v")
 
 
 def keys(folder):
-    with (folder / "runs/tiny/v/metrics.csv").open(newline="") as file:
-        return {key for row in csv.DictReader(file) for key, value in row.items() if value}
+    return {key for row in table(folder / "runs/tiny/v/metrics.csv", without="val/") for key in row}
 
 
 def test_what_is_always_measured(tmp_path, capsys):
@@ -51,9 +49,8 @@ def test_a_model_without_equilibrium_is_measured_too(tmp_path, capsys):
     assert not any(key.startswith("equilibrium/") for key in keys(tmp_path))
     assert "system/tokens_per_second" in keys(tmp_path)
     assert "certified" not in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        run("fit", "--config", path, "--diagnostics.contraction_every_n_steps=2")
-    assert "contraction_every_n_steps needs a model with an equilibrium, got 2" in capsys.readouterr().err
+    error = refused(capsys, "fit", "--config", path, "--diagnostics.contraction_every_n_steps=2")
+    assert "contraction_every_n_steps needs a model with an equilibrium, got 2" in error
 
 
 @pytest.mark.parametrize(
@@ -66,8 +63,4 @@ def test_a_model_without_equilibrium_is_measured_too(tmp_path, capsys):
     ],
 )
 def test_a_mistake_is_told_in_one_line(tmp_path, capsys, option, words):
-    with pytest.raises(SystemExit) as caught:
-        run("fit", "--config", tiny_config(tmp_path), f"--diagnostics.{option}")
-    assert caught.value.code == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert words in line
+    assert words in refused(capsys, "fit", "--config", tiny_config(tmp_path), f"--diagnostics.{option}", code=2)

@@ -1,11 +1,8 @@
 """Loggers that fail: one warning, and the run as it would have been."""
 
-import csv
 import errno
 import os
 import pickle
-import resource
-import signal
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +17,8 @@ from revdeq_lightning.errors import RecordWarning
 from revdeq_lightning.loggers.csv_logger import ContinuedCSVLogger
 from revdeq_lightning.loggers.endurance import Enduring, Survives, enduring
 from revdeq_lightning.loggers.media import log_picture
-from tests.helpers.modules import StepByStep, Stranger, loader, trainer
+from tests.helpers.modules import StepByStep, Stranger, loader, table, trainer
+from tests.helpers.runs import limited_file_sizes
 
 
 class Failing(Logger):
@@ -113,7 +111,6 @@ def test_an_interrupt_is_not_survived():
 def test_a_logger_passes_for_what_it_was_and_can_be_sent_to_another_process(tmp_path):
     logger = enduring(CSVLogger(tmp_path, name="n", version="v"))
     assert isinstance(logger, CSVLogger)
-    assert enduring(logger) is logger
     other = pickle.loads(pickle.dumps(logger))
     assert isinstance(other, CSVLogger)
     assert type(other) is Enduring
@@ -136,40 +133,29 @@ class Bare(Logger):
 
 
 class FullDisk(Callback):
-    """For some steps no file may become longer than it is: what a full disk does, with another number."""
+    """For some steps."""
 
-    def __init__(self, path, first, last):
-        self.path, self.first, self.last = path, first, last
-        self.limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    def __init__(self, limit, path, first, last):
+        self.limit, self.path, self.first, self.last = limit, path, first, last
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.global_step == self.first:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (self.path.stat().st_size + 10, self.limits[1]))
+            self.limit(self.path.stat().st_size + 10)
         if trainer.global_step == self.last:
-            resource.setrlimit(resource.RLIMIT_FSIZE, self.limits)
+            self.limit(None)
 
 
-def rows(path):
-    with path.open(newline="") as file:
-        return [{k: v for k, v in row.items() if not k.startswith("system")} for row in csv.DictReader(file)]
-
-
-@pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="no limits of file sizes")
 def test_a_full_disk_costs_no_row_once_there_is_room_again(tmp_path):
     results = []
     for name in ("free", "full"):
         path = tmp_path / name / "metrics.csv"
-        full = FullDisk(path, 2, 4)
-        callbacks = [FunctionEvaluations(), *([full] if name == "full" else [])]
-        run = trainer(tmp_path, callbacks, logger=enduring(ContinuedCSVLogger(tmp_path / name)), log_every_n_steps=1)
-        try:
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                run.fit(Stranger(), loader())
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, full.limits)
+        logger = enduring(ContinuedCSVLogger(tmp_path / name))
+        with limited_file_sizes() as limit, warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            callbacks = [FunctionEvaluations(), *([FullDisk(limit, path, 2, 4)] if name == "full" else [])]
+            trainer(tmp_path, callbacks, logger=logger, log_every_n_steps=1).fit(Stranger(), loader())
         told = [str(w.message) for w in caught if w.category is RecordWarning]
-        results.append((rows(path), told))
+        results.append((table(path), told))
     (free, no_warning), (full, (warning,)) = results
     assert no_warning == []
     assert "ContinuedCSVLogger failed (OSError: [Errno 27] File too large" in warning

@@ -27,8 +27,7 @@ def probes():
     return [GradientError(2), Contraction(2, num_iterations=3, warn_at=100.0)]
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("float64", [False, True])
+@pytest.mark.parametrize(("float64", "accumulate"), [(False, 2), (True, 1)])
 def test_a_run_is_bit_for_bit_the_same_with_and_without(tmp_path, float64, accumulate):
     """With dropout, inside and outside of f, BatchNorm, a metric of torchmetrics, and all the other callbacks."""
 
@@ -123,12 +122,7 @@ def test_errors_of_a_one_step_gradient_are_those_of_plain_loops(tmp_path, float6
         ({"solver": ReversibleSolver(max_steps=20, arithmetic="float32"), "scale": 2.0}, "bptt", 1e-2, math.inf),
         ({"solver": MomentumSolver(max_steps=1)}, "converged", 1e-2, math.inf),
         ({"solver": MomentumSolver(max_steps=1)}, "bptt", 0.0, 1e-6),  # float32
-        (
-            {"solver": PicardSolver(max_steps=200), "adjoint": ImplicitAdjoint()},
-            "converged",
-            0.0,
-            1e-4,
-        ),  # its tolerance
+        ({"solver": PicardSolver(max_steps=200), "adjoint": ImplicitAdjoint()}, "converged", 0.0, 1e-4),  # its rtol
         ({"solver": PicardSolver(max_steps=40), "adjoint": BackpropAdjoint()}, "bptt", 0.0, 1e-6),  # float32
     ],
 )
@@ -213,6 +207,3 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
     module.layers = torch.nn.ModuleList()
     with pytest.raises(ValueError, match="Stranger has none"):
         trainer(tmp_path, [GradientError()]).fit(module, loader())
-    for settings in ({"every_n_steps": 0}, {"num_samples": 0}, {"max_steps": 0}, {"references": ("exact",)}):
-        with pytest.raises(ValueError, match=f"{next(iter(settings))} must be"):
-            GradientError(**settings)

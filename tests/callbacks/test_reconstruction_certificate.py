@@ -1,6 +1,5 @@
 """An f that is another function in chosen backward passes: so many gradients are not exact, and no more."""
 
-import csv
 import warnings
 
 import pytest
@@ -16,8 +15,7 @@ from revdeq_lightning.equilibrium import (
     ReversibleAdjoint,
     ReversibleSolver,
 )
-from tests.helpers.equilibrium import Spy
-from tests.helpers.modules import Stranger, loader, trainer
+from tests.helpers.modules import Stranger, loader, table, trainer
 
 SILENT = ReversibleAdjoint(mismatch="ignore")
 
@@ -37,8 +35,7 @@ class ChangeF(Callback):
 
 
 def values(folder, key):
-    with (folder / "logs" / "metrics.csv").open(newline="") as file:
-        return [float(row[key]) for row in csv.DictReader(file) if row.get(key)]
+    return [float(row[key]) for row in table(folder / "logs/metrics.csv") if key in row]
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -113,21 +110,3 @@ def test_floating_point_states_are_counted_and_not_blamed(tmp_path, capsys):
 def test_where_nothing_is_reconstructed_nothing_is_certified(tmp_path, capsys):
     trainer(tmp_path, [ReconstructionCertificate()], logger=False).fit(Stranger(adjoint=BackpropAdjoint()), loader())
     assert "certified" not in capsys.readouterr().out
-
-
-def test_the_host_does_not_wait_between_logging_steps(tmp_path):
-    counts = {}
-
-    class Watched(ReconstructionCertificate):
-        def on_train_batch_end(self, trainer, *arguments):
-            with Spy() as spy:
-                super().on_train_batch_end(trainer, *arguments)
-            counts[trainer.global_step] = spy.count
-
-    trainer(tmp_path, [Watched()], log_every_n_steps=3).fit(Stranger(), loader())
-    assert [counts[step] for step in (1, 2, 4, 5)] == [0] * 4
-
-
-def test_an_unknown_policy_is_refused():
-    with pytest.raises(ValueError, match="policy must be one of 'warn', 'raise', 'stop', got 'ignore'"):
-        ReconstructionCertificate("ignore")

@@ -1,7 +1,5 @@
 """The curves that a run keeps: their steps, their ends beside what another callback logs, and what they cost."""
 
-import csv
-
 import pytest
 from lightning import Callback
 from PIL import Image
@@ -18,12 +16,11 @@ from revdeq_lightning.equilibrium import (
 )
 from revdeq_lightning.loggers.plots import by_step, residual_plots, save_png
 from tests.helpers.equilibrium import Spy
-from tests.helpers.modules import Stranger, loader, trainer
+from tests.helpers.modules import Stranger, loader, table, trainer
 
 
 def read(path):
-    with path.open(newline="") as file:
-        return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+    return [{key: float(value) for key, value in row.items()} for row in table(path)]
 
 
 def layer_records(module):
@@ -100,8 +97,3 @@ def test_a_residual_of_zero_can_be_drawn(tmp_path):
     rows = [{"step": 9, "solve": 1, "evaluation": i, "relative_residual": 0.0, "num_samples": 2} for i in (1, 2)]
     save_png(residual_plots(by_step(rows)), tmp_path / "zero.png")
     assert (tmp_path / "zero.png").is_file()
-
-
-def test_a_mistake_is_told():
-    with pytest.raises(ValueError, match="every_n_steps must be at least 1, got 0"):
-        ResidualCurve(0)

@@ -8,7 +8,7 @@ import torch
 from revdeq_lightning.callbacks import samples
 from revdeq_lightning.callbacks.samples import ImageSamples, TextSamples
 from revdeq_lightning.models.generation import generate
-from tests.helpers.modules import Validated, classifier, fit_whole_set as fit, language, loader, state, trainer
+from tests.helpers.modules import classifier, fit_whole_set as fit, language, state
 
 
 def test_the_text_is_that_of_a_plain_generation_from_the_validated_weights(tmp_path):
@@ -46,34 +46,3 @@ def test_the_sheet_shows_the_first_images_and_what_the_model_says(tmp_path, monk
     assert [entry.probability for entry in entries] == pytest.approx(probabilities.amax(-1).tolist(), rel=1e-5)
     assert all(torch.equal(entry.image_CHW, image) for entry, image in zip(entries, batch.images, strict=False))
     data.teardown("validate")
-
-
-class Speaking(Validated):
-    """Draws from the global generator, in whatever mode it is."""
-
-    def sample_text(self, prompt, max_new_tokens, temperature):
-        assert not self.training
-        return str(torch.rand(()).item())
-
-
-def test_a_stranger_that_draws_is_left_as_it_was(tmp_path):
-    draws = []
-    for name, callbacks in (("with", [TextSamples(["x"])]), ("without", [])):
-        torch.manual_seed(0)
-        module = Speaking(dropout=0.3)
-        trainer(tmp_path / name, callbacks, val_check_interval=2).fit(module, loader(), loader())
-        draws.append((torch.rand(()), module.head.weight))
-        assert module.training or not callbacks
-    assert torch.equal(draws[0][0], draws[1][0])
-    assert torch.equal(draws[0][1], draws[1][1])
-
-
-def test_mistakes_are_told():
-    for make, words in (
-        (lambda: TextSamples([]), "prompts must hold at least one text"),
-        (lambda: TextSamples(["a", ""]), "none of them empty"),
-        (lambda: TextSamples(["a"], every_n_validations=0), "every_n_validations must be at least 1, got 0"),
-        (lambda: ImageSamples(num_images=0), "num_images must be at least 1, got 0"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            make()

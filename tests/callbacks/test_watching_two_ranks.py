@@ -58,6 +58,7 @@ class Speaking(Validated):
     """Draws from the global generator for its text."""
 
     def sample_text(self, prompt, max_new_tokens, temperature):
+        assert not self.training
         return str(torch.rand(()).item())
 
 

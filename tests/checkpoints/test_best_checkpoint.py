@@ -33,17 +33,9 @@ class Scripted(Stranger):
 def fit(folder, losses, *, max_steps=None, ckpt_path=None, callbacks=(), io=None, **settings):
     """One validation a batch; `best.ckpt` and `last.ckpt` in `folder/checkpoints`."""
     best, last = BestCheckpoint(), LastCheckpoint(keep_last=99, every_n_steps=1)
-    run = trainer(
-        folder,
-        [*callbacks, best, last],
-        max_steps=max_steps or len(losses),
-        logger=False,
-        enable_checkpointing=True,
-        val_check_interval=1,
-        num_sanity_val_steps=0,
-        plugins=[io or AtomicCheckpointIO(errors="warn")],
-        **settings,
-    )
+    settings |= {"max_steps": max_steps or len(losses), "val_check_interval": 1, "num_sanity_val_steps": 0}
+    settings |= {"logger": False, "enable_checkpointing": True, "plugins": [io or AtomicCheckpointIO(errors="warn")]}
+    run = trainer(folder, [*callbacks, best, last], **settings)
     run.fit(Scripted(*losses), loader(), loader(8), ckpt_path=ckpt_path)
     return best
 

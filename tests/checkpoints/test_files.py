@@ -1,10 +1,7 @@
 """One checkpoint file: its checksum, and what is refused."""
 
 import io
-import os
 import pickle
-import resource
-import signal
 import zipfile
 import zlib
 
@@ -21,20 +18,11 @@ from revdeq_lightning.checkpoints.files import (
 )
 from revdeq_lightning.checkpoints.io import AtomicCheckpointIO
 from revdeq_lightning.errors import CheckpointError
+from tests.helpers.runs import Malice, limited_file_sizes
 
 
 def content(step=1, size=40):
     return {"global_step": step, "state_dict": {"w": torch.arange(float(size))}, "loops": {"a": [1, (2, None)]}}
-
-
-class Malice:
-    """Unpickling it creates a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.path}",)
 
 
 def test_a_checkpoint_is_what_torch_writes_and_its_checksums_are_those_of_the_archive(tmp_path):
@@ -173,6 +161,7 @@ def test_the_newest_good_one_is_last_or_that_of_most_steps_and_best_if_it_is_alo
     assert newest_good(tmp_path) == (None, {})
     for name, step in (("step-200", 200), ("best", 1100), ("step-1000", 1000), ("last", 1100)):
         write_checkpoint(content(step), tmp_path / f"{name}.ckpt")
+    write_checkpoint(content(1050), tmp_path / ".best.ckpt.old")  # left by a kill: no more exact than `best.ckpt`
     (tmp_path / "notes.txt").write_text("")
     (tmp_path / "alien.ckpt").write_text("from elsewhere")
     assert newest_good(tmp_path) == (tmp_path / "last.ckpt", {})
@@ -190,20 +179,15 @@ def test_a_full_disk_leaves_what_was_there(tmp_path):
     write_checkpoint(content(1, size=40_000), path)
     size = path.stat().st_size
     before = path.read_bytes()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     io_ = AtomicCheckpointIO(errors="warn")
-    try:
-        for limit in (size // 2, size - 10):
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+    with limited_file_sizes() as limit:
+        for most in (size // 2, size - 10):
+            limit(most)
             with pytest.raises(OSError, match="File too large"):
                 AtomicCheckpointIO().save_checkpoint(content(2, size=40_000), path)
             with pytest.warns(UserWarning, match="no checkpoint was written .*: File too large; the previous one"):
                 io_.save_checkpoint(content(2, size=40_000), path)
             assert io_.failures.keys() == {path}
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
     io_.save_checkpoint(content(3), path)

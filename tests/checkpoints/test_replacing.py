@@ -17,7 +17,7 @@ from revdeq_lightning.checkpoints.files import (
 )
 from revdeq_lightning.errors import CheckpointError
 from revdeq_lightning.runs.folder import RunConfig, find_checkpoint
-from tests.helpers.runs import seal, write_shards
+from tests.helpers.runs import seal, watch_disk, write_shards
 
 KINDS = ["file", "folder"]
 
@@ -70,7 +70,7 @@ def step_found(folder):
         path = find_checkpoint("last", run).path
     except (CheckpointError, FileNotFoundError):  # not to be taken for an error of the change itself
         return None
-    return steps_of([path])[0][path].number
+    return steps_of(path).number
 
 
 @pytest.mark.parametrize("new", KINDS)
@@ -157,46 +157,25 @@ def test_where_names_cannot_be_changed_the_old_one_stays(tmp_path, monkeypatch):
 def calls(monkeypatch, tmp_path):
     """What the kernel is asked for: syncs of files and folders, and new names."""
     calls = []
-    sync = os.fsync
 
-    def fsync(descriptor):
-        calls.append(("sync", name_of(os.readlink(f"/proc/self/fd/{descriptor}"))))
-        sync(descriptor)
+    def note(call, path):
+        calls.append((call, str(Path(path).relative_to(tmp_path.resolve())).replace(f".{os.getpid()}.", ".PID.")))
 
-    def name_of(path):
-        return str(Path(path).resolve().relative_to(tmp_path)).replace(f".{os.getpid()}.", ".PID.")
-
-    def noting(owner, word):
-        change = getattr(owner, word)
-
-        def noted(path, target, **options):
-            calls.append(("rename", name_of(path), name_of(target)))
-            return change(path, target, **options)
-
-        return noted
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    for word in ("rename", "replace"):  # `Path`'s call them
-        monkeypatch.setattr(os, word, noting(os, word))
+    watch_disk(note, monkeypatch.setattr)
     return calls
 
 
 def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, calls):
     write_checkpoint({"global_step": 1}, tmp_path / "run/checkpoints/a.ckpt")
-    assert calls == [
-        ("sync", "run"),
-        ("sync", "."),
+    written = [
         ("sync", "run/checkpoints/.a.ckpt.PID.part"),
-        ("rename", "run/checkpoints/.a.ckpt.PID.part", "run/checkpoints/a.ckpt"),
+        ("rename", "run/checkpoints/a.ckpt"),
         ("sync", "run/checkpoints"),
     ]
+    assert calls == [("sync", "run"), ("sync", "."), *written]
     calls.clear()
     write_checkpoint({"global_step": 2}, tmp_path / "run/checkpoints/a.ckpt")
-    assert calls == [
-        ("sync", "run/checkpoints/.a.ckpt.PID.part"),
-        ("rename", "run/checkpoints/.a.ckpt.PID.part", "run/checkpoints/a.ckpt"),
-        ("sync", "run/checkpoints"),
-    ]
+    assert calls == written
 
 
 def test_new_folders_are_on_the_disk(tmp_path, calls):

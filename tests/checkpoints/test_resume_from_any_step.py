@@ -41,9 +41,7 @@ def whole(request, tmp_path_factory):
     return command, (folder / "runs/tiny/v").rename(folder / "kept"), folder / "runs/tiny/v"
 
 
-@pytest.mark.parametrize(
-    "step", [pytest.param(n, marks=() if n in (3, 6) else pytest.mark.slow) for n in range(1, STEPS)]
-)
+@pytest.mark.parametrize("step", [pytest.param(n, marks=() if n == 3 else pytest.mark.slow) for n in range(1, STEPS)])
 def test_the_rest_is_the_same_bit_for_bit(whole, step):
     command, kept, folder = whole
     put_back(kept, folder, f"step-{step}.ckpt", "best.ckpt")

@@ -1,11 +1,8 @@
-"""A small run that writes sharded checkpoints; as a script: `FOLDER FAULT [MOMENT]`.
+"""A small run that writes sharded checkpoints; as a script: `FOLDER FAULT`.
 
-full: the disk refuses to write `last.ckpt` once, after the second step. killed: kill -9 as `last.ckpt` is replaced
-for the first time: `aside`, when the old one is put aside and no other is there; `removed`, when the new one is there.
-unrenamed: for a while `last.ckpt` cannot get another name. Of two processes: recorded: `calls-RANK.json` lists what the
-kernel was asked for. switched: goes on with one file, and with a folder again; `listings.json` has what there was.
-refused: commands on checkpoints with a fault; `refused.json` has what they told, their exit code, and whether code in
-the checkpoint ran.
+full: the disk refuses to write `last.ckpt` once, after the second step. unrenamed: for a while `last.ckpt` cannot get
+another name. recorded: `calls-RANK.json` lists what the kernel was asked for, by two processes. refused: commands on
+checkpoints with a fault; `refused.json` has what they told, their exit code, and whether code in the checkpoint ran.
 """
 
 import contextlib
@@ -15,7 +12,6 @@ import json
 import os
 import pickle
 import shutil
-import signal
 import sys
 import time
 import traceback
@@ -26,7 +22,7 @@ import torch
 
 from revdeq_lightning.checkpoints.names import SUMS
 from tests.helpers.processes import run_group
-from tests.helpers.runs import Malice, run, seal, tiny_config
+from tests.helpers.runs import Malice, run, seal, tiny_config, watch_disk
 
 OPTIONS = (
     *("--config", "configs/trainer/fsdp2.yaml", "--trainer.accelerator=cpu", "--trainer.devices=1"),
@@ -51,24 +47,6 @@ def fill_disk() -> None:
     os.fsync = fsync
 
 
-def kill(moment: str) -> None:
-    rename, remove = Path.rename, shutil.rmtree
-    end = ".last.ckpt.old"
-
-    def renamed(path: Path, target: Path) -> Path:
-        result = rename(path, target)
-        if moment == "aside" and Path(target).name == end:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-
-    def removed(path: Path, *args: object, **options: object) -> None:
-        if moment == "removed" and Path(path).name == end and Path(path).is_dir():
-            os.kill(os.getpid(), signal.SIGKILL)
-        remove(path, *args, **options)
-
-    Path.rename, shutil.rmtree = renamed, removed
-
-
 def refuse_names() -> None:
     """As a read-only file system does, for the second save: `last.ckpt` is neither kept nor replaced."""
     rename, refused = Path.rename, []
@@ -87,37 +65,14 @@ def record(folder: Path, *options: object) -> None:
     """Run, noting the moment, the call and the path of each sync and each new name among the checkpoints."""
     calls: list[tuple[int, str, str]] = []
     checkpoints = folder.resolve() / "runs/tiny/v/checkpoints"
-    sync = os.fsync
 
-    def note(call: str, path: object) -> None:
-        path = Path(os.path.abspath(str(path)))
-        if path.is_relative_to(checkpoints):
-            calls.append((time.monotonic_ns(), call, str(path.relative_to(checkpoints))))
+    def note(call: str, path: str) -> None:
+        if Path(path).is_relative_to(checkpoints):
+            calls.append((time.monotonic_ns(), call, str(Path(path).relative_to(checkpoints))))
 
-    def fsync(descriptor: int) -> None:
-        sync(descriptor)
-        note("sync", os.readlink(f"/proc/self/fd/{descriptor}"))
-
-    def noting(change):
-        def changed(path, target, **settings):
-            note("rename", target)
-            change(path, target, **settings)
-
-        return changed
-
-    os.fsync, os.rename, os.replace = fsync, noting(os.rename), noting(os.replace)
+    watch_disk(note)
     run("fit", *options)
     (folder / f"calls-{os.environ['RANK']}.json").write_text(json.dumps(calls))
-
-
-def switch(folder: Path, *options: object) -> None:
-    listings = []
-    for steps, sharded in ((2, "true"), (4, "false"), (6, "true")):
-        own = (f"--trainer.max_steps={steps}", f"--trainer.strategy.sharded_checkpoints={sharded}")
-        run_group(2, run, "fit", *options, *own)
-        checkpoints = sorted((folder / "runs/tiny/v/checkpoints").iterdir())
-        listings.append({path.name: "folder" if path.is_dir() else "file" for path in checkpoints})
-    (folder / "listings.json").write_text(json.dumps(listings))
 
 
 WITHIN = {
@@ -164,17 +119,15 @@ def tell(told: Path, *words: object) -> None:
 
 
 if __name__ == "__main__":
-    folder, fault, *moment = Path(sys.argv[1]), *sys.argv[2:]
+    folder, fault = Path(sys.argv[1]), sys.argv[2]
     options = ("--config", tiny_config(folder), *OPTIONS)
     if fault == "recorded":
         run_group(2, record, folder, *options, "--trainer.devices=2", "--trainer.max_steps=1")
-    elif fault == "switched":
-        switch(folder, *options, "--trainer.devices=2", "--trainer.val_check_interval=1")
     elif fault == "refused":
         refuse(folder, *options)
     elif fault == "unrenamed":
         refuse_names()
         run("fit", *options, "--run.keep_last=2", "--trainer.max_steps=4")
     else:
-        fill_disk() if fault == "full" else kill(*moment) if fault == "killed" else None
+        fill_disk()
         run("fit", *options)

@@ -13,33 +13,25 @@ from revdeq_lightning.cli.process_end import lost_peer
 TRAINER = SimpleNamespace(world_size=2, global_rank=1)
 
 
-def nccl(reason: str, kind: str, last: str) -> dist.DistBackendError:
+DEBUG = "run with NCCL_DEBUG=INFO for details"
+
+
+def nccl(reason: str, last: str) -> dist.DistBackendError:
     """As PyTorch writes it."""
     place = "/pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:94"
-    return dist.DistBackendError(
-        f"NCCL error in: {place}, {reason}, NCCL version 2.27.5\n{kind}: What it is.\nLast error:\n{last}"
-    )
+    error = f"NCCL error in: {place}, {reason}, NCCL version 2.27.5\nncclError: What it is.\nLast error:\n{last}"
+    return dist.DistBackendError(error)
 
 
-REMOTE = nccl(
-    "remote process exited or there was a network error",
-    "ncclRemoteError",
-    "socketProgress: Connection closed by remote peer n2<51234>",
-)
-REFUSED = nccl(
-    "unhandled system error (run with NCCL_DEBUG=INFO for details)",
-    "ncclSystemError",
-    "socketPollConnect: connect to 10.0.0.1<41234> returned Connection refused",
-)
+REMOTE = nccl("remote process exited or there was a network error", "socketProgress: Connection closed by remote peer")
+REFUSED = nccl(f"unhandled system error ({DEBUG})", "connect to 10.0.0.1<41234> returned Connection refused")
 
 
 @pytest.mark.parametrize(
     "error",
     [
         # As they come from PyTorch 2.11 to 2.15 where a machine vanishes: which one depends on the collective.
-        RuntimeError(
-            "[pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:538] Connection closed by peer [10.77.0.2]:1"
-        ),
+        RuntimeError("[gloo/transport/tcp/pair.cc:538] Connection closed by peer [10.77.0.2]:1"),
         RuntimeError("Application timeout caused pair closure"),
         RuntimeError("[unbound_buffer.cc:78] Timed out waiting 15000ms for recv operation to complete"),
         RuntimeError("Pair is not connected (10.77.0.1)"),
@@ -68,34 +60,21 @@ def test_no_other_error_is(error):
 
 def test_the_useful_line_of_nccl_is_told():
     assert "(NCCL error, remote process exited or" in lost_peer(REMOTE, TRAINER)
-    assert "socketProgress: Connection closed by remote peer n2<51234>). Its own log" in lost_peer(REMOTE, TRAINER)
+    assert "socketProgress: Connection closed by remote peer). Its own log" in lost_peer(REMOTE, TRAINER)
 
 
 @pytest.mark.parametrize(
-    ("reason", "kind", "last"),
+    ("reason", "last"),
     [
-        (
-            "unhandled system error (run with NCCL_DEBUG=INFO for details)",
-            "ncclSystemError",
-            "Error while creating shared memory segment /dev/shm/nccl-ZVvRsy (size 9637888), error: No space left (28)",
-        ),
-        (
-            "invalid usage (run with NCCL_DEBUG=WARN for details)",
-            "ncclInvalidUsage",
-            "Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 1b000",
-        ),
-        (
-            "unhandled cuda error (run with NCCL_DEBUG=INFO for details)",
-            "ncclUnhandledCudaError",
-            "Cuda failure 2 'out of memory'",
-        ),
+        (f"unhandled system error ({DEBUG})", "Error while creating shared memory segment, error: No space left (28)"),
+        ("invalid usage", "Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 1b000"),
+        (f"unhandled cuda error ({DEBUG})", "Cuda failure 2 'out of memory'"),
     ],
 )
-def test_what_nccl_cannot_do_here_is_told_without_the_advice_to_go_on(reason, kind, last):
-    line = lost_peer(nccl(reason, kind, last), TRAINER)
-    assert line == (
-        f"rank 1 cannot exchange data with the other processes: NCCL error, {reason}, NCCL version 2.27.5: {last}"
-    )
+def test_what_nccl_cannot_do_here_is_told_without_the_advice_to_go_on(reason, last):
+    told = f"NCCL error, {reason}, NCCL version 2.27.5: {last}"
+    line = f"rank 1 cannot exchange data with the other processes: {told}"
+    assert lost_peer(nccl(reason, last), TRAINER) == line
 
 
 class Data:

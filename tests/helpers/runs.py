@@ -3,9 +3,12 @@
 import csv
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +130,15 @@ def run(*arguments: object) -> None:
     main([str(a) for a in arguments])
 
 
+def refused(capsys: pytest.CaptureFixture, *arguments: object, code: int | None = None) -> str:
+    """The one error that a command tells before it ends."""
+    with pytest.raises(SystemExit) as stop:
+        run(*arguments)
+    assert stop.value.code == code if code else stop.value.code
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    return error
+
+
 # Folders of runs as a training leaves them, written by hand.
 
 
@@ -241,6 +253,35 @@ def damage(path: Path) -> None:
     content = path.read_bytes()
     path.unlink()  # another name of the file stays whole
     path.write_bytes(content[: len(content) // 2])
+
+
+def watch_disk(note: Callable[[str, str], object], patch: Callable[[Any, str, Any], object] = setattr) -> None:
+    """Call `note` with "sync" and the path after each sync, and with "rename" and the target before each new name."""
+    sync = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        sync(descriptor)
+        note("sync", os.readlink(f"/proc/self/fd/{descriptor}"))
+
+    def noting(change: Callable[..., None]) -> Callable[..., None]:
+        def noted(path: Any, target: Any, **options: Any) -> None:
+            note("rename", os.path.abspath(target))
+            change(path, target, **options)
+
+        return noted
+
+    for name, call in {"fsync": fsync, "rename": noting(os.rename), "replace": noting(os.replace)}.items():
+        patch(os, name, call)  # `Path`'s call them
+
+
+@contextmanager
+def limited_file_sizes() -> Iterator[Callable[[int | None], None]]:
+    """Let no file grow beyond a size, as a full disk does with another error number; None: without a limit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (soft if size is None else size, hard))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 # Offline W&B runs: made by the command line, read back through W&B's own command.

@@ -46,13 +46,19 @@ def page_of(*folders) -> Elements:
     return elements
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run with every file there is, and its page."""
+    folder = whole_run(tmp_path_factory.mktemp("runs") / "small" / "v")
+    return folder, page_of(folder)
+
+
 def titles(page: Elements) -> list[str]:
     return page.values("aria-label")
 
 
-def test_the_page_needs_no_other_file_and_its_links_lead_to_what_is_there(tmp_path):
-    folder = whole_run(tmp_path / "runs" / "small" / "v")
-    page = page_of(folder)
+def test_the_page_needs_no_other_file_and_its_links_lead_to_what_is_there(whole):
+    folder, page = whole
     assert (folder / "report.html").is_file()
     assert {tag for tag, _ in page.found} & {"script", "iframe", "object"} == set()
     assert all(address.startswith("data:") for address in page.values("src"))
@@ -64,8 +70,8 @@ def test_the_page_needs_no_other_file_and_its_links_lead_to_what_is_there(tmp_pa
         assert address.startswith("#")
 
 
-def test_the_figures_on_top_are_those_of_the_files(tmp_path):
-    text = page_of(whole_run(tmp_path / "small" / "v")).text
+def test_the_figures_on_top_are_those_of_the_files(whole):
+    folder, page = whole
     for words in (
         "small/v",
         "Language model: solver reversible, max_steps 4, beta 0.8. Started 2026-01-02T03:04:05Z",
@@ -78,13 +84,12 @@ def test_the_figures_on_top_are_those_of_the_files(tmp_path):
         "2 4 1.25 as trained",
         "packages.torch 2.13 earlier_starts [2025-12-31]",
     ):
-        assert words in text
-    assert not re.search(r'class="[^"]*\bbad', (tmp_path / "small/v/report.html").read_text())
+        assert words in page.text
+    assert not re.search(r'class="[^"]*\bbad', (folder / "report.html").read_text())
 
 
-def test_every_key_has_a_panel_or_a_place_in_the_figures(tmp_path):
-    shown = titles(page_of(whole_run(tmp_path / "small" / "v")))
-    assert shown == [
+def test_every_key_has_a_panel_or_a_place_in_the_figures(whole):
+    assert titles(whole[1]) == [
         "loss [nats per token]",
         "bits per byte",
         "relative residual at the end of the solve",
