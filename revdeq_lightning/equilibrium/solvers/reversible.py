@@ -195,7 +195,7 @@ class AbstractTwoStepSolver(AbstractSolver):
         arithmetic = self.state_arithmetic(state.dtypes)
         start = [arithmetic.encode(z) for z in z0]
         pairs = zip((*state.previous, *state.current), (*start, *start), strict=True)
-        return torch.stack([(a != b).sum() for a, b in pairs]).sum()
+        return torch.stack([torch.count_nonzero(a - b) for a, b in pairs]).sum()  # twice as fast as of `a != b`
 
     def _decode(self, leaves: Leaves, state: TwoStepState) -> Leaves:
         arithmetic = self.state_arithmetic(state.dtypes)
