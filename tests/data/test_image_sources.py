@@ -1,6 +1,8 @@
 import hashlib
+import itertools
 import os
 import pickle
+import re
 import shutil
 import tarfile
 import time
@@ -15,6 +17,7 @@ from sklearn.datasets import load_digits
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2 as transforms
 
+from revdeq_lightning.data.images.folder import open_folder
 from revdeq_lightning.data.images.sources import KNOWN_STATISTICS, published_cifar
 from revdeq_lightning.data.images.tables import ImageTable, split_images, stratified_subset
 from tests.helpers.data import (
@@ -74,18 +77,16 @@ def test_a_wrapped_folder_has_the_images_and_classes_that_image_folder_finds(mod
         assert labels.tolist() == reference.targets
 
 
-@pytest.mark.parametrize(
-    ("layout", "sizes"),
-    [
-        ({"train": 8, "validation": 2}, {"train": 24, "validation": 6}),
-        ({"train": 8, "test": 2}, {"train": 19, "validation": 5, "test": 6}),
-        ({"train": 10}, {"train": 24, "validation": 6}),
-        ({"": 10}, {"train": 24, "validation": 6}),
-    ],
-)
-def test_layouts_of_folders(module, tmp_path, layout, sizes):
-    data = module(make_folder(tmp_path / "other", layout), validation_fraction=0.2)
-    assert {name: data.num_images(name) for name in data.splits} == sizes
+def test_validation_images_are_split_off_if_there_are_none(module, tmp_path):
+    for number, (layout, sizes) in enumerate(
+        [
+            ({"train": 8, "validation": 2}, {"train": 24, "validation": 6}),
+            ({"train": 8, "test": 2}, {"train": 19, "validation": 5, "test": 6}),
+            ({"": 10}, {"train": 24, "validation": 6}),
+        ]
+    ):
+        data = module(make_folder(tmp_path / str(number), layout), validation_fraction=0.2)
+        assert {name: data.num_images(name) for name in data.splits} == sizes
 
 
 @pytest.mark.parametrize(
@@ -122,32 +123,77 @@ def test_the_validation_split_depends_on_names_and_split_seed_only(module, tmp_p
     assert len(flat) == len(validation) == 3
 
 
-# Folders and archives that do not fit
+# Names in folders and archives
 
 
-def remove(root, pattern):
-    for folder in root.glob(pattern):
-        shutil.rmtree(folder)
+def make_tree(root, *paths):
+    """Empty files; a comma separates names: "train,val/ant,bee/1.jpg"; a path that ends in a slash is a folder."""
+    for path in paths:
+        for *folders, file in itertools.product(*(names.split(",") for names in path.split("/"))):
+            folder = root.joinpath(*folders)
+            folder.mkdir(parents=True, exist_ok=True)
+            if file:
+                (folder / file).touch()
+    return root
 
 
-FAULTS = {
-    r"class folder train/bee in \S+ has no images \(.bmp, ": lambda root: [
-        f.unlink() for f in root.glob("train/bee/*")
+def found(path):
+    """Classes, number of images of each class by split, and what was left out."""
+    names, tables, left_out = open_folder(path).open()
+    return names, {name: np.bincount(table.labels).tolist() for name, table in tables.items()}, left_out
+
+
+DECOMPOSED, COMPOSED = "cafe\u0301", "caf\u00e9"
+
+
+@pytest.mark.parametrize(
+    ("paths", "names", "counts"),
+    [
+        ("train,val,test/ant,bee/1.jpg", "ant bee", {"train": [1, 1], "validation": [1, 1], "test": [1, 1]}),
+        ("Training,DEV,test_set/ant,bee/1.jpg", "ant bee", {"train": [1, 1], "validation": [1, 1], "test": [1, 1]}),
+        ("a/b/ant,bee/1.jpg,2.png a/b/bee/3.gif", "ant bee", {"train": [2, 3]}),
+        ("a/train/ant,bee/x/1.jpg", "ant bee", {"train": [1, 1]}),
+        ("train/test,train/1.jpg", "test train", {"train": [1, 1]}),
+        ("bullet_train,car,test_tube/1.jpg", "bullet_train car test_tube", {"train": [1] * 3}),
+        ("A,a/1.jpg", "A a", {"train": [1, 1]}),
+        (
+            f"train/ant,{COMPOSED}/1.jpg train/{DECOMPOSED}/2.jpg val/ant,{DECOMPOSED}/1.jpg",
+            f"ant {DECOMPOSED}",
+            {"train": [1, 2], "validation": [1, 1]},
+        ),
     ],
-    "has the class bee in test but not": lambda root: remove(root, "train/bee"),
-    "1 class": lambda root: (remove(root, "*/bee"), remove(root, "*/cat")),
-    r"has test/, val/ but no train/: put": lambda root: remove(root, "train"),
-    "both val/ and validation/": lambda root: (root / "test").rename(root / "validation"),
-    "folder for validation without class": lambda root: remove(root, "val/*"),
-}
+)
+def test_splits_and_classes_of_a_folder_and_its_archive(tmp_path, paths, names, counts):
+    root = make_tree(tmp_path / "images", *paths.split())
+    for path in (root, make_archive(root, tmp_path / "images.tar")):
+        assert found(path) == (names.split(), counts, [])
 
 
-@pytest.mark.parametrize("message", FAULTS)
-def test_folders_that_do_not_fit_are_told(module, tmp_path, message):
-    root = make_folder(tmp_path / "broken", dict.fromkeys(("train", "val", "test"), 1))
-    FAULTS[message](root)
+@pytest.mark.parametrize(
+    ("paths", "message"),
+    [
+        ("train/ant,cat/1.jpg train/bee/", r"class folder train/bee in \S+ has no images \(.bmp, "),
+        ("train/ant,cat/1.jpg test/bee/1.jpg", "has the class bee in test but not"),
+        ("train,test/ant/1.jpg", "1 class"),
+        ("train/ant,cat/1.jpg val/", "folder for validation without class"),
+        ("test,val/ant,cat/1.jpg", r"has test/, val/ but no train/: put"),
+        ("Testing/ant,cat/1.jpg", "has Testing/ but no train/"),
+        ("train,val,valid/ant,cat/1.jpg", "has both val/ and valid/ for validation: remove or rename one"),
+        ("Train,train/ant,cat/1.jpg", "has both Train/ and train/ for train"),
+        ("train,test,extra/ant,cat/1.jpg", r"has folders of splits \(test/, train/\) and other .* images \(extra\)"),
+        ("train,cat,dog/a,b/1.jpg", "if all are classes, move all into one folder train/"),
+        ("seg_train,seg_test,seg_pred/a,b/1.jpg", r"look like splits, not like classes \(seg_test, seg_train\)"),
+        ("train1,train2/a,b/1.jpg", "look like splits"),
+        ("fold1_train,fold1_val/a,b/1.jpg", "look like splits"),
+        ("trainA,trainB,testA,testB/1.jpg", "look like splits"),
+        ("imagesTr,imagesTs/a,b/1.jpg", r"same folders in each \(a, b in imagesTr, imagesTs\): rename .* train/"),
+        ("ant,bee/train,test/1.jpg", r"has splits within its classes \(ant, bee\): move them to train/CLASS"),
+        ("train/ant,cat/1.jpg val/Cat/1.jpg", "class folders 'cat' and 'Cat', which differ only in case"),
+    ],
+)
+def test_folders_whose_splits_or_classes_are_not_clear_are_refused(tmp_path, paths, message):
     with refused(message):
-        module(root).setup("fit")
+        found(make_tree(tmp_path, *paths.split()))
 
 
 def test_missing_folders_and_damaged_archives_are_told(module, tmp_path, folder):
@@ -166,99 +212,22 @@ def test_missing_folders_and_damaged_archives_are_told(module, tmp_path, folder)
             module(archive).setup("fit")
 
 
-def test_files_that_are_no_images_are_counted_and_named(module, tmp_path):
-    root = make_folder(tmp_path / "other")
-    (root / "README.txt").write_text("about")
-    (root / "train/ant/list.csv").write_text("1")
-    (root / "train/ant/.hidden.jpg").write_text("1")
-    with pytest.warns(
-        UserWarning, match=r"2 file\(s\) are not images of a class and are ignored: README.txt, train/ant/l"
-    ):
-        module(root).setup("fit")
-    assert module(root).num_images("train") == 30
-
-
-@pytest.mark.parametrize("in_archive", [False, True])
-def test_splits_have_any_usual_name(module, tmp_path, in_archive):
-    root = make_folder(tmp_path / "other", {"Training": 8, "test_set": 2} | ({"DEV": 3} if in_archive else {}))
-    data = module(make_archive(root, tmp_path / "other.tar") if in_archive else root, validation_fraction=0.0)
-    sizes = {"train": 24, "validation": 9, "test": 6} if in_archive else {"train": 24, "test": 6}
-    assert data.found() == {"images": sizes, "classes": list(CLASSES), "left_out": []}
-
-
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [
-        ("train val valid", "has both val/ and valid/ for validation: remove or rename one"),
-        ("Train train", "has both Train/ and train/ for train"),
-        ("Testing", r"has Testing/ but no train/"),
-        ("train test extra", r"has folders of splits \(test/, train/\) and other folders with images \(extra\)"),
-        ("train cat dog", r"if all are classes, move all into one folder train/"),
-        ("seg_train seg_test seg_pred", r"look like splits, not like classes \(seg_test, seg_train\): rename"),
-        ("train1 train2", "look like splits"),
-        ("fold1_train fold1_val", "look like splits"),
-        ("imagesTr imagesTs", r"same folders in each \(ant, bee, cat in imagesTr, imagesTs\): rename .* folder train/"),
-    ],
-)
-def test_folders_whose_splits_are_not_clear_are_refused(module, tmp_path, names, message):
-    root = make_folder(tmp_path / "other", dict.fromkeys(names.split(), 1))
-    with refused(message):
-        module(root).setup("fit")
-
-
-def test_names_of_classes_that_are_names_of_splits(module, tmp_path):
-    root = make_folder(tmp_path / "within", {"ant": 1, "bee": 2}, classes=("train", "test"))
-    with refused(r"has splits within its classes \(ant, bee\): move them to train/CLASS"):
-        module(root).setup("fit")
-    root = make_folder(tmp_path / "other", {"": 2}, classes=("trainA", "trainB", "testA", "testB"))
-    with refused("look like splits"):
-        module(root).setup("fit")
-    kinds = ("bullet_train", "steam_train", "car", "test_tube")
-    assert module(make_folder(tmp_path / "vehicles", {"": 2}, classes=kinds)).class_names == sorted(kinds)
-    assert module(make_folder(tmp_path / "in train", {"train": 2}, classes=("test", "train"))).num_classes == 2
-
-
-def test_what_the_system_made_is_no_image(module, folder, tmp_path):
-    root = shutil.copytree(folder, tmp_path / "nas")
-    thumbnail = (folder / "train/ant/000.jpg").read_bytes()
-    made = ["val/ant/@eaDir/0.jpg", "val/@eaDir/0.jpg", "train/bee/._0.jpg", ".ipynb_checkpoints/cat/0.jpg"]
-    made += ["__MACOSX/train/ant/0.jpg", "#recycle/0.jpg", "train/lost+found/0.jpg", "Thumbs.db", "test/desktop.ini"]
-    for name in made:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(thumbnail)
-    (root / "train/cat/up").symlink_to("..")
-    assert_same_splits(module(root), module())
-    links, system = module(root).found()["left_out"]
-    assert links == "1 link to a folder that contains it: train/cat/up"
-    assert system.startswith("9 made by the system: #recycle, .ipynb_checkpoints, Thumbs.db, __MACOSX, ")
-    (root / "train/cat/up").unlink()
-    archived = module(make_archive(root, tmp_path / "nas.tar"))
-    assert_same_splits(archived, module())
-    (system,) = archived.found()["left_out"]
+def test_what_is_no_image_is_left_out_and_told(tmp_path):
+    root = make_tree(tmp_path / "nas", "train,val/ant,bee/1.jpg", "val/ant/@eaDir/0.jpg", "train/bee/._0.jpg")
+    make_tree(
+        root, ".ipynb_checkpoints/ant/0.jpg", "__MACOSX/train/ant/0.jpg", "#recycle/0.jpg", "train/lost+found/0.jpg"
+    )
+    names, counts, (system,) = found(make_archive(root, tmp_path / "nas.tar"))
+    assert (names, counts) == (["ant", "bee"], {"train": [1, 1], "validation": [1, 1]})
     assert "made by the system: #recycle, #recycle/0.jpg, .ipynb_checkpoints, " in system
-
-
-@pytest.mark.parametrize("in_archive", [False, True])
-def test_names_in_two_normalizations_are_one_class(module, tmp_path, in_archive):
-    composed, decomposed = "caf\u00e9", "cafe\u0301"
-    root = make_folder(tmp_path / "other", {"train": 4, "val": 2}, classes=("ant", composed))
-    (root / "val" / composed).rename(root / "val" / decomposed)
-    make_folder(tmp_path / "more", {"": 3}, classes=(decomposed,))
-    (tmp_path / "more" / decomposed).rename(root / "train" / decomposed)
-    data = module(make_archive(root, tmp_path / "other.tar") if in_archive else root)
-    assert [torch.bincount(split(data, name)[1]).tolist() for name in data.splits] == [[4, 7], [2, 2]]
-    state = data.state_dict() | {"class_names": ["ant", composed]}
-    data.load_state_dict(state)
-    data.load_state_dict(state | {"class_names": ["ant", decomposed]})
-
-
-def test_classes_that_differ_in_case_are_refused_but_letters_are_classes(module, tmp_path):
-    root = make_folder(tmp_path / "other", {"train": 2}, classes=("ant", "cat"))
-    make_folder(tmp_path / "more", {"": 2}, classes=("Cat",))
-    shutil.copytree(tmp_path / "more" / "Cat", root / "val" / "Cat")
-    with refused(r"class folders 'cat' and 'Cat', which differ only in case or spaces: give"):
-        module(root).setup("fit")
-    assert module(make_folder(tmp_path / "letters", {"": 2}, classes=("A", "a"))).class_names == ["A", "a"]
+    make_tree(root, "README.txt", "train/ant/list.csv")
+    (root / "train/ant/up").symlink_to("..")
+    ignored = "2 file(s) are not images of a class and are ignored: README.txt, train/ant/list.csv"
+    with pytest.warns(UserWarning, match=re.escape(ignored)):
+        names, counts, (links, system, others) = found(root)
+    assert (names, counts) == (["ant", "bee"], {"train": [1, 1], "validation": [1, 1]})
+    assert (links, others) == ("1 link to a folder that contains it: train/ant/up", ignored)
+    assert system.startswith("6 made by the system: #recycle, .ipynb_checkpoints, __MACOSX, train/bee/._0.jpg, ")
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
