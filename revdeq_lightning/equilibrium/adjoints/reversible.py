@@ -9,14 +9,13 @@ and the products for x and the parameters are added up. At the end dL/dz_0 = g_c
 z_0.
 """
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ...state import exchanged
@@ -25,12 +24,11 @@ from ..checks import Waiting, check_later, own_checks
 from ..function import (
     EquilibriumFunction,
     evaluate_recorded,
-    graph_leaves,
     is_compiled,
     vector_jacobian_products,
 )
 from ..loop import Iteration, iterate_to_fixed_point
-from ..norms import Leaves, Map, select
+from ..norms import Leaves, select
 from ..solution import SolverStats
 from ..solvers.base import AbstractSolver
 from ..solvers.reversible import AbstractTwoStepSolver, TwoStepState
@@ -38,6 +36,7 @@ from ..validation import require_choice, require_count
 from .backprop import BackpropAdjoint
 from .base import AbstractAdjoint, Policy, report
 from .checksum import checksum
+from .refusals import refuse_foreign_leaves, refuse_unsuitable
 
 Mismatch = Policy | Literal["trace"]
 
@@ -105,7 +104,7 @@ class ReversibleAdjoint(AbstractAdjoint):
         inputs = (*z0, *of_x.values(), *(own for own, _ in f.places), *f.weights)
         if not (torch.is_grad_enabled() and any(t.requires_grad for t in inputs)):
             iteration = iterate_to_fixed_point(solver, f, z0)
-            _refuse_foreign_leaves(f, iteration.value, [], iteration.value)
+            refuse_foreign_leaves(f, iteration.value, [], iteration.value)
             return iteration.value, iteration.stats
         if f.device_type == "cuda" and torch.backends.cudnn.benchmark and solver.is_exact:
             raise ValueError(
@@ -296,7 +295,7 @@ class _BackwardPass:
         z, value, inputs = evaluation
         sources = [*z, *(inputs[i] for i in self.differentiated)]
         if not self.is_known:
-            _refuse_foreign_leaves(self.f, value, sources, z)
+            refuse_foreign_leaves(self.f, value, sources, z)
             self.is_known = True
         weights = [w.to(v.dtype) for w, v in zip(g, value, strict=True)]
         products = vector_jacobian_products(value, sources, weights, retain_graph=keep_graph)
@@ -335,39 +334,3 @@ def _report(policy: Mismatch, total: int, counts: list[int]) -> None:
             " (a part of f under torch.compile: ReversibleAdjoint(forward_with_grad=True))"
         )
         report("raise" if policy == "trace" else policy, message, ReconstructionWarning, ReconstructionError)
-
-
-def _refuse_foreign_leaves(f: EquilibriumFunction, value: Leaves, sources: Leaves, iterate: Leaves) -> None:
-    """Raise if the graph of `value` ends in a tensor that is not among `sources`: its gradient would vanish."""
-    known = {id(source) for source in sources}
-    foreign = [variable for variable in graph_leaves(value) if id(variable) not in known]
-    # Those that every evaluation makes for itself have no gradient to lose: equilibria in f do it, and energies.
-    again = {id(variable) for variable in graph_leaves(evaluate_recorded(f, iterate)[1])} if foreign else set()
-    for variable in foreign:
-        if id(variable) in again:
-            raise RuntimeError(
-                f"f uses a tensor of shape {tuple(variable.shape)} ({variable.dtype}) that needs a gradient, or"
-                " comes from one that does, but is neither in x nor a parameter of f: its gradient would be lost. Pass"
-                " it in x, make f an nn.Module that owns it, or detach it"
-            )
-
-
-def refuse_unsuitable(f: Map) -> None:
-    """Raise ValueError for modules that are not the same function in both passes, or whose gradient would be lost."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # imported where anything is sharded
-    for name, module in f.named_modules() if isinstance(f, nn.Module) else ():
-        # The common base of BatchNorm and InstanceNorm; batch statistics are also not the samples' own.
-        if isinstance(module, nn.modules.batchnorm._NormBase) and module.training:
-            batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
-            if batch_norm or module.track_running_stats:
-                raise ValueError(
-                    f"f contains {type(module).__name__} in training mode (module {name!r}): every evaluation would"
-                    " update its statistics. Use GroupNorm or LayerNorm inside the equilibrium, or put this module"
-                    " into eval mode"
-                )
-        if fsdp is not None and isinstance(module, fsdp.FSDPModule):
-            raise ValueError(
-                f"a part of f is a sharding unit of FSDP2 (module {name!r}, {type(module).__name__}): it would be"
-                " gathered for every evaluation, and its gradient lost. Shard the module that owns f and the"
-                " solver (fully_shard(equilibrium_layer)), or a parent of it"
-            )
