@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2 as transforms
 
-from revdeq_lightning.data.images.decoding import decode_image, preprocess_files
+from revdeq_lightning.data.images.batches import preprocess_files
+from revdeq_lightning.data.images.decoding import decode_image
 from revdeq_lightning.data.images.module import ImageDataModule
 from revdeq_lightning.data.loading.sampler import IGNORE_INDEX
 from tests.helpers.data import builder, encoded, make_folder, pixels, refused, split, whole

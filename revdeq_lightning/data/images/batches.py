@@ -1,7 +1,10 @@
 """Batches of images, read from a memory map or decoded by workers on demand."""
 
 import os
-from typing import NamedTuple
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -9,15 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from revdeq_lightning.data.images import decoding
 from revdeq_lightning.data.images.augmentation import random_box
-from revdeq_lightning.data.images.decoding import (
-    RESAMPLING,
-    ImageSizes,
-    UndecodableImageError,
-    decode_image,
-    evaluation_transform,
-    to_array,
-)
 from revdeq_lightning.data.images.keyed_random import uniform
 from revdeq_lightning.data.images.tables import ImageTable
 from revdeq_lightning.data.loading.array_cache import StoredArray
@@ -77,7 +73,7 @@ class DecodedImages(Dataset[ImageBatch]):
     def __init__(
         self,
         table: ImageTable,
-        sizes: ImageSizes,
+        sizes: decoding.ImageSizes,
         *,
         training: bool = False,
         crop_scale: tuple[float, float] | None = None,
@@ -105,19 +101,19 @@ class DecodedImages(Dataset[ImageBatch]):
                 continue
             item = key % len(self)
             try:
-                image = decode_image(self.table.read(self.table.places[item]), self._name(item), channels)
-            except UndecodableImageError:
+                image = decoding.decode_image(self.table.read(self.table.places[item]), self._name(item), channels)
+            except decoding.UndecodableImageError:
                 if self.undecodable is None:
                     raise
                 self.undecodable[item] = True
                 continue
             labels[row] = self.table.labels[item]
             if self.crop_scale is None:
-                images[row] = evaluation_transform(image, size, resize)
+                images[row] = decoding.evaluation_transform(image, size, resize)
             else:
                 left, top, width, height = random_box(draws[row], *image.size, self.crop_scale).tolist()
                 box = (left, top, left + width, top + height)
-                images[row] = to_array(image.resize((size, size), RESAMPLING, box=box))
+                images[row] = decoding.to_array(image.resize((size, size), decoding.RESAMPLING, box=box))
         return _batch(images, labels, keys, self.training)
 
     def take_skipped(self) -> list[str]:
@@ -137,3 +133,33 @@ def _batch(images: NDArray[np.uint8], labels: NDArray[np.int64], keys: NDArray[n
     return ImageBatch(
         torch.from_numpy(images), labels_B, labels_B, torch.ones(len(keys)), keys_BK if training else keys_BK[:, :0]
     )
+
+
+class PreprocessedFiles(NamedTuple):
+    """The decoded files, and the model's input, float32 `(batch, channels, height, width)`."""
+
+    paths: list[Path]
+    images: Tensor
+
+
+def preprocess_files(
+    paths: Iterable[str | os.PathLike[str]], state: dict[str, Any], *, undecodable: Literal["raise", "skip"] = "raise"
+) -> PreprocessedFiles:
+    """Decode files for prediction exactly as evaluation does.
+
+    Args:
+        paths: Image files of one batch.
+        state: `ImageDataModule.preprocessing_state()`, which a checkpoint contains.
+        undecodable: "raise" an error for a file that cannot be decoded, or "skip" it with a warning that names it.
+    """
+    files = [Path(path) for path in paths]
+    names, numbers = np.array([os.fsencode(file) for file in files]), np.arange(len(files))
+    table = ImageTable(names, numbers, numbers, lambda number: files[number].read_bytes())
+    sizes = decoding.ImageSizes(state["channels"], state["image_size"], state["resize"])
+    dataset = DecodedImages(table, sizes, skip_undecodable=undecodable == "skip")
+    batch = dataset[numbers.tolist()]
+    if skipped := dataset.take_skipped():
+        warnings.warn(decoding.skipped_message(skipped), stacklevel=2)
+    decoded = batch.labels != IGNORE_INDEX
+    images = decoding.normalize(batch.images[decoded], state["mean"], state["std"])
+    return PreprocessedFiles([files[number] for number in batch.labels[decoded].tolist()], images)

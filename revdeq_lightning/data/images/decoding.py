@@ -2,10 +2,9 @@
 
 import io
 import os
-import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -37,13 +36,6 @@ class ImageSizes(NamedTuple):
     channels: int
     image_size: int
     resize: int
-
-
-class PreprocessedFiles(NamedTuple):
-    """The decoded files, and the model's input, float32 `(batch, channels, height, width)`."""
-
-    paths: list[Path]
-    images: Tensor
 
 
 def skipped_message(names: Sequence[str]) -> str:
@@ -133,31 +125,3 @@ def find_images(path: str | os.PathLike[str]) -> list[Path]:
         suffixes = ", ".join(IMAGE_SUFFIXES)
         raise FileNotFoundError(f"no images ({suffixes}) in {root} (looked in {Path.cwd()}): use another folder.")
     return files
-
-
-def preprocess_files(
-    paths: Iterable[str | os.PathLike[str]], state: dict[str, Any], *, undecodable: Literal["raise", "skip"] = "raise"
-) -> PreprocessedFiles:
-    """Decode files for prediction exactly as evaluation does.
-
-    Args:
-        paths: Image files of one batch.
-        state: `ImageDataModule.preprocessing_state()`, which a checkpoint contains.
-        undecodable: "raise" an error for a file that cannot be decoded, or "skip" it with a warning that names it.
-    """
-    pixels, files, skipped = [], [], []
-    for path in map(Path, paths):
-        try:
-            image = decode_image(path.read_bytes(), str(path), state["channels"])
-        except UndecodableImageError:
-            if undecodable != "skip":
-                raise
-            skipped.append(str(path))
-            continue
-        pixels.append(evaluation_transform(image, state["image_size"], state["resize"]))
-        files.append(path)
-    if skipped:
-        warnings.warn(skipped_message(skipped), stacklevel=2)
-    shape = (len(pixels), state["channels"], state["image_size"], state["image_size"])
-    images = torch.from_numpy(np.stack(pixels) if pixels else np.zeros(shape, np.uint8))
-    return PreprocessedFiles(files, normalize(images, state["mean"], state["std"]))

@@ -10,6 +10,7 @@ from unicodedata import normalize as in_unicode
 
 import torch
 
+from revdeq_lightning.data.images import decoding
 from revdeq_lightning.data.images.augmentation import (
     NO_AUGMENTATION,
     AugmentationConfig,
@@ -17,14 +18,6 @@ from revdeq_lightning.data.images.augmentation import (
     augment_pixels,
 )
 from revdeq_lightning.data.images.batches import DecodedImages, ImageBatch, PreparedImages
-from revdeq_lightning.data.images.decoding import (
-    INTERPOLATION,
-    UNDECODABLE,
-    ImageSizes,
-    evaluation_resize,
-    normalize,
-    skipped_message,
-)
 from revdeq_lightning.data.images.preparation import ImageData, prepare_decoding, prepare_in_memory
 from revdeq_lightning.data.images.sources import IMAGE_SOURCES, KNOWN_STATISTICS, open_image_source
 from revdeq_lightning.data.images.tables import ImageCollection, split_images
@@ -116,7 +109,7 @@ class ImageDataModule(AbstractDataModule):
         self.save_hyperparameters(ignore="augmentation")
         self.save_hyperparameters({"augmentation": asdict(self.augmentation)})
         require_choice("source", source, IMAGE_SOURCES)
-        require_choice("undecodable", undecodable, UNDECODABLE)
+        require_choice("undecodable", undecodable, decoding.UNDECODABLE)
         require_choice("channels", channels, (None, 1, 3), "1 is gray, 3 RGB")
         self._require_counts("image_size", optional=["max_train_images", "max_eval_images"])
         require_count("split_seed", split_seed, at_least=0)
@@ -172,8 +165,8 @@ class ImageDataModule(AbstractDataModule):
         data = self._prepared()
         return {
             "image_size": self.image_size,
-            "resize": evaluation_resize(self.image_size, self.hparams["crop_fraction"]),
-            "interpolation": INTERPOLATION,
+            "resize": decoding.evaluation_resize(self.image_size, self.hparams["crop_fraction"]),
+            "interpolation": decoding.INTERPOLATION,
             "channels": data.channels,
             "mean": list(data.mean),
             "std": list(data.std),
@@ -194,11 +187,11 @@ class ImageDataModule(AbstractDataModule):
             return batch
         data, config, seed = self._prepared(), self.augmentation, self.hparams["seed"]
         if not batch.keys.shape[1]:
-            return batch._replace(images=normalize(batch.images, data.mean, data.std))
+            return batch._replace(images=decoding.normalize(batch.images, data.mean, data.std))
         if isinstance(data.datasets["train"], DecodedImages):  # already cropped when decoded
             config = replace(config, random_resized_crop=None)
         pixels = augment_pixels(batch.images, config, batch.keys[:, 0], seed)
-        mixed = augment_normalized(normalize(pixels, data.mean, data.std), config, batch.keys[:, 0], seed)
+        mixed = augment_normalized(decoding.normalize(pixels, data.mean, data.std), config, batch.keys[:, 0], seed)
         partner_labels = batch.labels[mixed.partners]
         return batch._replace(images=mixed.images, partner_labels=partner_labels, weights=mixed.weights)
 
@@ -218,7 +211,7 @@ class ImageDataModule(AbstractDataModule):
     def _close_loaders(self) -> None:
         for loader in self._open_loaders:
             if isinstance(loader.dataset, DecodedImages) and (skipped := loader.dataset.take_skipped()):
-                warnings.warn(skipped_message(skipped), stacklevel=2)
+                warnings.warn(decoding.skipped_message(skipped), stacklevel=2)
         super()._close_loaders()
 
     def _prepared(self) -> ImageData:
@@ -229,8 +222,8 @@ class ImageDataModule(AbstractDataModule):
         hparams = self.hparams
         source = open_image_source(hparams["source"], hparams["path"], **{name: hparams[name] for name in _SOURCE})
         splitting = {name: hparams[name] for name in _SPLITTING}
-        resize = evaluation_resize(self.image_size, hparams["crop_fraction"])
-        sizes = ImageSizes(hparams["channels"] or source.channels, self.image_size, resize)
+        resize = decoding.evaluation_resize(self.image_size, hparams["crop_fraction"])
+        sizes = decoding.ImageSizes(hparams["channels"] or source.channels, self.image_size, resize)
 
         def collect() -> ImageCollection:
             collection = source.open()

@@ -155,14 +155,14 @@ class PuzzleDataModule(AbstractDataModule):
         return {name: self.hparams[name] for name in KIND_SETTINGS}
 
     def train_dataloader(self) -> ResumableLoader:
-        num_train, seed = self._num_train, self.hparams["seed"]
-        order = partial(shuffled_keys, num_train, seed)
+        num_train, seed = ENDLESS_EPOCH, self.hparams["seed"]
         if self.hparams["path"] is None and self.hparams["num_train"] is None:
             make: Any = partial(make_puzzle, self.kind, seed, "train", self.hparams["size"])
         else:
             (arrays,) = self._of_split(self._prepared(), "train", "lower the fractions")
+            num_train = len(arrays[0])
             make = partial(stored_puzzle, arrays, self.kind if self.hparams["symmetries"] else None, seed)
-        return self._training_loader(Puzzles(make), num_train, order)
+        return self._training_loader(Puzzles(make), num_train, partial(shuffled_keys, num_train, seed))
 
     def test_dataloader(self) -> Any:
         """One loader for each size."""
@@ -174,13 +174,6 @@ class PuzzleDataModule(AbstractDataModule):
     def _evaluation_loaders(self, split: str) -> list[ResumableLoader]:
         found = self._of_split(self._prepared(), split, f"set {split}_fraction above 0 (or test_path)")
         return [self._loader(Puzzles(partial(stored_puzzle, arrays, None, 0)), len(arrays[0])) for arrays in found]
-
-    @property
-    def _num_train(self) -> int:
-        if self.hparams["path"] is not None:
-            (arrays,) = self._of_split(self._prepared(), "train", "lower the fractions")
-            return len(arrays[0])
-        return int(self.hparams["num_train"] or ENDLESS_EPOCH)
 
     def _by_split(self) -> Mapping[str, Any]:
         there = self._prepared()

@@ -14,15 +14,10 @@ from revdeq_lightning.data.loading.array_cache import ArrayCache, ArrayWriter, S
 from revdeq_lightning.data.loading.base import AbstractDataModule, check_fractions, digest
 from revdeq_lightning.data.loading.files import SPLITS
 from revdeq_lightning.data.loading.sampler import ResumableLoader
+from revdeq_lightning.data.text import tokenizers
 from revdeq_lightning.data.text.passages import Passage
 from revdeq_lightning.data.text.sources import SOURCES, read_files, read_huggingface, read_python, source_key
-from revdeq_lightning.data.text.tokenizers import (
-    AbstractTokenizer,
-    build_tokenizer,
-    check_tokenizer_name,
-    tokenizer_from_state,
-    tokenizer_key,
-)
+from revdeq_lightning.data.text.tokenizers import AbstractTokenizer
 from revdeq_lightning.data.text.windows import WINDOW_ORDERS, TokenWindows, count_windows, window_starts
 from revdeq_lightning.equilibrium.validation import require_choice, require_count
 from revdeq_lightning.errors import CheckpointError
@@ -114,7 +109,7 @@ class TextDataModule(AbstractDataModule):
         self.save_hyperparameters()
         require_choice("source", source, SOURCES)
         require_choice("window_order", window_order, WINDOW_ORDERS)
-        check_tokenizer_name(tokenizer)
+        tokenizers.check_tokenizer_name(tokenizer)
         self._require_counts("context_length", "pad_vocab_size_to_multiple", optional=_LIMITS)
         require_count("bpe_vocab_size", bpe_vocab_size, at_least=257)
         check_fractions(validation_fraction, test_fraction)
@@ -130,7 +125,7 @@ class TextDataModule(AbstractDataModule):
     def tokenizer(self) -> AbstractTokenizer:
         """The tokenizer. Prepares the data if necessary."""
         if self._tokenizer is None:
-            self._tokenizer = tokenizer_from_state(self.tokenizer_state())
+            self._tokenizer = tokenizers.tokenizer_from_state(self.tokenizer_state())
         return self._tokenizer
 
     def tokenizer_state(self) -> dict[str, str]:
@@ -184,7 +179,7 @@ class TextDataModule(AbstractDataModule):
             hparams = self.hparams
             settings = {name: hparams[name] for name in _CONTENT_ARGUMENTS}
             content = source_key(hparams["source"], self._paths(), hparams["dataset_name"])
-            key = digest([_CACHE_FORMAT, content, tokenizer_key(hparams["tokenizer"]), settings])
+            key = digest([_CACHE_FORMAT, content, tokenizers.tokenizer_key(hparams["tokenizer"]), settings])
             file = f"{hparams['source']}-{Path(hparams['tokenizer']).stem}-{key}.arrays"
             path = Path(hparams["cache_dir"], file)
             self._cache = load_or_build(path, partial(self._tokenize, path))
@@ -203,7 +198,7 @@ class TextDataModule(AbstractDataModule):
         name, size = self.hparams["tokenizer"], self.hparams["bpe_vocab_size"]
         every = 1 + passages["train"].num_bytes // _LEARNED_BYTES if name == "bpe" else 1
         training_text = islice(passages["train"].blocks(), 0, None, every)
-        tokenizer = build_tokenizer(name, bpe_vocab_size=size, training_text=training_text)
+        tokenizer = tokenizers.build_tokenizer(name, bpe_vocab_size=size, training_text=training_text)
         statistics = {}
         for split, passage in passages.items():
             try:
