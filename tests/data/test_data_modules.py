@@ -14,6 +14,7 @@ from lightning import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 
 from revdeq_lightning.data.images.module import ImageDataModule
+from revdeq_lightning.data.loading.sampler import IGNORE_INDEX
 from revdeq_lightning.data.text.module import TextDataModule
 from revdeq_lightning.data.text.tokenizers import build_tokenizer
 from revdeq_lightning.data.text.windows import TokenWindows
@@ -48,6 +49,21 @@ def test_position_survives_without_lightning(build):
     resumed.load_state_dict(json.loads(json.dumps(interrupted.state_dict())))
     for ours, reference in zip(resumed.train_dataloader(), expected, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(ours, reference, strict=True))
+
+
+def test_ranks_share_an_evaluation_in_equal_batches(build, monkeypatch):
+    def examples(batches):
+        pairs = [(batch[0].reshape(batch[1].numel(), -1).tolist(), batch[1].flatten().tolist()) for batch in batches]
+        return sorted((x, y) for xs, ys in pairs for x, y in zip(xs, ys, strict=True) if y != IGNORE_INDEX)
+
+    data = build()
+    expected, ranks = examples(data.val_dataloader()), []
+    for rank in range(4):
+        monkeypatch.setattr(type(data), "_rank_and_world_size", lambda _, rank=rank: (rank, 4))
+        ranks.append(list(data.val_dataloader()))
+    assert len({tuple(batch[1].shape for batch in batches) for batches in ranks}) == 1
+    assert examples(itertools.chain(*ranks)) == expected
+    assert len(expected) % 4  # so that some are only padding
 
 
 def test_datasets_pickle_for_spawned_workers(build):

@@ -12,18 +12,7 @@ from revdeq_lightning.data.images.batches import preprocess_files
 from revdeq_lightning.data.images.decoding import decode_image
 from revdeq_lightning.data.images.module import ImageDataModule
 from revdeq_lightning.data.loading.sampler import IGNORE_INDEX
-from tests.helpers.data import builder, encoded, make_folder, pixels, refused, split, whole
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make_folder(tmp_path_factory.mktemp("images"))
-
-
-@pytest.fixture
-def module(folder, tmp_path):
-    return builder(folder, tmp_path / "cache")
-
+from tests.helpers.data import encoded, make_folder, pixels, refused, split, whole
 
 # Decoding
 

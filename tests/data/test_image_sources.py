@@ -23,23 +23,11 @@ from revdeq_lightning.data.images.tables import ImageTable, split_images, strati
 from tests.helpers.data import (
     IMAGE_CLASSES as CLASSES,
     assert_same_splits,
-    builder,
     make_archive,
     make_folder,
     refused,
     split,
 )
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return make_folder(tmp_path_factory.mktemp("images"))
-
-
-@pytest.fixture
-def module(folder, tmp_path):
-    return builder(folder, tmp_path / "cache")
-
 
 # Sources and splits
 

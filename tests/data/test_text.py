@@ -386,18 +386,6 @@ def test_evaluation_predicts_every_token_but_the_first_exactly_once(module, cont
         assert data.split_statistics(split).num_tokens == len(ids) - 1
 
 
-def test_evaluation_over_ranks_predicts_the_same_targets_in_equal_batches(module, monkeypatch):
-    data = module()
-    expected = sorted(t for batch in data.test_dataloader() for t in batch.targets.flatten().tolist() if t >= 0)
-    ranks = []
-    for rank in range(3):
-        monkeypatch.setattr(TextDataModule, "_rank_and_world_size", lambda _, rank=rank: (rank, 3))
-        ranks.append(list(data.test_dataloader()))
-    assert len({tuple(batch.tokens.shape for batch in batches) for batches in ranks}) == 1
-    targets = [t for batches in ranks for batch in batches for t in batch.targets.flatten().tolist()]
-    assert sorted(t for t in targets if t != IGNORE_INDEX) == expected
-
-
 def test_statistics_count_bytes_and_words_of_the_predicted_text(module):
     text = "\u00e9a b\n\n c d\u00a0e\tf\n" * 10
     for tokenizer, first_bytes in (("bytes", 1), ("characters", 2), ("bpe", None)):
@@ -542,11 +530,7 @@ def test_wrong_arguments_are_refused_at_construction(module, arguments, message)
         ("short", {"test_fraction": 0.0}, "the train text has 4 tokens, a window needs 9.*context_length than 8"),
         (" " * 400, {}, "the validation text has no words, only spaces"),
         (PROSE, {"validation_fraction": 0.0003}, "the validation text has 1 tokens, a window needs 2"),
-        (
-            PROSE,
-            {"batch_size": 1000},
-            r"batch_size 1000 on 1 rank\(s\) needs 1000 items, the data has \d+: lower",
-        ),
+        (PROSE, {"batch_size": 1000}, r"batch_size 1000 on 1 rank\(s\) needs 1000 items, the data has \d+: lower"),
         (
             "a" * 500 + "z" * 50,
             {"tokenizer": "characters", "test_fraction": 0.0},
@@ -577,10 +561,7 @@ def test_missing_files_are_told(module, tmp_path, monkeypatch):
     [
         ({"train": {"words": ["a"]}}, r"has the columns \['words'\], \"text\" is not among them"),
         ({"test": {"text": ["a"]}}, r"has the splits \['test'\], \"train\" is not among them"),
-        (
-            {"train": {"text": [0] * 50}},
-            r"row 0: \"text\" must be a text, got 0: save a copy with a column \"text\"",
-        ),
+        ({"train": {"text": [0] * 50}}, r"row 0: \"text\" must be a text, got 0: save a copy with a column \"text\""),
         ({"train": {"text": [["a", "b"]] * 50}}, r"train, row 0: .* got \['a', 'b'\]"),
         ({"train": {"text": [None] * 50}}, "no row of train has a text"),
         ({"train": {"text": []}}, r"the training split of \S+ has no rows"),

@@ -15,7 +15,6 @@ from PIL import Image
 from torch.multiprocessing import ProcessRaisedException
 
 from revdeq_lightning.data.images.batches import ImageBatch
-from revdeq_lightning.data.images.module import ImageDataModule
 from revdeq_lightning.data.text.module import TextDataModule
 
 # The image task's command line on tiny JPEG files, in this process.
@@ -143,20 +142,6 @@ def assert_same_splits(ours, other):
     for name in ours.splits:
         for a, b in zip(split(ours, name), split(other, name), strict=True):
             assert torch.equal(a, b)
-
-
-def builder(folder: Path, cache: Path):
-    """Builds a data module on the folder, or on other sources."""
-
-    def build(path=None, **arguments):
-        if arguments.get("source", "folder") == "folder":
-            path = path or folder
-        if path:
-            arguments["path"] = str(path)
-        defaults = {"source": "folder", "batch_size": 4, "image_size": 16, "cache_dir": str(cache)}
-        return ImageDataModule(**defaults | arguments)
-
-    return build
 
 
 # Fits a one-parameter model and writes down every batch that it trains on; as a script, on two ranks.
