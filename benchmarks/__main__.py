@@ -38,7 +38,6 @@ class Part(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Last name of the module."""
         return self.module.rsplit(".", 1)[-1]
 
 
@@ -67,7 +66,6 @@ class Outcome(NamedTuple):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the parts and return the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description=__doc__,

@@ -6,15 +6,15 @@ import gc
 import importlib
 import multiprocessing
 import os
-import random
 import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from benchmarks.measure import Timing
+from benchmarks.measure import Timing, interleaved
 
 ONE_THREAD = {
     "OMP_NUM_THREADS": "1",
@@ -74,17 +74,9 @@ class Isolated:
         return answer
 
 
-def time_alternating(competitors: Mapping[str, Isolated], num_rounds: int, seed: int = 0) -> dict[str, Timing]:
+def time_alternating(competitors: Mapping[str, Isolated], num_rounds: int) -> dict[str, Timing]:
     """Run one step of each competitor per round, in a new random order, after a warm-up round; never two at a time."""
-    generator = random.Random(seed)
-    timings = {name: Timing([], []) for name in competitors}
-    for i in range(num_rounds + 1):
-        for name in generator.sample(list(competitors), len(competitors)):
-            process, wall = competitors[name].ask("step")
-            if i > 0:
-                timings[name].process_seconds.append(process)
-                timings[name].wall_seconds.append(wall)
-    return timings
+    return interleaved({name: partial(c.ask, "step") for name, c in competitors.items()}, num_rounds)
 
 
 @contextlib.contextmanager

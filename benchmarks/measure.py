@@ -13,6 +13,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from statistics import quantiles
 from typing import Any, NamedTuple
@@ -129,23 +130,41 @@ class Timing(NamedTuple):
     wall_seconds: list[float]
 
 
-def time_interleaved(competitors: Mapping[str, Callable[[], Any]], num_rounds: int, seed: int = 0) -> dict[str, Timing]:
-    """Run all competitors once per round, in a new random order, after one warm-up round.
-
-    `process_seconds` is CPU time of this process, which other processes affect only through shared caches.
-    """
-    generator = random.Random(seed)
+def interleaved(
+    competitors: Mapping[str, Callable[[], tuple[float, float]]], num_rounds: int, warmup: int = 1
+) -> dict[str, Timing]:
+    """Ask all competitors for their CPU and wall seconds once per round, in a new random order, after the warm-up."""
+    generator = random.Random(0)
     timings = {name: Timing([], []) for name in competitors}
-    for i in range(num_rounds + 1):
+    for i in range(warmup + num_rounds):
         for name in generator.sample(list(competitors), len(competitors)):
-            gc.collect()
-            process_start, wall_start = time.process_time(), time.perf_counter()
-            competitors[name]()
-            process, wall = time.process_time() - process_start, time.perf_counter() - wall_start
-            if i > 0:
+            process, wall = competitors[name]()
+            if i >= warmup:
                 timings[name].process_seconds.append(process)
                 timings[name].wall_seconds.append(wall)
     return timings
+
+
+def time_interleaved(
+    competitors: Mapping[str, Callable[[], Any]],
+    num_rounds: int,
+    warmup: int = 1,
+    synchronize: Callable[[], Any] = lambda: None,
+) -> dict[str, Timing]:
+    """Time all competitors in turn; `synchronize` waits for a device, so that its work counts.
+
+    `process_seconds` is CPU time of this process, which other processes affect only through shared caches.
+    """
+
+    def timed(run: Callable[[], Any]) -> tuple[float, float]:
+        gc.collect()
+        synchronize()
+        process, wall = time.process_time(), time.perf_counter()
+        run()
+        synchronize()
+        return time.process_time() - process, time.perf_counter() - wall
+
+    return interleaved({name: partial(timed, run) for name, run in competitors.items()}, num_rounds, warmup)
 
 
 class Quartiles(NamedTuple):
@@ -157,7 +176,6 @@ class Quartiles(NamedTuple):
 
 
 def paired_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> Quartiles:
-    """Quartiles of the ratios within each round."""
     ratios = [a / b for a, b in zip(numerator, denominator, strict=True)]
     return Quartiles(*quantiles(ratios, n=4, method="inclusive")) if len(ratios) > 1 else Quartiles(*ratios * 3)
 

@@ -7,10 +7,14 @@ a table without a name) and, from parts with a figure, `NAME.png`. The exit code
 import argparse
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
+
+import torch
 
 from benchmarks.measure import provenance, write_csv
 from benchmarks.report import VERDICT_HEADER, aligned, origin, table, verdict_lines
@@ -35,8 +39,11 @@ class Result(NamedTuple):
     """Distributions whose versions matter, besides torch."""
 
 
-def options(description: str) -> argparse.ArgumentParser:
-    """Parser with the common options of all parts."""
+class Misused(Exception):
+    """The options cannot be meant so; the message says why."""
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -47,37 +54,52 @@ def options(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def run(
+def command(
     module: str,
     title: str,
-    measure: Callable[[], Result],
+    description: str | None,
+    measure: Callable[[argparse.Namespace], Result],
     *,
-    quick: bool,
-    output: Path,
-    needs: str = "",
-    suffix: str = "",
-) -> int:
-    """Measure, write and print the results, and return the exit code.
+    options: Mapping[str, Mapping[str, Any]] = MappingProxyType({}),
+    needs: Callable[[argparse.Namespace], str] = lambda options: "",
+    suffix: Callable[[argparse.Namespace], str] = lambda options: "",
+) -> Callable[[Sequence[str] | None], int]:
+    """The function `main` of a part: parse the options, measure on one thread, write and print; returns the exit code.
 
     Args:
         module: Module of the part within `benchmarks`; its last name is the name of the results.
         title: Title of the page.
-        measure: Function that measures.
-        quick: Whether sizes are tiny.
-        output: Output folder.
-        needs: Options of the command, shown on the page.
+        description: Text of `--help`.
+        measure: Function of the options that measures.
+        options: The part's own options, and how the parser takes them.
+        needs: Words of the command that the page shows, besides its module.
         suffix: Suffix of the results' name.
     """
-    name = module.rsplit(".", 1)[-1] + suffix
+
+    def main(arguments: Sequence[str] | None = None) -> int:
+        own = parser(description)
+        for name, settings in options.items():
+            own.add_argument(name, **settings)
+        given = own.parse_args(arguments)
+        torch.set_num_threads(1)
+        name = module.rsplit(".", 1)[-1] + suffix(given)
+        words = ["python -m", f"benchmarks.{module}", *needs(given).split(), *["--quick"] * given.quick]
+        facts, start = provenance(" ".join(words)), time.perf_counter()
+        try:
+            result = measure(given)
+        except Skipped as reason:
+            print(f"skipped: {reason}")
+            return 0
+        except Misused as error:
+            own.error(str(error))
+        facts["seconds"] = round(time.perf_counter() - start)
+        return write(given.output, name, title, facts, result)
+
+    return main
+
+
+def write(output: Path, name: str, title: str, facts: dict[str, Any], result: Result) -> int:
     output.mkdir(parents=True, exist_ok=True)
-    facts = provenance(" ".join(["python -m", f"benchmarks.{module}", *needs.split(), *["--quick"] * quick]))
-    start = time.perf_counter()
-    try:
-        result = measure()
-    except Skipped as reason:
-        print(f"skipped: {reason}")
-        return 0
-    facts["seconds"] = round(time.perf_counter() - start)
     facts["versions"] |= {package: metadata.version(package) for package in result.packages}
     facts["verdict"] = [r._asdict() for r in result.verdict]
     (output / f"{name}.json").write_text(json.dumps(facts, indent=2) + "\n")
@@ -97,8 +119,24 @@ def run(
     return int(any(r.is_judged and not r.is_met for r in result.verdict))
 
 
+@contextmanager
+def figure(path: Path, rows: int, columns: int, size: tuple[float, float], **settings: Any) -> Iterator[Any]:
+    """Axes to draw on, in an array of this shape; drawn without frames, with a grid, and saved."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    drawn, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, **settings)
+    yield axes
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.3)
+    drawn.savefig(path, dpi=110)
+    plt.close(drawn)
+
+
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows as a Markdown table, with the keys as header."""
     return table(list(rows[0]), [[shown(value) for value in row.values()] for row in rows])
 
 

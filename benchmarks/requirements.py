@@ -24,12 +24,10 @@ class Requirement(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """The verdict in a word."""
         return ("met" if self.is_met else "MISSED") if self.is_judged else "not judged"
 
 
 def judge(gradients: Rows, costs: Rows, memory: Rows, quick: bool) -> list[Requirement]:
-    """All requirements."""
     return [*_gradient(gradients), *_cost(costs, quick), *_memory(memory, quick)]
 
 

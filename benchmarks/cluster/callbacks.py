@@ -6,12 +6,10 @@ Short fits with different callbacks run in turn, in a new random order each roun
 per step; ratios are taken within a round. Callbacks that run every n steps run in every step here, and their cost is
 divided by their default n; those that run at validation, by the steps between two validations in the configuration.
 Sizes are those of configs/lm/default.yaml (on bytes of Python's library) and configs/cifar10/cpu.yaml (on
-scikit-learn's digits, 32x32 pixels). Writes `benchmarks/results/callbacks.{json,md}`; exits with 1 if a limit is
-exceeded.
+scikit-learn's digits, 32x32 pixels).
 """
 
 import argparse
-import json
 import logging
 import random
 import sys
@@ -27,8 +25,9 @@ import torch
 import yaml
 from lightning import Callback, Trainer
 
-from benchmarks.measure import paired_ratio, provenance
-from benchmarks.part import RESULTS
+from benchmarks import part
+from benchmarks.measure import paired_ratio
+from benchmarks.requirements import Requirement, Rows, at_most
 from revdeq_lightning.callbacks.config import DiagnosticsConfig
 from revdeq_lightning.callbacks.contraction import Contraction
 from revdeq_lightning.callbacks.depth_sweep import DepthSweep
@@ -64,7 +63,6 @@ class Clock(Callback):
         self.validation = 0.0
 
     def on_train_batch_start(self, *_: Any) -> None:
-        """Record the time."""
         self.moments.append(time.process_time())
 
     def on_validation_start(self, *_: Any) -> None:
@@ -77,7 +75,6 @@ class Clock(Callback):
 
     @property
     def seconds_per_step(self) -> float:
-        """Mean over the steps after the warm-up."""
         return (self.moments[-1] - self.moments[WARM_UP]) / (len(self.moments) - 1 - WARM_UP)
 
 
@@ -140,11 +137,10 @@ def fit(make: Any, folder: Path, callbacks: list[Callback], num_steps: int, *, v
 
 
 def always() -> list[Callback]:
-    """The callbacks that run in every step."""
     return [c for c in DEFAULTS.callbacks() if not isinstance(c, ResidualCurve)]
 
 
-def measure(name: str, folder: Path, rounds: int, num_steps: int) -> dict[str, Any]:
+def measure(name: str, folder: Path, rounds: int, num_steps: int) -> list[dict[str, Any]]:
     """Overheads as fractions of the step time, and the underlying seconds."""
     make, samples, validation_interval = TASKS[name]
     few = WARM_UP + 5
@@ -173,79 +169,70 @@ def measure(name: str, folder: Path, rounds: int, num_steps: int) -> dict[str, A
     for label in ("DepthSweep", "Samples"):
         more = [a - b for a, b in zip(seconds[label], seconds["validation"], strict=True)]
         overheads[label] = paired_ratio(more, step).median / validation_interval
-    return {
-        "task": name,
-        "seconds": {key: round(median(values), 4) for key, values in seconds.items()},
-        "overheads": overheads,
-        "all": sum(overheads.values()),
-        "intervals": {label: interval for label, (_, interval) in INTERVALS.items()}
-        | dict.fromkeys(("DepthSweep", "Samples"), validation_interval),
-    }
+    intervals = {label: interval for label, (_, interval) in INTERVALS.items()}
+    intervals |= dict.fromkeys(("DepthSweep", "Samples"), validation_interval)
+    return [
+        {
+            "task": name,
+            "callback": label,
+            "steps between": intervals.get(label, 1),
+            "share of a step": share,
+            "seconds": round(median(seconds[label]), 4),
+            "seconds of a step": round(median(step), 4),
+        }
+        for label, share in overheads.items()
+    ]
 
 
-def judge(results: list[dict[str, Any]]) -> list[str]:
-    """Requirements that are not met."""
-    faults = []
-    for result in results:
-        for label, value, limit in (
-            ("all callbacks", result["all"], MOST_OF_ALL),
-            ("GradientError", result["overheads"]["GradientError"], MOST_OF_GRADIENT_ERROR),
+def judge(rows: Rows) -> list[Requirement]:
+    verdict = []
+    for task in dict.fromkeys(row["task"] for row in rows):
+        shares = {row["callback"]: row["share of a step"] for row in rows if row["task"] == task}
+        for what, share, limit in (
+            ("all callbacks", sum(shares.values()), MOST_OF_ALL),
+            ("GradientError", shares["GradientError"], MOST_OF_GRADIENT_ERROR),
         ):
-            if value >= limit:
-                faults.append(f"{label}, {result['task']}: {value:.2%} of a step, required < {limit:.0%}")
-    return faults
+            verdict.append(at_most(f"{task}: {what}, share of a step's time", share, limit, "{:.4f}"))
+    return verdict
 
 
-def markdown(results: list[dict[str, Any]], facts: dict[str, Any], faults: list[str]) -> str:
-    """The page."""
-    header = ["callback", "once in", *(f"{result['task']}" for result in results)]
-    lines = [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
-    for label in results[0]["overheads"]:
-        intervals = dict.fromkeys(str(result["intervals"].get(label, 1)) for result in results)
-        values = " | ".join(f"{result['overheads'][label]:.2%}" for result in results)
-        lines.append(f"| {label} | {' / '.join(intervals)} steps | {values} |")
-    total = " | ".join(f"{result['all']:.2%}" for result in results)
-    lines.append(f"| all | | {total} |")
-    steps = ", ".join(f"{result['task']} {result['seconds']['nothing']:.3f} s" for result in results)
-    origin = (
-        f"`{facts['command']}`, {facts['date']}, {facts['hardware']['cpu']}, one thread, load"
-        f" {facts['hardware']['load_average']}, torch {facts['versions']['torch']}, commit {facts['commit'][:7]}"
-        f"{' with uncommitted changes' if facts['uncommitted_changes'] else ''}."
-    )
-    verdict = (
-        "Requirements that are not met:\n\n" + "\n".join(f"- {fault}" for fault in faults)
-        if faults
-        else "All requirements are met."
-    )
-    title = "# Callbacks: CPU time added to a training step, at the default intervals"
-    required = f"Required: all < {MOST_OF_ALL:.0%}, GradientError < {MOST_OF_GRADIENT_ERROR:.0%}."
-    return (
-        "\n\n".join([title, origin, f"A step without callbacks: {steps}. {required}", "\n".join(lines), verdict]) + "\n"
-    )
+def page(rows: Rows) -> list[str]:
+    """Callbacks down, tasks across."""
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    lines = []
+    for label in dict.fromkeys(row["callback"] for row in rows):
+        own = [row for row in rows if row["callback"] == label]
+        intervals = " / ".join(dict.fromkeys(str(row["steps between"]) for row in own))
+        shares = {row["task"]: f"{row['share of a step']:.2%}" for row in own}
+        lines.append({"callback": label, "once in": f"{intervals} steps"} | shares)
+    totals = {task: f"{sum(row['share of a step'] for row in rows if row['task'] == task):.2%}" for task in tasks}
+    steps = {row["task"]: f"{row['task']} {row['seconds of a step']:.3f} s" for row in rows}
+    return [
+        f"CPU time added to a training step, at the default intervals. A step without: {', '.join(steps.values())}.",
+        part.markdown_table([*lines, {"callback": "all", "once in": ""} | totals]),
+    ]
 
 
-def main() -> None:
-    """Measure, write, print; exit with 1 if a requirement is not met."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=32, help="steps per fit; the first two are warm-up")
-    parser.add_argument("--only", nargs="+", choices=list(TASKS), default=list(TASKS))
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
+def run(options: argparse.Namespace) -> part.Result:
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    facts = provenance("python -m benchmarks.cluster.callbacks")
+    rounds, steps = (1, 8) if options.quick else (options.rounds, options.steps)
     with tempfile.TemporaryDirectory() as folder:
-        results = [measure(name, Path(folder), arguments.rounds, arguments.steps) for name in arguments.only]
-    faults = judge(results)
-    page = markdown(results, facts, faults)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "callbacks.md").write_text(page)
-    (arguments.output / "callbacks.json").write_text(json.dumps({"provenance": facts, "results": results}, indent=1))
-    print(page)
-    sys.exit(1 if faults else 0)
+        rows = [row for name in options.only for row in measure(name, Path(folder), rounds, steps)]
+    return part.Result({"": rows}, judge(rows), page(rows))
 
+
+main = part.command(
+    "cluster.callbacks",
+    "Callbacks",
+    __doc__,
+    run,
+    options={
+        "--rounds": {"type": int, "default": 7},
+        "--steps": {"type": int, "default": 32, "help": "steps per fit; the first two are warm-up"},
+        "--only": {"nargs": "+", "choices": list(TASKS), "default": list(TASKS)},
+    },
+)
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks import part
 from benchmarks.cluster.disturbances import (
     cut,
     fill,
@@ -34,12 +35,9 @@ from benchmarks.cluster.disturbances import (
 )
 from benchmarks.cluster.fault_runs import EVERY, STEPS, write_image_config, write_language_config
 from benchmarks.cluster.killing import differences, kill_and_go_on, last_logged_step, newest_step, run
-from benchmarks.measure import provenance
-from benchmarks.part import RESULTS
 from benchmarks.report import table
+from benchmarks.requirements import Requirement
 from revdeq_lightning.errors import RecordWarning
-
-PAGE = RESULTS / "faults.md"
 
 
 class Row(NamedTuple):
@@ -62,13 +60,11 @@ class Bench:
         self.configs = {"lm": write_language_config(folder), "image": write_image_config(folder)}
 
     def arguments(self, kind: str, version: str, *options: str) -> list[str]:
-        """Arguments of `fit`."""
         words = ["fit"] if kind == "lm" else ["image", "fit"]
         runs = [f"--run.folder={self.folder}", f"--run.name={kind}", f"--run.version={version}", "--run.test=false"]
         return [*words, "--config", str(self.configs[kind]), *runs, *options]
 
     def path(self, kind: str, version: str) -> Path:
-        """The folder of a run."""
         return self.folder / kind / version
 
     def whole(self, kind: str) -> Path:
@@ -236,55 +232,37 @@ def kills(bench: Bench, num_kills: int, num_processes: int = 1) -> None:
     print(bench.rows[-1], flush=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--output", type=Path, default=PAGE)
-    options = parser.parse_args()
+def run_all(options: argparse.Namespace) -> part.Result:
     warnings.simplefilter("ignore")
     warnings.filterwarnings("default", category=RecordWarning)
-    begin = time.monotonic()
-    facts = provenance(f"python -m benchmarks.cluster.faults --kills {options.kills}")
     importing = time.monotonic()
     import revdeq_lightning.cli.image
     import revdeq_lightning.cli.language  # noqa: F401  before the forks
 
     importing = time.monotonic() - importing
-    folder = Path(tempfile.mkdtemp(prefix="faults-"))
-    try:
-        bench = Bench(folder)
+    with tempfile.TemporaryDirectory(prefix="faults-", ignore_cleanup_errors=True) as folder:
+        bench = Bench(Path(folder))
         kills(bench, options.kills)
         kills(bench, options.kills, num_processes=2)
         checkpoint_faults(bench)
         disk_faults(bench)
         data_faults(bench)
         other_faults(bench)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    page = markdown(bench.rows, facts, importing, time.monotonic() - begin)
-    options.output.write_text(page)
-    print(f"in {options.output}")
-    sys.exit(0 if all(row.is_met for row in bench.rows) else 1)
-
-
-def markdown(rows: list[Row], facts: dict[str, Any], importing: float, seconds: float) -> str:
-    """The page."""
-    hardware, versions = facts["hardware"], facts["versions"]
-    changes = " with uncommitted changes" if facts["uncommitted_changes"] else ""
-    header = ("fault", "what was done", "message", "lost", "seconds to resume and finish", "verdict")
-    cells = [(*row[:5], "met" if row.is_met else "MISSED") for row in rows]
-    sections = [
-        "# Faults",
-        f"`{facts['command']}`, {facts['date']}, {seconds:.0f} s on {hardware['cpu']}, {hardware['cores']} cores, load"
-        f" {hardware['load_average']} at the start; Python {versions['python']}, torch {versions['torch']}; commit"
-        f" {facts['commit']}{changes}. Written by the program.",
+    titles = ("fault", "what was done", "message", "lost", "seconds to resume and finish")
+    page = [
         f"Runs of {STEPS} steps, a checkpoint every {EVERY} steps and after each validation (every 15). Each run"
         " was then resumed with `--ckpt_path last`, and its curves, weights, and files were compared bit for bit with"
         f" those of an undisturbed run. Starting Python and importing everything takes {importing:.1f} s more.",
-        table(header, cells),
+        table(titles, [row[:5] for row in bench.rows]),
     ]
-    return "\n\n".join(sections) + "\n"
+    verdict = [Requirement(row.fault, "nothing lost, and a message", row.lost, row.is_met) for row in bench.rows]
+    return part.Result({"": [row._asdict() for row in bench.rows]}, verdict, page)
 
+
+KILLS = {"--kills": {"type": int, "default": 30}}
+main = part.command(
+    "cluster.faults", "Faults", __doc__, run_all, options=KILLS, needs=lambda options: f"--kills {options.kills}"
+)
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -57,7 +57,6 @@ def solver_of(settings: dict[str, Any]) -> SolverConfig:
 
 
 def shrunk(network: dict[str, Any], solver: SolverConfig, is_text: bool) -> tuple[Any, Callable[[], torch.Tensor]]:
-    """A tiny model with the same operations, and its loss."""
     torch.manual_seed(0)
     if is_text:
         config = TransformerConfig(64, 8, **network | {"d_model": 2 * network["num_heads"]})

@@ -169,12 +169,10 @@ def curve(folder: Path) -> list[dict[str, str]]:
 
 
 def files(folder: Path) -> set[str]:
-    """All files of a run."""
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
 def weights(folder: Path) -> dict[str, Any]:
-    """The final weights in training."""
     import torch
 
     from revdeq_lightning.checkpoints.names import is_sharded_checkpoint

@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.cluster.issuing import issue
 from benchmarks.measure import provenance
 from benchmarks.part import RESULTS
+from benchmarks.quality.budget import settings_of
 from revdeq_lightning.equilibrium import EquilibriumLayer
 from revdeq_lightning.models import ClassifierConfig, TransformerConfig
 from revdeq_lightning.models.build import SolverConfig, build_image_classifier, build_language_model
@@ -63,13 +63,12 @@ class Counted:
 
     @property
     def in_layers(self) -> int:
-        """Parameters of the equilibrium layers."""
         return sum(self.layers)
 
 
 def load(path: Path) -> tuple[Counted, nn.Module, Any]:
     """The model of a configuration for its data, its counts, and one sample."""
-    settings = settings_of(path)
+    settings = settings_of([str(path)])
     solver = SolverConfig(**settings["model"]["solver"])
     data, network = settings["data"], settings["model"]["network"]
     torch.manual_seed(0)
@@ -99,14 +98,7 @@ def load(path: Path) -> tuple[Counted, nn.Module, Any]:
     return counted, model, sample
 
 
-def settings_of(path: Path) -> dict[str, Any]:
-    """The contents of a configuration file."""
-    settings: dict[str, Any] = yaml.safe_load(path.read_text())
-    return settings
-
-
 def count(parameters: Any) -> int:
-    """Elements."""
     return sum(p.numel() for p in parameters)
 
 
@@ -266,7 +258,6 @@ def reading(c: Counted, image_size: int) -> list[str]:
 
 
 def main() -> None:
-    """Write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measure", action="store_true", help="also time processes and decoding on this CPU")
     parser.add_argument("--output", type=Path, default=PAGE)
@@ -277,7 +268,7 @@ def main() -> None:
     ]
     for path in (Path("configs/lm/wikitext103.yaml"), Path("configs/imagenet/modern.yaml")):
         counted, model, sample = load(path)
-        counted.issue_seconds, counted.operations = issue(settings_of(path))
+        counted.issue_seconds, counted.operations = issue(settings_of([str(path)]))
         take_counts(counted, model, sample)
         lines += [
             f"## {path}",

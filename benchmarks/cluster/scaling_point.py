@@ -26,12 +26,10 @@ class Loss(torch.nn.Module):
         self.model = model
 
     def forward(self, *batch: torch.Tensor) -> torch.Tensor:
-        """Mean loss in nats per token."""
         return self.model.loss(*batch).loss  # type: ignore[operator, no-any-return]
 
 
 def work(rank: int, ranks: int, folder: str) -> None:
-    """One process."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
     settings = yaml.safe_load(Path("configs/lm/default.yaml").read_text())

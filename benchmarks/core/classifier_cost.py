@@ -13,6 +13,7 @@ loop that shares no code, on 8 images. In float32, two loops that round differen
 ReLUs: the derivative differs for every element that falls on the other side of the kink.
 """
 
+import argparse
 import copy
 import sys
 from collections.abc import Callable
@@ -60,13 +61,11 @@ def build(name: str, num_steps: int, *, plain: bool) -> nn.Module:
 
 
 def step(model: nn.Module, images: Tensor, labels: Tensor) -> list[Tensor]:
-    """Gradients of the loss."""
     loss = F.cross_entropy(model(images).logits_BV, labels)
     return list(torch.autograd.grad(loss, list(model.parameters())))
 
 
 def relative_error(ours: list[Tensor], theirs: list[Tensor]) -> float:
-    """Relative error of all gradients as one vector."""
     difference = torch.cat([(a - b).flatten() for a, b in zip(ours, theirs, strict=True)]).norm()
     return float(difference / torch.cat([b.flatten() for b in theirs]).norm())
 
@@ -93,7 +92,6 @@ def evaluate_again(model: nn.Module, images: Tensor) -> Callable[[], None]:
 
 
 def measure(name: str, num_steps: int, rounds: int) -> dict[str, Any]:
-    """Measure one row."""
     images, labels = torch.randn(BATCH, 3, 32, 32), torch.randint(CLASSES, (BATCH,))
     ours, theirs = build(name, num_steps, plain=False), build(name, num_steps, plain=True)
     same_iterates = build(name, num_steps, plain=False)
@@ -128,7 +126,6 @@ def measure(name: str, num_steps: int, rounds: int) -> dict[str, Any]:
 
 
 def judge(rows: list[dict[str, Any]], quick: bool) -> list[Requirement]:
-    """The requirements; a smoke run judges no times."""
     verdict = []
     for name in dict.fromkeys(row["model"] for row in rows):
         own = [row for row in rows if row["model"] == name]
@@ -146,25 +143,18 @@ def judge(rows: list[dict[str, Any]], quick: bool) -> list[Requirement]:
     return verdict
 
 
-def main() -> int:
-    """Measure, write and print the results, and return the exit code."""
-    parser = part.options(__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
+def run(options: argparse.Namespace) -> part.Result:
+    steps, rounds = (STEPS[:2], 1) if options.quick else (STEPS, options.rounds)
+    rows = []
+    for name in list(MODELS)[: 1 if options.quick else None]:
+        for num_steps in steps:
+            rows.append(measure(name, num_steps, rounds))
+            print(rows[-1], flush=True)
+    return part.Result({"": rows}, judge(rows, options.quick), [part.markdown_table(rows)])
 
-    def run() -> part.Result:
-        steps, rounds = (STEPS[:2], 1) if options.quick else (STEPS, options.rounds)
-        rows = []
-        for name in list(MODELS)[: 1 if options.quick else None]:
-            for num_steps in steps:
-                rows.append(measure(name, num_steps, rounds))
-                print(rows[-1], flush=True)
-        return part.Result({"": rows}, judge(rows, options.quick), [part.markdown_table(rows)])
 
-    title = "Classifiers: cost of the reversible adjoint"
-    return part.run("core.classifier_cost", title, run, quick=options.quick, output=options.output)
-
+TITLE = "Classifiers: cost of the reversible adjoint"
+main = part.command("core.classifier_cost", TITLE, __doc__, run, options={"--rounds": {"type": int, "default": 5}})
 
 if __name__ == "__main__":
     sys.exit(main())

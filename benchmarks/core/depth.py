@@ -9,8 +9,9 @@ Times: CPU time of one thread, all competitors in each round; ratios are taken w
 tensors (`measure.peak_tensor_bytes`).
 """
 
+import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from math import ceil, sqrt
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,6 @@ MAX_TIME, MAX_TIME_ALL_STORED = 1.33, 1.03
 
 
 def competitors(problem: Problem, num_steps: int) -> dict[str, Callable[[], Any]]:
-    """Forward and backward pass by each method."""
     member = revdeq(BETA)
     return {
         STORED: bptt_step(problem, member, num_steps),
@@ -74,7 +74,6 @@ def problem_gradient(problem: Problem, value: Tensor) -> None:
 
 
 def measure(quick: bool) -> list[dict[str, Any]]:
-    """One row per depth and method."""
     tokens, dim, rounds = (32, 32, 1) if quick else (512, 192, 5)
     problem = attention_problem(1, tokens, dim, dim // 32)
     rows = []
@@ -101,7 +100,6 @@ def best(rows: Rows) -> list[dict[str, Any]]:
 
 
 def advice(rows: Rows) -> str:
-    """The recommendation for one depth."""
     words = []
     for row in best(rows):
         needs = f"{row['method']} ({row['peak_bytes'] / 2**20:.1f} MiB, {row['time over stored, median']:.2f}x)"
@@ -110,7 +108,6 @@ def advice(rows: Rows) -> str:
 
 
 def page(rows: Rows) -> list[str]:
-    """The table and its conclusion."""
     lines = []
     for evaluations, group in by_depth(rows).items():
         line: dict[str, Any] = {"evaluations": evaluations}
@@ -139,7 +136,6 @@ def summary(rows: Rows) -> str:
 
 
 def by_depth(rows: Rows) -> Mapping[int, list[dict[str, Any]]]:
-    """Rows by number of evaluations."""
     return {n: [row for row in rows if row["evaluations"] == n] for n in dict.fromkeys(r["evaluations"] for r in rows)}
 
 
@@ -172,42 +168,27 @@ def checkpointed_times(rows: Rows, row: dict[str, Any]) -> list[float]:
 
 
 def draw(path: Path, rows: Rows) -> None:
-    """Time against memory, one panel a depth."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     depths = {n: group for n, group in by_depth(rows).items() if n >= 4}
-    figure, axes = plt.subplots(2, 3, figsize=(14, 7), layout="constrained", sharey=True)
-    for axis, (evaluations, group) in zip(axes.flat, depths.items(), strict=False):
-        points = {r["method"]: (r["peak_bytes"] / 2**20, r["time over stored, median"]) for r in group}
-        dial = [points[name] for name in SHARES]
-        axis.plot(*zip(*dial, strict=True), "o-", color="tab:blue", label="reversible, 0 to 100 % stored")
-        for name, color, mark in ((STORED, "tab:gray", "s"), (EVERY, "tab:orange", "^"), (SEGMENTS, "tab:green", "v")):
-            axis.plot(*points[name], mark, color=color, markersize=8, label=name)
-        axis.set_title(f"{evaluations} evaluations", fontsize=11)
-        axis.set_xlim(0, None)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.3)
-    figure.supxlabel("peak of the tensors of one training step (MiB)")
-    figure.supylabel("CPU time over stored back-propagation (dimensionless)")
-    axes.flat[0].legend(frameon=False, fontsize=9)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    with part.figure(path, 2, 3, (14, 7), sharey=True) as axes:
+        for axis, (evaluations, group) in zip(axes.flat, depths.items(), strict=False):
+            points = {r["method"]: (r["peak_bytes"] / 2**20, r["time over stored, median"]) for r in group}
+            dial = [points[name] for name in SHARES]
+            axis.plot(*zip(*dial, strict=True), "o-", color="tab:blue", label="reversible, 0 to 100 % stored")
+            for name, color, mark in zip(METHODS[:3], ("gray", "orange", "green"), "s^v", strict=True):
+                axis.plot(*points[name], mark, color=f"tab:{color}", markersize=8, label=name)
+            axis.set_title(f"{evaluations} evaluations", fontsize=11)
+            axis.set_xlim(0, None)
+        axes[0, 0].figure.supxlabel("peak of the tensors of one training step (MiB)")
+        axes[0, 0].figure.supylabel("CPU time over stored back-propagation (dimensionless)")
+        axes[0, 0].legend(frameon=False, fontsize=9)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark and return the exit code."""
-    options = part.options(__doc__).parse_args(arguments)
-    torch.set_num_threads(1)
+def run(options: argparse.Namespace) -> part.Result:
+    rows = measure(options.quick)
+    return part.Result({"methods": rows}, judge(rows, options.quick), page(rows), lambda path: draw(path, rows))
 
-    def run() -> part.Result:
-        rows = measure(options.quick)
-        return part.Result({"methods": rows}, judge(rows, options.quick), page(rows), lambda path: draw(path, rows))
 
-    return part.run("core.depth", "Which gradient at which depth", run, quick=options.quick, output=options.output)
-
+main = part.command("core.depth", "Which gradient at which depth", __doc__, run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -4,28 +4,18 @@ import math
 from pathlib import Path
 from typing import Any
 
+from benchmarks import part
 from benchmarks.requirements import MAX_COST, Rows
 
 COLORS = {"float32": "tab:red", "float64": "tab:orange", "exact": "tab:blue"}
 
 
-def draw(path: Path, gradients: Rows, convergence: Rows, costs: Rows, memory: Rows) -> None:
-    """Draw the four panels."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(2, 2, figsize=(13, 9.5), layout="constrained")
-    _gradients(axes[0, 0], gradients)
-    _memory(axes[0, 1], memory)
-    _convergence(axes[1, 0], convergence)
-    _costs(axes[1, 1], costs)
-    for axis in axes.flat:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+def draw(path: Path, gradients: Rows, convergence: Rows, cost: Rows, memory: Rows) -> None:
+    with part.figure(path, 2, 2, (13, 9.5)) as axes:
+        _gradients(axes[0, 0], gradients)
+        _memory(axes[0, 1], memory)
+        _convergence(axes[1, 0], convergence)
+        _costs(axes[1, 1], cost)
 
 
 def _gradients(axis: Any, rows: Rows) -> None:

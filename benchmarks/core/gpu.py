@@ -15,6 +15,7 @@ Utilization is the operations of the iteration and its derivative, without repea
 Each section has a share of the time; what no longer fits is not measured. `--quick` runs tiny sizes, also on a CPU.
 """
 
+import argparse
 import contextlib
 import importlib.util
 import statistics
@@ -33,7 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import part
 from benchmarks.core.kernels import _synchronizations as count_waits
 from benchmarks.core.reference import bare_evaluations
-from benchmarks.measure import paired_ratio
+from benchmarks.measure import paired_ratio, time_interleaved
 from benchmarks.requirements import Requirement, at_most
 from revdeq_lightning.callbacks.peaks import peak_flops
 from revdeq_lightning.equilibrium import (
@@ -79,7 +80,7 @@ class Bench:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.on_gpu, self.quick = self.device.type == "cuda", quick
         self.num_evaluations = 2 if quick else NUM_EVALUATIONS
-        self.sizes, self.rounds = (TINY, 2) if quick else (Sizes(), 8)
+        self.sizes, self.rounds, self.warmup = (TINY, 2, 1) if quick else (Sizes(), 8, 3)
         self.start, self.seconds = time.monotonic(), seconds
 
     def has_time(self, section: str) -> bool:
@@ -87,7 +88,6 @@ class Bench:
         return time.monotonic() - self.start < SHARES[section] * self.seconds
 
     def synchronize(self) -> None:
-        """Wait for the device."""
         if self.on_gpu:
             torch.cuda.synchronize()
 
@@ -105,7 +105,6 @@ class PyTorchAttention(nn.Module):
         self.attention, self.norm = nn.MultiheadAttention(dim, num_heads, batch_first=True), nn.LayerNorm(dim)
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
-        """A step."""
         h = self.norm(z + x)
         value: Tensor = 0.5 * h + self.attention(h, h, h, need_weights=False)[0]
         return value
@@ -145,7 +144,6 @@ def block_and_input(bench: Bench, make: Callable[[], nn.Module], shape: tuple[in
 
 
 def exactness(bench: Bench) -> Iterator[dict[str, Any]]:
-    """Mismatches of single gradients."""
     n = bench.num_evaluations
     for name, (make, shape) in blocks(bench.sizes).items():
         for is_bfloat16 in (True, False):
@@ -192,7 +190,8 @@ def overhead(bench: Bench) -> Iterator[dict[str, Any]]:
             bare_evaluations(f, x, x, sources[1:], n)
 
         with bench.autocast():
-            ours, theirs = interleaved(bench, solve, bare)
+            timings = time_interleaved({"": solve, "bare": bare}, bench.rounds, bench.warmup, bench.synchronize)
+        ours, theirs = timings[""].wall_seconds, timings["bare"].wall_seconds
         ratio = paired_ratio(ours, theirs)
         yield {
             "case": name,
@@ -202,21 +201,6 @@ def overhead(bench: Bench) -> Iterator[dict[str, Any]]:
             "lower quartile": ratio.lower,
             "upper quartile": ratio.upper,
         }
-
-
-def interleaved(bench: Bench, *runs: Callable[[], None]) -> list[list[float]]:
-    """Seconds of each run in each round, after three rounds to warm up."""
-    seconds: list[list[float]] = [[] for _ in runs]
-    for number in range(bench.rounds + (1 if bench.quick else 3)):
-        for run, own in zip(runs, seconds, strict=True):
-            bench.synchronize()
-            start = time.perf_counter()
-            run()
-            bench.synchronize()
-            own.append(time.perf_counter() - start)
-        if number < (1 if bench.quick else 3):
-            seconds = [[] for _ in runs]
-    return seconds
 
 
 class _Evaluations(torch.autograd.Function):
@@ -304,7 +288,6 @@ def training_step(
 
 
 def steps(bench: Bench) -> Iterator[dict[str, Any]]:
-    """Whole training steps."""
     n, exact = bench.num_evaluations, SolverConfig(max_steps=bench.num_evaluations)
     cases = {
         "bare evaluations": exact,
@@ -334,7 +317,7 @@ def steps(bench: Bench) -> Iterator[dict[str, Any]]:
 
 def measure(bench: Bench, step: Callable[[], None], flops: float, peak: float | None) -> dict[str, Any]:
     """Time of device and host, peak of the memory, utilization, and waits of the host, of one step."""
-    for _ in range(1 if bench.quick else 3):
+    for _ in range(bench.warmup):
         step()
     seconds, host = [], []
     if bench.on_gpu:
@@ -389,7 +372,6 @@ def judge(bench: Bench, tests: tuple[str, bool] | None, tables: dict[str, Rows])
 
 
 def page(bench: Bench, tables: dict[str, Rows]) -> list[str]:
-    """What was measured, and on what."""
     if bench.on_gpu:
         cuda, cudnn = torch.version.cuda, torch.backends.cudnn.version()
         where = f"On {torch.cuda.get_device_name()}, CUDA {cuda}, cuDNN {cudnn}."
@@ -402,27 +384,21 @@ def page(bench: Bench, tables: dict[str, Rows]) -> list[str]:
     return [where, *(text for section in sections for text in section)]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark and return the exit code."""
-    parser = part.options(__doc__)
-    parser.add_argument("--seconds", type=float, default=450.0, help="time for all sections")
-    options = parser.parse_args(arguments)
+def run(options: argparse.Namespace) -> part.Result:
+    bench = Bench(options.seconds, options.quick)
+    if not (bench.on_gpu or bench.quick):
+        raise part.Skipped("this machine has no CUDA device; --quick runs tiny sizes on the CPU")
+    tests = cuda_tests(SHARES["tests"] * options.seconds) if bench.on_gpu else None
+    tables: dict[str, Rows] = {"exactness": [], "overhead": [], "steps": []}
+    for name, section in (("exactness", exactness), ("overhead", overhead), ("steps", steps)):
+        for row in section(bench):
+            tables[name].append(row)
+            print(row, flush=True)
+    return part.Result({k: v for k, v in tables.items() if v}, judge(bench, tests, tables), page(bench, tables))
 
-    def run() -> part.Result:
-        bench = Bench(options.seconds, options.quick)
-        if not (bench.on_gpu or bench.quick):
-            raise part.Skipped("this machine has no CUDA device; --quick runs tiny sizes on the CPU")
-        torch.set_num_threads(1)
-        tests = cuda_tests(SHARES["tests"] * options.seconds) if bench.on_gpu else None
-        tables: dict[str, Rows] = {"exactness": [], "overhead": [], "steps": []}
-        for name, section in (("exactness", exactness), ("overhead", overhead), ("steps", steps)):
-            for row in section(bench):
-                tables[name].append(row)
-                print(row, flush=True)
-        return part.Result({k: v for k, v in tables.items() if v}, judge(bench, tests, tables), page(bench, tables))
 
-    return part.run("core.gpu", "On a GPU", run, quick=options.quick, output=options.output)
-
+SECONDS = {"type": float, "default": 450.0, "help": "time for all sections"}
+main = part.command("core.gpu", "On a GPU", __doc__, run, options={"--seconds": SECONDS})
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -8,10 +8,11 @@ of one thread on a CPU. Percentages are relative to the two evaluations of f tha
 evaluation: one plain, one with its vector-Jacobian products.
 """
 
+import argparse
 import math
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -160,11 +161,7 @@ def _solves(case: Case, f: nn.Module, x: Tensor, device: str, rounds: int) -> li
 
 def _seconds(runs: Mapping[Any, Kernel], device: str, rounds: int) -> dict[Any, list[float]]:
     if device == "cuda":
-
-        def synchronized(run: Kernel) -> Kernel:
-            return lambda: (run(), torch.cuda.synchronize())
-
-        timings = time_interleaved({name: synchronized(run) for name, run in runs.items()}, rounds)
+        timings = time_interleaved(runs, rounds, synchronize=torch.cuda.synchronize)
         return {name: timing.wall_seconds for name, timing in timings.items()}
     return {name: timing.process_seconds for name, timing in time_interleaved(runs, rounds).items()}
 
@@ -210,7 +207,6 @@ def judge(tables: dict[str, list[dict[str, Any]]], device: str, quick: bool) -> 
 
 
 def page(tables: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """Both tables."""
     return [
         "Parts of one evaluation, in percent of its two evaluations of f:",
         part.markdown_table(tables["parts"]),
@@ -219,24 +215,23 @@ def page(tables: dict[str, list[dict[str, Any]]]) -> list[str]:
     ]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark and return the exit code."""
-    parser = part.options(__doc__)
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
-    options = parser.parse_args(arguments)
+def run(options: argparse.Namespace) -> part.Result:
     if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: this machine has no CUDA device; omit the option to measure on the CPU")
-    torch.set_num_threads(1)
+        raise part.Misused("--device cuda: this machine has no CUDA device; omit the option to measure on the CPU")
+    tables = measure(options.device, options.quick)
+    return part.Result(tables, judge(tables, options.device, options.quick), page(tables))
 
-    def run() -> part.Result:
-        tables = measure(options.device, options.quick)
-        return part.Result(tables, judge(tables, options.device, options.quick), page(tables))
 
-    needs, suffix = ("", "") if options.device == "cpu" else ("--device cuda", "_cuda")
-    title, where = f"Kernels ({options.device})", {"quick": options.quick, "output": options.output}
-    return part.run("core.kernels", title, run, needs=needs, suffix=suffix, **where)
-
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+main = part.command(
+    "core.kernels",
+    "Kernels",
+    __doc__,
+    run,
+    options={"--device": {"choices": ("cpu", "cuda"), "default": DEVICE}},
+    needs=lambda options: "" if options.device == "cpu" else "--device cuda",
+    suffix=lambda options: "" if options.device == "cpu" else "_cuda",
+)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -21,7 +21,6 @@ class Shape(NamedTuple):
 
     @property
     def num_elements(self) -> int:
-        """Elements of the state."""
         return self.tokens * self.dim
 
 

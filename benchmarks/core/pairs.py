@@ -7,17 +7,17 @@ Two untrained blocks, float32: one that contracts, and a pre-norm transformer bl
 
 import argparse
 import dataclasses
+import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import peak_tensor_bytes, provenance, write_csv
-from benchmarks.part import RESULTS
-from benchmarks.quality.training import read
+from benchmarks import part
+from benchmarks.measure import peak_tensor_bytes, provenance
 from benchmarks.report import table
 from revdeq_lightning.equilibrium import (
     AbstractAdjoint,
@@ -72,12 +72,10 @@ class Contracting(nn.Module):
         self.block = block
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
-        """Evaluate f."""
         return 0.5 * torch.tanh(self.block(0.3 * z, x)) + x
 
 
 def blocks(dim: int, tokens: int) -> dict[str, tuple[nn.Module, Tensor]]:
-    """The maps and their x."""
     torch.manual_seed(0)
     x = torch.randn(4, tokens, dim)
     transformer = AttentionBlock(dim, num_heads=4)
@@ -94,7 +92,6 @@ class Found(NamedTuple):
 
 
 def solve(f: nn.Module, x: Tensor, solver: AbstractSolver, adjoint: AbstractAdjoint) -> Found:
-    """One forward and backward pass."""
     x = x.detach().requires_grad_()
     weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x.dtype)
     value, stats, _ = solve_fixed_point(f, torch.zeros_like(x), x, solver=solver, adjoint=adjoint)
@@ -105,7 +102,6 @@ def solve(f: nn.Module, x: Tensor, solver: AbstractSolver, adjoint: AbstractAdjo
 def measure(
     dim: int, tokens: int, solvers: Iterable[str] = SOLVERS, adjoints: Iterable[str] = ADJOINTS
 ) -> Iterator[dict[str, Any]]:
-    """A row for every pair on every block."""
     for block, (f, x) in blocks(dim, tokens).items():
         truth = fixed_point_gradient(f, x)
         for solver_name in solvers:
@@ -171,59 +167,40 @@ def attempt(f: nn.Module, x: Tensor, solver: AbstractSolver, adjoint: AbstractAd
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:
-    """Relative L2 distance."""
     return float((value - reference).norm() / reference.norm())
 
 
-def markdown(rows: Iterable[Mapping[str, str]], facts: Mapping[str, Any]) -> str:
-    """One table per block."""
+def page(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> list[str]:
     header = (
-        *(
-            "solver",
-            "adjoint",
-            "residual",
-            "largest in z",
-            "error against BPTT",
-            "error against the fixed point's gradient",
-        ),
-        *("evaluations, forward", "backward", "J products", "peak MiB"),
+        *("solver", "adjoint", "residual", "largest in z", "error against BPTT"),
+        *("error against the fixed point's gradient", "evaluations, forward", "backward", "J products", "peak MiB"),
     )
     sections = [
         f"{EVALUATIONS} evaluations of f by the solver, float32; errors: relative L2 of the whole gradient (x and"
         f" parameters). `{facts['command']}`, {facts['date']}, torch {facts['versions']['torch']}, commit"
         f" {facts['commit'][:7]}."
     ]
-    rows = list(rows)
     for block in dict.fromkeys(row["block"] for row in rows):
-        own = [row for row in rows if row["block"] == block]
-        lines = [
-            [*(row[key] for key in ("solver", "adjoint")), *(row[key] or "-" for key in list(row)[3:])] for row in own
-        ]
+        lines = [[str(cell) or "-" for cell in list(row.values())[1:]] for row in rows if row["block"] == block]
         sections += [f"### A block {block}" if block[0] == "w" else f"### A {block} block", table(header, lines)]
-    return "\n\n".join(sections)
+    return sections
 
 
-def main() -> None:
-    """Measure and write the tables to the page."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--quick", action="store_true", help="a small block, different from the page's")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="output folder")
-    options = parser.parse_args()
-    if options.quick and options.output == parser.get_default("output"):
-        parser.error("--quick measures a different block than the page's: choose another folder with --output")
-    torch.set_num_threads(1)
+def run(options: argparse.Namespace) -> part.Result:
+    """Measure, and write the tables to the page of the documentation, too."""
+    to_docs = options.output == part.RESULTS
+    if options.quick and to_docs:
+        raise part.Misused("--quick measures a different block than the page's: choose another folder with --output")
     rows = list(measure(dim=16, tokens=4) if options.quick else measure(dim=64, tokens=32))
-    options.output.mkdir(parents=True, exist_ok=True)
-    write_csv(options.output / "pairs.csv", rows)
-    text = markdown(read(options.output / "pairs.csv"), provenance("python -m benchmarks.core.pairs"))
-    (options.output / "pairs.md").write_text(f"# Solvers and adjoints, measured\n\n{text}\n")
-    print(text)
-    if options.output == RESULTS:
+    sections = page(rows, provenance("python -m benchmarks.core.pairs"))
+    if to_docs:
         before, rest = PAGE.read_text().split(BEGIN)
+        text = "\n\n".join(sections)
         PAGE.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.split(END)[1]}")
+    return part.Result({"": rows}, [], sections)
 
+
+main = part.command("core.pairs", "Solvers and adjoints, measured", __doc__, run)
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -26,7 +26,6 @@ class Member(NamedTuple):
 
     @property
     def evaluations_per_step(self) -> int:
-        """Calls of f per step."""
         return 2 if self.momentum is None else 1
 
     @property
@@ -35,14 +34,12 @@ class Member(NamedTuple):
         return f"{self.name} {self.beta if self.momentum is None else self.momentum}"
 
     def solver(self, num_steps: int, arithmetic: str) -> ReversibleSolver | MomentumSolver:
-        """The solver under test."""
         if self.momentum is not None:
             return MomentumSolver(momentum=self.momentum, max_steps=num_steps, arithmetic=arithmetic)
         assert self.beta is not None
         return ReversibleSolver(beta=self.beta, max_steps=num_steps, arithmetic=arithmetic)
 
     def loop(self, f: Map, z0: Tensor, x: Tensor, num_steps: int, state_dtype: torch.dtype) -> Tensor:
-        """The same iteration as a plain loop."""
         if self.momentum is not None:
             return momentum_loop(f, z0, x, momentum=self.momentum, num_steps=num_steps, state_dtype=state_dtype)
         assert self.beta is not None
@@ -86,7 +83,6 @@ def attention_problem(
 
 
 def conv_problem(batch: int, channels: int, size: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Problem:
-    """Untrained residual layer of the paper's classifier."""
     torch.manual_seed(seed)
     f = ConvBlock(channels, channels // 4)
     return _problem(f, (batch, channels, size, size), dtype)
@@ -100,7 +96,6 @@ def _problem(f: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> Proble
 def reversible_step(
     problem: Problem, member: Member, num_steps: int, arithmetic: str, stored_evaluations: int = 0
 ) -> Callable[[], SolverStats]:
-    """Forward and backward pass with `ReversibleAdjoint`."""
     solver, adjoint = member.solver(num_steps, arithmetic), ReversibleAdjoint(stored_evaluations=stored_evaluations)
 
     def run() -> SolverStats:

@@ -75,7 +75,6 @@ class PlainLoop(nn.Module):
         return FixedPointSolution(split(value, x), None)
 
     def solve(self, f: Any, start: Tensor, x: Any) -> Tensor:
-        """Run the loop that corresponds to the solver."""
         steps = {"num_steps": self.solver.max_steps}
         if isinstance(self.solver, ReversibleSolver):
             return reversible_loop(f, start, x, beta=self.solver.beta, **steps)
@@ -88,7 +87,6 @@ def join(parts: Sequence[Tensor]) -> Tensor:
 
 
 def split(z: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Inverse of `join`."""
     parts = z.split([part[0].numel() for part in like], dim=1)
     return tuple(part.view(t.shape) for part, t in zip(parts, like, strict=True))
 

@@ -9,6 +9,7 @@ same core with one thread, and one runs at a time.
 Gradients are compared in float64 with theirs from checkpointed backpropagation, which reconstructs nothing.
 """
 
+import argparse
 import importlib.util
 import sys
 from collections.abc import Sequence
@@ -55,14 +56,12 @@ class Stable:
         self.weighed = {n: stack.enter_context(Isolated(builders[n], environment=MEASURED_MEMORY)) for n in COMPETITORS}
 
     def build(self, process: Isolated, name: str, task: Task, dtype: str) -> Isolated:
-        """Build a competitor in the process."""
         where = (self.repository,) if name.startswith("theirs") else ()
         process.ask("build", *where, VARIANTS[name], task, make_arrays(task, dtype))
         return process
 
 
 def measure(repository: Path, tasks: Sequence[Task], num_rounds: int) -> dict[str, list[dict[str, Any]]]:
-    """Measure the tables `gradients`, `times`, and `memory`."""
     tables: dict[str, list[dict[str, Any]]] = {"gradients": [], "times": [], "memory": []}
     with ExitStack() as stack:
         stable = Stable(repository, stack)
@@ -114,7 +113,6 @@ def _times(task: Task, stable: Stable, num_rounds: int) -> list[dict[str, Any]]:
 
 
 def judge(tables: dict[str, list[dict[str, Any]]], quick: bool) -> list[Requirement]:
-    """The requirements."""
     verdict = []
     for model, limit in (("language", MAX_LANGUAGE_TIME), ("classifier", MAX_CLASSIFIER_TIME)):
         ours = {
@@ -144,7 +142,6 @@ def judge(tables: dict[str, list[dict[str, Any]]], quick: bool) -> list[Requirem
 
 
 def lines(tables: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """One line per model, depth, and competitor."""
     joined = []
     for error, memory in zip(tables["gradients"], tables["memory"], strict=True):
         key = (error["model"], error["steps"], error["competitor"])
@@ -166,7 +163,6 @@ def lines(tables: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 
 def page(tables: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """One table for both models."""
     return [
         "Language model: the released one, vocabulary 512, context 128, d 256, 8 heads, batch 8, beta 0.5. Classifier:"
         " the released multi-scale one, channels 32-64-64-32, widths 1-3-3-1, batch 16, beta 0.8, N steps per stage."
@@ -175,35 +171,36 @@ def page(tables: dict[str, list[dict[str, Any]]]) -> list[str]:
     ]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark and return the exit code."""
-    parser = part.options(__doc__)
-    parser.add_argument("--repository", type=Path, help="checkout of the authors' repository")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--only", choices=("language", "classifier"), help="one of the two models")
-    options = parser.parse_args(arguments)
+def run(options: argparse.Namespace) -> part.Result:
     tasks = [language(n) for n in LANGUAGE_STEPS] + [classifier(n) for n in CLASSIFIER_STEPS]
     if options.quick:
         small = {"vocab_size": 16, "context": 8, "dim": 32, "num_heads": 2, "batch": 2}
         tasks = [language(n)._replace(**small) for n in (1, 2)]
         tasks.append(classifier(1)._replace(channels=(16, 16), widths=(1, 2), image_size=8, batch=2))
+    missing = [name for name in ("jax", "equinox") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise part.Skipped(f"{' and '.join(missing)} not installed: pip install -e '.[peers]'")
+    if options.repository is None:
+        raise part.Skipped("no --repository given: a checkout of github.com/sammccallum/reversible-deq is required")
+    if not (options.repository / "reversible_deq").is_dir():
+        raise part.Misused(f"no folder reversible_deq in --repository {options.repository}")
     tasks = [task for task in tasks if options.only in (None, task.model)]
+    tables = measure(options.repository.resolve(), tasks, 1 if options.quick else options.rounds)
+    return part.Result(tables, judge(tables, options.quick), page(tables), packages=("jax", "equinox"))
 
-    def run() -> part.Result:
-        missing = [name for name in ("jax", "equinox") if importlib.util.find_spec(name) is None]
-        if missing:
-            raise part.Skipped(f"{' and '.join(missing)} not installed: pip install -e '.[peers]'")
-        if options.repository is None:
-            raise part.Skipped("no --repository given: a checkout of github.com/sammccallum/reversible-deq is required")
-        if not (options.repository / "reversible_deq").is_dir():
-            parser.error(f"no folder reversible_deq in --repository {options.repository}")
-        tables = measure(options.repository.resolve(), tasks, 1 if options.quick else options.rounds)
-        return part.Result(tables, judge(tables, options.quick), page(tables), packages=("jax", "equinox"))
 
-    title = "Against the authors' JAX code"
-    needs = "--repository PATH"
-    return part.run("peers.authors", title, run, quick=options.quick, output=options.output, needs=needs)
-
+main = part.command(
+    "peers.authors",
+    "Against the authors' JAX code",
+    __doc__,
+    run,
+    options={
+        "--repository": {"type": Path, "help": "checkout of the authors' repository"},
+        "--rounds": {"type": int, "default": 7},
+        "--only": {"choices": ("language", "classifier"), "help": "one of the two models"},
+    },
+    needs=lambda options: "--repository PATH",
+)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -34,7 +34,6 @@ class Competitor:
         self.value: Any = None
 
     def step(self) -> None:
-        """Forward and backward pass."""
         self.value = None
         self.value = jax.block_until_ready(self.compiled(self.model, *self.inputs))
 

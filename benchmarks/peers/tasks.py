@@ -37,7 +37,6 @@ def classifier(num_steps: int) -> Task:
 
 
 def build_model(task: Task) -> nn.Module:
-    """Our model of a task."""
     solver = ReversibleSolver(beta=task.beta, max_steps=task.num_steps)
     adjoint = ReversibleAdjoint(mismatch="raise")
     if task.model == "language":
@@ -78,7 +77,6 @@ class Competitor:
         self.loss: Tensor | None = None
 
     def step(self) -> None:
-        """Forward and backward pass."""
         self.model.zero_grad()
         first, second = self.inputs
         model: Any = self.model
@@ -90,7 +88,6 @@ class Competitor:
         self.loss.backward()  # type: ignore[no-untyped-call]
 
     def results(self) -> tuple[float, dict[str, np.ndarray]]:
-        """Loss, and gradients."""
         self.step()
         assert self.loss is not None
         gradients = {name: p.grad for name, p in self.model.named_parameters()}

@@ -12,9 +12,10 @@ parameters:
   the gradient of the computed loss. Available for solvers that are a plain loop.
 """
 
+import argparse
 import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -50,7 +51,6 @@ class Half(nn.Module):
         self.block = block
 
     def forward(self, z: Tensor, x: Tensor) -> Tensor:
-        """Evaluate f."""
         value: Tensor = 0.5 * self.block(z, x)
         return value
 
@@ -64,7 +64,6 @@ class Method(NamedTuple):
 
 
 def picard(num: int) -> Loop:
-    """`num` plain iterations."""
 
     def run(f: Any, z: Tensor, x: Tensor) -> Tensor:
         for _ in range(num):
@@ -75,7 +74,6 @@ def picard(num: int) -> Loop:
 
 
 def ours(name: str, solver: AbstractSolver, adjoint: AbstractAdjoint, loop: Loop | None) -> Method:
-    """A pair of this project."""
 
     def solve(problem: Problem) -> Tensor:
         value: Tensor = solve_fixed_point(problem.f, problem.z0, problem.x, solver=solver, adjoint=adjoint).value
@@ -99,7 +97,6 @@ def theirs(name: str, loop: Loop | None, **settings: Any) -> Method:
 
 
 def methods(k: int) -> list[Method]:
-    """All methods, with k evaluations."""
     implicit = {"ift": True, "f_max_iter": k - 1, "b_max_iter": k - 1}
     heavy_ball, paper = momentum(1 / 8), revdeq(0.8)
     never = AndersonSolver(max_steps=k - 1, rtol=1e-15)
@@ -146,7 +143,6 @@ def problems(quick: bool) -> dict[str, Callable[[torch.dtype], Problem]]:
 
 
 def measure(quick: bool) -> list[dict[str, Any]]:
-    """One row per block, depth, and method."""
     rows = []
     for block, make in problems(quick).items():
         problem, wide = make(torch.float32), make(torch.float64)
@@ -204,7 +200,6 @@ def judge(rows: Rows) -> list[Requirement]:
 
 
 def page(rows: Rows) -> list[str]:
-    """One table per block."""
     paragraphs = []
     for block in dict.fromkeys(row["block"] for row in rows):
         lines = [
@@ -228,19 +223,14 @@ def _short(error: float | None) -> str:
     return "-" if error is None else f"{error:.0e}"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark and return the exit code."""
-    options = part.options(__doc__).parse_args(arguments)
-    torch.set_num_threads(1)
+def run(options: argparse.Namespace) -> part.Result:
+    if importlib.util.find_spec("torchdeq") is None:
+        raise part.Skipped("torchdeq not installed: pip install -e '.[peers]'")
+    rows = measure(options.quick)
+    return part.Result({"methods": rows}, judge(rows), page(rows), packages=("torchdeq",))
 
-    def run() -> part.Result:
-        if importlib.util.find_spec("torchdeq") is None:
-            raise part.Skipped("torchdeq not installed: pip install -e '.[peers]'")
-        rows = measure(options.quick)
-        return part.Result({"methods": rows}, judge(rows), page(rows), packages=("torchdeq",))
 
-    return part.run("peers.torchdeq_peer", "Against torchdeq", run, quick=options.quick, output=options.output)
-
+main = part.command("peers.torchdeq_peer", "Against torchdeq", __doc__, run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -189,7 +189,6 @@ class Files:
         self.rows = {kind: read(path) for kind, path in paths.items()}
 
     def has(self, kind: str, **key: Any) -> bool:
-        """Whether there is a row with these values."""
         return any(all(row[name] == str(value) for name, value in key.items()) for row in self.rows[kind])
 
     def add(self, kind: str, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -244,7 +243,6 @@ def best_rate(part: Part, name: str, files: Files, options: argparse.Namespace) 
 
 
 def fill(part: Part, options: argparse.Namespace) -> Files:
-    """Make the missing runs."""
     kinds = ("search", "runs", "curves", "depths")
     files = Files({kind: options.output / f"quality_{part.name}_{kind}.csv" for kind in kinds})
     names = [name for name in part.variants if not options.only or name in options.only]
@@ -285,7 +283,6 @@ def row_of(name: str, seed: int, rate: float, outcome: Outcome) -> dict[str, Any
 
 
 def main() -> None:
-    """Fill the tables of the parts whose data are given, and write page and figure."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )

@@ -78,7 +78,6 @@ class FlopCount(TorchDispatchMode):
         self.total = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operator and count it."""
         out = func(*args, **(kwargs or {}))
         formula = flop_registry.get(func.overloadpacket)
         if formula is not None:
@@ -112,14 +111,12 @@ class Meter(Callback):
         self._since = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the clock."""
         self.outcome.parameters = sum(p.numel() for p in pl_module.parameters())
         self._since = time.process_time()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the step, and evaluate when it is time."""
         self.seconds += time.process_time() - self._since
         if self.steps % COUNT_EVERY == 0:
             self._count(trainer, pl_module, batch)

@@ -5,9 +5,10 @@
 Checkpoints of `make train-maze`, one a seed. One thread.
 """
 
+import argparse
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean
@@ -29,17 +30,22 @@ from revdeq_lightning.data.puzzles.module import build_kind, make_puzzle
 REQUIRED = {5: 0.995, 9: 0.99, 13: 0.99, 19: 0.97, 29: 0.95}
 TOLERANCES = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4)
 ENOUGH_FROM_RANDOM = 0.95
-Mazes = tuple[NDArray[np.int64], NDArray[np.int64]]
+Puzzles = tuple[NDArray[np.int64], NDArray[np.int64]]
 
 
-def own_mazes(size: int, count: int, algorithm: str = "mixed") -> Mazes:
-    """Mazes of the package's generator, of a seed that no training has."""
-    kind = build_kind("mazes", size=5, algorithm=algorithm, loops=0.0, num_empty=1)
-    puzzles = [make_puzzle(kind, 1_000_003, "test", size, i, train_size=5) for i in range(count)]
+def generated(settings: Mapping[str, Any], size: int, count: int, train_size: int | None = None) -> Puzzles:
+    """Puzzles of the package's generator, of a seed that no training has."""
+    kind = build_kind(**settings)
+    puzzles = [make_puzzle(kind, 1_000_003, "test", size, i, train_size=train_size) for i in range(count)]
     return np.stack([p.inputs for p in puzzles]), np.stack([p.targets for p in puzzles])
 
 
-def wilson_mazes(size: int, count: int) -> Mazes:
+def own_mazes(size: int, count: int) -> Puzzles:
+    settings = {"puzzle": "mazes", "size": 5, "algorithm": "mixed", "loops": 0.0, "num_empty": 1}
+    return generated(settings, size, count, train_size=5)
+
+
+def wilson_mazes(size: int, count: int) -> Puzzles:
     """Uniformly random mazes by Wilson's algorithm: loop-erased random walks. Nothing of the generator is used."""
     inputs = []
     for number in range(count):
@@ -78,25 +84,21 @@ def longest_dead_end(pixels: NDArray[np.int64]) -> int:
         filled, rounds = filled | tips, rounds + 1
 
 
-def batches(inputs: NDArray[np.int64]) -> Iterator[torch.Tensor]:
-    """Parts of a set of puzzles, smaller ones of large puzzles."""
-    count = max(4, 32 * 441 // inputs[0].size)
-    for start in range(0, len(inputs), count):
-        yield torch.from_numpy(inputs[start : start + count])
-
-
 @torch.no_grad()
-def solve(model: Any, mazes: Mazes, random: bool = False) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-    """Whether each maze is solved, and the evaluations of f that it took."""
-    inputs, targets = mazes
-    answers, made = [], []
+def solve(model: Any, puzzles: Puzzles, random: bool = False, **settings: Any) -> tuple[NDArray[np.bool_], list[int]]:
+    """Whether each puzzle is solved, and the evaluations of f that it took."""
+    inputs, targets = puzzles
+    answers: list[NDArray[np.int64]] = []
+    made: list[int] = []
     generator = torch.Generator().manual_seed(0)
-    for batch in batches(inputs):
-        output = model(batch, z0=model.random_state(batch, generator) if random else None)
+    count = max(4, 32 * 441 // inputs[0].size)  # smaller batches of large puzzles
+    for batch in torch.from_numpy(inputs).split(count):
+        start = {"z0": model.random_state(batch, generator)} if random else {}
+        output = model(batch, **start, **settings)
         answers.append(output.logits.argmax(1).numpy())
-        made.append(output.evaluations.numpy())
+        made += output.evaluations.tolist()
     right = (np.concatenate(answers) == targets).reshape(len(targets), -1).all(1)
-    return right, np.concatenate(made)
+    return right, made
 
 
 def stopping_at(checkpoint: Path, rtol: float) -> Any:
@@ -104,7 +106,7 @@ def stopping_at(checkpoint: Path, rtol: float) -> Any:
     return load_reasoner(checkpoint, model=ModelSettings(SolverSteps(rtol=rtol)))[0]
 
 
-def choose_tolerance(checkpoint: Path, validation: Mazes) -> float:
+def choose_tolerance(checkpoint: Path, validation: Puzzles) -> float:
     """A tenth of the largest tolerance with which as many mazes of the training size are solved as without one."""
     wanted = solve(load_reasoner(checkpoint)[0], validation)[0].mean()
     for rtol in TOLERANCES:
@@ -113,23 +115,30 @@ def choose_tolerance(checkpoint: Path, validation: Mazes) -> float:
     return TOLERANCES[-1]
 
 
-def measure(checkpoints: Sequence[Path], sizes: Sequence[int], count: int) -> Result:
-    """Solve all mazes in all ways."""
-    rows: list[dict[str, Any]] = []
+def loaded(checkpoints: Sequence[Path]) -> Iterator[tuple[int, Path, Any, dict[str, Any]]]:
+    """Seed, path, model, and settings of its data, of each checkpoint."""
+    if not checkpoints:
+        raise Skipped("no --checkpoint: train with `make train-maze`, or a configuration of configs/reasoning, first")
     for seed, checkpoint in enumerate(checkpoints):
-        rtol = choose_tolerance(checkpoint, own_mazes(5, count, "mixed"))
-        fixed, _ = load_reasoner(checkpoint)
+        yield seed, checkpoint, *load_reasoner(checkpoint)
+
+
+def measure(options: argparse.Namespace) -> Result:
+    rows: list[dict[str, Any]] = []
+    for seed, checkpoint, fixed, _ in loaded(options.checkpoint):
+        rtol = choose_tolerance(checkpoint, own_mazes(5, options.count))
         stopping = stopping_at(checkpoint, rtol)
-        for size in sizes:
-            mazes = own_mazes(size, count)
+        for size in options.sizes:
+            mazes = own_mazes(size, options.count)
             solved, made = solve(fixed, mazes)
             by_itself, until = solve(stopping, mazes)
-            few = tuple(array[: max(1, count // 4)] for array in mazes)
+            few = mazes[0][: max(1, options.count // 4)], mazes[1][: max(1, options.count // 4)]
             lengths = mazes[1].sum((1, 2))
             dead_ends = [longest_dead_end(pixels) for pixels in mazes[0]]
             row = {
-                "seed": seed, "size": size, "mazes": count, "evaluations": int(made[0]),
-                "solved": float(solved.mean()), "Wilson": float(solve(fixed, wilson_mazes(size, count))[0].mean()),
+                "seed": seed, "size": size, "mazes": options.count, "evaluations": made[0],
+                "solved": float(solved.mean()),
+                "Wilson": float(solve(fixed, wilson_mazes(size, options.count))[0].mean()),
                 "rtol": rtol, "solved by itself": float(by_itself.mean()),
                 "median evaluations by itself": float(np.median(until)),
                 "from random": float(solve(fixed, few, random=True)[0].mean()),
@@ -170,24 +179,26 @@ def judge(rows: Sequence[dict[str, Any]]) -> list[Requirement]:
     return verdict
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure and write the page."""
-    parser = part.options(__doc__)
-    parser.add_argument("--checkpoint", type=Path, nargs="+", default=[])
-    parser.add_argument("--sizes", type=int, nargs="+", default=list(REQUIRED))
-    parser.add_argument("--count", type=int, default=200, help="mazes of each size")
-    options = parser.parse_args(arguments)
+CHECKPOINTS = {"type": Path, "nargs": "+", "default": [], "help": "one a seed"}
 
-    def run() -> Result:
-        if not options.checkpoint:
-            raise Skipped("no --checkpoint: train with `make train-maze` first")
-        return measure(options.checkpoint, options.sizes, options.count)
 
-    torch.set_num_threads(1)
-    needs = f"--checkpoint {' '.join(f'SEED{i}.ckpt' for i in range(len(options.checkpoint)))}"
-    title = "Mazes larger than those of training"
-    return part.run("quality.extrapolation", title, run, quick=options.quick, output=options.output, needs=needs)
+def shown(options: argparse.Namespace) -> str:
+    """The words of the command, without the paths of this machine."""
+    return f"--checkpoint {' '.join(f'SEED{i}.ckpt' for i in range(len(options.checkpoint)))}"
 
+
+main = part.command(
+    "quality.extrapolation",
+    "Mazes larger than those of training",
+    __doc__,
+    measure,
+    options={
+        "--checkpoint": CHECKPOINTS,
+        "--sizes": {"type": int, "nargs": "+", "default": list(REQUIRED)},
+        "--count": {"type": int, "default": 200, "help": "mazes of each size"},
+    },
+    needs=shown,
+)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -5,6 +5,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from benchmarks import part
 from benchmarks.report import table
 
 Rows = Sequence[Mapping[str, str]]
@@ -12,7 +13,6 @@ Results = Sequence[tuple[Any, Mapping[str, Rows]]]
 
 
 def page(results: Results) -> str:
-    """The whole page."""
     sections = [
         "# Quality at equal cost",
         "Written by `python -m benchmarks.quality`; for the interpretation see [the README](../README.md). Every model"
@@ -23,34 +23,34 @@ def page(results: Results) -> str:
         " short runs. The rate is constant, and averaged weights are evaluated. Memory: tensors of one training step."
         " In parentheses: minimum and maximum over the seeds.",
     ]
-    for part, rows in results:
+    for data, rows in results:
         sections += [
-            f"## {part.title}",
-            _provenance(part, rows["runs"]),
-            _runs(part, rows),
-            _depths(part, rows["depths"]),
+            f"## {data.title}",
+            _provenance(data, rows["runs"]),
+            _runs(data, rows),
+            _depths(data, rows["depths"]),
         ]
     sections.append("![Quality at equal cost](quality.png)")
     return "\n\n".join(sections) + "\n"
 
 
-def _provenance(part: Any, runs: Rows) -> str:
+def _provenance(data: Any, runs: Rows) -> str:
     commits = sorted({row["commit"][:7] for row in runs})
-    budget, search = part.budget, len(part.rates) * part.search_seconds
+    budget, search = data.budget, len(data.rates) * data.search_seconds
     return (
         f"{budget.cpu_seconds / 60:g} CPU minutes or {budget.flops / 1e12:g} TFLOP per run, after a search of"
         f" {search:g} CPU seconds per model; {', '.join(sorted({row['cpu'] for row in runs}))}, torch"
-        f" {', '.join(sorted({row['torch'] for row in runs}))}, commit {', '.join(commits)}. Figure: {part.unit}."
+        f" {', '.join(sorted({row['torch'] for row in runs}))}, commit {', '.join(commits)}. Figure: {data.unit}."
     )
 
 
-def _runs(part: Any, rows: Mapping[str, Rows]) -> str:
+def _runs(data: Any, rows: Mapping[str, Rows]) -> str:
     header = (
         *("model", "parameters", "evaluations of f", "rates x", "seeds", "at equal CPU time", "at equal FLOPs"),
         *("CPU minutes for the FLOPs", "TFLOP in the CPU time", "peak MiB"),
     )
     lines = []
-    for name in part.variants:
+    for name in data.variants:
         own = [row for row in rows["runs"] if row["variant"] == name]
         if not own:
             continue
@@ -59,7 +59,7 @@ def _runs(part: Any, rows: Mapping[str, Rows]) -> str:
             (
                 *(name, f"{int(own[0]['parameters']):,}", f"{evaluations:.1f}" if evaluations else "none"),
                 *(f"{float(own[0]['rate']):g}", str(len(own))),
-                *(_spread([row[f"figure_{budget}"] for row in own], part) for budget in ("cpu", "flops")),
+                *(_spread([row[f"figure_{budget}"] for row in own], data) for budget in ("cpu", "flops")),
                 f"{mean(float(row['cpu_minutes_flops']) for row in own):.2f}",
                 f"{mean(float(row['tflop_cpu']) for row in own):.2f}",
                 f"{float(own[0]['peak_mib']):.1f}",
@@ -68,20 +68,20 @@ def _runs(part: Any, rows: Mapping[str, Rows]) -> str:
     return table(header, lines)
 
 
-def _spread(figures: Sequence[str], part: Any) -> str:
+def _spread(figures: Sequence[str], data: Any) -> str:
     values = [float(figure) for figure in figures]
     if any(value != value for value in values):
         return "not reached"
-    digits = 3 if part.smaller_is_better else 1
+    digits = 3 if data.smaller_is_better else 1
     spread = f" ({min(values):.{digits}f} - {max(values):.{digits}f})" if len(values) > 1 else ""
     return f"{mean(values):.{digits}f}{spread}"
 
 
-def _depths(part: Any, rows: Rows) -> str:
+def _depths(data: Any, rows: Rows) -> str:
     """The figure by number of evaluations, for the models that have them."""
-    names = [name for name in part.variants if any(r["variant"] == name and int(r["evaluations"]) > 1 for r in rows)]
+    names = [name for name in data.variants if any(r["variant"] == name and int(r["evaluations"]) > 1 for r in rows)]
     counts = sorted({int(row["evaluations"]) for row in rows})
-    digits = 3 if part.smaller_is_better else 1
+    digits = 3 if data.smaller_is_better else 1
     lines = []
     for name in names:
         cells = []
@@ -94,31 +94,21 @@ def _depths(part: Any, rows: Rows) -> str:
 
 
 def draw(path: Path, results: Results) -> None:
-    """Draw, for each part, the figure over CPU time, FLOPs, and evaluations of the trained model."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(len(results), 3, figsize=(15, 5 * len(results)), layout="constrained", squeeze=False)
-    for line, (part, rows) in zip(axes, results, strict=True):
-        for i, name in enumerate(part.variants):
-            points = [row for row in rows["curves"] if row["variant"] == name]
-            style = {"color": f"C{i}", "label": name, "marker": "o", "markersize": 3}
-            _curve(line[0], points, "cpu_seconds", 1 / 60, style)
-            _curve(line[1], points, "flops", 1e-12, style)
-            depths = [row for row in rows["depths"] if row["variant"] == name]
-            _mean_at(line[2], depths, style)
-        for axis, title in zip(line, ("CPU minutes of training", "TFLOP of training", "evaluations of f"), strict=True):
-            axis.set(xlabel=title, ylabel=part.unit)
-            axis.spines[["top", "right"]].set_visible(False)
-            axis.grid(alpha=0.3)
-        line[0].set_title(part.title)
-        line[2].set_xscale("log", base=2)
-        line[2].set_title("The trained model, other depths")
-        line[1].legend(fontsize=8, frameon=False)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    with part.figure(path, len(results), 3, (15, 5 * len(results))) as axes:
+        for line, (data, rows) in zip(axes, results, strict=True):
+            for i, name in enumerate(data.variants):
+                points = [row for row in rows["curves"] if row["variant"] == name]
+                style = {"color": f"C{i}", "label": name, "marker": "o", "markersize": 3}
+                _curve(line[0], points, "cpu_seconds", 1 / 60, style)
+                _curve(line[1], points, "flops", 1e-12, style)
+                _mean_at(line[2], [row for row in rows["depths"] if row["variant"] == name], style)
+            titles = "CPU minutes of training", "TFLOP of training", "evaluations of f"
+            for axis, title in zip(line, titles, strict=True):
+                axis.set(xlabel=title, ylabel=data.unit)
+            line[0].set_title(data.title)
+            line[2].set_xscale("log", base=2)
+            line[2].set_title("The trained model, other depths")
+            line[1].legend(fontsize=8, frameon=False)
 
 
 def _curve(axis: Any, points: Rows, cost: str, unit: float, style: Mapping[str, Any]) -> None:

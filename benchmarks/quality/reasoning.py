@@ -43,7 +43,6 @@ def jobs(names: Sequence[str], evaluations: Sequence[int], seeds: Sequence[int])
 
 
 def fill(options: Any) -> Rows:
-    """Make the missing runs."""
     files = Files({"search": options.output / "reasoning_search.csv", "runs": options.output / "reasoning.csv"})
     usual = 4 if options.quick else EVALUATIONS
     for name, evaluations, seed in jobs(options.only, options.evaluations, options.seeds):
@@ -76,7 +75,6 @@ def average(rows: Rows, column: str) -> float:
 
 
 def page(rows: Rows) -> str:
-    """The whole page."""
     cpu, version, commit = (", ".join(sorted({row[name] for row in rows})) for name in ("cpu", "torch", "commit"))
     sections = [
         "# Mazes: which gradient solves them",
@@ -115,43 +113,36 @@ def spread(values: Sequence[float]) -> str:
 
 def draw(path: Path, rows: Rows) -> None:
     """Solved mazes by their size for each gradient, and by the memory of a training step, at equal steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (by_size, by_memory) = plt.subplots(1, 2, figsize=(14, 6), layout="constrained")
     sizes, found = sizes_of(rows), groups(rows)
     ticks = [int(size) for size in sizes]
     usual = EVALUATIONS if any(n == EVALUATIONS for _, n in found) else min(n for _, n in found)
-    for i, name in enumerate(dict.fromkeys(name for name, _ in found)):
-        style = {"color": f"C{i % 10}", "marker": "os^"[i // 10], "label": name}
-        if (name, usual) in found:
-            own = found[name, usual]
-            by_size.plot(ticks, [average(own, f"solved_{size}_steps") for size in sizes], **style)
-        points = [
-            (average(own, "peak_mib"), mean(average(own, f"solved_{size}_steps") for size in sizes), n)
-            for (other, n), own in found.items()
-            if other == name
-        ]
-        by_memory.plot([x for x, _, _ in points], [y for _, y, _ in points], **style)
-        for x, y, n in points:
-            by_memory.annotate(str(n), (x, y), textcoords="offset points", xytext=(4, 4), fontsize=7)
-    by_size.set(xlabel="cells a side", ylabel="solved mazes, %", xticks=ticks)
-    by_size.set_title(f"Trained on {sizes[0]} x {sizes[0]} cells with {usual} evaluations of f")
-    by_memory.set(xlabel="tensors of a training step, MiB", xscale="log", ylabel="solved mazes, %, mean of the sizes")
-    by_memory.set_title("Solved within a memory budget; numbers: evaluations in training")
-    figure.legend(*by_memory.get_legend_handles_labels(), loc="outside right", fontsize=8, frameon=False)
-    for axis in (by_size, by_memory):
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    with part.figure(path, 1, 2, (14, 6)) as axes:
+        by_size, by_memory = axes[0]
+        for i, name in enumerate(dict.fromkeys(name for name, _ in found)):
+            style = {"color": f"C{i % 10}", "marker": "os^"[i // 10], "label": name}
+            if (name, usual) in found:
+                own = found[name, usual]
+                by_size.plot(ticks, [average(own, f"solved_{size}_steps") for size in sizes], **style)
+            points = [
+                (average(own, "peak_mib"), mean(average(own, f"solved_{size}_steps") for size in sizes), n)
+                for (other, n), own in found.items()
+                if other == name
+            ]
+            by_memory.plot([x for x, _, _ in points], [y for _, y, _ in points], **style)
+            for x, y, n in points:
+                by_memory.annotate(str(n), (x, y), textcoords="offset points", xytext=(4, 4), fontsize=7)
+        by_size.set(xlabel="cells a side", ylabel="solved mazes, %", xticks=ticks)
+        by_size.set_title(f"Trained on {sizes[0]} x {sizes[0]} cells with {usual} evaluations of f")
+        by_memory.set(
+            xlabel="tensors of a training step, MiB", xscale="log", ylabel="solved mazes, %, mean of the sizes"
+        )
+        by_memory.set_title("Solved within a memory budget; numbers: evaluations in training")
+        handles = by_memory.get_legend_handles_labels()
+        by_memory.figure.legend(*handles, loc="outside right", fontsize=8, frameon=False)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Fill the table and write page and figure."""
-    parser = part.options(__doc__)
+    parser = part.parser(__doc__)
     names = list(mazes.variants(EVALUATIONS))
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--evaluations", nargs="+", type=int, help="of f in training; default: 32, and for some others")

@@ -6,9 +6,10 @@ The model and batch of configs/reasoning/mazes.yaml. Bytes of the tensors that t
 in the part `core`: an integer, the same in every repetition. Weights and optimizer are not included.
 """
 
+import argparse
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -48,7 +49,6 @@ def training_step(name: str, evaluations: int, changes: Mapping[str, Any] | None
 
 
 def measure(quick: bool) -> list[dict[str, Any]]:
-    """One row for each gradient and number of evaluations."""
     changes = TINY if quick else None
     rows = []
     for evaluations in (BASE, 8) if quick else sorted({*EVALUATIONS, *MORE}):
@@ -91,18 +91,12 @@ def page(rows: Rows) -> list[str]:
     ]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark and return the exit code."""
-    options = part.options(__doc__).parse_args(arguments)
-    torch.set_num_threads(1)
+def run(options: argparse.Namespace) -> part.Result:
+    rows = measure(options.quick)
+    return part.Result({"": rows}, judge(rows), page(rows))
 
-    def run() -> part.Result:
-        rows = measure(options.quick)
-        return part.Result({"": rows}, judge(rows), page(rows))
 
-    title = "Memory of a training step on mazes"
-    return part.run("quality.reasoning_memory", title, run, quick=options.quick, output=options.output)
-
+main = part.command("quality.reasoning_memory", "Memory of a training step on mazes", __doc__, run)
 
 if __name__ == "__main__":
     sys.exit(main())

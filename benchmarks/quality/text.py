@@ -6,6 +6,7 @@ A text of made-up words with Zipf's frequencies, as lines that end in " . ", as 
 memory is the largest resident size of the process that prepares it, with PyTorch and Lightning; there are no others.
 """
 
+import argparse
 import json
 import os
 import random
@@ -20,7 +21,6 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from tokenizers import Tokenizer
 
 from benchmarks import part
@@ -69,7 +69,6 @@ def sentences(count: int, seed: int = 0) -> list[str]:
 
 
 def write(path: Path, kind: str, num_bytes: float) -> None:
-    """Write a text of that size."""
     lines = [f"{sentence} . " for sentence in sentences(100_000)]
     if kind == "JSON lines":
         lines = [json.dumps({"id": number, "text": line}) for number, line in enumerate(lines)]
@@ -129,7 +128,6 @@ PACKAGES = ("tokenizers", "datasets", "pyarrow")
 def judge(
     memory: Sequence[dict[str, Any]], starts: Sequence[dict[str, Any]], speed: dict[str, float], quick: bool
 ) -> list[Requirement]:
-    """The required figures."""
     verdict = []
     for kind in KINDS:
         own = [row for row in memory if row["kind"] == kind]
@@ -148,7 +146,6 @@ def judge(
 
 
 def page(memory: Sequence[dict[str, Any]], starts: Sequence[dict[str, Any]], speed: dict[str, float]) -> list[str]:
-    """The tables."""
     rows = [
         {
             "text": row["kind"],
@@ -178,22 +175,13 @@ def page(memory: Sequence[dict[str, Any]], starts: Sequence[dict[str, Any]], spe
     ]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark and return the exit code."""
-    parser = part.options(__doc__)
-    parser.add_argument("--largest", type=float, default=1000, metavar="MB", help="size of the largest text")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    megabytes = (1, 3) if options.quick else (100, options.largest)
+def run(options: argparse.Namespace) -> part.Result:
     os.environ["TQDM_DISABLE"] = "1"
-    return part.run(
-        "quality.text",
-        "Preparing text of any size",
-        lambda: measure(megabytes, options.quick),
-        quick=options.quick,
-        output=options.output,
-    )
+    return measure((1, 3) if options.quick else (100, options.largest), options.quick)
 
+
+LARGEST = {"type": float, "default": 1000, "metavar": "MB", "help": "size of the largest text"}
+main = part.command("quality.text", "Preparing text of any size", __doc__, run, options={"--largest": LARGEST})
 
 if __name__ == "__main__":
     sys.exit(main())

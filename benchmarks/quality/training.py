@@ -54,16 +54,13 @@ class Table(NamedTuple):
 
     @property
     def column(self) -> str:
-        """Name of the metric in the CSV file."""
         return self.metric.replace("/", "_")
 
     @property
     def fields(self) -> list[str]:
-        """Columns of the CSV file."""
         return ["variant", "seed", "evaluations", "parameters", self.column, *FACTS]
 
     def is_met(self, variant: Variant, value: float) -> bool:
-        """Whether a mean meets the limit of its variant."""
         if variant.limit is None:
             return True
         return value <= variant.limit if self.smaller_is_better else value >= variant.limit
@@ -115,7 +112,6 @@ def num_parameters(checkpoint: Path) -> int:
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    """Rows of earlier runs."""
     if not path.exists():
         return []
     with path.open() as file:

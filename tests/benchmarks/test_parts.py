@@ -25,7 +25,8 @@ NOT_JUDGED = MISSED._replace(is_judged=False)
 @pytest.mark.parametrize(("verdict", "code"), [([MET], 0), ([MET, MISSED], 1), ([NOT_JUDGED], 0)])
 def test_a_part_writes_its_files_and_fails_if_a_requirement_is_missed(tmp_path, capsys, verdict, code):
     result = part.Result({"a": [{"x": 1}], "": [{"y": 0.123456}]}, verdict, ["words"], packages=["numpy"])
-    assert part.run("some", "Title", lambda: result, quick=False, output=tmp_path) == code
+    main = part.command("core.some", "Title", None, lambda options: result)
+    assert main(["--output", str(tmp_path)]) == code
     assert {p.name for p in tmp_path.iterdir()} == {"some.json", "some.md", "some_a.csv", "some.csv"}
     facts = json.loads((tmp_path / "some.json").read_text())
     assert facts["versions"]["numpy"] == np.__version__
@@ -34,13 +35,17 @@ def test_a_part_writes_its_files_and_fails_if_a_requirement_is_missed(tmp_path, 
     assert verdict[-1].verdict in capsys.readouterr().out
 
 
-def test_a_skipped_part_says_why_and_writes_nothing(tmp_path, capsys):
-    def measure():
-        raise part.Skipped("no jax")
+def test_a_part_that_cannot_run_says_why_and_writes_nothing(tmp_path, capsys):
+    def measure(options):
+        raise part.Skipped("no jax") if options.number else part.Misused("no number")
 
-    assert part.run("some", "Title", measure, quick=True, output=tmp_path) == 0
+    main = part.command("core.some", "Title", None, measure, options={"--number": {"type": int}})
+    assert main(["--quick", "--output", str(tmp_path), "--number", "1"]) == 0
     assert "skipped: no jax" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
+    with pytest.raises(SystemExit, match="2"):
+        main(["--quick", "--output", str(tmp_path)])
+    assert "error: no number" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("module", [authors, torchdeq_peer])

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.quality import __main__ as quality, mazes, puzzles, reasoning, reasoning_memory
+from benchmarks.quality import __main__ as quality, extrapolation, mazes, puzzles, reasoning, reasoning_memory
 from benchmarks.quality.budget import settings_of
 from benchmarks.quality.mazes import EXACT, LAST, ONE_STEP, PAPER, STACK, STORED, THIN_STACK
 from benchmarks.quality.training import read
@@ -93,13 +93,16 @@ class Adder(torch.nn.Linear):
     def forward(self, inputs, max_steps):
         assert max_steps == inputs.shape[1]
         right = inputs.cumsum(1) % 2 if inputs.shape[1] <= self.longest else inputs
-        return SimpleNamespace(logits=F.one_hot(right, 2).movedim(-1, 1))
+        evaluations = torch.full((len(inputs),), max_steps)
+        return SimpleNamespace(logits=F.one_hot(right, 2).movedim(-1, 1), evaluations=evaluations)
 
 
 @pytest.mark.parametrize(("longest", "code"), [(4096, 0), (128, 1)])
 def test_strings_are_judged_by_their_lengths(tmp_path, monkeypatch, longest, code):
     monkeypatch.setattr(Adder, "longest", longest)
-    monkeypatch.setattr(puzzles, "load_reasoner", lambda path: (Adder(1, 1), {"puzzle": "prefix_sums", "size": 32}))
+    monkeypatch.setattr(
+        extrapolation, "load_reasoner", lambda path: (Adder(1, 1), {"puzzle": "prefix_sums", "size": 32})
+    )
     assert puzzles.main(["--checkpoint", "a", "b", "--output", str(tmp_path)]) == code
     solved = {(row["seed"], row["size"]): float(row["solved"]) for row in read(tmp_path / "puzzles.csv")}
     assert solved == {
