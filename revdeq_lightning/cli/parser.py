@@ -27,7 +27,6 @@ class ReadableErrors:
             self.error(f"{key}: {text}(${{NAME}} is a variable or another setting; \\${{ is the text itself)")
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the error and exit."""
         text = " ".join(message.split())
         hint = ""
         if "unrecognized" in text or "not accept" in text:

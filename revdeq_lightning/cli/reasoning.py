@@ -27,5 +27,4 @@ class ReasoningCommandLine(AbstractCommandLine):
             parser.link_arguments(f"data.{name}", f"model.network.{name}", apply_on="instantiate")
 
     def task_callbacks(self) -> list[Any]:
-        """What a test writes into the run's folder."""
         return [ReasoningReport(self.run_config.path)]

@@ -2,7 +2,7 @@
 
 import sys
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -110,7 +110,6 @@ class AbstractCommandLine(LightningCLI):
         """Link the sizes of the model to those of the data."""
 
     def task_callbacks(self) -> list[Any]:
-        """Callbacks of this task alone."""
         return []
 
     def show(self, checkpoint: str) -> None:
@@ -183,7 +182,6 @@ class AbstractCommandLine(LightningCLI):
 
     @property
     def diagnostics(self) -> DiagnosticsConfig:
-        """The settings of the diagnostics."""
         return cast(DiagnosticsConfig, self._get(self.config_init, "diagnostics"))
 
     def instantiate_classes(self) -> None:
@@ -230,14 +228,9 @@ class AbstractCommandLine(LightningCLI):
         kept = [c for c in self.trainer.checkpoint_callbacks if isinstance(c, BestCheckpoint | LastCheckpoint)]
         best = next((str(callback.path) for callback in kept if callback.path.exists()), None)
         split = self.closing_split() if best and self.run_config.test else None
-        if split:
-            evaluate = self.trainer.test if split == "test" else self.trainer.validate
-            with self._run_errors(f"the {split}"):
-                try:
-                    results = evaluate(self.model, self.datamodule, ckpt_path=best, verbose=False, weights_only=True)
-                except SystemExit as stop:
-                    end_after_interrupt(self.trainer, stop)
-            self._print_figures(f"{split.capitalize()} ({Path(str(best)).name})", results)
+        if split and best:
+            arguments: Any = {"datamodule": self.datamodule, "ckpt_path": best, "weights_only": True}
+            self._evaluate(split, f" ({Path(best).name})", model=self.model, **arguments)
         if self.trainer.is_global_zero:
             if best:
                 self.show(best)
@@ -248,25 +241,26 @@ class AbstractCommandLine(LightningCLI):
         return "test" if "test" in self.datamodule.splits else None
 
     def validate(self, **kwargs: Any) -> None:
-        self._evaluate("validation", "Validation", self.trainer.validate, kwargs)
+        self._evaluate("validation", **kwargs)
 
     def test(self, **kwargs: Any) -> None:
-        self._evaluate("test", "Test", self.trainer.test, kwargs)
+        self._evaluate("test", **kwargs)
 
-    def _evaluate(self, split: str, title: str, evaluate: Callable[..., Any], arguments: dict[str, Any]) -> None:
+    def _evaluate(self, split: str, checkpoint: str = "", **arguments: Any) -> None:
         if split not in self.datamodule.splits:
             there = ", ".join(self.datamodule.splits)
             fail(f"the data has no {split} split to evaluate, only {there}")
+        evaluate = self.trainer.test if split == "test" else self.trainer.validate
         with self._run_errors(f"the {split}"):
-            results = evaluate(**arguments | {"verbose": False})
-        self._print_figures(title, results)
+            try:
+                results = evaluate(**arguments | {"verbose": False})
+            except SystemExit as stop:
+                end_after_interrupt(self.trainer, stop)
+        if self.trainer.is_global_zero:
+            figures = {key.split("/")[-1]: value for key, value in results[0].items()}
+            texts = [form.format(figures[key]) for key, form in self.figures.items() if key in figures]
+            print(f"\n{split.capitalize()}{checkpoint}: {', '.join(texts)}")
 
     def _run_errors(self, what: str) -> AbstractContextManager[None]:
         fits = self.subcommand == "fit"
         return run_errors(what, lambda error: lost_peer(error, self.trainer) if fits else None)
-
-    def _print_figures(self, title: str, results: Any) -> None:
-        if self.trainer.is_global_zero:
-            figures = {key.split("/")[-1]: value for key, value in results[0].items()}
-            texts = [form.format(figures[key]) for key, form in self.figures.items() if key in figures]
-            print(f"\n{title}: {', '.join(texts)}")

@@ -19,17 +19,12 @@ from torchmetrics import Metric
 class SplitCounts(Protocol):
     """Sizes of the text covered by the targets of a split."""
 
-    @property
-    def num_tokens(self) -> int:
-        """Predicted tokens."""
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of their text in UTF-8."""
-
-    @property
-    def num_words(self) -> int:
-        """Words of their text, including line ends."""
+    num_tokens: int
+    """Predicted tokens."""
+    num_bytes: int
+    """Bytes of their text in UTF-8."""
+    num_words: int
+    """Words of their text, including line ends."""
 
 
 class LanguageMetrics(Metric):

@@ -81,7 +81,6 @@ class SolverConfig(_Settings):  # type: ignore[misc]
 
     @property
     def correction(self) -> dict[str, Any]:
-        """Arguments of fixed-point correction."""
         if self.loss_decay is not None and self.num_losses == 1:
             raise ValueError(f"loss_decay={self.loss_decay} needs num_losses above 1, got 1: remove it")
         return {"num_losses": self.num_losses, "loss_decay": 0.8 if self.loss_decay is None else self.loss_decay}

@@ -158,7 +158,6 @@ class AbstractClassifier(nn.Module):
 
     @property
     def output_weight_VD(self) -> Tensor:
-        """Weight of the output projection."""
         return self.head.weight
 
 
@@ -176,7 +175,6 @@ class PaperSingleClassifier(AbstractClassifier):
         self.head = nn.Linear(channels * PAPER_POOL_SIZE**2, config.num_classes)
 
     def features(self, images_BCHW: Tensor) -> tuple[Tensor, tuple[SolverStats, ...]]:
-        """Pool the fixed point to 4x4."""
         solution = self.equilibrium(self.stem_norm(self.stem(images_BCHW)))
         return self.pool(solution.value).flatten(1), (solution.stats,)
 
@@ -199,7 +197,6 @@ class AbstractStagesClassifier(AbstractClassifier):
         self.head = nn.Linear(config.channels[-1], config.num_classes)
 
     def features(self, images_BCHW: Tensor) -> tuple[Tensor, tuple[SolverStats, ...]]:
-        """Mean of the last stage."""
         x_BCHW, stats = self.stem(images_BCHW), []
         for i, equilibrium in enumerate(self.equilibria):
             x_BCHW = x_BCHW if i == 0 else self.downsamples[i - 1](x_BCHW)
@@ -286,7 +283,6 @@ class JointClassifier(AbstractClassifier):
         self.head = nn.Linear(sum(channels), config.num_classes)
 
     def features(self, images_BCHW: Tensor) -> tuple[Tensor, tuple[SolverStats, ...]]:
-        """Concatenated means of all resolutions."""
         x = [self.stem(images_BCHW)]
         for downsample in self.downsamples:
             x.append(downsample(x[-1]))

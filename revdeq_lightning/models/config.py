@@ -74,12 +74,10 @@ class TransformerConfig:
 
     @property
     def head_size(self) -> int:
-        """Width of one head."""
         return self.d_model // self.num_heads
 
     @property
     def mlp_width(self) -> int:
-        """Width of the MLP."""
         return self.d_mlp or 4 * self.d_model
 
     @property

@@ -149,7 +149,6 @@ class AbstractReasoner(nn.Module):
         return x + self.position if config.block == "attention" else x
 
     def readout(self, state: Tensor) -> Tensor:
-        """Logits of each cell."""
         return cast(Tensor, self.head(state))
 
 

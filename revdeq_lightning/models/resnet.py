@@ -47,5 +47,4 @@ class ResNet(AbstractClassifier):
         self.head = nn.Linear(channels[-1], config.num_classes)
 
     def features(self, images_BCHW: Tensor) -> tuple[Tensor, tuple[SolverStats, ...]]:
-        """Mean of the last stage."""
         return mean_pool(self.blocks(self.stem(images_BCHW))), ()

@@ -272,11 +272,9 @@ class AbstractLanguageModel(nn.Module):
 
     @property
     def output_weight_VD(self) -> Tensor:
-        """Weight of the output projection."""
         return self.head.weight
 
     def forward(self, tokens_BT: Tensor, cache: KeyValueCache | None = None) -> LMOutput:
-        """Logits of the next token at each position."""
         h_BTD, stats = self.hidden(tokens_BT, cache)
         return LMOutput(self.head(h_BTD), stats)
 

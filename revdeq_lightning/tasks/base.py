@@ -139,7 +139,6 @@ class AbstractTask(LightningModule):
         )
 
     def batch_of(self, inputs: Tensor, targets: Tensor) -> Any:
-        """A batch of a pair of tensors."""
         for name, part in zip(self.batch_type._fields, (inputs, targets), strict=False):
             require_integers(name, part)
         return self.batch_type(inputs, targets)
@@ -149,7 +148,6 @@ class AbstractTask(LightningModule):
         """Add a batch to the sums over a split, "val" or "test"; the return value is for callbacks."""
 
     def _log_figures(self, split: str) -> None:
-        """Log the metrics of a complete split."""
         self.log_dict({f"{split}/{key}": value for key, value in self._take(split).items()}, sync_dist=True)
 
     def _metric(self, name: str) -> Any:

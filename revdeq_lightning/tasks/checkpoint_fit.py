@@ -33,11 +33,8 @@ def check_weights(there: Mapping[str, Any], here: Mapping[str, Any], changed: Ch
     """Raise CheckpointError if names or shapes differ, with the first difference and the settings that may cause it."""
     faults = [f"{name} is missing in the checkpoint" for name in here if name not in there]
     faults += [f"{name} of the checkpoint is not in the model" for name in there if name not in here]
-    faults += [
-        f"{name} is {_shape(there[name])} in the checkpoint and {_shape(here[name])} in the model"
-        for name in here
-        if name in there and _shape(there[name]) != _shape(here[name])
-    ]
+    shapes = {name: (_shape(there[name]), _shape(here[name])) for name in here if name in there}
+    faults += [f"{name} is {a} in the checkpoint and {b} in the model" for name, (a, b) in shapes.items() if a != b]
     if faults:
         more = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
         reasons = _described({k: v for k, v in changed.items() if k.startswith(("network.", "solver."))})

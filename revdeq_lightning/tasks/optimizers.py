@@ -102,7 +102,6 @@ class MuonAdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Make one step."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -164,7 +163,6 @@ class WindowedPlateau(ReduceLROnPlateau):
         self.window, self.num_values, self.total = window, 0, torch.zeros(())
 
     def step(self, metrics: Any, epoch: int | None = None) -> None:  # type: ignore[override]
-        """Take in one value."""
         self.total = self.total.to(metrics.device) + metrics.detach()
         self.num_values += 1
         if self.num_values < self.window:

@@ -68,12 +68,10 @@ class StepStatistics:
         self._heard: list[SolverStats] = []
 
     def attach(self, module: nn.Module) -> None:
-        """Register hooks on the layers of a module."""
         self.detach()
         self._handles = [layer.register_forward_hook(self._listen) for layer in equilibria(module)]
 
     def detach(self) -> None:
-        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles, self._heard = [], []

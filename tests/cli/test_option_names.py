@@ -14,7 +14,7 @@ from tests.helpers.runs import run, tiny_config
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("words", ["fit", "predict", "image test", "reasoning fit"])
+@pytest.mark.parametrize("words", ["predict", "image test", "reasoning fit"])
 def test_every_option_of_the_parser_is_known_and_few_others(capsys, words):
     with pytest.raises(SystemExit):
         run(*words.split(), "--help=all")

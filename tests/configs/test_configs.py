@@ -51,19 +51,20 @@ FOLDERS = sorted({key.split("/")[0] for key in FULL})
 CONFIGS = [path for folder in FOLDERS for path in sorted(Path("configs", folder).glob("*.yaml"))]
 SMALL = {
     "trainer.accelerator": "cpu", "trainer.devices": 1, "trainer.strategy": "auto",
-    "trainer.max_steps": 2, "trainer.log_every_n_steps": 1, "run.wandb": "off",
+    "trainer.max_steps": 2, "trainer.log_every_n_steps": 1, "run.wandb": "off", "run.depth_sweep": "false",
+    "diagnostics.depth_sweep_every_n_validations": 0,
 }  # fmt: skip
 SMALL_TASKS = {
     "lm": {
         "model.network.d_model": 16, "model.network.num_heads": 2, "model.network.d_mlp": 24, "data.source": "files",
         "data.dataset_name": "null", "data.tokenizer": "bytes", "data.context_length": 8, "data.batch_size": 4,
-        "trainer.val_check_interval": 2, "run.sample_tokens": 5,
+        "trainer.val_check_interval": 2, "run.sample_tokens": 5, "run.test": "false",
     },
     # Not 16 pixels: the last of four stages would have one pixel, where oneDNN gives NaN (bfloat16, channels_last).
     "image": {"data.source": "folder", "data.image_size": 32, "data.num_workers": 0, "data.batch_size": 4},
     "reasoning": {
         "model.network.channels": 16, "data.num_validation": 4, "data.num_test": 2, "data.batch_size": 2,
-        "trainer.val_check_interval": 2, "trainer.precision": "32-true",
+        "trainer.val_check_interval": 2, "trainer.precision": "32-true", "run.test": "false",
     },
 }  # fmt: skip
 SAYS = {"lm": "step 2: val/loss", "image": "Test (", "reasoning": "2 of 2 gradients certified exact"}

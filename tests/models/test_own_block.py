@@ -87,18 +87,9 @@ def test_reversible_gradient_matches_bptt(kind):
     assert relative_error(*gradients) <= 1e-5
 
 
-def test_text_is_generated_without_a_cache():
-    model, (tokens, _) = language_model(ReversibleAdjoint(), block="my_blocks.Mixer"), make_batch()
-    assert generate(model, tokens[:, :3], 12, use_cache=False).shape == (3, 15)
-    with pytest.raises(ValueError, match=r"block='my_blocks.Mixer' has no cache .*: set use_cache=False"):
-        generate(model, tokens[:, :3], 12)
-
-
-NETWORK = {"d_model": 16, "block": "my_blocks.Mixer", "block_options": {"scale": 0.7}}
-
-
 def test_a_language_model_is_trained_from_yaml_and_its_checkpoint_loads(tmp_path, capsys):
-    config = tiny_config(tmp_path, network=NETWORK)
+    network = {"d_model": 16, "block": "my_blocks.Mixer", "block_options": {"scale": 0.7}}
+    config = tiny_config(tmp_path, network=network)
     run("fit", "--config", config, "--run.version=v")
     last = tmp_path / "runs/tiny/v/checkpoints/last.ckpt"
     run("fit", "--ckpt_path", last, "--trainer.max_steps=7", "--run.test=false")
@@ -106,6 +97,11 @@ def test_a_language_model_is_trained_from_yaml_and_its_checkpoint_loads(tmp_path
     capsys.readouterr()
     run("generate", "--ckpt_path", last, "--prompt", "a", "--max_new_tokens", 20)
     assert len(capsys.readouterr().out) == 1 + 20 + 1
+    with pytest.raises(SystemExit):
+        run("fit", "--config", config, "--model.network.block=my_blocks.Narrower", "--run.version=w")
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if "Tokenizing" not in line]
+    told = "error: Narrower(z, x) must return a tensor with the shape of z, (4, 8, 16), got (4, 8, 15)"
+    assert error == told
 
 
 def test_a_classifier_is_trained_from_yaml_and_its_checkpoint_loads(tmp_path, capsys):
@@ -117,32 +113,27 @@ def test_a_classifier_is_trained_from_yaml_and_its_checkpoint_loads(tmp_path, ca
     assert "48 images" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (["block=no_such.Block"], "block='no_such.Block': no module named 'no_such'; install it, or run from"),
-        (["block=my_blocks.Mixr"], "block='my_blocks.Mixr': the module 'my_blocks' has no 'Mixr'"),
-        (["block=my_blocks.SIZE"], "SIZE must be a class derived from torch.nn.Module, got 3"),
-        (["block=my_blocks.Convolution"], "Convolution(width, **block_options) failed: "),
+def test_blocks_that_do_not_fit_are_named():
+    for network, message in (
+        ({"block": "no_such.Block"}, "block='no_such.Block': no module named 'no_such'; install it, or run from"),
+        ({"block": "my_blocks.Mixr"}, "block='my_blocks.Mixr': the module 'my_blocks' has no 'Mixr'"),
+        ({"block": "my_blocks.SIZE"}, "SIZE must be a class derived from torch.nn.Module, got 3"),
+        ({"block": "my_blocks.Mixer", "block_options": {"x": 1}}, r"Mixer\(width, \*\*block_options\) failed: "),
+    ):
+        with pytest.raises(BlockError, match=message):
+            language_model(ReversibleAdjoint(), **network)
+    for network, message in (
         (
-            ["block=my_blocks.Narrower"],
-            "Narrower(z, x) must return a tensor with the shape of z, (4, 8, 16), got (4, 8, 15)",
+            {"block": "my_blocks.Mixer", "num_heads": 2},
+            "num_heads belongs to block 'modern' or 'paper', got 2 for 'my_",
         ),
-        (["num_heads=2"], "num_heads belongs to block 'modern' or 'paper', got 2 for 'my_blocks.Mixer'"),
-        (["block=modern", "num_heads=2"], "block_options requires a user-defined block, got block='modern'"),
-    ],
-)
-def test_a_block_that_does_not_fit_is_one_line(tmp_path, capsys, options, words):
-    config = tiny_config(tmp_path, network=NETWORK)
-    with pytest.raises(SystemExit):
-        run("fit", "--config", config, *(f"--model.network.{option}" for option in options))
-    (error,) = [line for line in capsys.readouterr().err.splitlines() if "Tokenizing" not in line]
-    assert error.startswith("error: ")
-    assert words in error
-
-
-def test_errors_of_blocks_are_value_errors():
-    with pytest.raises(BlockError, match="no module named 'no_such'"):
-        language_model(ReversibleAdjoint(), block="no_such.Block")
+        ({"block_options": {"x": 1}}, "block_options requires a user-defined block, got block='modern'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            TransformerConfig(**SIZES | network)
     with pytest.raises(ValueError, match="widths belongs to block 'modern' or 'paper'"):
         ClassifierConfig(num_classes=3, channels=[4], widths=[2], block="my_blocks.Convolution")
+    model, (tokens, _) = language_model(ReversibleAdjoint(), block="my_blocks.Mixer"), make_batch()
+    assert generate(model, tokens[:, :3], 12, use_cache=False).shape == (3, 15)
+    with pytest.raises(ValueError, match=r"block='my_blocks.Mixer' has no cache .*: set use_cache=False"):
+        generate(model, tokens[:, :3], 12)
