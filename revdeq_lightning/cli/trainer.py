@@ -78,20 +78,28 @@ class AbstractCommandLine(LightningCLI):
         prepare_jsonargparse()
         register_strategies()
         with stop_signals_noted() if subcommand == "fit" else nullcontext(), finished_wandb(), children_ended():
-            cls(
-                cls.task_class,
-                cls.data_class,
-                args=[subcommand, *map(with_variables, options)],
-                seed_everything_default=0,
-                trainer_defaults={"num_sanity_val_steps": 0, "enable_model_summary": False},
-                parser_class=Parser,
-                parser_kwargs={"parser_mode": "omegaconf+", "allow_abbrev": False, "prog": program()},
-                save_config_callback=SaveRunConfig,
-                save_config_kwargs={"config_filename": CONFIG, "overwrite": True},
-                auto_configure_optimizers=False,
-                load_from_checkpoint_support=False,
-            )
+            cls(subcommand, options)
         end_process_group()
+
+    def __init__(self, subcommand: str, options: Sequence[str]) -> None:
+        self._name = subcommand
+        super().__init__(
+            self.task_class,
+            self.data_class,
+            args=[subcommand, *map(with_variables, options)],
+            seed_everything_default=0,
+            trainer_defaults={"num_sanity_val_steps": 0, "enable_model_summary": False},
+            parser_class=Parser,
+            parser_kwargs={"parser_mode": "omegaconf+", "allow_abbrev": False, "prog": program()},
+            save_config_callback=SaveRunConfig,
+            save_config_kwargs={"config_filename": CONFIG, "overwrite": True},
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """The given one: to build the parsers of all takes as long as the rest of the start."""
+        return {self._name: LightningCLI.subcommands()[self._name]}
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
