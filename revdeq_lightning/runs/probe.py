@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -142,10 +142,8 @@ class Probe:
         metrics = [(m, name, c) for m in modules for name, c in m.named_children() if isinstance(c, OWN_STATE)]
         dropouts = [m for m in modules if isinstance(m, nn.modules.dropout._DropoutNd) and m.training]
         silenced = ("log", "log_dict")
-        with ExitStack() as stack:
-            if is_compiled(self.module):
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
-            stack.enter_context(StepStatistics.unheard())
+        eager = torch.compiler.set_stance("force_eager") if is_compiled(self.module) else nullcontext()
+        with eager, StepStatistics.unheard():
             try:
                 for parent, name, metric in metrics:
                     setattr(parent, name, copy.deepcopy(metric))

@@ -13,6 +13,7 @@ from revdeq_lightning.callbacks import (
     Cost,
     DepthJitter,
     DepthSweep,
+    FunctionEvaluations,
     GradientError,
     ImageSamples,
     ReconstructionCertificate,
@@ -20,11 +21,14 @@ from revdeq_lightning.callbacks import (
     TextSamples,
 )
 from revdeq_lightning.checkpoints import LastCheckpoint
+from revdeq_lightning.equilibrium import ReversibleSolver
 from revdeq_lightning.errors import RecordWarning
 from revdeq_lightning.loggers.csv_logger import ContinuedCSVLogger
 from revdeq_lightning.loggers.progress import RunProgress
 from revdeq_lightning.runs.random_state import random_state, set_random_state
 from revdeq_lightning.tasks.averaged_weights import AveragedWeights
+from tests.helpers.equilibrium import Spy
+from tests.helpers.modules import Stranger, loader, trainer as stranger_trainer
 from tests.helpers.runs import tiny_data, tiny_task, tiny_trainer
 
 
@@ -153,6 +157,22 @@ def test_without_logging_steps_nothing_is_logged_or_piles_up(tmp_path, capsys):
     trainer.fit(tiny_task(data), data)
     assert trainer.global_step == 4
     assert "4 of 4 gradients certified exact" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", [FunctionEvaluations, ResidualCurve])
+def test_the_host_does_not_wait_between_logging_steps(tmp_path, kind):
+    counts = {}
+
+    class Watched(kind):
+        def on_train_batch_end(self, trainer, *arguments):
+            with Spy() as spy:
+                super().on_train_batch_end(trainer, *arguments)
+            counts[trainer.global_step] = spy.count
+
+    callback = Watched(*([3] if kind is ResidualCurve else []))
+    module = Stranger(ReversibleSolver(max_steps=5, rtol=1e-2))
+    stranger_trainer(tmp_path, [callback], log_every_n_steps=3).fit(module, loader())
+    assert [counts[step] for step in (1, 2, 4, 5)] == [0] * 4
 
 
 @pytest.mark.parametrize(

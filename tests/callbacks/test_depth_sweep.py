@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from revdeq_lightning.callbacks.depth_sweep import DepthSweep
 from revdeq_lightning.equilibrium import BackpropAdjoint, MomentumSolver, PicardSolver, ReversibleSolver
-from tests.helpers.modules import DIM, Stranger, Validated, loader, table, trainer
+from tests.helpers.modules import DIM, Stranger, Validated, loader, sums, table, trainer
 from tests.helpers.runs import tiny_data, tiny_task, tiny_trainer
 
 
@@ -40,11 +40,6 @@ def with_weights_that_matter(task):
         for parameter in task.parameters():
             parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
     return task
-
-
-def sums(module, batch):
-    logits = module(batch[0])
-    return {"loss": F.cross_entropy(logits, batch[1], reduction="sum"), "count": torch.tensor(len(batch[1]))}
 
 
 @pytest.mark.parametrize(("interval", "num_batches", "steps"), [(1, 1, [1, 3, 5]), (2, 3, [3])])

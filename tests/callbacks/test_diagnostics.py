@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from tests.helpers.modules import table
-from tests.helpers.runs import refused, run, tiny_config
+from tests.helpers.runs import error_of, run, tiny_config
 
 ALWAYS = (
     *("equilibrium/forward_nfe", "equilibrium/total_backward_nfe", "equilibrium/num_certified_gradients"),
@@ -49,7 +49,7 @@ def test_a_model_without_equilibrium_is_measured_too(tmp_path, capsys):
     assert not any(key.startswith("equilibrium/") for key in keys(tmp_path))
     assert "system/tokens_per_second" in keys(tmp_path)
     assert "certified" not in capsys.readouterr().out
-    error = refused(capsys, "fit", "--config", path, "--diagnostics.contraction_every_n_steps=2")
+    error = error_of(capsys, "fit", "--config", path, "--diagnostics.contraction_every_n_steps=2")
     assert "contraction_every_n_steps needs a model with an equilibrium, got 2" in error
 
 
@@ -63,4 +63,4 @@ def test_a_model_without_equilibrium_is_measured_too(tmp_path, capsys):
     ],
 )
 def test_a_mistake_is_told_in_one_line(tmp_path, capsys, option, words):
-    assert words in refused(capsys, "fit", "--config", tiny_config(tmp_path), f"--diagnostics.{option}", code=2)
+    assert words in error_of(capsys, "fit", "--config", tiny_config(tmp_path), f"--diagnostics.{option}", code=2)

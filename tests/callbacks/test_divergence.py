@@ -13,7 +13,7 @@ from revdeq_lightning.runs.divergence import DivergedError, DivergenceGuard
 from tests.helpers.data import tiny_image_config
 from tests.helpers.modules import Poison, table
 from tests.helpers.processes import run_apart, run_group
-from tests.helpers.runs import refused, run, tiny_data, tiny_task, tiny_trainer
+from tests.helpers.runs import error_of, run, tiny_data, tiny_task, tiny_trainer
 
 IMPLICIT = [f"--model.solver.{name}" for name in ("adjoint=implicit", "mismatch=warn", "unconverged=ignore")]
 
@@ -88,7 +88,7 @@ def test_weights_that_overflowed_are_not_saved(tmp_path, capsys):
 @pytest.mark.parametrize("what", ["weight", "validation pixel"])
 def test_a_divergence_in_the_validation_ends_the_run_too(tmp_path, capsys, what):
     config = poisoned_config(tmp_path, {"what": what, "step": 4})
-    error = refused(capsys, "image", "fit", "--config", config, code=1)
+    error = error_of(capsys, "image", "fit", "--config", config, code=1)
     assert error.startswith("error: training diverged in step 5")
     assert ("the weights are not finite" if what == "weight" else "in the validation the state is not") in error
     last = tmp_path / "runs/tiny/v/checkpoints/last.ckpt"
@@ -99,7 +99,7 @@ def test_a_batch_that_cannot_be_kept_is_told(tmp_path, capsys):
     config = poisoned_config(tmp_path, {"what": "gradient", "step": 4})
     (tmp_path / "runs/tiny/v").mkdir(parents=True)
     (tmp_path / "runs/tiny/v/diverged").write_text("in the way")
-    error = refused(capsys, "image", "fit", "--config", config, code=1)
+    error = error_of(capsys, "image", "fit", "--config", config, code=1)
     assert "No optimizer step followed; its batch could not be saved in " in error
     assert "replay" not in error
 

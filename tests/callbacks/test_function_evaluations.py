@@ -5,7 +5,6 @@ import torch
 
 from revdeq_lightning.callbacks.function_evaluations import FunctionEvaluations
 from revdeq_lightning.equilibrium import BackpropAdjoint, MomentumSolver, PicardSolver, ReversibleSolver
-from tests.helpers.equilibrium import Spy
 from tests.helpers.modules import Stranger, loader, table, trainer
 from tests.helpers.runs import tiny_data, tiny_task, tiny_trainer
 
@@ -95,17 +94,3 @@ def test_the_histogram_reaches_a_logger_that_takes_one(tmp_path, monkeypatch):
     assert sum(histogram.histogram) == 16  # samples of two batches
     widths = [b - a for a, b in zip(histogram.bins, histogram.bins[1:], strict=False)]
     assert widths == [2.0] * 6  # two evaluations a step
-
-
-def test_the_host_does_not_wait_between_logging_steps(tmp_path):
-    counts = {}
-
-    class Watched(FunctionEvaluations):
-        def on_train_batch_end(self, trainer, *arguments):
-            with Spy() as spy:
-                super().on_train_batch_end(trainer, *arguments)
-            counts[trainer.global_step] = spy.count
-
-    module = Stranger(ReversibleSolver(max_steps=5, rtol=1e-2))
-    trainer(tmp_path, [Watched()], log_every_n_steps=3).fit(module, loader())
-    assert [counts[step] for step in (1, 2, 4, 5)] == [0] * 4

@@ -15,7 +15,6 @@ from revdeq_lightning.equilibrium import (
     ReversibleSolver,
 )
 from revdeq_lightning.loggers.plots import by_step, residual_plots, save_png
-from tests.helpers.equilibrium import Spy
 from tests.helpers.modules import Stranger, loader, table, trainer
 
 
@@ -63,19 +62,6 @@ def test_a_sample_that_stopped_is_in_no_later_row(tmp_path):
     assert counts == sorted(counts, reverse=True)
     assert 0 < counts[-1] < 8
     assert len(rows) < 30
-
-
-def test_the_host_waits_at_its_steps_alone(tmp_path):
-    counts = {}
-
-    class Watched(ResidualCurve):
-        def on_train_batch_end(self, trainer, *arguments):
-            with Spy() as spy:
-                super().on_train_batch_end(trainer, *arguments)
-            counts[trainer.global_step] = spy.count
-
-    trainer(tmp_path, [Watched(3)]).fit(Stranger(), loader())
-    assert [counts[step] for step in (1, 2, 4, 5)] == [0] * 4
 
 
 class Explode(Callback):

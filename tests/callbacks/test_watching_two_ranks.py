@@ -25,7 +25,7 @@ from revdeq_lightning.equilibrium import (
     ReversibleSolver,
 )
 from revdeq_lightning.loggers.step_rows import read_rows
-from tests.helpers.modules import StepByStep, Stranger, Validated, loader, trainer
+from tests.helpers.modules import StepByStep, Stranger, Validated, loader, sums, trainer
 from tests.helpers.processes import run_python
 from tests.helpers.runs import assert_equal
 
@@ -62,33 +62,23 @@ class Speaking(Validated):
         return str(torch.rand(()).item())
 
 
-def sums(module, batch):
-    logits = module(batch[0])
-    return {"loss": F.cross_entropy(logits, batch[1], reduction="sum"), "count": torch.tensor(len(batch[1]))}
-
-
 def run(folder, name, callbacks):
     notes = StepByStep()
-    module = Speaking(
-        ReversibleSolver(max_steps=3),
-        MomentumSolver(max_steps=4),
-        dropout=0.3,
-        adjoint=ReversibleAdjoint(mismatch="ignore"),
+    solvers, adjoint = (
+        (ReversibleSolver(max_steps=3), MomentumSolver(max_steps=4)),
+        ReversibleAdjoint(mismatch="ignore"),
     )
+    module = Speaking(*solvers, dropout=0.3, adjoint=adjoint)
     callbacks = [ChangeF(), *callbacks, notes, SaveAtEnd(notes, folder / name)]
     settings = {"strategy": "ddp_fork", "devices": 2, "accumulate_grad_batches": 2, "max_steps": 3}
     trainer(folder / name, callbacks, **settings).fit(module, loader(num_samples=96), loader(num_samples=32))
 
 
-def one_step_adjoint():
-    return Stranger(PicardSolver(max_steps=3), adjoint=PhantomAdjoint(num_steps=1, beta=1.0), lr=0.0, scale=0.9)
-
-
 def compared(folder, data, **settings):
-    notes = SaveAtEnd(StepByStep(), folder)
-    trainer(folder / "logs", [GradientError(1, num_samples=5), notes], max_steps=1, **settings).fit(
-        one_step_adjoint(), data
-    )
+    adjoint = PhantomAdjoint(num_steps=1, beta=1.0)
+    module = Stranger(PicardSolver(max_steps=3), adjoint=adjoint, lr=0.0, scale=0.9)
+    callbacks = [GradientError(1, num_samples=5), SaveAtEnd(StepByStep(), folder)]
+    trainer(folder / "logs", callbacks, max_steps=1, **settings).fit(module, data)
 
 
 def test_two_ranks(tmp_path):
@@ -96,6 +86,8 @@ def test_two_ranks(tmp_path):
     with_callbacks, without = ([torch.load(tmp_path / f"{name}.{r}") for r in (0, 1)] for name in ("with", "without"))
     for rank in (0, 1):
         assert_equal(with_callbacks[rank][0], without[rank][0], f"rank {rank}")
+        for key in ("loss", "accuracy", "val/loss"):
+            assert with_callbacks[rank][1][key] == without[rank][1][key]
     assert with_callbacks[0][0][0] != with_callbacks[1][0][0]
     figures = with_callbacks[0][1]
     assert figures["equilibrium/num_gradients"] == 12  # of the end, logged after the newest logging step
@@ -141,7 +133,7 @@ if __name__ == "__main__":
         Cost(),
         FunctionEvaluations(),
         ReconstructionCertificate(),
-        GradientError(1),
+        GradientError(1, float64=True),
         Contraction(1, warn_at=9.0),
         ResidualCurve(1),
         DepthSweep(every_n_validations=1, sums=sums),

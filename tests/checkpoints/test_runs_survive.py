@@ -22,10 +22,10 @@ from tests.helpers.data import tiny_image_config
 from tests.helpers.runs import (
     assert_equal,
     damage,
+    error_of,
     limited_file_sizes,
     names,
     put_back,
-    refused,
     run,
     run_metrics as metrics,
     text_file,
@@ -73,11 +73,11 @@ def test_a_damaged_checkpoint_given_by_name_is_refused_and_another_named(whole, 
     content[len(content) // 2] ^= 1
     last.write_bytes(content)
     for command in ("fit", "test"):
-        error = refused(capsys, command, "--ckpt_path", last)
+        error = error_of(capsys, command, "--ckpt_path", last)
         assert "last.ckpt is damaged (its checksum does not match): continue from" in error
         assert error.endswith("step-3.ckpt")
     (folder / "checkpoints/step-3.ckpt").unlink()
-    error = refused(capsys, "fit", "--config", whole[2], "--run.name=tiny", "--ckpt_path=last")
+    error = error_of(capsys, "fit", "--config", whole[2], "--run.name=tiny", "--ckpt_path=last")
     assert "can be used: last.ckpt is damaged" in error
 
 
@@ -92,7 +92,7 @@ def test_a_damaged_checkpoint_given_by_name_is_refused_and_another_named(whole, 
 def test_a_checkpoint_that_does_not_fit_is_told_in_one_line(whole, capsys, option, words):
     kept, folder, config = whole
     put_back(kept, folder, "last.ckpt")
-    error = refused(capsys, "fit", "--config", config, "--ckpt_path", folder / "checkpoints/last.ckpt", option)
+    error = error_of(capsys, "fit", "--config", config, "--ckpt_path", folder / "checkpoints/last.ckpt", option)
     assert len(error) < 420
     assert re.search(words, error)
 
@@ -155,7 +155,7 @@ def test_a_full_disk_is_a_warning_on_the_way_and_an_error_at_the_end(whole, tmp_
     kept, _, config = whole
     disturbed(Disturb(4, full_disk))
     with pytest.warns(UserWarning, match=r"no checkpoint was written .*too large; .* intact"):
-        error = refused(capsys, "fit", "--config", config, *QUIET, f"--run.folder={tmp_path}")
+        error = error_of(capsys, "fit", "--config", config, *QUIET, f"--run.folder={tmp_path}")
     assert "the final state could not be saved" in error
     assert "earlier checkpoints are intact" in error
     folder = tmp_path / "tiny/v/checkpoints"
@@ -175,7 +175,7 @@ def test_when_there_is_room_again_the_next_save_succeeds(whole, tmp_path, distur
 
 def test_a_folder_that_cannot_be_written_is_told_before_training(tmp_path, capsys):
     (tmp_path / "file").write_text("in the way")
-    error = refused(capsys, "fit", "--config", tiny_config(tmp_path), *QUIET, f"--run.folder={tmp_path}/file/runs")
+    error = error_of(capsys, "fit", "--config", tiny_config(tmp_path), *QUIET, f"--run.folder={tmp_path}/file/runs")
     assert f"cannot write to {tmp_path}/file/runs/tiny/v: Not a directory; choose another run.folder" in error
 
 
@@ -192,7 +192,7 @@ def test_an_image_removed_in_mid_run_is_named_and_the_checkpoint_stays(tmp_path,
             path.unlink()
 
     disturbed(Disturb(5, remove))
-    error = refused(capsys, "image", "fit", "--config", config, *options, code=1)
+    error = error_of(capsys, "image", "fit", "--config", config, *options, code=1)
     assert "training cannot continue: FileNotFoundError: " in error
     assert str(tmp_path / "images/train/red") in error
     assert read_checkpoint(tmp_path / "runs/tiny/v/checkpoints/last.ckpt")["global_step"] == 4
@@ -214,7 +214,7 @@ def test_images_removed_before_a_test_are_named_and_the_trained_model_stays(tmp_
     disturbed(gone)
     last = tmp_path / "runs/tiny/v/checkpoints/last.ckpt"
     for arguments in (("fit", "--config", config, *options[:1]), ("test", "--ckpt_path", last)):
-        error = refused(capsys, "image", *arguments, code=1)
+        error = error_of(capsys, "image", *arguments, code=1)
         assert "the test cannot continue: FileNotFoundError: " in error
         assert str(gone.images) in error
         gone.elsewhere.rename(gone.images)
@@ -234,7 +234,7 @@ def test_a_killed_worker_ends_the_run_in_one_line(tmp_path, capsys, disturbed):
 
     config, options = images_that_are_read_in_training(tmp_path)
     disturbed(Disturb(5, lambda: [os.kill(p.pid, signal.SIGKILL) for p in multiprocessing.active_children()]))
-    error = refused(capsys, "image", "fit", "--config", config, *options, code=1)
+    error = error_of(capsys, "image", "fit", "--config", config, *options, code=1)
     assert "a data-loading process ended" in error
     assert read_checkpoint(tmp_path / "runs/tiny/v/checkpoints/last.ckpt")["global_step"] == 4
 
@@ -288,7 +288,7 @@ def test_asked_to_end_on_a_full_disk_is_an_error(whole, tmp_path, capsys, distur
     _, _, config = whole
     disturbed(Disturb(4, lambda: (full_disk(), os.kill(os.getpid(), signal.SIGTERM))))
     with pytest.warns(UserWarning, match=r"no checkpoint was written"):
-        error = refused(capsys, "fit", "--config", config, *QUIET, f"--run.folder={tmp_path}", code=1)
+        error = error_of(capsys, "fit", "--config", config, *QUIET, f"--run.folder={tmp_path}", code=1)
     assert "the final state could not be saved" in error
 
 

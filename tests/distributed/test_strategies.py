@@ -23,7 +23,7 @@ from revdeq_lightning.processes import gathered, host_group, largest, summed
 from revdeq_lightning.tasks.recipe import deferred_weights, refuse_foreign
 from tests.helpers.modules import make_model
 from tests.helpers.processes import run_python
-from tests.helpers.runs import refused, run, tiny_config, tiny_data, tiny_task, tiny_trainer
+from tests.helpers.runs import error_of, run, tiny_config, tiny_data, tiny_task, tiny_trainer
 
 CONFIGS = sorted(Path("configs/trainer").glob("*.yaml"))
 ON_THIS = ["--trainer.accelerator=cpu", "--trainer.devices=1"]
@@ -77,7 +77,7 @@ def test_a_run_goes_on_under_another_strategy_with_the_settings_of_the_run(tmp_p
     assert trainers[1].global_step == 8
     assert last.is_dir()  # as the other is replaced
     assert "8 of 8 gradients certified exact" in capsys.readouterr().out
-    error = refused(capsys, "test", "--ckpt_path", last, "--trainer.strategy=auto")
+    error = error_of(capsys, "test", "--ckpt_path", last, "--trainer.strategy=auto")
     assert "is a sharded checkpoint (a folder): add --trainer.strategy=fsdp2" in error
     run("test", "--ckpt_path", last)
     assert "nats per token" in capsys.readouterr().out
@@ -99,13 +99,13 @@ def test_a_run_goes_on_under_another_strategy_with_the_settings_of_the_run(tmp_p
 )
 def test_settings_that_do_not_fit_are_told_in_one_line(tmp_path, capsys, options, words):
     options = (*options, *ON_THIS[: 1 if "devices" in options[-1] else 2])
-    assert words in refused(capsys, "fit", "--config", tiny_config(tmp_path), *options, code=2)
+    assert words in error_of(capsys, "fit", "--config", tiny_config(tmp_path), *options, code=2)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for GPUs where there are none")
 def test_devices_that_are_not_there_are_told_in_one_line(tmp_path, capsys):
     options = ("--config", tiny_config(tmp_path), "--trainer.accelerator=cuda", "--trainer.devices=8")
-    assert "CUDA" in refused(capsys, "fit", *options)
+    assert "CUDA" in error_of(capsys, "fit", *options)
 
 
 def test_a_model_that_does_not_fit_the_gpu_is_told_with_advice(tmp_path, capsys, monkeypatch):
@@ -114,7 +114,7 @@ def test_a_model_that_does_not_fit_the_gpu_is_told_with_advice(tmp_path, capsys,
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has ...")
 
     monkeypatch.setattr(Trainer, "fit", fit)
-    line = refused(capsys, "fit", "--config", tiny_config(tmp_path), code=1)
+    line = error_of(capsys, "fit", "--config", tiny_config(tmp_path), code=1)
     for words in ("process 0 ran out of GPU memory (it requested 2.50 GiB more)", "data.batch_size", "fsdp2"):
         assert words in line
 

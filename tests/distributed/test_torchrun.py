@@ -68,44 +68,32 @@ class Script:
             pytest.fail(self.text())
 
 
-def assert_stopped_once(script: Script, code: int, name: str) -> None:
-    assert script.end() == code, script.text()
-    step = torch.load(script.folder / "runs/tiny/first/checkpoints/last.ckpt", weights_only=True)["global_step"]
-    assert step > 0
-    assert f"{name} after step {step}." in script.text()
-    assert "resumed at step" not in script.text()
-    assert script.torchrun() == script.training() == []
-
-
 @pytest.mark.parametrize(
-    ("number", "code", "says"),
-    [(signal.SIGUSR1, 75, "Stopped by SIGUSR1"), (signal.SIGINT, 130, "Interrupted")],
+    ("whom", "number", "code", "says"),
+    [
+        ("script", signal.SIGUSR1, 75, "Stopped by SIGUSR1"),
+        ("script", signal.SIGINT, 130, "Interrupted"),
+        ("second process", signal.SIGUSR1, 75, "Stopped by SIGUSR1"),
+        ("torchrun", signal.SIGUSR1, 75, "Stopped by SIGUSR1"),
+    ],
 )
-def test_a_signal_to_the_script_ends_it_with_a_checkpoint_and_nothing_runs_on(tmp_path, number, code, says):
+def test_a_signal_ends_all_with_a_checkpoint_and_nothing_runs_on_or_is_begun_again(tmp_path, whom, number, code, says):
     with Script(tmp_path) as script:
         script.until_it_trains()
-        script.process.send_signal(number)
-        assert_stopped_once(script, code, says)
-        assert "Traceback" not in script.text()
-
-
-def test_a_signal_to_one_process_ends_all_and_they_are_not_begun_again(tmp_path):
-    with Script(tmp_path) as script:
-        script.until_it_trains()
-        os.kill(script.training()[1], signal.SIGUSR1)
-        assert_stopped_once(script, 75, "Stopped by SIGUSR1")
-        assert "Traceback" not in script.text()
+        (torchrun,), (_, second) = script.torchrun(), script.training()
+        os.kill({"script": script.process.pid, "second process": second, "torchrun": torchrun}[whom], number)
+        assert script.end() == code, script.text()
+        step = torch.load(tmp_path / "runs/tiny/first/checkpoints/last.ckpt", weights_only=True)["global_step"]
+        assert step > 0
+        assert f"{says} after step {step}." in script.text()
+        assert "resumed at step" not in script.text()
+        assert script.torchrun() == script.training() == []
+        if whom != "torchrun":  # it tells of the signal by a traceback of its own
+            assert "Traceback" not in script.own_text()
+    assert "[default0]:step 1/" in script.text()
     logs = sorted((tmp_path / "runs/torchrun/first").rglob("stdout.log"))
     assert [path.parent.name for path in logs] == ["0", "1"]
-    assert "Stopped by SIGUSR1" in logs[0].read_text()
-    assert "[default0]:step 1/" in script.text()
-
-
-def test_a_signal_to_torchrun_itself_saves_too(tmp_path):
-    with Script(tmp_path) as script:
-        script.until_it_trains()
-        os.kill(script.torchrun()[0], signal.SIGUSR1)
-        assert_stopped_once(script, 75, "Stopped by SIGUSR1")
+    assert f"{says} after" in logs[0].read_text()
 
 
 def test_a_signal_before_the_first_step_is_heeded_at_it(tmp_path):

@@ -129,6 +129,12 @@ class Validated(Stranger):
         self.log("val/loss", F.cross_entropy(self(batch[0]), batch[1]))
 
 
+def sums(module, batch):
+    """What an evaluation adds up, for `DepthSweep`."""
+    logits = module(batch[0])
+    return {"loss": F.cross_entropy(logits, batch[1], reduction="sum"), "count": torch.tensor(len(batch[1]))}
+
+
 class StepByStep(Callback):
     """Losses, random numbers and gradients of every batch, of this process."""
 

@@ -130,7 +130,7 @@ def run(*arguments: object) -> None:
     main([str(a) for a in arguments])
 
 
-def refused(capsys: pytest.CaptureFixture, *arguments: object, code: int | None = None) -> str:
+def error_of(capsys: pytest.CaptureFixture, *arguments: object, code: int | None = None) -> str:
     """The one error that a command tells before it ends."""
     with pytest.raises(SystemExit) as stop:
         run(*arguments)
