@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from revdeq_lightning.cli.main import main
-from tests.helpers.processes import Machine, namespaces_are_missing, run_apart, run_group, two_machines
+from tests.distributed.machines import Machine, namespaces_are_missing, two_machines
+from tests.helpers.processes import run_apart, run_group
 from tests.helpers.runs import assert_equal, tiny_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("network")]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.processes import SlurmCluster, slurm_cluster, slurm_is_missing
+from tests.distributed.slurm import SlurmCluster, slurm_cluster, slurm_is_missing
 from tests.helpers.runs import assert_equal, tiny_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("slurm")]
