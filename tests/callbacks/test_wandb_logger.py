@@ -18,8 +18,9 @@ from revdeq_lightning.loggers.csv_logger import ContinuedCSVLogger
 from revdeq_lightning.loggers.endurance import enduring
 from revdeq_lightning.loggers.wandb_logger import chosen_mode, finish_wandb, group_of, wandb_logger
 from revdeq_lightning.runs.folder import RunConfig
+from tests.callbacks.wandb_records import read_back
 from tests.helpers.modules import StepByStep, Stranger, loader, trainer
-from tests.helpers.runs import read_back, without_key
+from tests.helpers.runs import without_key
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of W&B's own code
 

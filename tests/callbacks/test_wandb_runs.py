@@ -11,8 +11,9 @@ import pytest
 import yaml
 from PIL import Image
 
+from tests.callbacks.wandb_records import read_back, wandb_metrics as metrics
 from tests.helpers.data import tiny_image_config
-from tests.helpers.runs import read_back, run, tiny_config, wandb_metrics as metrics, without_key
+from tests.helpers.runs import run, tiny_config, without_key
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of W&B's own code

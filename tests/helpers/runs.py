@@ -5,8 +5,6 @@ import json
 import os
 import resource
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +14,6 @@ import pytest
 import torch
 import yaml
 from lightning import Callback, Trainer
-from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -139,80 +136,6 @@ def error_of(capsys: pytest.CaptureFixture, *arguments: object, code: int | None
     return error
 
 
-# Folders of runs as a training leaves them, written by hand.
-
-
-FOLDER_STEPS = range(9, 100, 10)
-
-
-def write_metrics(folder: Path, rows: list[dict[str, object]]) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    keys = dict.fromkeys(["step", *(key for row in rows for key in row)])
-    lines = [",".join(str(row.get(key, "")) for key in keys) for row in rows]
-    (folder / "metrics.csv").write_text("\n".join([",".join(keys), *lines]) + "\n")
-    return folder
-
-
-def training_rows(**changes: float) -> list[dict[str, object]]:
-    """Ten logged steps of a language model, 0.5 s each; two validations and a test."""
-    rows: list[dict[str, object]] = [
-        {
-            "step": step,
-            "train/loss": 3 - 0.02 * step,
-            "equilibrium/forward_nfe": 4.0,
-            "equilibrium/backward_nfe": 4.0,
-            "equilibrium/relative_residual": 10 ** (-1 - step / 50),
-            "equilibrium/num_gradients": step + 1.0,
-            "equilibrium/num_certified_gradients": step + 1.0,
-            "equilibrium/total_forward_nfe": 4.0 * (step + 1),
-            "equilibrium/total_backward_nfe": 4.0 * (step + 1),
-            "system/tokens_per_second": 7000.0 + step,
-            "system/seconds_per_step": 0.5,
-            "system/peak_memory_bytes": 300 * 2**20,
-            **{f"system/{part}_seconds": 0.1 * (i + 1) for i, part in enumerate(("data", "forward", "backward"))},
-            **changes,
-        }
-        for step in FOLDER_STEPS
-    ]
-    rows += [{"step": step, "val/loss": 2.5 - step / 100, "val/bits_per_byte": 1.9} for step in (49, 99)]
-    return [*rows, {"step": 100, "test/loss": 1.4567, "test/bits_per_byte": 1.605, "test/word_perplexity": 6418.0}]
-
-
-def whole_run(folder: Path, beta: float = 0.8) -> Path:
-    """A run with every file there is."""
-    extra = {
-        "gradient_error/bptt/relative_l2": 0.0,
-        "gradient_error/converged/relative_l2": 0.09,
-        "equilibrium/spectral_radius": 0.7,
-        "equilibrium/fraction_converged": 0.5,
-        "system/model_flop_utilization": 0.3,
-        "gradient_error/bptt/head/cosine": 1.0,
-        "gradient_error/bptt/equilibrium/cosine": 0.9,
-        "my/own metric": 2.0,
-    }
-    write_metrics(folder, training_rows(**extra))
-    (folder / "config.yaml").write_text(
-        f"model:\n  solver: {{solver: reversible, max_steps: 4, beta: {beta}}}\nseed: 0\n"
-    )
-    environment = {"started": "2026-01-02T03:04:05Z", "packages": {"torch": "2.13"}}
-    environment["earlier_starts"] = [{"started": "2025-12-31", "packages": {}}]
-    (folder / "environment.json").write_text(json.dumps(environment))
-    (folder / "residual_curve.csv").write_text(
-        "step,solve,evaluation,relative_residual\n"
-        + "".join(f"{step},1,{e},{0.5**e}\n" for step in (9, 99) for e in range(1, 5))
-    )
-    (folder / "depth_sweep.csv").write_text(
-        "steps,forward_nfe,loss\n" + "".join(f"{n // 2},{n},{1 + 1 / n}\n" for n in (2, 4, 8, 16))
-    )
-    sample = {"step": 99, "prompt": "def ", "text": "f(x):\n    return '<script>alert(1)</script>' " + "x" * 300}
-    (folder / "samples.jsonl").write_text(json.dumps(sample) + "\n")
-    (folder / "samples").mkdir()
-    Image.new("RGB", (900, 300), (200, 120, 40)).save(folder / "samples" / "00000099.png")
-    (folder / "checkpoints").mkdir()
-    (folder / "checkpoints" / "best 1.ckpt").write_bytes(b"0" * 3000)
-    return folder
-
-
 # What a run of the command line left in its folder.
 
 
@@ -284,7 +207,7 @@ def limited_file_sizes() -> Iterator[Callable[[int | None], None]]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-# Offline W&B runs: made by the command line, read back through W&B's own command.
+# W&B.
 
 
 def without_key(patch: pytest.MonkeyPatch, home: Path) -> None:
@@ -293,64 +216,6 @@ def without_key(patch: pytest.MonkeyPatch, home: Path) -> None:
         patch.delenv(name)
     patch.setenv("HOME", str(home))
     patch.delenv("NETRC", raising=False)
-
-
-def read_back(folder: Path) -> "Records":
-    """What `wandb leet inspect` says of a folder that holds one run, perhaps in several parts."""
-    lines: list[dict[str, Any]] = []
-    for part in sorted((folder / "wandb").glob("offline-run-*")):
-        command = [str(Path(sys.executable).with_name("wandb")), "leet", "inspect", "--json", str(part)]
-        result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
-        lines += [json.loads(line) for line in result.stdout.splitlines()]
-    return Records(lines)
-
-
-class Records:
-    """The records of a run."""
-
-    def __init__(self, lines: list[dict[str, Any]]):
-        self.of = {kind: [line[kind] for line in lines if line["type"] == kind] for kind in {x["type"] for x in lines}}
-
-    @property
-    def history(self) -> list[dict[str, Any]]:
-        return [record["item"] for record in self.of["history"]]
-
-    @property
-    def keys(self) -> set[str]:
-        """Keys of numbers, and of media by their own names."""
-        own = {key.split("._")[0] if "._" in key else key for item in self.history for key in item}
-        media = {key.rsplit(".", 1)[0] for item in self.history for key in item if key.endswith("._type")}
-        fields = {key for key in own if key.rsplit(".", 1)[0] in media}
-        return {key for key in (own - fields) | media if not key.startswith("_")}
-
-    def values(self, key: str) -> list[tuple[int, float]]:
-        """(x axis, value) of a number."""
-        return [(item["trainer/global_step"], item[key]) for item in self.history if key in item]
-
-    def media(self, key: str) -> list[dict[str, Any]]:
-        """What was logged of a medium each time."""
-        prefix = f"{key}."
-        found = [{k.removeprefix(prefix): v for k, v in item.items() if k.startswith(prefix)} for item in self.history]
-        return [fields for fields in found if fields]
-
-    @property
-    def config(self) -> dict[str, Any]:
-        return {key: value for record in self.of["config"] for key, value in record["update"].items()}
-
-    @property
-    def files(self) -> set[str]:
-        return {file["path"] for record in self.of["files"] for file in record["files"]}
-
-
-def wandb_metrics(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """(step, value) of each key of `wandb_metrics.csv`."""
-    found: dict[str, list[tuple[int, float]]] = {}
-    with (folder / "metrics.csv").open(newline="") as file:
-        for row in csv.DictReader(file):
-            for key, value in row.items():
-                if value and key != "step":
-                    found.setdefault(key, []).append((int(row["step"]), float(value)))
-    return found
 
 
 # Folders of shards, written by this process, and what may happen to them.

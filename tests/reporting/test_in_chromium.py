@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from revdeq_lightning.report import write_report
-from tests.helpers.runs import whole_run
+from tests.reporting.run_folders import whole_run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (Debian package: chromium)")

@@ -8,7 +8,7 @@ import pytest
 
 from revdeq_lightning.cli.main import main
 from revdeq_lightning.report import write_report
-from tests.helpers.runs import FOLDER_STEPS as STEPS, training_rows, whole_run, write_metrics as metrics
+from tests.reporting.run_folders import FOLDER_STEPS as STEPS, training_rows, whole_run, write_metrics as metrics
 
 
 class Elements(HTMLParser):
