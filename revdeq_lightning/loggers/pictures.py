@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from revdeq_lightning.loggers.plots import saved_figure
+
 
 class ClassifiedImage(NamedTuple):
     """An image with its true class, the predicted class and its probability."""
@@ -31,22 +33,18 @@ def classified_images(batch: Any, logits_BV: Tensor, indices: Tensor) -> list[Cl
 
 def draw_matrix(counts: np.ndarray, names: Sequence[str], path: Path) -> None:
     """Draw a confusion matrix as fractions of each true class, with numbers if there are few classes."""
-    from matplotlib.figure import Figure
-
     fractions = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     size = min(14.0, 3 + 0.45 * len(names))
-    canvas = Figure(figsize=(size, size), layout="constrained")
-    axis = canvas.subplots()
-    axis.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
-    axis.set(xlabel="predicted class", ylabel="true class", title="fraction of each true class")
-    if len(names) <= 40:
-        axis.set_xticks(range(len(names)), names, rotation=60, ha="right", rotation_mode="anchor")
-        axis.set_yticks(range(len(names)), names)
-    if len(names) <= 20:
-        for i, j in np.argwhere(counts):
-            color = "white" if fractions[i, j] > 0.5 else "black"
-            axis.text(j, i, f"{fractions[i, j]:.2f}", ha="center", va="center", color=color, fontsize="small")
-    canvas.savefig(path, dpi=120)
+    with saved_figure(path, size, size) as (axis,):
+        axis.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
+        axis.set(xlabel="predicted class", ylabel="true class", title="fraction of each true class")
+        if len(names) <= 40:
+            axis.set_xticks(range(len(names)), names, rotation=60, ha="right", rotation_mode="anchor")
+            axis.set_yticks(range(len(names)), names)
+        if len(names) <= 20:
+            for i, j in np.argwhere(counts):
+                color = "white" if fractions[i, j] > 0.5 else "black"
+                axis.text(j, i, f"{fractions[i, j]:.2f}", ha="center", va="center", color=color, fontsize="small")
 
 
 def draw_sheet(images: Sequence[ClassifiedImage], data: Any, path: Path, title: str) -> None:
@@ -58,20 +56,16 @@ def draw_sheet(images: Sequence[ClassifiedImage], data: Any, path: Path, title: 
         path: PNG file to write.
         title: Title of the sheet.
     """
-    from matplotlib.figure import Figure
-
     columns, names, state = 8, data.class_names, data.preprocessing_state()
     rows = -(-len(images) // columns)
-    canvas = Figure(figsize=(1.5 * columns, 1.9 * rows), layout="constrained")
-    axes = list(canvas.subplots(rows, columns, squeeze=False).flat)
     shift, scale = (torch.tensor(state[key])[:, None, None] for key in ("mean", "std"))
-    for axis, (image_CHW, label, prediction, probability) in zip(axes, images, strict=False):
-        pixels = (image_CHW * scale + shift).clamp(0, 1).permute(1, 2, 0).numpy()
-        axis.imshow(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels, cmap="gray")
-        weight = "normal" if label == prediction else "bold"
-        text = f"{names[label]}\n{names[prediction]} {probability:.0%}"
-        axis.set_title(text, fontsize="x-small", fontweight=weight)
-    for axis in axes:
-        axis.set_axis_off()
-    canvas.suptitle(title, fontsize="small")
-    canvas.savefig(path, dpi=120)
+    with saved_figure(path, 1.5 * columns, 1.9 * rows, rows, columns) as axes:
+        for axis, (image_CHW, label, prediction, probability) in zip(axes, images, strict=False):
+            pixels = (image_CHW * scale + shift).clamp(0, 1).permute(1, 2, 0).numpy()
+            axis.imshow(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels, cmap="gray")
+            weight = "normal" if label == prediction else "bold"
+            text = f"{names[label]}\n{names[prediction]} {probability:.0%}"
+            axis.set_title(text, fontsize="x-small", fontweight=weight)
+        for axis in axes:
+            axis.set_axis_off()
+        axes[0].figure.suptitle(title, fontsize="small")

@@ -4,7 +4,8 @@ import html
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -169,20 +170,28 @@ class Plot:
         axis.yaxis.set_major_formatter(lambda y, _: number(y))
 
 
+@contextmanager
+def saved_figure(path: Path, width: float, height: float, rows: int = 1, columns: int = 1) -> Iterator[list[Any]]:
+    """The axes of a figure, with its size in inches, which is written at the end."""
+    from matplotlib.figure import Figure
+
+    canvas = Figure(figsize=(width, height), layout="constrained")
+    yield list(canvas.subplots(rows, columns, squeeze=False).flat)
+    canvas.savefig(path, dpi=120)
+
+
 def save_png(plots: Sequence[Plot], path: Path) -> None:
     """Draw panels side by side, with lines from dark to light. Without panels, no file is written."""
     from matplotlib import colormaps
-    from matplotlib.figure import Figure
 
     if not plots:
         return
-    canvas = Figure(figsize=(5 * len(plots), 3.6), layout="constrained")
-    for plot, axis in zip(plots, canvas.subplots(1, len(plots), squeeze=False).flat, strict=True):
-        plot.draw(axis, list(colormaps["viridis"](np.linspace(0, 0.9, len(plot.lines)))), "0.7")
-        axis.set_title(plot.title)
-        if plot.lines[0].label:
-            axis.legend(frameon=False, fontsize="small")
-    canvas.savefig(path, dpi=120)
+    with saved_figure(path, 5 * len(plots), 3.6, columns=len(plots)) as axes:
+        for plot, axis in zip(plots, axes, strict=True):
+            plot.draw(axis, list(colormaps["viridis"](np.linspace(0, 0.9, len(plot.lines)))), "0.7")
+            axis.set_title(plot.title)
+            if plot.lines[0].label:
+                axis.legend(frameon=False, fontsize="small")
 
 
 def residual_plots(curves: Sequence[tuple[str, Table]]) -> list[Plot]:

@@ -8,6 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from revdeq_lightning.loggers.plots import saved_figure
+
 COLORS = {
     "wall": (34, 40, 49),
     "free": (255, 255, 255),
@@ -47,20 +49,15 @@ def draw_puzzles(
         names: Above each puzzle.
         are_mazes: Whether they are mazes.
     """
-    from matplotlib.figure import Figure
-
     columns = min(4, len(puzzles))
     rows = -(-len(puzzles) // columns)
-    canvas = Figure(figsize=(3.2 * columns, 3.4 * rows), layout="constrained")
-    axes = list(canvas.subplots(rows, columns, squeeze=False).flat)
-    for axis, puzzle in zip(axes, puzzles, strict=False):
-        draw_puzzle(axis, puzzle, are_mazes)
-    for axis, name in zip(axes, names, strict=False):
-        axis.set_title(name, fontsize="small")
-    for axis in axes:
-        axis.set_axis_off()
-    canvas.suptitle(title, fontsize="small")
-    canvas.savefig(path, dpi=100)
+    with saved_figure(path, 3.2 * columns, 3.4 * rows, rows, columns) as axes:
+        for axis, puzzle, name in zip(axes, puzzles, names, strict=False):
+            draw_puzzle(axis, puzzle, are_mazes)
+            axis.set_title(name, fontsize="small")
+        for axis in axes:
+            axis.set_axis_off()
+        axes[0].figure.suptitle(title, fontsize="small")
 
 
 def draw_puzzle(axis: Any, puzzle: SolvedPuzzle, is_maze: bool) -> None:
@@ -102,15 +99,12 @@ def animate_maze(steps: Sequence[SolvedPuzzle], path: Path, *, side: int = 480) 
 
 def draw_heat_map(values: NDArray[np.float64], rows: Sequence[str], columns: Sequence[str], path: Path) -> None:
     """Fractions of solved puzzles, by size (rows) and evaluations relative to the rule's (columns)."""
-    from matplotlib.figure import Figure
-
-    canvas = Figure(figsize=(1.6 + 0.75 * len(columns), 1.4 + 0.5 * len(rows)), layout="constrained")
-    axis = canvas.subplots()
-    axis.imshow(values, cmap="viridis", vmin=0, vmax=1, aspect="auto")
-    axis.set_xticks(range(len(columns)), columns)
-    axis.set_yticks(range(len(rows)), rows)
-    axis.set(xlabel="evaluations of f, as a fraction of the rule's", ylabel="size", title="fraction of puzzles solved")
-    for i, j in np.argwhere(np.isfinite(values)):
-        color = "black" if values[i, j] > 0.6 else "white"
-        axis.text(j, i, f"{values[i, j]:.2f}", ha="center", va="center", color=color, fontsize="small")
-    canvas.savefig(path, dpi=120)
+    xlabel, title = "evaluations of f, as a fraction of the rule's", "fraction of puzzles solved"
+    with saved_figure(path, 1.6 + 0.75 * len(columns), 1.4 + 0.5 * len(rows)) as (axis,):
+        axis.imshow(values, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+        axis.set_xticks(range(len(columns)), columns)
+        axis.set_yticks(range(len(rows)), rows)
+        axis.set(xlabel=xlabel, ylabel="size", title=title)
+        for i, j in np.argwhere(np.isfinite(values)):
+            color = "black" if values[i, j] > 0.6 else "white"
+            axis.text(j, i, f"{values[i, j]:.2f}", ha="center", va="center", color=color, fontsize="small")
