@@ -1,4 +1,3 @@
-import contextlib
 import dataclasses
 import itertools
 import json
@@ -9,12 +8,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from lightning import LightningModule, Trainer
 
 from revdeq_lightning.data.images import preparation as image_preparation
 from revdeq_lightning.data.images.augmentation import AugmentationConfig
 from revdeq_lightning.data.images.module import ImageDataModule
-from tests.helpers.data import SaveAt, assert_same_splits, encoded, make_folder, refused, split, whole
+from tests.helpers.data import SaveAt, assert_same_splits, encoded, fit, make_folder, recorded, refused, split, whole
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec:FutureWarning")
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -169,43 +167,6 @@ def test_random_parts_are_cut_out_of_the_original(module, tmp_path):
 
 # Checkpoints and Lightning
 
-QUIET = {
-    "logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu", "devices": 1,
-}  # fmt: skip
-
-
-class ImageRecorder(LightningModule):
-    """Keeps every batch that it trains on, as it comes to the model."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(()))
-        self.batches = []
-
-    def training_step(self, batch, batch_idx):
-        self.batches.append(batch)
-        loss = self.weight * batch.images.mean()
-        self.log("loss", loss)
-        return loss
-
-    def validation_step(self, batch, batch_idx):
-        assert batch.images.dtype == torch.float32
-        assert torch.equal(batch.labels, batch.partner_labels)
-        self.log("val", batch.images.mean())
-
-    test_step = validation_step
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-def fit(data, callbacks=(), ckpt_path=None):
-    model = ImageRecorder()
-    trainer = Trainer(max_epochs=2, callbacks=list(callbacks), enable_checkpointing=False, **QUIET)
-    with contextlib.suppress(InterruptedError):
-        trainer.fit(model, data, ckpt_path=ckpt_path)
-    return model.batches
-
 
 @pytest.mark.parametrize(
     ("in_memory", "num_workers", "augmentation"),
@@ -219,27 +180,20 @@ def test_resumed_run_sees_bit_for_bit_the_batches_of_the_uninterrupted_run(
     def data():
         return module(in_memory=in_memory, augmentation=augmentation, num_workers=num_workers)
 
-    reference = fit(data())
-    assert len(reference) == 14
-    begin = fit(data(), [SaveAt("on_train_batch_end", 10, tmp_path / "run.ckpt")])
-    checkpoint = torch.load(tmp_path / "run.ckpt", weights_only=True)
-    assert checkpoint["ImageDataModule"]["position"] == {"epoch": 1, "batch": 3}
-    rest = fit(data(), ckpt_path=tmp_path / "run.ckpt")
-    assert len(begin) == 10
-    for ours, expected in zip([*begin, *rest], reference, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+    fit(tmp_path, "whole", data=data(), max_epochs=2)
+    checkpoint, interrupted = tmp_path / "run.ckpt", data()
+    with pytest.raises(InterruptedError):
+        fit(tmp_path, "begin", callbacks=[SaveAt("on_train_batch_end", 10, checkpoint)], data=interrupted, max_epochs=2)
+    state = torch.load(checkpoint, weights_only=True)["ImageDataModule"]
+    assert state["position"] == {"epoch": 1, "batch": 3}
+    fit(tmp_path, "rest", ckpt_path=checkpoint, data=data(), max_epochs=2)
+    expected = recorded(tmp_path, "whole")
+    assert recorded(tmp_path, "begin") + recorded(tmp_path, "rest") == expected
+    assert [np.shape(field) for field in expected[-1]] == [(4, 3, 16, 16), (4,), (4,), (4,), (4, 1)]
     assert not multiprocessing.active_children()
-
-
-def test_a_whole_run_with_lightning_leaves_a_loadable_checkpoint(module, tmp_path):
-    data = module(augmentation=EVERYTHING)
-    batches = fit(data, [SaveAt("on_train_batch_end", 2, tmp_path / "run.ckpt")])
-    assert batches[0].images.shape == (4, 3, 16, 16)
-    assert (batches[0].weights < 1).any()
-    restored = ImageDataModule.load_from_checkpoint(tmp_path / "run.ckpt")
-    assert restored.augmentation == EVERYTHING
-    assert dict(restored.hparams) == dict(data.hparams)
-    Trainer(**QUIET).test(ImageRecorder(), data, verbose=False)
+    restored = ImageDataModule.load_from_checkpoint(checkpoint)
+    assert restored.augmentation == augmentation
+    assert dict(restored.hparams) == dict(interrupted.hparams)
 
 
 def test_resuming_in_another_order_warns_and_with_other_classes_fails(module, tmp_path):

@@ -148,7 +148,7 @@ def assert_same_splits(ours, other):
 
 
 class Recorder(LightningModule):
-    """Appends each training batch (its tokens) to a file of this rank."""
+    """Appends each training batch to a file of this rank."""
 
     def __init__(self, record: Path, fail_at: int | None = None):
         super().__init__()
@@ -160,8 +160,8 @@ class Recorder(LightningModule):
         lines = path.read_text().splitlines() if path.exists() else []
         if len(lines) == self.fail_at:
             raise InterruptedError("as asked")
-        path.write_text("\n".join([*lines, json.dumps(batch.tokens.tolist())]))
-        return self.weight * batch.targets.float().mean()
+        path.write_text("\n".join([*lines, json.dumps([field.tolist() for field in batch])]))
+        return self.weight * batch[0].float().mean()
 
     def validation_step(self, batch, batch_idx):
         pass
