@@ -16,17 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def build(config: Path, site: Path) -> subprocess.CompletedProcess:
-    command = [
-        sys.executable,
-        "-m",
-        "mkdocs",
-        "build",
-        "--strict",
-        "--config-file",
-        config,
-        "--site-dir",
-        site,
-    ]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--config-file", config, "--site-dir", site]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
 
 
@@ -73,15 +63,13 @@ def test_the_reference_has_every_name_of_the_core(site):
 
 
 @pytest.mark.parametrize(
-    ("text", "warning"),
+    ("text", "warnings"),
     [
-        ("[away](missing.md)", "'missing.md'"),
-        ("[away](index.md#missing)", "#missing"),
-        ("![away](missing.png)", "'missing.png'"),
-        ("::: revdeq_lightning.Missing", "revdeq_lightning.Missing"),
+        ("[a](missing.md) [b](index.md#missing) ![c](missing.png)", ("'missing.md'", "#missing", "'missing.png'")),
+        ("::: revdeq_lightning.Missing", ("revdeq_lightning.Missing",)),
     ],
 )
-def test_what_is_broken_ends_the_build(tmp_path, text, warning):
+def test_what_is_broken_ends_the_build(tmp_path, text, warnings):
     settings = (ROOT / "mkdocs.yml").read_text().split("\nnav:")[0]
     settings = re.sub(r"(?m)^(hooks|extra_css|docs_dir):.*\n", "", settings)
     settings = re.sub(r"(?s)  - mkdocs-jupyter:.*?(?=  - mkdocstrings)", "", settings)
@@ -90,4 +78,4 @@ def test_what_is_broken_ends_the_build(tmp_path, text, warning):
     (tmp_path / "mkdocs.yml").write_text(settings.replace("paths: [.]", f"paths: [{ROOT}]"))
     result = build(tmp_path / "mkdocs.yml", tmp_path / "site")
     assert result.returncode == 1
-    assert warning in result.stdout + result.stderr
+    assert not [warning for warning in warnings if warning not in result.stdout + result.stderr]

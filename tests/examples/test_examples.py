@@ -1,12 +1,11 @@
 """The examples run, and learn."""
 
-import os
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.helpers.processes import run_python
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -28,18 +27,8 @@ def test_own_lightning_module_is_watched(tmp_path):
 
 def test_own_block_trains_from_yaml(tmp_path):
     short = ("--trainer.max_steps=4", "--trainer.val_check_interval=4", f"--run.folder={tmp_path}", "--run.version=v")
-    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
-    result = subprocess.run(
-        [sys.executable, EXAMPLES / "own_block.py", *short],
-        env=environment,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    assert "4 of 4 gradients certified exact" in result.stdout
+    output = run_python(EXAMPLES / "own_block.py", *short, cwd=tmp_path)
+    assert "4 of 4 gradients certified exact" in output.out
     assert list(tmp_path.rglob("v/checkpoints/last.ckpt"))
 
 
