@@ -10,10 +10,11 @@ import torch
 from lightning import Callback
 
 from revdeq_lightning.checkpoints.best import BestCheckpoint
-from revdeq_lightning.checkpoints.files import newest_good
+from revdeq_lightning.checkpoints.files import newest_good, steps_of
 from revdeq_lightning.checkpoints.io import AtomicCheckpointIO
 from revdeq_lightning.checkpoints.last import LastCheckpoint
 from tests.helpers.modules import Stranger, loader, trainer
+from tests.helpers.runs import kept_steps
 
 # These runs go on from a plain loader's next batch.
 pytestmark = pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch")
@@ -40,33 +41,29 @@ def fit(folder, losses, *, max_steps=None, ckpt_path=None, callbacks=(), io=None
     return best
 
 
-def best_step(folder) -> int:
-    return torch.load(folder / "checkpoints/best.ckpt", weights_only=True)["global_step"]
-
-
 def test_it_is_that_of_the_lowest_loss(tmp_path):
     for k, (losses, step) in enumerate([((3, 1, 2), 2), ((3, 2, 1), 3), ((1, 1, float("nan")), 1)]):
         assert fit(tmp_path / str(k), losses).loss == min(losses)
-        assert best_step(tmp_path / str(k)) == step
+        assert kept_steps(tmp_path / str(k))["best"] == step
 
 
 def test_a_run_that_goes_on_elsewhere_or_by_another_path_keeps_it(tmp_path, monkeypatch):
     fit(tmp_path / "a", (3, 1, 2))
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     fit(tmp_path / "b", (3, 1, 2, 1.5), ckpt_path=tmp_path / "b/checkpoints/last.ckpt")
-    assert best_step(tmp_path / "b") == 2
+    assert kept_steps(tmp_path / "b")["best"] == 2
     monkeypatch.chdir(tmp_path)
     fit(Path("b"), (3, 1, 2, 1.5, 1.2), ckpt_path="b/checkpoints/last.ckpt")
-    assert best_step(tmp_path / "b") == 2
+    assert kept_steps(tmp_path / "b")["best"] == 2
     fit(Path("b"), (3, 1, 2, 1.5, 1.2, 0.5), ckpt_path="b/checkpoints/last.ckpt")
-    assert best_step(tmp_path / "b") == 6
+    assert kept_steps(tmp_path / "b")["best"] == 6
 
 
 def test_where_there_is_none_the_next_is_the_best(tmp_path):
     fit(tmp_path, (3, 1, 2))
     (tmp_path / "checkpoints/best.ckpt").unlink()
     fit(tmp_path, (3, 1, 2, 2.5, 4), ckpt_path=tmp_path / "checkpoints/last.ckpt")
-    assert best_step(tmp_path) == 4
+    assert kept_steps(tmp_path)["best"] == 4
 
 
 def test_after_a_kill_before_last_was_written_the_validation_is_done_again(tmp_path):
@@ -99,7 +96,7 @@ def test_what_could_not_be_written_is_not_the_best(tmp_path):
     with pytest.warns(UserWarning, match="no checkpoint was written to .*best.ckpt"):
         best = fit(tmp_path, (3, 1, 4, 2), io=FullFor(2, errors="warn"))
     assert best.loss == 2
-    assert best_step(tmp_path) == 4
+    assert kept_steps(tmp_path)["best"] == 4
 
 
 def test_between_two_steps_it_is_for_evaluation_and_nothing_else(tmp_path):
@@ -128,17 +125,13 @@ class Notes(Callback):
 def test_a_run_that_goes_on_from_an_older_one_leaves_the_newer_ones_behind(tmp_path):
     folder, notes = tmp_path / "checkpoints", Notes()
     fit(tmp_path, (3, 2, 1, 4))
-    weights = {p.name: torch.load(p, weights_only=True)["global_step"] for p in folder.iterdir()}
-    assert weights == {"best.ckpt": 3, "step-1.ckpt": 1, "step-2.ckpt": 2, "step-3.ckpt": 3, "last.ckpt": 4}
+    assert kept_steps(tmp_path) == {"best": 3, "step-1": 1, "step-2": 2, "step-3": 3, "last": 4}
     with pytest.warns(UserWarning, match=r"from step 2: .* \(step-3.ckpt, last.ckpt, best.ckpt\) were moved to .*left"):
         fit(tmp_path, (3, 2, 5), ckpt_path=folder / "step-2.ckpt", callbacks=[notes])
     assert notes.steps == [2]
-    left = folder / "left-at-step-2"
-    assert {p.name: torch.load(p, weights_only=True)["global_step"] for p in left.iterdir()} == {
-        name: weights[name] for name in ("best.ckpt", "step-3.ckpt", "last.ckpt")
-    }
-    own = {p.name: torch.load(p, weights_only=True)["global_step"] for p in folder.iterdir() if p.is_file()}
-    assert own == {"best.ckpt": 3, "step-1.ckpt": 1, "step-2.ckpt": 2, "last.ckpt": 3}
+    left = {path.stem: steps_of(path).number for path in (folder / "left-at-step-2").iterdir()}
+    assert left == {"best": 3, "step-3": 3, "last": 4}
+    assert kept_steps(tmp_path) == {"best": 3, "step-1": 1, "step-2": 2, "last": 3}
     with pytest.warns(UserWarning, match="were moved to .*left-at-step-2-1"):
         fit(tmp_path, (3, 2, 5), ckpt_path=folder / "step-2.ckpt")
 

@@ -4,11 +4,9 @@ import os
 import re
 import shutil
 import signal
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 import yaml
 from lightning import Callback
 
@@ -23,6 +21,7 @@ from tests.helpers.runs import (
     assert_equal,
     damage,
     error_of,
+    kept_steps,
     limited_file_sizes,
     names,
     put_back,
@@ -237,10 +236,6 @@ def test_a_killed_worker_ends_the_run_in_one_line(tmp_path, capsys, disturbed):
     error = error_of(capsys, "image", "fit", "--config", config, *options, code=1)
     assert "a data-loading process ended" in error
     assert read_checkpoint(tmp_path / "runs/tiny/v/checkpoints/last.ckpt")["global_step"] == 4
-
-
-def kept_steps(folder: Path) -> dict[str, int]:
-    return {p.stem: torch.load(p, weights_only=True)["global_step"] for p in (folder / "checkpoints").iterdir()}
 
 
 SAVING = {"max_steps": 9, "val_check_interval": 4, "enable_checkpointing": True}

@@ -1,8 +1,8 @@
 """A small run that writes sharded checkpoints; as a script: `FOLDER FAULT`.
 
-full: the disk refuses to write `last.ckpt` once, after the second step. unrenamed: for a while `last.ckpt` cannot get
-another name. recorded: `calls-RANK.json` lists what the kernel was asked for, by two processes. refused: commands on
-checkpoints with a fault; `refused.json` has what they told, their exit code, and whether code in the checkpoint ran.
+disturbed: see `disturb`. recorded: `calls-RANK.json` lists what the kernel was asked for, by two processes. refused:
+commands on checkpoints with a fault; `refused.json` has what they told, their exit code, and whether code in the
+checkpoint ran.
 """
 
 import contextlib
@@ -31,34 +31,25 @@ OPTIONS = (
 )
 
 
-def fill_disk() -> None:
-    sync, written = os.fsync, []
+def disturb() -> None:
+    """In the second save the disk is full, and until the third one `last.ckpt` can neither be kept nor replaced."""
+    sync, rename, written, refused = os.fsync, Path.rename, [], []
     warnings.simplefilter("always")
 
     def fsync(descriptor: int) -> None:
-        name = os.readlink(f"/proc/self/fd/{descriptor}")
-        if ".last.ckpt.part/" in name:
-            written.append(Path(name).name)
-            if written.count("process-0.safetensors") == 2 and "full" not in written:
-                written.append("full")
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith(".last.ckpt.part/process-0.safetensors"):
+            written.append(descriptor)
+            if len(written) == 2:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         sync(descriptor)
 
-    os.fsync = fsync
-
-
-def refuse_names() -> None:
-    """As a read-only file system does, for the second save: `last.ckpt` is neither kept nor replaced."""
-    rename, refused = Path.rename, []
-    warnings.simplefilter("always")
-
     def renamed(path: Path, target: Path) -> Path:
-        if path.name == "last.ckpt" and len(refused) < 2:
+        if path.name == "last.ckpt" and len(refused) < 3:
             refused.append(target)
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
         return rename(path, target)
 
-    Path.rename = renamed
+    os.fsync, Path.rename = fsync, renamed
 
 
 def record(folder: Path, *options: object) -> None:
@@ -125,9 +116,6 @@ if __name__ == "__main__":
         run_group(2, record, folder, *options, "--trainer.devices=2", "--trainer.max_steps=1")
     elif fault == "refused":
         refuse(folder, *options)
-    elif fault == "unrenamed":
-        refuse_names()
-        run("fit", *options, "--run.keep_last=2", "--trainer.max_steps=4")
     else:
-        fill_disk()
-        run("fit", *options)
+        disturb()
+        run("fit", *options, "--run.keep_last=2")

@@ -166,6 +166,12 @@ def put_back(kept: Path, folder: Path, *names: str) -> None:
             path.unlink()
 
 
+def kept_steps(folder: Path) -> dict[str, int]:
+    """The steps of a run's checkpoints, by their names without `.ckpt`."""
+    paths = (folder / "checkpoints").glob("*.ckpt")
+    return {path.stem: torch.load(path, weights_only=True)["global_step"] for path in paths}
+
+
 def names(folder: Path) -> set[str]:
     """All files of a run."""
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
