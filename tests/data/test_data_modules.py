@@ -10,23 +10,16 @@ import time
 import huggingface_hub.constants
 import pytest
 import torch
-from lightning import Trainer
-from lightning.pytorch.demos.boring_classes import BoringModel
 
 from revdeq_lightning.data.images.module import ImageDataModule
 from revdeq_lightning.data.loading.sampler import IGNORE_INDEX
 from revdeq_lightning.data.text.module import TextDataModule
 from revdeq_lightning.data.text.tokenizers import build_tokenizer
 from revdeq_lightning.data.text.windows import TokenWindows
-from tests.helpers.data import make_folder, refused
+from tests.helpers.data import fit, make_folder, refused
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec:FutureWarning")
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-
-
-class FailingModel(BoringModel):
-    def training_step(self, batch, batch_idx):
-        raise InterruptedError("as asked")
 
 
 @pytest.fixture(params=["text", "images in memory", "decoded images"])
@@ -81,37 +74,29 @@ def test_printing_it_shows_the_settings_and_reads_no_batches(build):
     assert not data._open_loaders
 
 
-def test_a_failed_step_ends_the_workers(build):
-    trainer = Trainer(
-        accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, num_sanity_val_steps=0, max_epochs=1,
-    )  # fmt: skip
+def test_a_failed_step_ends_the_workers(build, tmp_path):
     with pytest.raises(InterruptedError):
-        trainer.fit(FailingModel(), build(num_workers=1))
+        fit(tmp_path, "run", data=build(num_workers=1), fail_at=0)
     assert not multiprocessing.active_children()
 
 
-@pytest.mark.parametrize(
-    ("use", "message"),
-    [
-        (
-            lambda: TextDataModule("huggingface", "a/b").prepare_data(),
-            r"the dataset a/b .* path=FOLDER.*HF_HUB_OFFLINE",
-        ),
-        (lambda: ImageDataModule("huggingface", "a/b").prepare_data(), "the dataset a/b from the Hub .* path=FOLDER"),
-        (
-            lambda: build_tokenizer("gpt2", bpe_vocab_size=300, training_text=[]),
-            r"gpt2.* Hub is not reachable .*tokenizer.json.* path",
-        ),
-    ],
-)
-def test_an_unreachable_hub_is_reported_within_seconds(tmp_path, monkeypatch, use, message):
+HUB = {
+    r"the dataset a/b .* path=FOLDER.*HF_HUB_OFFLINE": lambda: TextDataModule("huggingface", "a/b").prepare_data(),
+    "the dataset a/b from the Hub .* path=FOLDER": lambda: ImageDataModule("huggingface", "a/b").prepare_data(),
+    r"gpt2.* Hub is not reachable .*tokenizer.json.* path": lambda: build_tokenizer(
+        "gpt2", bpe_vocab_size=300, training_text=[]
+    ),
+}
+
+
+@pytest.mark.parametrize("message", HUB)
+def test_an_unreachable_hub_is_reported_within_seconds(tmp_path, monkeypatch, message):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
     start = time.monotonic()
     with refused(message, ConnectionError):
-        use()
+        HUB[message]()
     assert time.monotonic() - start < 8
 
 
