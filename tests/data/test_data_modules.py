@@ -13,6 +13,7 @@ import torch
 
 from revdeq_lightning.data.images.module import ImageDataModule
 from revdeq_lightning.data.loading.sampler import IGNORE_INDEX
+from revdeq_lightning.data.puzzles.module import PuzzleDataModule
 from revdeq_lightning.data.text.module import TextDataModule
 from revdeq_lightning.data.text.tokenizers import build_tokenizer
 from revdeq_lightning.data.text.windows import TokenWindows
@@ -83,7 +84,8 @@ def test_a_failed_step_ends_the_workers(build, tmp_path):
 HUB = {
     r"the dataset a/b .* path=FOLDER.*HF_HUB_OFFLINE": lambda: TextDataModule("huggingface", "a/b").prepare_data(),
     "the dataset a/b from the Hub .* path=FOLDER": lambda: ImageDataModule("huggingface", "a/b").prepare_data(),
-    r"gpt2.* Hub is not reachable .*tokenizer.json.* path": lambda: build_tokenizer(
+    "train.csv of a/b .* set path=FOLDER": lambda: PuzzleDataModule("sudoku", 9, path="a/b").prepare_data(),
+    r"gpt2.* Hub is not reachable.*tokenizer.json.* path": lambda: build_tokenizer(
         "gpt2", bpe_vocab_size=300, training_text=[]
     ),
 }

@@ -171,7 +171,7 @@ def test_special_tokens_stand_for_their_text():
 def test_a_tokenizer_of_the_hub_is_read_from_its_cache_without_any_network(no_hub, monkeypatch, tmp_path):
     asked = []
 
-    def cached_only(*arguments, local_files_only=False):
+    def cached_only(*arguments, repo_type, local_files_only):
         asked.append((*arguments, local_files_only))
         return str(tmp_path / "stored")
 

@@ -208,6 +208,32 @@ def hub_is_reachable() -> bool:
     return True
 
 
+def hub_file(repository: str, name: str, advice: str, repo_type: str = "model") -> Path | None:
+    """A file of a repository of the Hub, from the local cache if it is there; None if the repository lacks it.
+
+    Raises:
+        ConnectionError: If it cannot be fetched; ends with the advice.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    reason = "the Hub is not reachable"
+    for local in (True, False):
+        try:
+            if local or hub_is_reachable():
+                path = huggingface_hub.hf_hub_download(repository, name, repo_type=repo_type, local_files_only=local)
+                return Path(path)
+        except LocalEntryNotFoundError:  # also an EntryNotFoundError
+            pass
+        except EntryNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            reason = " ".join(str(error).split())
+    raise ConnectionError(
+        f"{name} of {repository} is not in the local cache, and cannot be fetched ({reason}): {advice}"
+    )
+
+
 def huggingface_key(path: str, name: str | None) -> str:
     """Identify a local copy by its files and a dataset of the Hub by its name, which needs no network later."""
     folder = Path(path)

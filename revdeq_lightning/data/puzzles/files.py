@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from revdeq_lightning.data.loading.files import hub_is_reachable, split_of
+from revdeq_lightning.data.loading.files import hub_file, split_of
 from revdeq_lightning.data.loading.sampler import IGNORE_INDEX
 
 Arrays = tuple[NDArray[np.int64], NDArray[np.int64]]
@@ -72,20 +72,7 @@ def _table(path: str, split: str) -> Path | None:
     if folder.is_dir():
         tables = sorted(file for file in folder.iterdir() if file.suffix.lower() == ".csv")
         return next((file for file in tables if split_of(file.stem) == split), None)
-    from huggingface_hub import constants, hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
-
-    try:
-        if not constants.HF_HUB_OFFLINE and not hub_is_reachable():
-            raise ConnectionError("no answer")
-        return Path(hf_hub_download(path, name, repo_type="dataset"))
-    except EntryNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        text = " ".join(str(error).split())
-        raise ConnectionError(
-            f"cannot fetch {name} of {path} from the hub ({text}): set path=FOLDER with its train.csv and test.csv"
-        ) from None
+    return hub_file(path, name, "set path=FOLDER with its train.csv and test.csv", "dataset")
 
 
 def _read_table(path: Path, most: int | None) -> Arrays:

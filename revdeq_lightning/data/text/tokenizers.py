@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from revdeq_lightning.data.loading.files import content_key, hub_is_reachable, read_text
+from revdeq_lightning.data.loading.files import content_key, hub_file, read_text
 
 TOKENIZERS = ("bytes", "characters", "bpe", "gpt2")
 _PATH_FORMAT = 2  # 1 encoded with the truncation, padding, and stripped spaces of the file
@@ -246,7 +246,13 @@ def build_tokenizer(name: str, *, bpe_vocab_size: int, training_text: Iterable[s
             return BytePairTokenizer.train(training_text, bpe_vocab_size)
         case "gpt2":
             name = _GPT2_REPOSITORY
-    return _tokenizer_from_path(Path(name) if Path(name).exists() else Path(_download(name)))
+    path: Path | None = Path(name)
+    if not Path(name).exists():
+        advice = 'download tokenizer.json elsewhere and pass its path as tokenizer, or use tokenizer="bpe"'
+        path = hub_file(name, "tokenizer.json", advice)
+    if path is None:
+        raise FileNotFoundError(f"{name} has no tokenizer.json: use another tokenizer.")
+    return _tokenizer_from_path(path)
 
 
 def check_tokenizer_name(name: str) -> None:
@@ -264,25 +270,6 @@ def tokenizer_key(name: str) -> str:
     files = [path] if path.is_file() else [path / file for file in ("tokenizer.json", "vocab.json", "merges.txt")]
     names = (str(file.relative_to(path.parent)) for file in files if file.is_file())
     return f"{content_key(path.parent, names)}:{_PATH_FORMAT}"
-
-
-def _download(repository: str) -> str:
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return huggingface_hub.hf_hub_download(repository, "tokenizer.json", local_files_only=True)
-    except LocalEntryNotFoundError:
-        reason = "the Hub is not reachable"
-    try:
-        if hub_is_reachable():
-            return huggingface_hub.hf_hub_download(repository, "tokenizer.json")
-    except HfHubHTTPError as error:
-        reason = str(error).strip().splitlines()[-1]
-    raise ConnectionError(
-        f"{repository} is neither a path nor cached, and {reason} ({repository}/tokenizer.json): download that file "
-        'elsewhere and pass its path as tokenizer, or use tokenizer="bpe".'
-    )
 
 
 def _tokenizer_from_path(path: Path) -> AbstractTokenizer:
