@@ -140,10 +140,14 @@ def test_runs_that_start_in_the_same_second_have_folders_of_their_own(tmp_path, 
 @pytest.mark.parametrize("options", [["--trainer.devices=0"], ["--ckpt_path={}/other.ckpt", "--run.version=mine"]])
 def test_a_refused_new_run_leaves_no_folder(options, tmp_path, capsys):
     torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+    (tmp_path / "runs/other").mkdir(parents=True)
+    if len(options) == 1:
+        (tmp_path / "runs/tiny").mkdir()
+    before = list((tmp_path / "runs").rglob("*"))
     with pytest.raises(SystemExit):
         run("fit", "--config", tiny_config(tmp_path), *(option.format(tmp_path) for option in options))
     assert capsys.readouterr().err.startswith("error: ")
-    assert not (tmp_path / "runs").exists()
+    assert list((tmp_path / "runs").rglob("*")) == before
 
 
 @pytest.mark.parametrize("setting", ["version=..", "name=a/b"])

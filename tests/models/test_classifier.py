@@ -81,6 +81,8 @@ def test_one_constructor_takes_images_of_any_size_channels_and_classes(architect
     model = make(architecture, stem_stride=stride, num_classes=101, num_channels=1).eval()
     logits = model(torch.randn(1, 1, size, size)).logits_BV
     assert logits.shape == (1, 101)
+    if architecture == "stages":
+        assert [layer.f.conv1.out_channels for layer in model.equilibria] == [16, 2 * 32]
     assert logits.isfinite().all()
 
 
