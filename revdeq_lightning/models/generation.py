@@ -155,15 +155,11 @@ def _warm_started(model: Any) -> Iterator[None]:
         z_BTD = states.pop()
         return x_BTD, torch.cat([z_BTD, z_BTD[:, -1:]], 1)[:, -x_BTD.shape[1] :]
 
-    handles = [
-        model.equilibrium.register_forward_pre_hook(start),
-        model.equilibrium.register_forward_hook(lambda layer, args, solution: states.append(solution.value)),
-    ]
-    try:
+    def keep(layer: Any, args: Any, solution: Any) -> None:
+        states.append(solution.value)
+
+    with model.equilibrium.register_forward_pre_hook(start), model.equilibrium.register_forward_hook(keep):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def continue_text(model: Any, tokenizer: Any, prompt: str, *, seed: int = 0, **sampling: Any) -> str:

@@ -231,12 +231,8 @@ class Reasoner(AbstractReasoner):
                 found.append(self.readout(args[0]).argmax(1))
             made += 1
 
-        handle = self.equilibrium.f.register_forward_pre_hook(look)
-        try:
-            output = self(inputs, max_steps=max_steps)
-        finally:
-            handle.remove()
-        last = output.logits.argmax(1)
+        with self.equilibrium.f.register_forward_pre_hook(look):
+            last = self(inputs, max_steps=max_steps).logits.argmax(1)
         return [*found, *[last] * (len(evaluations) + 1 - len(found))]
 
 

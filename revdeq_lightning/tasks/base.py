@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
 from typing import Any, NamedTuple
@@ -102,13 +102,10 @@ class AbstractTask(LightningModule):
             x = args[0] if args else kwargs["x"]
             penalties.append(jacobian_regularization(layer.f, solution.value, x))
 
-        layers = equilibria(self.model) if self.jacobian_weight else []
-        handles = [layer.register_forward_hook(add, with_kwargs=True) for layer in layers]
-        try:
+        with ExitStack() as hooks:
+            for layer in equilibria(self.model) if self.jacobian_weight else ():
+                hooks.enter_context(layer.register_forward_hook(add, with_kwargs=True))
             yield penalties
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def with_penalty(self, loss: Tensor, penalties: list[Tensor]) -> Tensor:
         """Return the training loss, and log the mean penalty without its weight as `train/jacobian_penalty`."""

@@ -24,8 +24,8 @@ from tests.helpers.processes import run_python
 from tests.helpers.runs import assert_equal
 
 
-def settings(folder, **data):
-    return {
+def config(folder):
+    settings = {
         "seed_everything": 0,
         "model": {
             "network": {"channels": 8},
@@ -35,7 +35,7 @@ def settings(folder, **data):
         },
         "data": {
             "puzzle": "mazes", "size": 2, "test_sizes": [3], "batch_size": 4, "num_validation": 8, "num_test": 6,
-            "cache_dir": str(folder / "cache"), **data,
+            "cache_dir": str(folder / "cache"),
         },
         "trainer": {
             "max_steps": 4, "val_check_interval": 2, "log_every_n_steps": 1, "accelerator": "cpu", "devices": 1,
@@ -43,11 +43,8 @@ def settings(folder, **data):
         },
         "run": {"folder": str(folder / "runs"), "name": "tiny"},
     }  # fmt: skip
-
-
-def config(folder, **data):
     path = folder / "tiny.yaml"
-    path.write_text(yaml.safe_dump(settings(folder, **data)))
+    path.write_text(yaml.safe_dump(settings))
     return path
 
 
@@ -63,12 +60,12 @@ def trained(tmp_path_factory):
     return folder, folder / "runs/tiny/v", said
 
 
-def archive(folder, size, count=5, **more):
+def archive(folder, size):
     kind = build_kind("mazes", size=2, algorithm="mixed", loops=0.0, num_empty=1)
-    puzzles = [make_puzzle(kind, 5, "test", size, i, train_size=2) for i in range(count)]
+    puzzles = [make_puzzle(kind, 5, "test", size, i, train_size=2) for i in range(5)]
     path = folder / f"mazes-{size}.npz"
     arrays = {name: np.stack([getattr(p, name) for p in puzzles]) for name in ("inputs", "targets")}
-    np.savez(path, **arrays | more)
+    np.savez(path, **arrays)
     return path, arrays
 
 
