@@ -54,6 +54,12 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def refuse_quick_results(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """End the program where a smoke run would be written among the results."""
+    if options.quick and options.output == RESULTS:
+        parser.error("--quick produces meaningless figures: choose another folder with --output")
+
+
 def command(
     module: str,
     title: str,

@@ -1,6 +1,7 @@
 """Format measurements as Markdown tables, with the verdict."""
 
 from collections.abc import Iterable, Sequence
+from statistics import mean
 from typing import Any
 
 from benchmarks.requirements import Requirement
@@ -34,3 +35,12 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(
         "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in (header, *rows)
     )
+
+
+def spread(values: Sequence[float], digits: int, of_extremes: int | None = None) -> str:
+    """The mean, and in parentheses minimum and maximum if there are several; "not reached" if one is nan."""
+    if any(value != value for value in values):
+        return "not reached"
+    fine = digits if of_extremes is None else of_extremes
+    extremes = f" ({min(values):.{fine}f} - {max(values):.{fine}f})" if len(values) > 1 else ""
+    return f"{mean(values):.{digits}f}{extremes}"

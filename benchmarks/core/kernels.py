@@ -153,7 +153,7 @@ def _solves(case: Case, f: nn.Module, x: Tensor, device: str, rounds: int) -> li
                 "upper quartile": ratio.upper,
                 "peak bytes": _peak_bytes(runs["solve"], device),
                 "state elements": x.numel(),
-                "synchronizations": _synchronizations(runs["solve"]) if device == "cuda" else None,
+                "synchronizations": count_waits(runs["solve"]) if device == "cuda" else None,
             }
         )
     return rows
@@ -175,7 +175,7 @@ def _peak_bytes(run: Kernel, device: str) -> int:
     return torch.cuda.max_memory_allocated() - base
 
 
-def _synchronizations(run: Kernel) -> int:
+def count_waits(run: Kernel) -> int:
     """Number of times the host waited for the device."""
     torch.cuda.set_sync_debug_mode("warn")
     try:

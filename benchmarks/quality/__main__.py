@@ -19,7 +19,7 @@ import torch
 from lightning import LightningModule
 
 from benchmarks.measure import write_csv
-from benchmarks.part import RESULTS
+from benchmarks.part import parser as parser_of_parts, refuse_quick_results
 from benchmarks.quality.budget import Budget, Outcome, scaled, settings_of, spend
 from benchmarks.quality.page import draw, page
 from benchmarks.quality.training import facts_of, read
@@ -283,22 +283,17 @@ def row_of(name: str, seed: int, rate: float, outcome: Outcome) -> dict[str, Any
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = parser_of_parts(__doc__)
     parser.add_argument("--text", type=Path, help="tiny Shakespeare, a text file")
     parser.add_argument("--images", type=Path, help="CIFAR-10, a folder or tar archive with train/CLASS/*")
     parser.add_argument("--only", nargs="+", choices=[name for part in PARTS for name in part.variants])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--quick", action="store_true", help="seconds per run, one seed: a smoke test")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="output folder")
     parser.add_argument("--cache", type=Path, default=Path("data/cache"), help="folder for prepared data")
     options = parser.parse_args()
     if options.text is None and options.images is None:
         print("skipped: no data; pass --text FILE (tiny Shakespeare), --images PATH (CIFAR-10), or both")
         return
-    if options.quick and options.output == parser.get_default("output"):
-        parser.error("--quick produces meaningless figures: choose another folder with --output")
+    refuse_quick_results(parser, options)
     options.seeds = options.seeds[:1] if options.quick else options.seeds
     for path in (options.text, options.images):
         if path is not None and not path.exists():

@@ -6,7 +6,7 @@ from statistics import mean
 from typing import Any
 
 from benchmarks import part
-from benchmarks.report import table
+from benchmarks.report import spread, table
 
 Rows = Sequence[Mapping[str, str]]
 Results = Sequence[tuple[Any, Mapping[str, Rows]]]
@@ -49,7 +49,7 @@ def _runs(data: Any, rows: Mapping[str, Rows]) -> str:
         *("model", "parameters", "evaluations of f", "rates x", "seeds", "at equal CPU time", "at equal FLOPs"),
         *("CPU minutes for the FLOPs", "TFLOP in the CPU time", "peak MiB"),
     )
-    lines = []
+    lines, digits = [], 3 if data.smaller_is_better else 1
     for name in data.variants:
         own = [row for row in rows["runs"] if row["variant"] == name]
         if not own:
@@ -59,22 +59,13 @@ def _runs(data: Any, rows: Mapping[str, Rows]) -> str:
             (
                 *(name, f"{int(own[0]['parameters']):,}", f"{evaluations:.1f}" if evaluations else "none"),
                 *(f"{float(own[0]['rate']):g}", str(len(own))),
-                *(_spread([row[f"figure_{budget}"] for row in own], data) for budget in ("cpu", "flops")),
+                *(spread([float(row[f"figure_{budget}"]) for row in own], digits) for budget in ("cpu", "flops")),
                 f"{mean(float(row['cpu_minutes_flops']) for row in own):.2f}",
                 f"{mean(float(row['tflop_cpu']) for row in own):.2f}",
                 f"{float(own[0]['peak_mib']):.1f}",
             )
         )
     return table(header, lines)
-
-
-def _spread(figures: Sequence[str], data: Any) -> str:
-    values = [float(figure) for figure in figures]
-    if any(value != value for value in values):
-        return "not reached"
-    digits = 3 if data.smaller_is_better else 1
-    spread = f" ({min(values):.{digits}f} - {max(values):.{digits}f})" if len(values) > 1 else ""
-    return f"{mean(values):.{digits}f}{spread}"
 
 
 def _depths(data: Any, rows: Rows) -> str:

@@ -20,7 +20,7 @@ from benchmarks import part
 from benchmarks.quality import mazes
 from benchmarks.quality.__main__ import Files, best_rate, train
 from benchmarks.quality.training import facts_of
-from benchmarks.report import table
+from benchmarks.report import spread, table
 from revdeq_lightning.cli.quiet import quieten_lightning
 
 EVALUATIONS = 32
@@ -92,7 +92,7 @@ def page(rows: Rows) -> str:
             seeds = ", ".join(sorted((row["seed"] for row in own), key=int))
             facts = (name, str(evaluations), seeds, f"{float(own[0]['rate']):g}", f"{int(own[0]['parameters']):,}")
             cost = (f"{average(own, f'steps_{budget}'):.0f}", f"{average(own, f'cpu_minutes_{budget}'):.2f}")
-            found = (spread([float(row[f"solved_{size}_{budget}"]) for row in own]) for size in sizes)
+            found = (spread([float(row[f"solved_{size}_{budget}"]) for row in own], 1, 0) for size in sizes)
             lines.append((*facts, *cost, f"{average(own, 'peak_mib'):.1f}", *found))
         header = ("gradient", "evaluations", "seeds", "rates x", "parameters", "steps", "CPU minutes", "MiB", *sizes)
         sections += [f"## {title}", table(header, lines)]
@@ -102,13 +102,6 @@ def page(rows: Rows) -> str:
 def sizes_of(rows: Rows) -> list[str]:
     """Cells a side of the test mazes."""
     return [name.split("_")[1] for name in rows[0] if name.startswith("solved_") and name.endswith("_steps")]
-
-
-def spread(values: Sequence[float]) -> str:
-    if any(value != value for value in values):
-        return "not reached"
-    extremes = f" ({min(values):.0f} - {max(values):.0f})" if len(values) > 1 else ""
-    return f"{mean(values):.1f}{extremes}"
 
 
 def draw(path: Path, rows: Rows) -> None:
@@ -149,8 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--cache", type=Path, default=Path("data/cache"), help="folder for prepared data")
     options = parser.parse_args(arguments)
-    if options.quick and options.output == parser.get_default("output"):
-        parser.error("--quick produces meaningless figures: choose another folder with --output")
+    part.refuse_quick_results(parser, options)
     if options.quick:
         options.seeds, options.cache = options.seeds[:1], options.output / "cache"
     options.evaluations = options.evaluations or ([4] if options.quick else [EVALUATIONS, *OTHER_EVALUATIONS])

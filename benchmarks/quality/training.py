@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.measure import provenance
+from benchmarks.report import spread, table as markdown
 
 FACTS = ("minutes", "date", "commit", "uncommitted_changes", "cpu", "torch", "command")
 
@@ -121,11 +122,8 @@ def read(path: Path) -> list[dict[str, str]]:
 def summary(table: Table, rows: Sequence[dict[str, str]]) -> tuple[str, bool]:
     """Means over the seeds and their limits as Markdown, and whether all limits are met."""
     sign = "<=" if table.smaller_is_better else ">="
-    lines = [
-        f"| variant | parameters | evaluations | seeds | {table.unit} | required | minutes per run |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    is_met = True
+    header = ("variant", "parameters", "evaluations", "seeds", table.unit, "required", "minutes per run")
+    lines, is_met = [], True
     for name, variant in table.variants.items():
         own = [row for row in rows if row["variant"] == name]
         if not own:
@@ -133,14 +131,10 @@ def summary(table: Table, rows: Sequence[dict[str, str]]) -> tuple[str, bool]:
         values = [float(row[table.column]) for row in own]
         required = "" if variant.limit is None else f"{sign} {variant.limit}"
         is_met &= table.is_met(variant, mean(values))
-        spread = f" ({min(values):.4f} - {max(values):.4f})" if len(values) > 1 else ""
-        minutes = mean(float(row["minutes"]) for row in own)
-        lines.append(
-            f"| {name} | {int(own[0]['parameters']):,} | {variant.evaluations} | {len(own)} |"
-            f" {mean(values):.4f}{spread}"
-            f" | {required} | {minutes:.1f} |"
-        )
-    return "\n".join(lines), is_met
+        minutes = f"{mean(float(row['minutes']) for row in own):.1f}"
+        facts = (name, f"{int(own[0]['parameters']):,}", str(variant.evaluations), str(len(own)))
+        lines.append((*facts, spread(values, 4), required, minutes))
+    return markdown(header, lines), is_met
 
 
 def fill(table: Table, arguments: argparse.Namespace) -> bool:
@@ -163,9 +157,9 @@ def fill(table: Table, arguments: argparse.Namespace) -> bool:
 
     with ThreadPoolExecutor(arguments.jobs) as pool:
         list(pool.map(make, wanted))
-    markdown, is_met = summary(table, read(arguments.output))
-    arguments.output.with_suffix(".md").write_text(f"# {table.title}\n\n{markdown}\n")
-    print(markdown)
+    page, is_met = summary(table, read(arguments.output))
+    arguments.output.with_suffix(".md").write_text(f"# {table.title}\n\n{page}\n")
+    print(page)
     return is_met
 
 
