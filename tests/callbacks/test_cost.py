@@ -18,12 +18,12 @@ from tests.helpers.modules import DIM, NUM_CLASSES, NUM_INPUTS, Stranger, loader
 from tests.helpers.runs import tiny_data, tiny_task, tiny_trainer
 
 
-class Clock:
-    def __init__(self):
-        self.now = 0.0
-
-    def __call__(self):
-        return self.now
+@pytest.fixture
+def clock(monkeypatch):
+    """Goes on only where a test says so."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(cost, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    return clock
 
 
 class TimedStranger(Stranger):
@@ -78,9 +78,7 @@ def rows(folder):
 
 
 @pytest.mark.parametrize(("is_first", "accumulate"), [(True, 2), (False, 1)])
-def test_the_parts_of_a_step(tmp_path, monkeypatch, is_first, accumulate):
-    clock = Clock()
-    monkeypatch.setattr(cost, "time", SimpleNamespace(perf_counter=clock))
+def test_the_parts_of_a_step(tmp_path, clock, is_first, accumulate):
     callbacks = [Cost(), SlowCallback(clock)]
     profiler = SimpleProfiler()
     settings = {"max_steps": 6 // accumulate, "val_check_interval": 2, "log_every_n_steps": 1, "profiler": profiler}
@@ -105,9 +103,7 @@ def test_the_parts_of_a_step(tmp_path, monkeypatch, is_first, accumulate):
         assert float(row["system/evaluations_per_second"]) == pytest.approx(8 * accumulate / total)
 
 
-def test_throughput_in_the_units_of_the_task_and_of_all_processes(tmp_path, monkeypatch):
-    clock = Clock()
-    monkeypatch.setattr(cost, "time", SimpleNamespace(perf_counter=clock))
+def test_throughput_in_the_units_of_the_task_and_of_all_processes(tmp_path, clock):
     data = tiny_data(tmp_path)
     run = tiny_trainer(tmp_path, [SlowCallback(clock)], max_steps=4, limit_val_batches=0)
     run.fit(tiny_task(data), data)

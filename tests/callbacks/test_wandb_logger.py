@@ -72,15 +72,8 @@ def test_the_group_is_that_of_the_setting_the_environment_or_the_job_array(monke
 
 def children() -> list[int]:
     """W&B's processes below this one."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            is_child = int(path.read_text().rsplit(")", 1)[1].split()[1]) == os.getpid()
-            if is_child and "wandb-core" in path.with_name("cmdline").read_text():
-                found.append(int(path.parent.name))
-        except (OSError, IndexError):
-            continue
-    return found
+    pids = [pid for path in Path("/proc/self/task").glob("*/children") for pid in path.read_text().split()]
+    return [int(pid) for pid in pids if "wandb-core" in Path(f"/proc/{pid}/cmdline").read_text()]
 
 
 def kill(folder):

@@ -28,24 +28,27 @@ ON = (
 
 
 @pytest.fixture(scope="module")
-def language(tmp_path_factory):
-    """A run of 6 steps that went on to 8, and what it printed."""
-    folder = tmp_path_factory.mktemp("language")
+def home(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
         without_key(patch, folder)
-        run("fit", "--config", tiny_config(folder), *ON)
-        path = folder / "runs/tiny/v"
-        run("fit", "--ckpt_path", path / "checkpoints/last.ckpt", "--trainer.max_steps=8", "--run.test=false")
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def language(home):
+    """A run of 6 steps that went on to 8."""
+    path = home / "runs/tiny/v"
+    run("fit", "--config", tiny_config(home), *ON)
+    run("fit", "--ckpt_path", path / "checkpoints/last.ckpt", "--trainer.max_steps=8", "--run.test=false")
     return path
 
 
 @pytest.fixture(scope="module")
-def image(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("image")
-    with pytest.MonkeyPatch.context() as patch:
-        without_key(patch, folder)
-        run("image", "fit", "--config", tiny_image_config(folder, max_steps=4, val_check_interval=2), *ON)
-    return folder / "runs/tiny/v"
+def image(home):
+    config = tiny_image_config(home, max_steps=4, val_check_interval=2)
+    run("image", "fit", "--config", config, "--run.name=image", *ON)
+    return home / "runs/image/v"
 
 
 @pytest.fixture(scope="module")
