@@ -261,14 +261,6 @@ def test_learning_and_encoding_take_linear_time_in_a_text_of_one_word(alphabet):
     assert times[1] < 10 * times[0]  # 4 if linear, with a part that is constant; 16 if quadratic
 
 
-@given(st.text(alphabet="ab1-_ \n\u00b2\u0301\u6f22", max_size=60))
-def test_words_are_cut_only_if_they_are_long(text):
-    assert list(ours._short_words(text)) == [text]
-    parts = list(ours._short_words(text + "a" * 2500 + text + " " * 1000))
-    assert "".join(parts) == text + "a" * 2500 + text + " " * 1000
-    assert len(parts) == 4
-
-
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

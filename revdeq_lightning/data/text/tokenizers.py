@@ -147,13 +147,15 @@ class BytePairTokenizer(AbstractTokenizer):
 
         Stops reading after 3 MB of different words, each byte of which takes about 130 bytes of memory.
         """
-        from tokenizers import models, pre_tokenizers, trainers
+        from tokenizers import Regex, models, pre_tokenizers, trainers
 
         tokenizer = _byte_level(models.BPE())
+        used, cut = tokenizer.pre_tokenizer, pre_tokenizers.Split(Regex(_LONG_WORD), "merged_with_previous")
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([cut, used])
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
-        parts = (part for text in _whole_words(texts) for part in _short_words(text))
-        tokenizer.train_from_iterator(parts, trainer)
+        tokenizer.train_from_iterator(_whole_words(texts), trainer)
+        tokenizer.pre_tokenizer = used
         return cls(tokenizer.to_str())
 
     def encode_parts(self, texts: Iterable[str]) -> Iterator[NDArray[np.int64]]:
@@ -331,19 +333,8 @@ def _whole_words(texts: Iterable[str], max_distinct: int = 3_000_000) -> Iterato
     yield rest
 
 
-# Learning a BPE takes the square of the length of a word, such as DNA of megabytes.
-_LONG_WORD = re.compile(r"[^\W\d_]{1000}|\d{1000}|(?:[^\w\s]|_){1000}|\s{1000}")
-
-
-def _short_words(text: str) -> Iterator[str]:
-    """The text in parts, cut after each 1,000 letters, digits, signs or spaces without another kind among them."""
-    start = 0
-    if len(text) >= 1000 and (max(map(len, text.split()), default=0) >= 1000 or re.search(r"\s{1000}", text)):
-        for word in _LONG_WORD.finditer(text):
-            yield text[start : word.end()]
-            start = word.end()
-    yield text[start:]
-
+# Learning a BPE takes the square of the length of a word, such as DNA of megabytes: words are cut there.
+_LONG_WORD = r"[^\W\d_]{1000}|\d{1000}|(?:[^\w\s]|_){1000}|\s{1000}"
 
 # Characters with all bytes that may occur in UTF-8.
 _CODE_POINTS = (*range(0x100), *range(0x100, 0x800, 0x40), 0x800, *range(0x1000, 0x10000, 0x1000))
