@@ -251,28 +251,21 @@ def test_gradient_error_between_forward_and_backward_does_not_disturb_the_backwa
     loss.backward()
 
 
+OF_PICARD = {"solver": PicardSolver(), "adjoint": BPTT}
+
+
 @pytest.mark.parametrize(
-    ("make", "fragments"),
+    ("diagnose", "settings", "fragments"),
     [
-        (lambda f, z, x: spectral_radius(f, z, x, num_iterations=1), ("num_iterations", "at least 2", "1")),
-        (lambda f, z, x: jacobian_regularization(f, z, x, num_samples=0), ("num_samples", "at least 1", "0")),
-        (
-            lambda f, z, x: gradient_error(
-                lambda z, x: z, z, x, solver=PicardSolver(), adjoint=BPTT, reference_dtype=torch.float64
-            ),
-            ("float64", "nn.Module", "function"),
-        ),
-        (
-            lambda f, z, x: gradient_error(
-                lambda z, x: z, z, None, solver=PicardSolver(), adjoint=BPTT
-            ),
-            ("nothing to differentiate",),
-        ),
+        (spectral_radius, {"num_iterations": 1}, ("num_iterations", "at least 2", "1")),
+        (jacobian_regularization, {"num_samples": 0}, ("num_samples", "at least 1", "0")),
+        (gradient_error, OF_PICARD | {"reference_dtype": torch.float64}, ("float64", "nn.Module", "function")),
+        (gradient_error, OF_PICARD, ("nothing to differentiate",)),
     ],
-)  # fmt: skip
-def test_settings(make, fragments):
+)
+def test_settings(diagnose, settings, fragments):
     with refuses(ValueError, *fragments):
-        make(*problem())
+        diagnose(lambda z, x: z, torch.zeros(2, 3), None, **settings)
 
 
 # Residual at every evaluation, against the states that f itself writes down

@@ -6,21 +6,27 @@ from torch.nn.functional import cross_entropy
 
 from revdeq_lightning.equilibrium import (
     AndersonSolver,
-    BackpropAdjoint,
     EquilibriumLayer,
     MomentumSolver,
     PicardSolver,
     RelaxedSolver,
-    ReversibleAdjoint,
     ReversibleSolver,
     solve_in_parts,
 )
 from revdeq_lightning.models import ClassifierConfig, TransformerConfig, TransformerLM, generate
 from revdeq_lightning.models.build import SolverConfig, build_image_classifier, build_language_model
-from tests.helpers.equilibrium import TIGHT, TanhMap, gradients, inputs, relative_error, solve, with_every_solver
+from tests.helpers.equilibrium import (
+    BPTT,
+    REVERSIBLE,
+    TIGHT,
+    TanhMap,
+    gradients,
+    inputs,
+    relative_error,
+    solve,
+    with_every_solver,
+)
 from tests.helpers.modules import make_batch, make_model
-
-EXACT = ReversibleAdjoint(mismatch="raise")
 
 
 def in_parts(f, x, solver, adjoint, num_parts):
@@ -35,7 +41,7 @@ def weighted(values):
 @pytest.mark.parametrize("solver", [PicardSolver(max_steps=7), RelaxedSolver(max_steps=7, beta=0.6)])
 def test_parts_of_a_solver_without_memory_are_the_iterates_of_one_solve(solver):
     f, x = TanhMap(norm=1.3), inputs()
-    parts = in_parts(f, x, solver, BackpropAdjoint(), 3)
+    parts = in_parts(f, x, solver, BPTT, 3)
     assert [part.stats.forward_nfe for part in parts] == [2, 2, 3]
     beta = getattr(solver, "beta", 1.0)
     z, iterates = torch.zeros_like(x), []
@@ -51,7 +57,7 @@ def test_parts_of_a_solver_without_memory_are_the_iterates_of_one_solve(solver):
 @pytest.mark.parametrize("solver", [ReversibleSolver(beta=0.8, max_steps=5), MomentumSolver(max_steps=8)])
 def test_the_reversible_gradient_of_losses_on_all_parts_matches_bptt(solver):
     results = []
-    for adjoint in (EXACT, BackpropAdjoint()):
+    for adjoint in (REVERSIBLE, BPTT):
         f, x = TanhMap(norm=1.3), inputs()
         values = [part.value for part in in_parts(f, x, solver, adjoint, 4)]
         results.append(gradients(weighted(values), x, f.weight))
@@ -68,10 +74,10 @@ def test_on_the_way_the_implicit_adjoint_is_jacobian_free_and_at_the_end_exact()
 
 
 @with_every_solver
-@pytest.mark.parametrize(("num_parts", "steps"), [(1, [5]), (2, [2, 3]), (5, [1] * 5), (9, [1] * 5)])
-def test_steps_are_shared_out(make, num_parts, steps):
-    parts = in_parts(TanhMap(), inputs(), make(max_steps=5), BackpropAdjoint(), num_parts)
-    assert [int(part.stats.num_steps.max()) for part in parts] == steps
+def test_steps_are_shared_out(make):
+    for num_parts, steps in ((1, [5]), (2, [2, 3]), (5, [1] * 5), (9, [1] * 5)):
+        parts = in_parts(TanhMap(), inputs(), make(max_steps=5), BPTT, num_parts)
+        assert [int(part.stats.num_steps.max()) for part in parts] == steps
 
 
 def test_a_layer_in_parts_is_the_function():
@@ -79,15 +85,15 @@ def test_a_layer_in_parts_is_the_function():
     layer = EquilibriumLayer(f, solver=MomentumSolver(max_steps=6), num_parts=3)
     solution = layer(x)
     assert len(solution.earlier) == 2
-    assert torch.equal(solution.value, in_parts(f, x, MomentumSolver(max_steps=6), EXACT, 3)[-1].value)
+    assert torch.equal(solution.value, in_parts(f, x, MomentumSolver(max_steps=6), REVERSIBLE, 3)[-1].value)
     assert "num_parts=3" in repr(layer)
     assert EquilibriumLayer(f, solver=MomentumSolver())(x).earlier == ()
 
 
 def corrected_model(num_losses, loss_decay=0.5):
     torch.manual_seed(0)
-    reference = make_model("modern", solver=MomentumSolver(max_steps=6), adjoint=EXACT)
-    model = TransformerLM(reference.config, MomentumSolver(max_steps=6), EXACT, num_losses, loss_decay)
+    reference = make_model("modern", solver=MomentumSolver(max_steps=6), adjoint=REVERSIBLE)
+    model = TransformerLM(reference.config, MomentumSolver(max_steps=6), REVERSIBLE, num_losses, loss_decay)
     model.load_state_dict(reference.state_dict())
     return model
 
@@ -98,7 +104,7 @@ def test_the_corrected_loss_is_the_weighted_mean_of_the_parts():
     x = model.embed(tokens)
     z, losses = torch.zeros_like(x), []
     for _ in range(3):
-        z = solve(model.equilibrium.f, x, MomentumSolver(max_steps=2), BackpropAdjoint(), z).value
+        z = solve(model.equilibrium.f, x, MomentumSolver(max_steps=2), BPTT, z).value
         logits = model.head(model.norm(z))
         losses.append(cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100))
     expected = (0.25 * losses[0] + 0.5 * losses[1] + losses[2]) / 1.75
@@ -120,7 +126,9 @@ def test_a_corrected_model_generates_with_a_cache_what_it_generates_without():
     assert torch.equal(*texts)
 
 
-SIZES = {"vocab_size": 11, "context_length": 4, "d_model": 4, "num_heads": 2}
+def language_model(**solver):
+    sizes = {"vocab_size": 11, "context_length": 4, "d_model": 4, "num_heads": 2}
+    return build_language_model(TransformerConfig(**sizes), SolverConfig(**solver))
 
 
 @pytest.mark.parametrize(
@@ -135,14 +143,11 @@ SIZES = {"vocab_size": 11, "context_length": 4, "d_model": 4, "num_heads": 2}
 )
 def test_settings_of_the_correction_that_do_not_fit_are_errors(solver, match):
     with pytest.raises(ValueError, match=match):
-        build_language_model(TransformerConfig(**SIZES), SolverConfig(**solver))
+        language_model(**solver)
 
 
-def test_correction_belongs_to_language_models():
+def test_settings_reach_language_models_and_no_others():
+    model = language_model(num_losses=4, loss_decay=0.9)
+    assert (model.equilibrium.num_parts, model.loss_decay) == (4, 0.9)
     with pytest.raises(ValueError, match="num_losses=2 belongs to language models"):
         build_image_classifier(ClassifierConfig(num_classes=2), SolverConfig(num_losses=2))
-
-
-def test_settings_reach_the_model():
-    model = build_language_model(TransformerConfig(**SIZES), SolverConfig(num_losses=4, loss_decay=0.9))
-    assert (model.equilibrium.num_parts, model.loss_decay) == (4, 0.9)
