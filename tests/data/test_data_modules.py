@@ -3,6 +3,7 @@
 import itertools
 import json
 import logging
+import math
 import multiprocessing
 import pickle
 import time
@@ -11,6 +12,7 @@ import huggingface_hub.constants
 import pytest
 import torch
 
+from revdeq_lightning.data.images.augmentation import AugmentationConfig
 from revdeq_lightning.data.images.module import ImageDataModule
 from revdeq_lightning.data.loading.sampler import IGNORE_INDEX
 from revdeq_lightning.data.puzzles.module import PuzzleDataModule
@@ -81,13 +83,73 @@ def test_a_failed_step_ends_the_workers(build, tmp_path):
     assert not multiprocessing.active_children()
 
 
+WRONG = {
+    TextDataModule: [
+        ({"source": "web"}, "source must be one of 'python', 'files', 'huggingface', got 'web'"),
+        ({"source": "python", "path": "x"}, "source \"python\" takes no path, got 'x'"),
+        ({"source": "huggingface"}, 'source "huggingface" needs a path, got None'),
+        ({"source": "python", "test_path": "x"}, 'are for source "files", the source is "python"'),
+        ({"tokenizer": "words"}, 'one of bytes, characters, bpe, gpt2 or an existing path, .* got "words"'),
+        ({"window_order": "sorted"}, "window_order must be one of 'shuffled', 'random', got 'sorted'"),
+        ({"validation_fraction": -0.1}, r"validation_fraction must be in \[0, 1\), got -0.1"),
+        ({"validation_fraction": 0.6, "test_fraction": 0.4}, "leave something to train on, got 0.6 and 0.4"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"context_length": 0}, "context_length must be at least 1, got 0"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"num_workers": None}, "num_workers must be an integer, got None"),
+        ({"bpe_vocab_size": 256}, "bpe_vocab_size must be at least 257, got 256"),
+        ({"max_train_bytes": 0}, "max_train_bytes must be at least 1, got 0"),
+    ],
+    ImageDataModule: [
+        ({"source": "web"}, "source must be one of 'digits', 'cifar10', .*, got 'web'"),
+        ({"source": "digits", "path": "x"}, "source \"digits\" takes no path, got 'x'"),
+        ({"source": "huggingface"}, 'source "huggingface" needs a path, got None'),
+        ({"label_column": "x"}, 'label_column are for source "huggingface", the source is "digits"'),
+        ({"image_size": 0}, "image_size must be at least 1, got 0"),
+        ({"split_seed": -1}, "split_seed must be at least 0, got -1"),
+        ({"max_train_images": 0}, "max_train_images must be at least 1, got 0"),
+        ({"validation_fraction": 1.0}, "validation_fraction must be in .* got 1.0"),
+        ({"crop_fraction": 1.5}, "crop_fraction must be in .* got 1.5"),
+        ({"channels": 4}, "channels must be one of None, 1, 3, got 4: 1 is gray, 3 RGB"),
+        ({"mean": [0.5]}, r"mean and std belong together, got mean \[0.5\] and std None"),
+        ({"mean": [0.5], "std": [0.0]}, r"std must be in \(0, inf\), got 0.0"),
+        ({"undecodable": "ignore"}, "undecodable must be one of 'raise', 'skip', got 'ignore'"),
+        ({"augmentation": AugmentationConfig(crop_padding=32)}, "crop_padding must be smaller .* 32 pixels, got 32"),
+    ],
+    AugmentationConfig: [
+        ({"crop_padding": -1}, "crop_padding must be at least 0, got -1"),
+        ({"randaugment_ops": -1}, "randaugment_ops must be at least 0, got -1"),
+        ({"randaugment_magnitude": 31}, r"randaugment_magnitude must be in \[0, 30\], got 31"),
+        ({"mixup_alpha": -0.1}, r"mixup_alpha must be in \[0, inf\), got -0.1"),
+        ({"cutmix_alpha": math.nan}, r"cutmix_alpha must be in \[0, inf\), got nan"),
+        ({"erasing_probability": 1.5}, r"erasing_probability must be in \[0, 1\], got 1.5"),
+        ({"mix_probability": -1}, r"mix_probability must be in \[0, 1\], got -1"),
+        ({"random_resized_crop": (0.0, 1.0)}, r"two ascending fractions of the area, got \[0.0, 1.0\]"),
+        ({"random_resized_crop": (0.5, 0.2)}, r"ascending .* got \[0.5, 0.2\]"),
+        ({"random_resized_crop": (0.5, 1.0), "crop_padding": 4}, r"use one of them, got 4 and \[0.5, 1.0\]"),
+    ],
+    PuzzleDataModule: [
+        *(({"puzzle": "sudoku", "size": 4, "num_empty": number}, "num_empty must be") for number in (0, 16, 2.0)),
+        ({"puzzle": "sudoku", "size": 5}, "size must be one of 4, 6, 9, got 5"),
+        ({"algorithm": "wilson"}, "algorithm must be one of 'depth_first', "),
+        ({"num_train": 0}, "num_train must be at least 1, got 0"),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "message"), [(kind, *case) for kind, cases in WRONG.items() for case in cases]
+)
+def test_wrong_settings_are_refused_at_construction(kind, arguments, message):
+    with refused(message):
+        kind(**arguments)
+
+
 HUB = {
     r"the dataset a/b .* path=FOLDER.*HF_HUB_OFFLINE": lambda: TextDataModule("huggingface", "a/b").prepare_data(),
     "the dataset a/b from the Hub .* path=FOLDER": lambda: ImageDataModule("huggingface", "a/b").prepare_data(),
     "train.csv of a/b .* set path=FOLDER": lambda: PuzzleDataModule("sudoku", 9, path="a/b").prepare_data(),
-    r"gpt2.* Hub is not reachable.*tokenizer.json.* path": lambda: build_tokenizer(
-        "gpt2", bpe_vocab_size=300, training_text=[]
-    ),
+    "gpt2.* not reachable.*tokenizer.json.* path": lambda: build_tokenizer("gpt2", bpe_vocab_size=0, training_text=[]),
 }
 
 

@@ -250,36 +250,6 @@ def test_a_model_for_other_images_is_refused(module):
 # Bad input
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"source": "web"}, "source must be one of 'digits', 'cifar10', .*, got 'web'"),
-        ({"source": "digits", "path": "x"}, "source \"digits\" takes no path, got 'x'"),
-        ({"source": "huggingface"}, 'source "huggingface" needs a path, got None'),
-        (
-            {"source": "digits", "label_column": "x"},
-            'label_column are for source "huggingface", the source is "digits"',
-        ),
-        ({"image_size": 0}, "image_size must be at least 1, got 0"),
-        ({"split_seed": -1}, "split_seed must be at least 0, got -1"),
-        ({"max_train_images": 0}, "max_train_images must be at least 1, got 0"),
-        ({"validation_fraction": 1.0}, "validation_fraction must be in .* got 1.0"),
-        ({"crop_fraction": 1.5}, "crop_fraction must be in .* got 1.5"),
-        ({"channels": 4}, "channels must be one of None, 1, 3, got 4: 1 is gray, 3 RGB"),
-        ({"mean": [0.5]}, r"mean and std belong together, got mean \[0.5\] and std None"),
-        ({"mean": [0.5], "std": [0.0]}, r"std must be in \(0, inf\), got 0.0"),
-        ({"undecodable": "ignore"}, "undecodable must be one of 'raise', 'skip', got 'ignore'"),
-        (
-            {"augmentation": AugmentationConfig(crop_padding=16)},
-            "crop_padding must be smaller than .* 16 pixels, got 16",
-        ),
-    ],
-)
-def test_wrong_arguments_are_refused_at_construction(module, arguments, message):
-    with refused(message):
-        module(**arguments)
-
-
 def test_what_does_not_fit_the_images_is_told(module, tmp_path):
     with refused(r"mean must have a value for each of the 3 channel\(s\): \[0.5\]"):
         module(mean=[0.5], std=[0.5]).setup("fit")

@@ -195,12 +195,6 @@ def test_a_file_that_is_no_archive_is_refused(tmp_path, content):
         data(tmp_path, path=str(tmp_path / "m.npz")).setup("fit")
 
 
-@pytest.mark.parametrize("num_empty", [0, 16, 2.0])
-def test_a_sudoku_has_empty_and_given_cells(tmp_path, num_empty):
-    with refused("num_empty must be"):
-        data(tmp_path, **SMALL_SUDOKU | {"num_empty": num_empty})
-
-
 def test_tables_of_sudokus_are_read(tmp_path):
     puzzle = Sudoku(9, 40).make(Draws(7), 9)
     question, answer = ("".join(map(str, array.ravel())) for array in puzzle)

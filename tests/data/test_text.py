@@ -500,30 +500,6 @@ def test_a_missing_split_is_told_and_training_without_validation_works(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"source": "web"}, "source must be one of 'python', 'files', 'huggingface', got 'web'"),
-        ({"source": "python", "path": "x"}, "source \"python\" takes no path, got 'x'"),
-        ({"source": "huggingface"}, 'source "huggingface" needs a path, got None'),
-        ({"source": "python", "test_path": "x"}, 'are for source "files", the source is "python"'),
-        ({"tokenizer": "words"}, 'one of bytes, characters, bpe, gpt2 or an existing path, .* got "words"'),
-        ({"window_order": "sorted"}, "window_order must be one of 'shuffled', 'random', got 'sorted'"),
-        ({"validation_fraction": -0.1}, r"validation_fraction must be in \[0, 1\), got -0.1"),
-        ({"validation_fraction": 0.6, "test_fraction": 0.4}, "leave something to train on, got 0.6 and 0.4"),
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"context_length": 0}, "context_length must be at least 1, got 0"),
-        ({"seed": -1}, "seed must be at least 0, got -1"),
-        ({"num_workers": None}, "num_workers must be an integer, got None"),
-        ({"bpe_vocab_size": 256}, "bpe_vocab_size must be at least 257, got 256"),
-        ({"max_train_bytes": 0}, "max_train_bytes must be at least 1, got 0"),
-    ],
-)
-def test_wrong_arguments_are_refused_at_construction(module, arguments, message):
-    with refused(message):
-        module(**arguments)
-
-
-@pytest.mark.parametrize(
     ("text", "arguments", "message"),
     [
         ("", {}, "the train text is empty"),
