@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -20,11 +21,17 @@ QUIET = ("--run.test=false", "--run.sample_tokens=0", "--diagnostics.depth_sweep
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A short run: its folder and the words that train and continue it."""
+    """The folder of a short run, which no test changes."""
     folder = tmp_path_factory.mktemp("run")
     config = tiny_config(folder)
     run("fit", "--config", config, "--run.version=v", "--seed_everything=4", "--trainer.max_steps=3", *QUIET)
     return folder / "runs/tiny/v"
+
+
+@pytest.fixture
+def moved(trained, tmp_path):
+    """The same in another place."""
+    return Path(shutil.copytree(trained, tmp_path / "moved/tiny/v"))
 
 
 def content(folder: Path) -> dict[str, tuple[str, int]]:
@@ -60,46 +67,42 @@ def test_a_refused_resumption_changes_no_file_of_the_run(trained, capsys, change
     assert content(trained) == before
 
 
-def test_what_a_resumed_run_takes_from_its_checkpoint_is_recorded(trained):
-    last = trained / "checkpoints/last.ckpt"
+def test_what_a_resumed_run_takes_from_its_checkpoint_is_recorded(moved):
+    last = moved / "checkpoints/last.ckpt"
     changes = ("--model.optimizer.lr=0.5", "--model.optimizer.weight_decay=0.25", "--seed_everything=9")
     with pytest.warns(UserWarning, match=r"without effect: lr 0.01 -> 0.5, weight_decay 0.0 -> 0.25"):
         run("fit", "--ckpt_path", last, "--trainer.max_steps=6", *changes)
-    recorded = yaml.safe_load((trained / "config.yaml").read_text())
+    recorded = yaml.safe_load((moved / "config.yaml").read_text())
     assert recorded["model"]["optimizer"]["lr"] == 0.01
     assert recorded["model"]["optimizer"]["weight_decay"] == 0
     assert recorded["seed_everything"] == 4
     assert recorded["trainer"]["max_steps"] == 6  # which has an effect
-    saved = checkpoint(trained)
+    saved = checkpoint(moved)
     assert saved["hyper_parameters"]["optimizer"]["lr"] == 0.01
     assert {group["lr"] for group in saved["optimizer_states"][0]["param_groups"]} == {0.01, 0.02}
 
 
-def test_a_complete_run_is_tested_again_and_the_folder_in_use_is_recorded(tmp_path):
-    run("fit", "--config", tiny_config(tmp_path), "--run.version=v", "--trainer.max_steps=2", "--run.test=false")
-    moved = (tmp_path / "runs").rename(tmp_path / "moved") / "tiny/v"
+def test_a_complete_run_is_tested_again_and_the_folder_in_use_is_recorded(moved):
     last = moved / "checkpoints/last.ckpt"
     before = content(moved)
     run("fit", "--ckpt_path", last, *QUIET[1:], "--run.test=true")  # nothing is left to train
     assert "test/loss" in (moved / "metrics.csv").read_text()
     assert content(moved)[str(moved / "config.yaml")] == before[str(moved / "config.yaml")]
-    run("fit", "--ckpt_path", last, "--run.name=other", "--trainer.max_steps=3", *QUIET)
+    run("fit", "--ckpt_path", last, "--run.name=other", "--trainer.max_steps=4", *QUIET)
     recorded = yaml.safe_load((moved / "config.yaml").read_text())["run"]
-    assert (recorded["folder"], recorded["name"]) == (str(tmp_path / "moved"), "tiny")
+    assert (recorded["folder"], recorded["name"]) == (str(moved.parents[1]), "tiny")
 
 
-def test_the_batch_size_of_another_number_of_processes_is_recorded(tmp_path):
-    run("fit", "--config", tiny_config(tmp_path), "--run.version=v", "--trainer.max_steps=3", *QUIET)
-    folder = tmp_path / "runs/tiny/v"
-    saved = checkpoint(folder)  # as two processes with batches of 4 write it
+def test_the_batch_size_of_another_number_of_processes_is_recorded(moved):
+    saved, last = checkpoint(moved), moved / "checkpoints/last.ckpt"  # as two processes with batches of 4 write it
     saved["TextDataModule"]["world_size"] = 2
     saved["TextDataModule"]["order"]["global_batch_size"] = 8
-    torch.save(saved, folder / "checkpoints/last.ckpt")
+    torch.save(saved, last)
     with pytest.warns(UserWarning, match="now 1 take 8 each"):
-        run("fit", "--ckpt_path", folder / "checkpoints/last.ckpt", "--trainer.max_steps=4", *QUIET)
-    assert yaml.safe_load((folder / "config.yaml").read_text())["data"]["batch_size"] == 8
-    run("fit", "--ckpt_path", folder / "checkpoints/last.ckpt", "--trainer.max_steps=5", *QUIET)  # without a warning
-    assert checkpoint(folder)["TextDataModule"]["order"]["global_batch_size"] == 8
+        run("fit", "--ckpt_path", last, "--trainer.max_steps=4", *QUIET)
+    assert yaml.safe_load((moved / "config.yaml").read_text())["data"]["batch_size"] == 8
+    run("fit", "--ckpt_path", last, "--trainer.max_steps=5", *QUIET)  # without a warning
+    assert checkpoint(moved)["TextDataModule"]["order"]["global_batch_size"] == 8
 
 
 def test_without_averaging_a_resumed_run_goes_on_from_the_trained_weights(tmp_path):
