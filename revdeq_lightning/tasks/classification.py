@@ -89,8 +89,13 @@ class ClassificationTask(AbstractTask):
         batch = self.as_batch(batch)
         with self.penalized() as penalties:
             output = self(batch.images)
-        logits_BV = output.logits_BV.float()
-        loss = sum(self._nats(logits_BV, *target) for target in targets(batch)) / num_images(batch)
+        logits_BV, weights_B = output.logits_BV.float(), batch.weights.float()  # as the loss, also in double precision
+        nats = count = torch.zeros_like(weights_B[0])
+        for labels_B, shares_B in ((batch.labels, weights_B), (batch.partner_labels, 1 - weights_B)):
+            nats_B = F.cross_entropy(logits_BV, labels_B, reduction="none", label_smoothing=self.label_smoothing)
+            nats = nats + shares_B @ nats_B
+            count = count + shares_B @ (labels_B != IGNORE_INDEX).float()
+        loss = nats / count.clamp(min=1)  # an image that could not be decoded does not count
         self.log("train/loss", loss)
         loss = self.with_penalty(loss, penalties)
         return {"loss": loss, "step": TrainingOutput(output.stats, len(batch.labels), "images")}
@@ -115,10 +120,6 @@ class ClassificationTask(AbstractTask):
             "images": (batch.labels != IGNORE_INDEX).sum(),
         }
 
-    def _nats(self, logits_BV: Tensor, labels_B: Tensor, weights_B: Tensor) -> Tensor:
-        nats_B = F.cross_entropy(logits_BV, labels_B, reduction="none", label_smoothing=self.label_smoothing)
-        return weights_B @ nats_B
-
     def _add_to(self, split: str, batch: ImageBatch) -> Tensor:
         logits_BV: Tensor = self(batch.images).logits_BV
         self._metric(split).update(**self._sums(batch, logits_BV))
@@ -128,15 +129,3 @@ class ClassificationTask(AbstractTask):
 def build_in_order(network: ClassifierConfig, solver: SolverConfig, memory_format: torch.memory_format) -> nn.Module:
     """The model that the settings describe, its kernels in this memory order."""
     return build_image_classifier(network, solver).to(memory_format=memory_format)
-
-
-def targets(batch: ImageBatch) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Labels and their shares: the original and the mixed-in image."""
-    weights = batch.weights.float()  # as the loss, also in double precision
-    return (batch.labels, weights), (batch.partner_labels, 1 - weights)
-
-
-def num_images(batch: ImageBatch) -> Tensor:
-    """Number of images of the batch that could be decoded; at least 1."""
-    shares = [weights_B @ (labels_B != IGNORE_INDEX).float() for labels_B, weights_B in targets(batch)]
-    return sum(shares, torch.zeros((), device=batch.labels.device)).clamp(min=1)
