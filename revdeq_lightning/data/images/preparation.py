@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from numpy.typing import NDArray
 
 from revdeq_lightning.data.images.batches import DecodedImages, PreparedImages
 from revdeq_lightning.data.images.decoding import ImageSizes, skipped_message
@@ -86,34 +85,23 @@ def _decode_all(
     class_names, tables, left_out = collect()
     rank_zero_info(f"Decoding {sum(map(len, tables.values()))} images into {path} (once) ...")
     skipped: list[str] = []
+    counts = np.zeros((sizes.channels, 256))  # of the values in each channel of the training images
     for split, table in tables.items():
-        dataset = DecodedImages(table, sizes, skip_undecodable=skip_undecodable)
-        images = np.zeros((len(table), sizes.channels, sizes.image_size, sizes.image_size), np.uint8)
-        labels = np.zeros(len(table), np.int64)
+        dataset, num_decoded = DecodedImages(table, sizes, skip_undecodable=skip_undecodable), 0
         for start in range(0, len(table), 256):
-            part = slice(start, min(start + 256, len(table)))
-            batch = dataset[list(range(part.start, part.stop))]
-            images[part], labels[part] = batch.images.numpy(), batch.labels.numpy()
-        good = labels != IGNORE_INDEX
+            batch = dataset[list(range(start, min(start + 256, len(table))))]
+            decoded = batch.labels != IGNORE_INDEX
+            images, num_decoded = batch.images[decoded].numpy(), num_decoded + int(decoded.sum())
+            writer.append(split, images)
+            writer.append(f"{split}.labels", batch.labels[decoded].numpy())
+            if split == "train":
+                counts += [np.bincount(channel.ravel(), minlength=256) for channel in images.swapaxes(0, 1)]
         skipped += dataset.take_skipped()
-        if not good.any():
-            raise ValueError(f"none of the {len(good)} images of {split} can be decoded (such as {skipped[-1]}).")
-        images = images if good.all() else images[good]
-        if split == "train":
-            mean, std = _statistics(images)
-        writer.append(split, images)
-        writer.append(f"{split}.labels", labels[good])
-    metadata = {"class_names": class_names, "splits": list(tables), "mean": mean, "std": std}
-    return metadata | {"skipped": skipped, "left_out": list(left_out)}
-
-
-def _statistics(images: NDArray[np.uint8]) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation per channel, on the scale 0 ... 1."""
-    counts = np.zeros((images.shape[1], 256))
-    for start in range(0, len(images), 1024):  # a count converts its input to int64
-        for channel in range(images.shape[1]):
-            counts[channel] += np.bincount(images[start : start + 1024, channel].ravel(), minlength=256)
+        if not num_decoded:
+            raise ValueError(f"none of the {len(table)} images of {split} can be decoded (such as {skipped[-1]}).")
     shares, values = counts / counts.sum(axis=1, keepdims=True), np.arange(256) / 255
     mean = shares @ values
-    std = np.sqrt((shares * (values - mean[:, None]) ** 2).sum(axis=1))
-    return mean.tolist(), std.clip(min=1 / 255).tolist()  # images of one color have zero deviation
+    std = np.sqrt((shares * (values - mean[:, None]) ** 2).sum(axis=1)).clip(min=1 / 255)  # images of one color have 0
+    statistics = {"mean": mean.tolist(), "std": std.tolist()}
+    metadata = {"class_names": class_names, "splits": list(tables), "skipped": skipped, "left_out": list(left_out)}
+    return metadata | statistics
