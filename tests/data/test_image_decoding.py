@@ -9,7 +9,7 @@ from PIL import Image
 from torchvision.transforms import v2 as transforms
 
 from revdeq_lightning.data.images.batches import preprocess_files
-from revdeq_lightning.data.images.decoding import decode_image
+from revdeq_lightning.data.images.decoding import decode_image, evaluation_resize
 from revdeq_lightning.data.images.module import ImageDataModule
 from revdeq_lightning.data.loading.sampler import IGNORE_INDEX
 from tests.helpers.data import encoded, make_folder, pixels, refused, split, whole
@@ -21,6 +21,7 @@ from tests.helpers.data import encoded, make_folder, pixels, refused, split, who
 def test_evaluation_convention_is_torchvisions_resize_and_center_crop(tmp_path, crop_fraction):
     data = ImageDataModule("digits", image_size=16, crop_fraction=crop_fraction, channels=3, cache_dir=str(tmp_path))
     state = data.preprocessing_state()
+    assert evaluation_resize(224, None) == 256  # above 64 pixels, seven eighths
     resize = transforms.Resize(round(16 / (crop_fraction or 1)), transforms.InterpolationMode.BICUBIC)
     convert = [transforms.ToImage(), transforms.ToDtype(torch.float32, scale=True)]
     normalize = transforms.Normalize(state["mean"], state["std"])
@@ -30,11 +31,6 @@ def test_evaluation_convention_is_torchvisions_resize_and_center_crop(tmp_path, 
         image.save(tmp_path / "image.png")
         decoded = preprocess_files([tmp_path / "image.png"], state)
         torch.testing.assert_close(decoded.images[0], reference(image).as_subclass(torch.Tensor))
-
-
-def test_large_images_are_resized_by_seven_eighths(module):
-    assert module(source="digits", image_size=224).preprocessing_state()["resize"] == 256
-    assert module(source="digits", image_size=64).preprocessing_state()["resize"] == 64
 
 
 GRAY = Image.fromarray(pixels(2)).convert("L")

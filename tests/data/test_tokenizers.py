@@ -140,11 +140,14 @@ def test_bpe_training_is_deterministic_across_processes():
 
 
 @pytest.mark.parametrize("tokenizer", [ByteTokenizer(), CharacterTokenizer(TEXT), BPE], ids=["bytes", "chars", "bpe"])
-def test_state_is_plain_and_survives_a_weights_only_checkpoint(tokenizer, tmp_path):
+def test_state_survives_a_weights_only_checkpoint_and_knows_the_vocabulary(tokenizer, tmp_path):
     torch.save(tokenizer.state(), tmp_path / "state.pt")
     restored = tokenizer_from_state(torch.load(tmp_path / "state.pt", weights_only=True))
     assert restored.encode(TEXT) == tokenizer.encode(TEXT)
     assert restored.vocab_size == tokenizer.vocab_size
+    for bad in (tokenizer.vocab_size, -1):
+        with refused(f"token id {bad} is not one of the {tokenizer.vocab_size} tokens"):
+            restored.decode([0, bad])
 
 
 def test_tokenizer_from_files_equals_the_trained_one(tmp_path):
@@ -157,15 +160,6 @@ def test_tokenizer_from_files_equals_the_trained_one(tmp_path):
     (tmp_path / "two" / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
     for path in (tmp_path, tmp_path / "tokenizer.json", tmp_path / "state.json", tmp_path / "two"):
         assert build(str(path)).encode(TEXT) == BPE.encode(TEXT)
-
-
-def test_special_tokens_stand_for_their_text():
-    library = Tokenizer.from_str(BPE.state()["definition"])
-    library.add_special_tokens(["<|endoftext|>"])
-    tokenizer = BytePairTokenizer(library.to_str())
-    assert tokenizer.vocab_size == 281
-    assert tokenizer.encode("a<|endoftext|>") == [*BPE.encode("a"), 280]
-    assert tokenizer.decode([280]) == "<|endoftext|>"
 
 
 def test_a_tokenizer_of_the_hub_is_read_from_its_cache_without_any_network(no_hub, monkeypatch, tmp_path):
@@ -191,13 +185,6 @@ def test_offline_mode_asks_no_hub(no_hub, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "get_session", lambda: pytest.fail("asked the hub"))
     with refused("not reachable", ConnectionError):
         build("gpt2")
-
-
-@pytest.mark.parametrize("tokenizer", [ByteTokenizer(), CharacterTokenizer("abc"), BPE], ids=["bytes", "chars", "bpe"])
-def test_ids_beyond_the_vocabulary_are_named(tokenizer):
-    for bad in (tokenizer.vocab_size, -1):
-        with refused(f"token id {bad} is not one of the {tokenizer.vocab_size} tokens"):
-            tokenizer.decode([0, bad])
 
 
 def test_an_unknown_character_is_named_with_its_position():
@@ -240,7 +227,13 @@ def test_tokenizers_that_change_texts_are_refused():
         tokenizer.encode("the text")
 
 
-def test_ids_with_gaps_are_in_the_vocabulary():
+def test_vocabularies_with_special_tokens_and_with_gaps():
+    library = Tokenizer.from_str(BPE.state()["definition"])
+    library.add_special_tokens(["<|endoftext|>"])
+    tokenizer = BytePairTokenizer(library.to_str())
+    assert tokenizer.vocab_size == 281
+    assert tokenizer.encode("a<|endoftext|>") == [*BPE.encode("a"), 280]
+    assert tokenizer.decode([280]) == "<|endoftext|>"
     definition = json.loads(BPE.state()["definition"])
     definition["model"]["vocab"] = {t: i + 50 * (i >= 260) for t, i in definition["model"]["vocab"].items()}
     tokenizer = BytePairTokenizer(json.dumps(definition))

@@ -248,11 +248,10 @@ def build_tokenizer(name: str, *, bpe_vocab_size: int, training_text: Iterable[s
             return BytePairTokenizer.train(training_text, bpe_vocab_size)
         case "gpt2":
             name = _GPT2_REPOSITORY
-    path: Path | None = Path(name)
-    if not Path(name).exists():
-        advice = 'download tokenizer.json elsewhere and pass its path as tokenizer, or use tokenizer="bpe"'
-        path = hub_file(name, "tokenizer.json", advice)
-    if path is None:
+    if Path(name).exists():
+        return _tokenizer_from_path(Path(name))
+    advice = 'download tokenizer.json elsewhere and pass its path as tokenizer, or use tokenizer="bpe"'
+    if (path := hub_file(name, "tokenizer.json", advice)) is None:
         raise FileNotFoundError(f"{name} has no tokenizer.json: use another tokenizer.")
     return _tokenizer_from_path(path)
 
