@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from math import isfinite
 from typing import Any, NamedTuple
 
-from benchmarks.core.memory import BASE_STEPS, PROMISES, Promise
+from benchmarks.core.memory import BASE_STEPS, PROMISES
 
 Rows = Sequence[dict[str, Any]]
 
@@ -73,13 +73,10 @@ def _memory(rows: Rows, quick: bool) -> list[Requirement]:
             ]
             judged = not quick or kind == "tensor"
             verdicts.append(at_most(f"{kind} {where}", max(rest) / rest[0], MAX_RATIO, "{:.4f}", judged))
-        verdicts.append(_growth(promise, max(r["growth_bits"] for r in curve)))
+        name, bits = promise.member.label, max(r["growth_bits"] for r in curve)
+        limit = MAX_BITS_RATIO * promise.bits
+        verdicts.append(at_most(f"growth, bits per element and evaluation, {name}", bits, limit, "{:.2f}"))
     return verdicts
-
-
-def _growth(promise: Promise, bits: float) -> Requirement:
-    name = f"growth, bits per element and evaluation, {promise.member.label}"
-    return at_most(name, bits, MAX_BITS_RATIO * promise.bits, "{:.2f}")
 
 
 def at_most(name: str, measured: float, limit: float, style: str, is_judged: bool = True) -> Requirement:

@@ -126,11 +126,6 @@ def message(log: Path) -> str:
     return re.sub(r"/\S*/", "", line).replace("|", "\\|")
 
 
-def brief(error: str) -> str:
-    """The first clause of an error."""
-    return error.split(" (")[0]
-
-
 def disk_faults(bench: Bench) -> None:
     """Faults of a small separate file system; skipped without root."""
     with small_disk(bench.folder / "disk") as mounted:
@@ -219,7 +214,8 @@ def kills(bench: Bench, num_kills: int, num_processes: int = 1) -> None:
     if num_processes > 1:
         fault, whose = "one of two processes killed", f"{whose} of FSDP2 with sharded checkpoints"
         errors = [error for kill in result["kills"] for error in kill["errors"]]
-        said = f"the other process, {len(errors)} of {len(repeated)} times: {brief(errors[0]) if errors else ''}"
+        first = errors[0].split(" (")[0] if errors else ""
+        said = f"the other process, {len(errors)} of {len(repeated)} times: {first}"
     done = f"kill -9 at {len(repeated)} random moments of {whose}, {written} of them within a save"
     lost = "; ".join(result["differences"])
     lost = lost or f"nothing; at most {max(repeated)} steps since the last checkpoint repeated"

@@ -29,7 +29,9 @@ class Issued(NamedTuple):
 
 def issue(settings: dict[str, Any]) -> Issued:
     """Time the steps of a configuration: loss, gradients in bfloat16 autocast, optimizer; one thread."""
-    model, loss = shrunk(settings["model"]["network"], solver_of(settings), "context_length" in settings["data"])
+    # Without a tolerance, so that all steps are issued.
+    solver = SolverConfig(**settings["model"]["solver"] | {"rtol": 0.0})
+    model, loss = shrunk(settings["model"]["network"], solver, "context_length" in settings["data"])
     optimizer = build_optimizer(model, OptimizerConfig(**settings["model"]["optimizer"]))
 
     def step() -> None:
@@ -49,11 +51,6 @@ def issue(settings: dict[str, Any]) -> Issued:
         step()
     torch.set_num_threads(threads)
     return Issued(statistics.median(seconds[WARMUP:]), counter.operations)
-
-
-def solver_of(settings: dict[str, Any]) -> SolverConfig:
-    """The solver without a tolerance, so that all of its steps are issued."""
-    return SolverConfig(**settings["model"]["solver"] | {"rtol": 0.0})
 
 
 def shrunk(network: dict[str, Any], solver: SolverConfig, is_text: bool) -> tuple[Any, Callable[[], torch.Tensor]]:

@@ -58,13 +58,12 @@ def run(
         RuntimeError: If a process continues without the killed one; it is terminated.
     """
     log.write_text("")
-    group = {} if num_processes == 1 else _group_environment(num_processes)
-    running = {}
+    running, port = {}, _free_port()
     for rank in range(num_processes):
         pid = os.fork()
         if pid == 0:
-            if group:
-                _join_group(group, rank)
+            if num_processes > 1:
+                _join_group(rank, num_processes, port)
             _child(arguments, log, event if rank == struck else None, disturb if rank == struck else None)
         running[pid] = rank
     target = next(pid for pid, rank in running.items() if rank == struck)
@@ -90,25 +89,19 @@ def run(
     return min(codes) if min(codes) < 0 else max(codes)
 
 
-def _group_environment(num_processes: int) -> dict[str, str]:
+def _free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    size = str(num_processes)
-    return {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": size,
-        "LOCAL_WORLD_SIZE": size,
-        "GROUP_RANK": "0",
-        "TORCHELASTIC_RUN_ID": "killing",
-    }
+        return int(free.getsockname()[1])
 
 
-def _join_group(environment: dict[str, str], rank: int) -> None:
+def _join_group(rank: int, num_processes: int, port: int) -> None:
+    """Set the environment that torchrun would set."""
     import torch
 
-    os.environ |= {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": num_processes, "GROUP_RANK": 0}
+    group |= {"LOCAL_WORLD_SIZE": num_processes, "RANK": rank, "LOCAL_RANK": rank, "TORCHELASTIC_RUN_ID": "killing"}
+    os.environ |= {name: str(value) for name, value in group.items()}
     torch.set_num_threads(1)
 
 

@@ -40,17 +40,12 @@ def competitors(problem: Problem, num_steps: int) -> dict[str, Callable[[], Any]
     return {
         STORED: bptt_step(problem, member, num_steps),
         EVERY: bptt_step(problem, member, num_steps, checkpoint=True),
-        SEGMENTS: segmented_step(problem, num_steps),
+        SEGMENTS: lambda: torch.autograd.grad(segmented_value(problem, num_steps), problem.sources, problem.weight),
         **{
             name: reversible_step(problem, member, num_steps, "exact", stored_evaluations=round(share * 2 * num_steps))
             for name, share in SHARES.items()
         },
     }
-
-
-def segmented_step(problem: Problem, num_steps: int) -> Callable[[], None]:
-    """Forward and backward pass with a checkpoint every sqrt(N) steps."""
-    return lambda: problem_gradient(problem, segmented_value(problem, num_steps))
 
 
 def segmented_value(problem: Problem, num_steps: int) -> Tensor:
@@ -66,11 +61,6 @@ def segmented_value(problem: Problem, num_steps: int) -> Tensor:
     for start in range(0, num_steps, length):
         y, z = checkpoint(segment, y, z, problem.x, min(length, num_steps - start), use_reentrant=False)
     return z
-
-
-def problem_gradient(problem: Problem, value: Tensor) -> None:
-    """Run the backward pass, as the other competitors do."""
-    torch.autograd.grad(value, problem.sources, problem.weight)
 
 
 def measure(quick: bool) -> list[dict[str, Any]]:
