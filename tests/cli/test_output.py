@@ -116,7 +116,7 @@ def test_our_callbacks_endure_the_broken_output_of_another_program(monkeypatch, 
     progress = RunProgress(console=Console(file=sys.stdout, force_terminal=True))
     progress.print("a line")
     progress._start("training", 3, 0)
-    progress._stop()
+    progress.on_train_end(None, None)
 
 
 @pytest.mark.slow
