@@ -163,12 +163,12 @@ with_every_solver = pytest.mark.parametrize("make", EVERY_SOLVER.values(), ids=E
 
 EVERY_ADJOINT = {
     "reversible": REVERSIBLE,
-    "recorded": ReversibleAdjoint(mismatch="raise", forward_with_grad=True),
     "backprop": BPTT,
     "checkpointed": BackpropAdjoint(checkpoint=True),
     "implicit": ImplicitAdjoint(solver=AndersonSolver(max_steps=30, rtol=1e-10), unconverged="ignore"),
     "unrolled": PhantomAdjoint(beta=0.8),
     "neumann": PhantomAdjoint(beta=0.8, kind="neumann"),
+    "recorded": ReversibleAdjoint(mismatch="raise", forward_with_grad=True),
 }
 IMPLICIT, UNROLLED, NEUMANN = ADJOINTS = [EVERY_ADJOINT[name] for name in ("implicit", "unrolled", "neumann")]
 
