@@ -7,7 +7,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from subprocess import Popen
 from typing import Any, NoReturn, cast
 
@@ -27,6 +27,15 @@ LOST = re.compile(f"gloo|nccl|{NETWORK}", re.IGNORECASE)
 SOURCE_LINE = re.compile(r"^\[[^]]*\]\s*|(?<=NCCL error) in: [^,]*")
 NO_PEER = re.compile("invalid (usage|argument)|unhandled (system|cuda) error|internal error")
 """NCCL's messages about faults of this process or machine."""
+
+
+@contextmanager
+def orderly_end(notes_signals: bool) -> Iterator[None]:
+    """Context of a command, after which neither W&B runs nor other processes nor the process group are left."""
+    with children_ended():
+        with stop_signals_noted() if notes_signals else nullcontext(), finished_wandb(), children_ended():
+            yield
+        end_process_group()
 
 
 @contextmanager

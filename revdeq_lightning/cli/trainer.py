@@ -22,15 +22,7 @@ from revdeq_lightning.cli.checks import as_list, check_settings, load_weights
 from revdeq_lightning.cli.errors import fail, run_errors, setting_errors
 from revdeq_lightning.cli.parser import ReadableErrors
 from revdeq_lightning.cli.paths import with_variables
-from revdeq_lightning.cli.process_end import (
-    children_ended,
-    end_after_interrupt,
-    end_process_group,
-    finished_wandb,
-    let_sigterm_end_the_wait,
-    lost_peer,
-    stop_signals_noted,
-)
+from revdeq_lightning.cli.process_end import end_after_interrupt, let_sigterm_end_the_wait, lost_peer, orderly_end
 from revdeq_lightning.cli.quiet import quieten_lightning
 from revdeq_lightning.cli.run_choice import choose_run, take_folder, without_a_trace
 from revdeq_lightning.cli.saved_config import SaveRunConfig
@@ -71,15 +63,13 @@ class AbstractCommandLine(LightningCLI):
     """File of exported weights with which the run begins."""
 
     @classmethod
-    @children_ended()
     def start(cls, subcommand: str, options: Sequence[str]) -> None:
         """Parse and run a command; report what the user can fix in one line."""
         quieten_lightning()
         prepare_jsonargparse()
         register_strategies()
-        with stop_signals_noted() if subcommand == "fit" else nullcontext(), finished_wandb(), children_ended():
+        with orderly_end(notes_signals=subcommand == "fit"):
             cls(subcommand, options)
-        end_process_group()
 
     def __init__(self, subcommand: str, options: Sequence[str]) -> None:
         self._name = subcommand
