@@ -145,7 +145,9 @@ def _split_folders(names: list[str], where: str) -> dict[str, str]:
     """The split of each top-level folder; without splits, everything is for training."""
     below: dict[str, set[str]] = {}  # where each top-level folder has images: the names of its folders, "" for itself
     for top, _, inner in (name.partition("/") for name in names if "/" in name):
-        below.setdefault(top, set()).update([inner.rpartition("/")[0].partition("/")[0]] * _is_image(inner))
+        below.setdefault(top, set())
+        if _is_image(inner):
+            below[top].add(inner.partition("/")[0] if "/" in inner else "")
     folders = {f"{top}/": split for top in sorted(below) if (split := split_of(top))}
     others = sorted(top for top, inner in below.items() if inner and f"{top}/" not in folders)
     if not folders:

@@ -118,7 +118,7 @@ class AbstractDataModule(LightningDataModule):
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.hparams.items())})"
 
     def _require_counts(self, *names: str, optional: Sequence[str] = ()) -> None:
-        """Raise ValueError unless these settings are counts, as those that every data module has."""
+        """Raise ValueError unless these settings, and those that every data module has, are counts."""
         for name in (*names, "batch_size", *(name for name in optional if self.hparams[name] is not None)):
             require_count(name, self.hparams[name])
         for name in ("num_workers", "seed"):

@@ -214,15 +214,14 @@ def hub_file(repository: str, name: str, advice: str, repo_type: str = "model") 
     Raises:
         ConnectionError: If it cannot be fetched; ends with the advice.
     """
-    import huggingface_hub
+    from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     reason = "the Hub is not reachable"
     for local in (True, False):
         try:
             if local or hub_is_reachable():
-                path = huggingface_hub.hf_hub_download(repository, name, repo_type=repo_type, local_files_only=local)
-                return Path(path)
+                return Path(hf_hub_download(repository, name, repo_type=repo_type, local_files_only=local))
         except LocalEntryNotFoundError:  # also an EntryNotFoundError
             pass
         except EntryNotFoundError:
@@ -230,7 +229,7 @@ def hub_file(repository: str, name: str, advice: str, repo_type: str = "model") 
         except (OSError, ValueError) as error:
             reason = " ".join(str(error).split())
     raise ConnectionError(
-        f"{name} of {repository} is not in the local cache, and cannot be fetched ({reason}): {advice}"
+        f"{name} of {repository} is not in the local cache and cannot be fetched ({reason}): {advice}"
     )
 
 
