@@ -73,9 +73,8 @@ class Dropping(Gated):
     [
         ("reversible", True, "inductor"),
         ("reversible", False, "aot_eager"),
-        ("recorded", True, "aot_eager"),
         ("checkpointed", True, "aot_eager"),
-        *((adjoint, False, "aot_eager") for adjoint in ("backprop", "implicit", "unrolled", "neumann")),
+        *((adjoint, False, "aot_eager") for adjoint in ("backprop", "implicit", "unrolled")),
     ],
 )
 def test_compiled_model(adjoint, compile_f, backend):
