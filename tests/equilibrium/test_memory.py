@@ -101,7 +101,7 @@ def test_implicit_and_phantom_gradients_do_not_depend_on_the_steps_of_either_sol
             peaks = [peak_bytes(make(max_steps=n), adjoint or implicit(make, n), contracting=True) for n in (few, many)]
             assert peaks[1] - peaks[0] <= 16 * (many - few)  # a few numbers a step, where a state has 1024 bytes
         if make is RelaxedSolver:
-            assert peaks[0] < peak_bytes(make(max_steps=few), BPTT, contracting=True)
+            assert peaks[1] < peak_bytes(make(max_steps=many), BPTT, contracting=True) / 3
 
 
 def test_autocast_keeps_no_cast_of_a_state():
