@@ -1,4 +1,4 @@
-"""Logs tables, curves, pictures and histograms to W&B."""
+"""Logs tables, curves, pictures, animations and histograms to W&B."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +30,11 @@ def log_curves(trainer: Trainer, key: str, title: str, plots: Sequence[Plot]) ->
 def log_picture(trainer: Trainer, key: str, path: Path, caption: str) -> None:
     """Log a PNG file."""
     _log(trainer, key, lambda wandb: wandb.Image(str(path), caption=caption))
+
+
+def log_animation(trainer: Trainer, key: str, path: Path) -> None:
+    """Log a GIF file."""
+    _log(trainer, key, lambda wandb: wandb.Video(str(path)))
 
 
 def log_histogram(trainer: Trainer, key: str, counts: Any, edges: Any) -> None:

@@ -83,7 +83,7 @@ def draw_puzzle(axis: Any, puzzle: SolvedPuzzle, is_maze: bool) -> None:
 
 
 def animate_maze(steps: Sequence[SolvedPuzzle], path: Path, *, side: int = 480) -> None:
-    """A WebP animation of a maze's answer as it appears, the last frame shown longer.
+    """A GIF animation of a maze's answer as it appears, the last frame shown longer.
 
     Args:
         steps: The same maze with the answer after more and more evaluations, at least one.
@@ -92,9 +92,9 @@ def animate_maze(steps: Sequence[SolvedPuzzle], path: Path, *, side: int = 480) 
     """
     factor = max(1, side // max(steps[0].inputs.shape))
     pixels = [np.repeat(np.repeat(maze_pixels(step), factor, 0), factor, 1) for step in steps]
-    frames = [Image.fromarray(frame) for frame in pixels]
+    frames = [Image.fromarray(frame).quantize() for frame in pixels]  # of a few colors: exact
     durations = [120] * (len(frames) - 1) + [2500]
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0, lossless=True)
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
 
 
 def draw_heat_map(values: NDArray[np.float64], rows: Sequence[str], columns: Sequence[str], path: Path) -> None:

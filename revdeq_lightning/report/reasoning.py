@@ -10,13 +10,13 @@ from torch import Tensor
 
 from revdeq_lightning.equilibrium import equilibria
 from revdeq_lightning.loggers.endurance import Survives
-from revdeq_lightning.loggers.media import log_picture, log_table
+from revdeq_lightning.loggers.media import log_animation, log_picture, log_table
 from revdeq_lightning.loggers.puzzle_pictures import SolvedPuzzle, animate_maze, draw_heat_map, draw_puzzles
 from revdeq_lightning.loggers.step_rows import write_rows
 
 FRACTIONS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0, 2.0)
 """Fractions of the evaluations that a size gets by the rule."""
-FRAMES = 60
+FRAMES, ANIMATION = 60, "animation.gif"
 
 
 class ReasoningReport(Callback):
@@ -24,8 +24,8 @@ class ReasoningReport(Callback):
 
     Writes `puzzles.png` (a sheet of puzzles, wrong cells in orange), `thinking.csv` (`size`, `evaluations` of f so far,
     `solved` and `cell_accuracy` of the answers read out then; up to twice the evaluations of the rule) and `solved.png`
-    (its heat map); for mazes `thinking.png` and `animation.webp`, the path of a large maze as it appears. On W&B the
-    pictures and the table, `reasoning/...`. Logs no numbers.
+    (its heat map); for mazes `thinking.png` and `animation.gif`, the path of a large maze as it appears. On W&B all
+    of it, `reasoning/...`. Logs no numbers.
 
     Assumes that `test_step` returns the logits of a batch, and a reasoner as the module's `model`.
 
@@ -91,6 +91,8 @@ class ReasoningReport(Callback):
         for path in (self.folder / name for name in ("puzzles.png", "solved.png", "thinking.png")):
             if path.is_file():
                 log_picture(trainer, f"reasoning/{path.stem}", path, path.stem.replace("_", " "))
+        if (self.folder / ANIMATION).is_file():
+            log_animation(trainer, "reasoning/animation", self.folder / ANIMATION)
         if self._rows:
             log_table(trainer, "reasoning/thinking", self._rows)
 
@@ -110,7 +112,7 @@ class ReasoningReport(Callback):
             draw_puzzles(
                 [puzzle for _, puzzle in chosen], self.folder / "thinking.png", "a path appears", titles, are_mazes=True
             )
-            animate_maze([puzzle for _, puzzle in self._largest], self.folder / "animation.webp")
+            animate_maze([puzzle for _, puzzle in self._largest], self.folder / ANIMATION)
 
 
 def solved_puzzle(batch: Any, answers: Tensor, index: int) -> SolvedPuzzle:

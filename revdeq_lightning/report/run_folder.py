@@ -207,4 +207,4 @@ def _load(path: Path, parse: Any) -> Any:
 
 def pictures_in(folder: Path) -> list[Path]:
     """Pictures and animations in a run's folder, sorted by name."""
-    return sorted(path for path in folder.glob("*.*") if path.suffix in (".png", ".webp"))
+    return sorted(path for path in folder.glob("*.*") if path.suffix in (".png", ".gif"))

@@ -20,6 +20,7 @@ from revdeq_lightning.models import ReasonerConfig, ReasonerOutput
 from revdeq_lightning.models.build import SolverConfig
 from revdeq_lightning.report.run_folder import read_run
 from revdeq_lightning.tasks import OptimizerConfig, ReasoningTask
+from tests.callbacks.wandb_records import read_back
 from tests.helpers.processes import run_python
 from tests.helpers.runs import assert_equal
 
@@ -56,7 +57,7 @@ def call(*words):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("reasoning")
-    said = call("fit", "--config", config(folder), "--run.version=v").out
+    said = call("fit", "--config", config(folder), "--run.version=v", "--run.wandb=offline").out
     return folder, folder / "runs/tiny/v", said
 
 
@@ -84,12 +85,15 @@ def test_a_test_draws_what_the_reasoner_does(trained):
     rows = list(csv.DictReader(io.StringIO((run / "thinking.csv").read_text())))
     assert {row["size"] for row in rows} == {"5x5", "7x7"}
     assert max(int(row["evaluations"]) for row in rows if row["size"] == "5x5") == 8
-    for name in ("puzzles.png", "solved.png", "thinking.png", "animation.webp"):
+    for name in ("puzzles.png", "solved.png", "thinking.png", "animation.gif"):
         with Image.open(run / name) as picture:
             picture.load()
     found = read_run(run, "tiny")
     assert (found.task, found.item, found.unit) == ("reasoner", "cell", "puzzle")
-    assert "data:image/webp" in (run / "report.html").read_text()
+    assert "data:image/gif" in (run / "report.html").read_text()
+    on_wandb = read_back(run)
+    types = {"puzzles": "image-file", "solved": "image-file", "thinking": "table-file", "animation": "video-file"}
+    assert {key: on_wandb.media(f"reasoning/{key}")[-1]["_type"] for key in types} == types
 
 
 def test_a_resumed_run_ends_as_the_whole_one(trained, tmp_path):
@@ -108,8 +112,8 @@ def test_an_animation_has_a_frame_for_each_answer(tmp_path):
     answers = [np.zeros_like(inputs) for _ in range(3)]
     answers[1][1, 1], answers[2][1, 1:4] = 1, 1
     answers[1][1, 2] = 1
-    animate_maze([SolvedPuzzle(inputs, (inputs > 0).astype(int), a) for a in answers], tmp_path / "a.webp", side=50)
-    with Image.open(tmp_path / "a.webp") as animation:
+    animate_maze([SolvedPuzzle(inputs, (inputs > 0).astype(int), a) for a in answers], tmp_path / "a.gif", side=50)
+    with Image.open(tmp_path / "a.gif") as animation:
         assert animation.n_frames >= 2
         animation.seek(animation.n_frames - 1)
         last = np.asarray(animation.convert("RGB"))[15, 25]
