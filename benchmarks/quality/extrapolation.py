@@ -197,7 +197,7 @@ main = part.command(
         "--sizes": {"type": int, "nargs": "+", "default": list(REQUIRED)},
         "--count": {"type": int, "default": 200, "help": "mazes of each size"},
     },
-    needs=shown,
+    needs=lambda options: f"{shown(options)} --sizes {' '.join(map(str, options.sizes))} --count {options.count}",
 )
 
 if __name__ == "__main__":
