@@ -30,7 +30,7 @@ def test_images_are_decoded_once_and_read_as_a_memory_map(module, monkeypatch):
     monkeypatch.setattr(image_preparation, "_decode_all", lambda *_: pytest.fail("decoded twice"))
     again = module(batch_size=2, seed=3, augmentation=EVERYTHING)
     assert_same_splits(again, first)
-    assert isinstance(again._dataset("train").images.open(), np.memmap)
+    assert isinstance(again._dataset("train").images.array, np.memmap)
     assert again.preprocessing_state() == first.preprocessing_state()
 
 

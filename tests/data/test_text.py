@@ -51,7 +51,7 @@ def module(tmp_path):
 
 
 def split_ids(data, split):
-    return data._prepared().arrays[split].open().tolist()
+    return data._prepared().arrays[split].array.tolist()
 
 
 def texts_of(data):
@@ -240,13 +240,13 @@ def test_tokens_are_stored_once_and_read_as_a_memory_map(module, monkeypatch):
     monkeypatch.setattr(TextDataModule, "_tokenize", lambda *_: pytest.fail("tokenized twice"))
     again = module(tokenizer="bpe", bpe_vocab_size=280)
     assert split_ids(again, "train") == split_ids(first, "train")
-    assert isinstance(again._prepared().arrays["train"].open(), np.memmap)
-    assert again._prepared().arrays["train"].open().dtype == np.uint16
+    assert isinstance(again._prepared().arrays["train"].array, np.memmap)
+    assert again._prepared().arrays["train"].array.dtype == np.uint16
     assert again.tokenizer_state() == first.tokenizer_state()
     monkeypatch.undo()
     monkeypatch.setattr("revdeq_lightning.data.text.tokenizers.ByteTokenizer.vocab_size", 2**16 + 1)
     large = module()
-    assert large._prepared().arrays["train"].open().dtype == np.uint32
+    assert large._prepared().arrays["train"].array.dtype == np.uint32
     assert "".join(texts_of(large).values()) == PROSE
 
 
@@ -305,7 +305,7 @@ def _prepare_and_count(folder, start, builds):
     TextDataModule._tokenize = counted
     start.wait()
     assert data.vocab_size == 270
-    assert len(data._prepared().arrays["train"].open()) > 0
+    assert len(data._prepared().arrays["train"].array) > 0
 
 
 def test_processes_that_prepare_at_the_same_time_build_once(tmp_path):

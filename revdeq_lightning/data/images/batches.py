@@ -53,8 +53,8 @@ class PreparedImages(Dataset[ImageBatch]):
     def __getitem__(self, indices: list[int]) -> ImageBatch:
         keys = np.asarray(indices, dtype=np.int64)
         items = np.where(keys == PADDING, 0, keys % len(self))
-        labels = np.where(keys == PADDING, IGNORE_INDEX, self.labels.open()[items])
-        return _batch(self.images.open()[items], labels, keys, self.training)
+        labels = np.where(keys == PADDING, IGNORE_INDEX, self.labels.array[items])
+        return _batch(self.images.array[items], labels, keys, self.training)
 
 
 class DecodedImages(Dataset[ImageBatch]):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from filelock import FileLock
@@ -31,11 +31,16 @@ class StoredArray:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_map": None}
 
-    def open(self) -> NDArray[Any]:
-        """The memory map."""
+    def open(self) -> None:
+        """Map the file, so that it may be deleted from now on."""
         if self._map is None:
             self._map = np.memmap(self.path, self.dtype, "r", shape=self.shape)
-        return self._map
+
+    @property
+    def array(self) -> NDArray[Any]:
+        """The memory map."""
+        self.open()
+        return cast(NDArray[Any], self._map)
 
 
 class ArrayCache(NamedTuple):

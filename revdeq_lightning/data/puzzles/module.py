@@ -203,7 +203,7 @@ class PuzzleDataModule(AbstractDataModule):
             path = Path(hparams["cache_dir"], f"{hparams['puzzle']}-{split_size}-{split}-{key}.arrays")
             make = partial(make_puzzle, self.kind, hparams["seed"], split, split_size, train_size=size)
             arrays = load_or_build(path, partial(_make_all, make, number, path)).arrays
-            data.setdefault(split, []).append((arrays["inputs"].open(), arrays["targets"].open()))
+            data.setdefault(split, []).append((arrays["inputs"].array, arrays["targets"].array))
         return data
 
     def _from_file(self, path: str) -> dict[str, list[Arrays]]:

@@ -35,7 +35,7 @@ class TokenWindows(Dataset[TextBatch]):
         first = np.asarray(starts, dtype=np.int64)[:, None]
         positions = first + np.arange(self.context_length + 1)
         exists = (first != PADDING) & (positions < len(self.tokens))
-        window = self.tokens.open()[np.where(exists, positions, 0)].astype(np.int64)
+        window = self.tokens.array[np.where(exists, positions, 0)].astype(np.int64)
         tokens = np.where(exists, window, 0)[:, :-1]
         targets = np.where(exists, window, IGNORE_INDEX)[:, 1:]
         return TextBatch(torch.from_numpy(tokens), torch.from_numpy(np.ascontiguousarray(targets)))
