@@ -32,7 +32,7 @@ MODELS: dict[str, tuple[str, str, Any, Any]] = {
     "preprocessing": ("an image classifier", "runs/image", ClassifierConfig, build_image_classifier),
     "puzzles": ("a reasoner", "runs/reasoning", ReasonerConfig, build_reasoner),
 }
-"""By what a checkpoint has besides settings and weights: its model, where training writes it, settings and builder."""
+"""By the entry that only such checkpoints have: their model, folder of runs, settings of the network, and builder."""
 
 
 @dataclass
@@ -88,7 +88,7 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give another path, whose file or folder gets this one when it is complete."""
+    """Yield a temporary path, whose file or folder replaces that of `path` at the end."""
     with writing(path), tempfile.TemporaryDirectory(dir=path.parent) as folder:
         yield Path(folder, path.name)
         Path(folder, path.name).replace(path)

@@ -1,4 +1,4 @@
-"""Names of all options, read from source code, for short help and to report a misspelt one before seconds of imports.
+"""Names of all options, read from source code, for short help and to report a misspelled one before seconds of imports.
 
 There may be too many, which the parser reports later, but none is missing.
 """

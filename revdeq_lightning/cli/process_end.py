@@ -31,7 +31,7 @@ NO_PEER = re.compile("invalid (usage|argument)|unhandled (system|cuda) error|int
 
 @contextmanager
 def orderly_end(notes_signals: bool) -> Iterator[None]:
-    """Context of a command, after which neither W&B runs nor other processes nor the process group are left."""
+    """Context of a command that ends its W&B runs, its child processes, and the process group."""
     with children_ended():
         with stop_signals_noted() if notes_signals else nullcontext(), finished_wandb(), children_ended():
             yield

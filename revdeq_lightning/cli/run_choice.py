@@ -92,7 +92,7 @@ def take_folder(run: RunConfig, made: list[Path]) -> None:
 
     Args:
         run: The run, whose version is set.
-        made: Gets the folders that were made, the innermost first.
+        made: Receives the folders that were created, the innermost first.
 
     Raises:
         OSError: If it cannot be written.

@@ -130,7 +130,7 @@ def sample(
 
 
 def cache_fault(model: Any) -> str | None:
-    """Why a key-value cache would change the text or cannot be used; None: it changes nothing."""
+    """Why a key-value cache would change the text or cannot be used; None if it can be used."""
     solver = getattr(getattr(model, "equilibrium", None), "solver", None)
     if not model.config.has_cache:
         return f"block={model.config.block!r} has no cache of keys and values"

@@ -1,10 +1,10 @@
-"""How `SolverConfig` names the options of adjoints; without PyTorch, for messages that come at once."""
+"""How `SolverConfig` names the options of adjoints. Imports no PyTorch, so that wrong names are reported at once."""
 
 OWN_OPTIONS = (
     *("solver", "adjoint", "num_losses", "loss_decay", "backward_solver", "backward_max_steps", "backward_rtol"),
     "compiled",
 )
-"""Options of `SolverConfig` that are no arguments of a solver or an adjoint."""
+"""Options of `SolverConfig` that are not arguments of a solver or an adjoint."""
 
 
 def adjoint_option(adjoint: str, argument: str) -> str:

@@ -151,7 +151,7 @@ class AbstractTask(LightningModule):
         return self.metrics[name]
 
     def _take(self, name: str, *arguments: Any) -> dict[str, Tensor]:
-        """The figures of a metric, which begins anew."""
+        """Compute the figures of a metric and reset it."""
         figures: dict[str, Tensor] = self._metric(name).compute(*arguments)
         self._metric(name).reset()
         return figures

@@ -51,9 +51,16 @@ class ClassificationTask(AbstractTask):
         require_in_range("label_smoothing", label_smoothing, "[0, 1)")
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
         build = partial(build_in_order, memory_format=memory_format)
-        settings: Any = {"label_smoothing": label_smoothing, "channels_last": channels_last}
-        settings |= {"compile": compile, "jacobian_weight": jacobian_weight}
-        super().__init__(network, solver, optimizer, build, **settings)
+        super().__init__(
+            network,
+            solver,
+            optimizer,
+            build,
+            compile=compile,
+            jacobian_weight=jacobian_weight,
+            label_smoothing=label_smoothing,
+            channels_last=channels_last,
+        )
         self.label_smoothing, self.memory_format = label_smoothing, memory_format
         num_classes = self.model.config.num_classes
         self.metrics = nn.ModuleDict({name: ClassificationMetrics(num_classes) for name in ("val", "test")})
@@ -107,21 +114,21 @@ class ClassificationTask(AbstractTask):
     def evaluation_sums(self, batch: Any) -> dict[str, Tensor]:
         """Sums over the images of the batch, for `DepthSweep`."""
         batch = self.as_batch(batch)
-        sums = self._sums(batch, self(batch.images).logits_BV)
+        sums = self._sums(batch, self(batch.images).logits_BV.float())
         return {"loss": sums["nats"], "accuracy": sums["right"], "count": sums["images"]}
 
     def _sums(self, batch: ImageBatch, logits_BV: Tensor) -> dict[str, Tensor]:
         """Sums over the images of a batch without padding, as `ClassificationMetrics` takes them."""
-        first_BK = logits_BV.topk(min(5, logits_BV.shape[1])).indices
+        first_BK = logits_BV.topk(min(5, logits_BV.shape[1])).indices  # of equal logits in any order
         return {
-            "nats": F.cross_entropy(logits_BV.float(), batch.labels, reduction="sum", ignore_index=IGNORE_INDEX),
-            "right": (first_BK[:, 0] == batch.labels).sum(),
+            "nats": F.cross_entropy(logits_BV, batch.labels, reduction="sum", ignore_index=IGNORE_INDEX),
+            "right": (logits_BV.argmax(-1) == batch.labels).sum(),
             "right_in_five": (first_BK == batch.labels[:, None]).sum(),
             "images": (batch.labels != IGNORE_INDEX).sum(),
         }
 
     def _add_to(self, split: str, batch: ImageBatch) -> Tensor:
-        logits_BV: Tensor = self(batch.images).logits_BV
+        logits_BV: Tensor = self(batch.images).logits_BV.float()
         self._metric(split).update(**self._sums(batch, logits_BV))
         return logits_BV
 

@@ -45,8 +45,9 @@ class LanguageModelingTask(AbstractTask):
         compile: bool = False,
         jacobian_weight: float = 0.0,
     ) -> None:
-        settings: Any = {"compile": compile, "jacobian_weight": jacobian_weight}
-        super().__init__(network, solver, optimizer, build_language_model, **settings)
+        super().__init__(
+            network, solver, optimizer, build_language_model, compile=compile, jacobian_weight=jacobian_weight
+        )
         self.metrics = nn.ModuleDict({name: LanguageMetrics() for name in SPLITS})
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:

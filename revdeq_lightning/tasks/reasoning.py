@@ -56,9 +56,17 @@ class ReasoningTask(AbstractTask):
         compile: bool = False,
         jacobian_weight: float = 0.0,
     ) -> None:
-        settings: Any = {"random_start": random_start, "late_start": late_start, "late_steps": late_steps}
-        settings |= {"compile": compile, "jacobian_weight": jacobian_weight}
-        super().__init__(network, solver, optimizer, build_reasoner, **settings)
+        super().__init__(
+            network,
+            solver,
+            optimizer,
+            build_reasoner,
+            compile=compile,
+            jacobian_weight=jacobian_weight,
+            random_start=random_start,
+            late_start=late_start,
+            late_steps=late_steps,
+        )
         for name, value in (("random_start", random_start), ("late_start", late_start)):
             require_in_range(name, value, "[0, 1]")
             if value and not equilibria(self.model):

@@ -77,6 +77,17 @@ def test_evaluation_counts_every_image_once_and_padding_never():
     torch.testing.assert_close(sums["accuracy"] / NUM, expected["accuracy"])
 
 
+def test_figures_are_of_the_predicted_class_in_float32():
+    """Of equal logits, those of a model that has not begun to learn, the first class is predicted."""
+    task = make_task(num_classes=10)
+    for parameter in task.model.head.parameters():
+        torch.nn.init.zeros_(parameter)
+    batch = make_batch([0] * NUM)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert task.test_step(batch, 0).dtype == torch.float32
+        assert task.evaluation_sums(batch)["accuracy"] == NUM
+
+
 def test_a_loss_that_is_not_finite_is_not_left_out_of_the_mean():
     task, logged = make_task(), {}
     task.log_dict = lambda values, **_: logged.update(values)

@@ -28,5 +28,5 @@ class Draws:
 
 
 def shuffled_keys(num_items: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """A permutation of the items of an epoch, counted on through the epochs, so that a key tells its epoch."""
+    """A permutation of the items, plus `epoch * num_items`: keys differ between epochs."""
     return epoch * num_items + Draws(seed, epoch).permutation(num_items)

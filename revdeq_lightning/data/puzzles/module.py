@@ -238,7 +238,7 @@ def make_puzzle(
 ) -> Puzzle:
     """Make puzzle `number` (from 0) of a split: the first one drawn whose content belongs to the split.
 
-    If the training puzzles have another `train_size`, every puzzle does: none of this size is in another split.
+    If the training puzzles have another size, `train_size`, all puzzles of this size belong to the split.
     """
     may_be_shared = train_size in (None, size)
     for attempt in range(_MOST_TRIES):

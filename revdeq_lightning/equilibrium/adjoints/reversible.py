@@ -248,7 +248,7 @@ class _BackwardPass:
         for k in reversed(range(self.solve.iteration.num_evaluations)):
             self._undo(k)
 
-    # The loops call a function for each evaluation, so that nothing of one is there beside the next.
+    # A call for each evaluation, so that its tensors are released before the next one.
 
     def _undo(self, k: int) -> None:
         value, products = self._evaluate(k, self.solver.iterate_before(self.state, None), self.g_current)
