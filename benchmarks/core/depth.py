@@ -27,7 +27,7 @@ from benchmarks.measure import paired_ratio, peak_tensor_bytes, time_interleaved
 from benchmarks.requirements import Requirement, Rows, at_most
 
 BETA = 0.8
-EVALUATIONS = (2, 4, 8, 16, 32, 64, 128)
+EVALUATIONS = (4, 8, 16, 32, 64, 128)
 STORED, EVERY, SEGMENTS, REVERSIBLE = "stored", "checkpoint each evaluation", "checkpoint segments", "reversible"
 SHARES = {REVERSIBLE: 0.0} | {f"{REVERSIBLE}, {share:.0%} stored": share for share in (0.25, 0.5, 0.75, 1.0)}
 METHODS = (STORED, EVERY, SEGMENTS, *SHARES)
@@ -158,7 +158,7 @@ def checkpointed_times(rows: Rows, row: dict[str, Any]) -> list[float]:
 
 
 def draw(path: Path, rows: Rows) -> None:
-    depths = {n: group for n, group in by_depth(rows).items() if n >= 4}
+    depths = by_depth(rows)
     with part.figure(path, 2, 3, (14, 7), sharey=True) as axes:
         for axis, (evaluations, group) in zip(axes.flat, depths.items(), strict=False):
             points = {r["method"]: (r["peak_bytes"] / 2**20, r["time over stored, median"]) for r in group}
