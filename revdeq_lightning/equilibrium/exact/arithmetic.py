@@ -21,6 +21,8 @@ from .remainders import Remainders
 
 Kept = Remainders | None
 """What the updates destroy; None where nothing is kept, and no update is to be undone."""
+Decoded = Tensor | None
+"""The newest state as f saw it, if it is at hand."""
 
 FRACTION_BITS = {torch.int32: 21, torch.float64: 32}
 """States are whole numbers in units of 2 to minus this."""
@@ -72,7 +74,7 @@ class AbstractArithmetic(abc.ABC):
         return state.to(wide, copy=True).mul_(1 / self.scale).to(dtype)
 
     @abc.abstractmethod
-    def advance(self, u_before: Tensor, u: Tensor, v: Tensor, kept: Kept = None) -> Tensor:
+    def advance(self, u_before: Tensor, u: Tensor, v: Tensor, kept: Kept = None, z: Decoded = None) -> Tensor:
         """u_{k+1} from u_{k-1}, u_k and v."""
 
     def advance_detached(self, u_before: Tensor, u: Tensor, v: Tensor) -> Tensor:
@@ -87,7 +89,7 @@ class AbstractArithmetic(abc.ABC):
         return following + (linear - linear.detach())
 
     @abc.abstractmethod
-    def invert_(self, u_next: Tensor, u: Tensor, v: Tensor, kept: Kept = None) -> Tensor:
+    def invert_(self, u_next: Tensor, u: Tensor, v: Tensor, kept: Kept = None, z: Decoded = None) -> Tensor:
         """u_{k-1} from u_{k+1}, u_k and v, in the memory of `u_next`."""
 
     def limit(self) -> float:
@@ -135,15 +137,15 @@ class ExactArithmetic(AbstractArithmetic):
             return scaled.detach().round() + (scaled - scaled.detach())  # rounded, with the derivative of the scaling
         return u.to(self.compute_dtype, copy=True).mul_(self.scale).round_().to(self.dtype)
 
-    def advance(self, u_before: Tensor, u: Tensor, v: Tensor, kept: Kept = None) -> Tensor:
+    def advance(self, u_before: Tensor, u: Tensor, v: Tensor, kept: Kept = None, z: Decoded = None) -> Tensor:
         quotient = self._multiple(u_before, self.p, self.q)
         if kept is not None:
             kept.push(u_before if self._is_shift(self.p, self.q) else u_before - self._least(quotient))
-        return self._increment(u, v).add_(quotient, alpha=self.sign)
+        return self._increment(u, v, z).add_(quotient, alpha=self.sign)
 
-    def invert_(self, u_next: Tensor, u: Tensor, v: Tensor, kept: Kept = None) -> Tensor:
+    def invert_(self, u_next: Tensor, u: Tensor, v: Tensor, kept: Kept = None, z: Decoded = None) -> Tensor:
         assert kept is not None, "the exact state is invertible only with its remainders"
-        increment, quotient = self._increment(u, v), u_next
+        increment, quotient = self._increment(u, v, z), u_next
         if self.sign > 0:
             quotient.sub_(increment)
         else:
@@ -154,12 +156,14 @@ class ExactArithmetic(AbstractArithmetic):
         """The least U with `floor(p * U / q) = quotient`, which is `ceil(q * quotient / p)`."""
         return self._multiple(quotient, self.q, self.p, up=True, out=out)
 
-    def _increment(self, u: Tensor, v: Tensor) -> Tensor:
+    def _increment(self, u: Tensor, v: Tensor, z: Decoded) -> Tensor:
         """`round(scale * (c * u_k + b * v))`: depends on u_k alone, so that both directions get the same bits."""
         _, c, b = self.recurrence
         increment = v.to(self.compute_dtype) * (b * self.scale)
-        if c:  # every operation rounded for itself, as in the kernels
-            increment.add_(u.to(self.compute_dtype, copy=True).mul_(c))
+        if c:  # every operation rounded for itself, as in the kernels; a scale that is a power of 2 rounds nothing
+            if z is None or z.dtype != self.compute_dtype:
+                z = self.decode(u, self.compute_dtype)
+            increment.add_(z * (c * self.scale))
         return increment.round_().to(self.dtype)
 
     def _is_shift(self, numerator: int, denominator: int) -> bool:
@@ -201,12 +205,12 @@ class FloatArithmetic(AbstractArithmetic):
         super().__init__(recurrence)
         self.dtype = self.differentiable_dtype = dtype
 
-    def advance(self, u_before: Tensor, u: Tensor, v: Tensor, kept: Kept = None) -> Tensor:
+    def advance(self, u_before: Tensor, u: Tensor, v: Tensor, kept: Kept = None, z: Decoded = None) -> Tensor:
         a, c, b = self.recurrence
         following = (float(a) * u_before).add_(v.to(self.dtype), alpha=b)
         return following.add_(u, alpha=c) if c else following
 
-    def invert_(self, u_next: Tensor, u: Tensor, v: Tensor, kept: Kept = None) -> Tensor:
+    def invert_(self, u_next: Tensor, u: Tensor, v: Tensor, kept: Kept = None, z: Decoded = None) -> Tensor:
         a, c, b = self.recurrence
         u_next.sub_(v.to(self.dtype), alpha=b)
         return (u_next.sub_(u, alpha=c) if c else u_next).div_(float(a))

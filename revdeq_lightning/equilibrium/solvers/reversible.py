@@ -50,7 +50,7 @@ class TwoStepState(NamedTuple):
     extremes: Leaves
     """Of the newest state and of the value of f that made it, 0-dim."""
     decoded: Leaves
-    """The iterate at which f is evaluated next, forward or back, where the update made it too; otherwise empty."""
+    """The iterate at which f is evaluated next, forward or back; empty until it is asked for, if no kernel made it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,11 +123,11 @@ class AbstractTwoStepSolver(AbstractSolver):
         return state._replace(remainders=[None] * len(state.current))
 
     def iterate(self, state: TwoStepState) -> Leaves:
-        return state.decoded or self._decode(state.current, state)
+        return self._decode(state.current, state)
 
     def iterate_before(self, state: TwoStepState, active: Mask) -> Leaves:
         """The iterate at which f was evaluated to make this state."""
-        return state.decoded or self._decode(select(active, state.previous, state.current), state)
+        return self._decode(select(active, state.previous, state.current), state)
 
     def extremes(self, state: TwoStepState) -> Leaves:
         return state.extremes
@@ -147,17 +147,19 @@ class AbstractTwoStepSolver(AbstractSolver):
             )
             return state._replace(previous=state.current, current=following, extremes=largest, decoded=decoded)
         following = []
-        for u_before, u, v, remainders in zip(state.previous, state.current, value, state.remainders, strict=True):
+        updates = zip(state.previous, state.current, value, state.remainders, self.iterate(state), strict=True)
+        for u_before, u, v, remainders, z in updates:
             if is_transformed():
                 following.append(arithmetic.advance_transformed(u_before, u, v))
             elif differentiated:
                 following.append(AdvanceWithGradient.apply(arithmetic, u_before, u, v))
             else:
-                following.append(arithmetic.advance(u_before, u, v, remainders))
+                following.append(arithmetic.advance(u_before, u, v, remainders, z))
         return state._replace(
             previous=select(active, state.current, state.previous),
             current=select(active, following, state.current),
             extremes=[*extremes(value), *extremes(following, 1 / arithmetic.scale)],
+            decoded=[],
         )
 
     def invert_step(self, state: TwoStepState, value: Leaves, active: Mask) -> TwoStepState:
@@ -168,10 +170,13 @@ class AbstractTwoStepSolver(AbstractSolver):
             before, decoded = map(list, zip(*(kernels.invert_(arithmetic, *leaf) for leaf in leaves), strict=True))
             return state._replace(previous=before, current=state.previous, decoded=decoded)
         following = state.current if active is None else [u.clone() for u in state.current]
-        undone = zip(following, state.previous, value, state.remainders, strict=True)
-        before = [arithmetic.invert_(u_next, u, v, remainders) for u_next, u, v, remainders in undone]
+        iterate = self.iterate_before(state, active)
+        undone = zip(following, state.previous, value, state.remainders, iterate, strict=True)
+        before = [arithmetic.invert_(*leaf) for leaf in undone]
         return state._replace(
-            previous=select(active, before, state.previous), current=select(active, state.previous, state.current)
+            previous=select(active, before, state.previous),
+            current=select(active, state.previous, state.current),
+            decoded=[],
         )
 
     def carry_(self, g_previous: Leaves, g_current: Leaves, products: Sequence[Tensor | None]) -> tuple[Leaves, Leaves]:
@@ -198,8 +203,11 @@ class AbstractTwoStepSolver(AbstractSolver):
         return torch.stack([torch.count_nonzero(a - b) for a, b in pairs]).sum()  # twice as fast as of `a != b`
 
     def _decode(self, leaves: Leaves, state: TwoStepState) -> Leaves:
-        arithmetic = self.state_arithmetic(state.dtypes)
-        return [arithmetic.decode(u, dtype) for u, dtype in zip(leaves, state.dtypes, strict=True)]
+        """The iterate that these are, kept in the state, as the update needs it too."""
+        if not state.decoded:
+            arithmetic = self.state_arithmetic(state.dtypes)
+            state.decoded.extend(arithmetic.decode(u, dtype) for u, dtype in zip(leaves, state.dtypes, strict=True))
+        return state.decoded
 
 
 @dataclass(frozen=True, kw_only=True)
