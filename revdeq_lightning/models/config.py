@@ -9,6 +9,7 @@ from revdeq_lightning.equilibrium.validation import require_choice, require_coun
 
 BLOCKS = ("modern", "paper")
 REASONER_BLOCKS = ("convolution", "attention")
+INITIAL_STATES = ("zero", "input")
 ARCHITECTURES = ("stages", "joint", "paper_single", "paper_stages", "resnet")
 OURS = ("stages", "joint")
 
@@ -37,6 +38,10 @@ class TransformerConfig:
         double_projection: Paper block only: project q, k, v twice, as the released code does.
         rope_base: Modern block only: the slowest rotation is about `1 / rope_base` radians per token.
         num_taps: Modern block only: width in tokens of the short convolution over the embedding; 1 for none.
+        num_prelude_layers: Modern block only: layers before the equilibrium, with parameters of their own.
+        num_coda_layers: Modern block only: layers after the equilibrium, with parameters of their own.
+        initial_state: Where the solve starts: `zero`, or `input`, the injected input x.
+        tie_embeddings: Whether the output projection has the weights of the token embedding.
         loss_chunk_size: Number of tokens whose logits exist at the same time in `loss`.
     """
 
@@ -50,6 +55,10 @@ class TransformerConfig:
     double_projection: bool = only(False, block=("paper",))
     rope_base: float = only(10000.0, block=BLOCKS)
     num_taps: int = only(4, block=BLOCKS)
+    num_prelude_layers: int = only(0, block=("modern",))
+    num_coda_layers: int = only(0, block=("modern",))
+    initial_state: str = "zero"
+    tie_embeddings: bool = False
     loss_chunk_size: int = 1024
     block_options: dict[str, Any] = field(default_factory=dict)
 
@@ -58,6 +67,9 @@ class TransformerConfig:
             require_count(name, getattr(self, name))
         require_in_range("rope_base", self.rope_base, "(0, inf)")
         require_count("d_mlp", self.d_mlp, at_least=0, advice="0 is for 4 * d_model")
+        for name in ("num_prelude_layers", "num_coda_layers"):
+            require_count(name, getattr(self, name), at_least=0)
+        require_choice("initial_state", self.initial_state, INITIAL_STATES)
         _check_block(self, BLOCKS)
         if not self.has_cache:
             return

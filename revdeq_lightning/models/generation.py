@@ -149,7 +149,7 @@ def _warm_started(model: Any) -> Iterator[None]:
     states: list[Tensor] = []
 
     def start(layer: Any, args: Any) -> Any:
-        (x_BTD,) = args
+        x_BTD = args[0]
         if not states:
             return args
         z_BTD = states.pop()

@@ -2,6 +2,8 @@
 
     x = embedding(tokens),    z = f(z, x) by a solver from z_0 = 0,    logits = head(norm(z))
 
+Layers of their own may stand before and after the equilibrium: `x = prelude(embedding(tokens))`, `head(coda(z))`.
+
 f is `paper`, the released block of arXiv:2509.12917 (same parameters), our `modern` block, or a user-defined block.
 
 Shape suffixes: B batch, T tokens, D d_model, H heads, K size of a head (half of it in the tables of rotations), J taps,
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -178,7 +181,10 @@ class ModernBlock(nn.Module):
                 nn.init.normal_(parameter, std=1 / math.sqrt(parameter.shape[1]))
 
     def forward(self, z_BTD: Tensor, x_BTD: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        h_BTD = z_BTD + x_BTD
+        return self.apply_layers(z_BTD + x_BTD, cache)
+
+    def apply_layers(self, h_BTD: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """`norm(layers(h))`."""
         for layer in self.layers:
             h_BTD = layer(h_BTD, cache)
         return cast(Tensor, self.norm(h_BTD))
@@ -236,9 +242,16 @@ class AbstractLanguageModel(nn.Module):
         self.config = config
         is_paper = config.block == "paper"
         self.embedding = ModernEmbedding(config) if config.block == "modern" else PaperEmbedding(config)
-        self.norm = nn.Identity() if is_paper else nn.RMSNorm(config.d_model, MODERN_NORM_EPS)
+        self.prelude, self.coda = (
+            ModernBlock(replace(config, num_layers=count)) if count else None
+            for count in (config.num_prelude_layers, config.num_coda_layers)
+        )
+        ends_with_norm = is_paper or self.coda is not None
+        self.norm = nn.Identity() if ends_with_norm else nn.RMSNorm(config.d_model, MODERN_NORM_EPS)
         self.head = Linear(config.d_model, config.vocab_size, bias=False)
-        if not is_paper:
+        if config.tie_embeddings:
+            self.head.weight = self.embedding.token.weight
+        elif not is_paper:
             nn.init.zeros_(self.head.weight)
 
     @abstractmethod
@@ -261,14 +274,20 @@ class AbstractLanguageModel(nn.Module):
             raise ValueError(f"{end} tokens do not fit the model's context_length {self.config.context_length}")
         if tokens_BT.device.type == "cpu" and not torch.compiler.is_compiling():
             self.config.check_tokens(tokens_BT)
-        return cast(Tensor, self.embedding(tokens_BT, cache))
+        x_BTD = self.embedding(tokens_BT, cache)
+        return x_BTD if self.prelude is None else self.prelude.apply_layers(x_BTD, cache)
+
+    def read_out(self, h_BTD: Tensor, cache: KeyValueCache | None = None) -> Tensor:
+        """Input of the output projection, from what `transform` returned."""
+        return cast(Tensor, self.norm(h_BTD)) if self.coda is None else self.coda.apply_layers(h_BTD, cache)
 
     def hidden(self, tokens_BT: Tensor, cache: KeyValueCache | None = None) -> tuple[Tensor, SolverStats | None]:
         """Input of the output projection, and statistics; with a cache, of the tokens after the cached ones."""
         h_BTD, stats = self.transform(self.embed(tokens_BT, cache), cache)
+        h_BTD = self.read_out(h_BTD, cache)
         if cache is not None:
             cache.end_pass(tokens_BT.shape[1])
-        return self.norm(h_BTD), stats
+        return h_BTD, stats
 
     @property
     def output_weight_VD(self) -> Tensor:
@@ -323,19 +342,24 @@ class TransformerLM(AbstractLanguageModel):
         """Compute the loss; in training with correction, the weighted mean over the parts of the solve."""
         if self.equilibrium.num_parts == 1 or not self.training:
             return super().loss(tokens_BT, targets_BT)
-        last = self.equilibrium(self.embed(tokens_BT))
+        x_BTD = self.embed(tokens_BT)
+        last = self.equilibrium(x_BTD, self.initial_state(x_BTD))
         parts = (*last.earlier, last)
-        loss = corrected_loss([self.nats(self.norm(part.value), targets_BT) for part in parts], self.loss_decay)
+        loss = corrected_loss([self.nats(self.read_out(part.value), targets_BT) for part in parts], self.loss_decay)
         return LMLoss(loss, (targets_BT != IGNORE_INDEX).sum(), last.stats, tuple(part.stats for part in last.earlier))
 
     def transform(self, x_BTD: Tensor, cache: KeyValueCache | None) -> tuple[Tensor, SolverStats | None]:
+        z0_BTD = self.initial_state(x_BTD)
         if cache is None:
-            solution = self.equilibrium(x_BTD)
+            solution = self.equilibrium(x_BTD, z0_BTD)
         else:
             # Not with a compiled f, which would be recompiled for every length.
             f = cache.bind(getattr(self.equilibrium.f, "_orig_mod", self.equilibrium.f).forward)
-            solution = self.equilibrium.solve(f, torch.zeros_like(x_BTD), x_BTD, adjoint=BackpropAdjoint())
+            solution = self.equilibrium.solve(f, z0_BTD, x_BTD, adjoint=BackpropAdjoint())
         return solution.value, solution.stats
+
+    def initial_state(self, x_BTD: Tensor) -> Tensor:
+        return x_BTD if self.config.initial_state == "input" else torch.zeros_like(x_BTD)
 
 
 class ExplicitTransformerLM(AbstractLanguageModel):
@@ -348,6 +372,9 @@ class ExplicitTransformerLM(AbstractLanguageModel):
         super().__init__(config)
         if config.block != "modern":
             raise ValueError(f"the explicit baseline needs block='modern', got block={config.block!r}")
+        for name, default in (("num_prelude_layers", 0), ("num_coda_layers", 0), ("initial_state", "zero")):
+            if (value := getattr(config, name)) != default:
+                raise ValueError(f"solver='none' has no equilibrium, but {name}={value!r}: raise num_layers instead")
         self.block = ModernBlock(config)
 
     def transform(self, x_BTD: Tensor, cache: KeyValueCache | None) -> tuple[Tensor, SolverStats | None]:

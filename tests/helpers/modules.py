@@ -35,7 +35,8 @@ from tests.helpers.runs import tiny_data, tiny_task
 
 
 SMALL = {"vocab_size": 23, "context_length": 12, "d_model": 16, "num_heads": 2, "loss_chunk_size": 7}
-KINDS = ["paper", "modern", "two layers", "explicit"]
+KINDS = ["paper", "modern", "two layers", "around", "explicit"]
+AROUND = {"num_prelude_layers": 1, "num_coda_layers": 1, "initial_state": "input"}
 
 
 def make_model(kind, *, solver=None, adjoint=None, seed=0):
@@ -48,7 +49,8 @@ def make_model(kind, *, solver=None, adjoint=None, seed=0):
     elif kind == "paper":
         model = TransformerLM(TransformerConfig(**SMALL, block="paper"), solver, adjoint)
     else:
-        model = TransformerLM(TransformerConfig(**SMALL, num_layers=2 if kind == "two layers" else 1), solver, adjoint)
+        options = {"two layers": {"num_layers": 2}, "around": AROUND}.get(kind, {})
+        model = TransformerLM(TransformerConfig(**SMALL, **options), solver, adjoint)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn_like(parameter)

@@ -5,7 +5,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from revdeq_lightning.equilibrium import BackpropAdjoint, MomentumSolver, ReversibleAdjoint, ReversibleSolver
+from revdeq_lightning.equilibrium import (
+    BackpropAdjoint,
+    MomentumSolver,
+    PicardSolver,
+    ReversibleAdjoint,
+    ReversibleSolver,
+)
 from revdeq_lightning.models import ExplicitTransformerLM, TransformerConfig, TransformerLM
 from revdeq_lightning.models.transformer import ModernBlock, ShortConvolution
 from tests.helpers.modules import KINDS, SMALL, make_batch, make_model
@@ -135,6 +141,45 @@ def test_modern_models_start_as_a_norm_and_a_uniform_guess():
         assert model.loss(*make_batch()).loss.item() == pytest.approx(math.log(SMALL["vocab_size"]))
 
 
+@torch.no_grad()
+def test_layers_around_the_equilibrium_are_those_of_a_stack():
+    """With f(z, x) = x, prelude and coda are the two halves of an explicit stack, but for a norm between them."""
+    model = make_model("around")
+    model.equilibrium.f.forward = lambda z, x: x
+    tokens, _ = make_batch()
+    h = model.embedding(tokens)
+    for layers in (model.prelude, model.coda):
+        for layer in layers.layers:
+            h = h + layer.attention(layer.norm1(h))
+            h = h + layer.mlp(layer.norm2(h))
+        h = layers.norm(h)
+    torch.testing.assert_close(model(tokens).logits_BTV, model.head(h), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_solve_starts_from_the_input_or_from_zero():
+    """With f(z, x) = g(z), three evaluations of Picard give g(g(g(z_0)))."""
+    tokens, _ = make_batch()
+    for kind, start in (("around", 1.0), ("modern", 0.0)):
+        model = make_model(kind, solver=PicardSolver(max_steps=3), adjoint=BackpropAdjoint())
+        model.equilibrium.f.forward = lambda z, x: torch.tanh(2 * z + 1)
+        x = model.embed(tokens)
+        z = start * x
+        for _ in range(3):
+            z = torch.tanh(2 * z + 1)
+        torch.testing.assert_close(model.transform(x, None)[0], z)
+
+
+def test_tied_embeddings_are_one_parameter():
+    model = TransformerLM(TransformerConfig(**SMALL, tie_embeddings=True), MomentumSolver(), ReversibleAdjoint())
+    assert model.output_weight_VD is model.embedding.token.weight
+    names = [name for name, _ in model.named_parameters()]
+    assert "embedding.token.weight" in names
+    assert "head.weight" not in names
+    model.loss(*make_batch()).loss.backward()
+    assert model.embedding.token.weight.grad.abs().sum(1).min() > 0  # also of tokens that are only predicted
+
+
 def test_modern_state_stays_bounded():
     """The norm keeps the state near unit scale, at any depth, for weights of any size."""
     model, (tokens, _) = make_model("modern", solver=MomentumSolver(max_steps=100)), make_batch()
@@ -196,6 +241,8 @@ def test_tokens_and_blocks_that_do_not_fit_are_named():
         model(torch.zeros(1, 3))
     with pytest.raises(ValueError, match="the explicit baseline needs block='modern', got block='paper'"):
         ExplicitTransformerLM(TransformerConfig(**SMALL, block="paper"))
+    with pytest.raises(ValueError, match="solver='none' has no equilibrium, but num_coda_layers=1: raise num_layers"):
+        ExplicitTransformerLM(TransformerConfig(**SMALL, num_coda_layers=1))
 
 
 @pytest.mark.parametrize(
@@ -205,6 +252,12 @@ def test_tokens_and_blocks_that_do_not_fit_are_named():
         ({"num_heads": 3}, "d_model must be a multiple of num_heads, got 16 and 3"),
         ({"num_heads": 16}, "even head size, got d_model / num_heads = 16 / 16 = 1"),
         ({"rope_base": 0.0}, r"rope_base must be in \(0, inf\), got 0.0"),
+        ({"num_coda_layers": -1}, "num_coda_layers must be at least 0, got -1"),
+        (
+            {"block": "paper", "num_prelude_layers": 1},
+            "num_prelude_layers belongs to block 'modern', got 1 for 'paper'",
+        ),
+        ({"initial_state": "one"}, "initial_state must be one of 'zero', 'input', got 'one'"),
         ({"num_taps": 0}, "num_taps must be at least 1, got 0"),
         ({"num_layers": 0}, "num_layers must be at least 1, got 0"),
         ({"vocab_size": -3}, "vocab_size must be at least 1, got -3"),

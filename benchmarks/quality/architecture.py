@@ -1,0 +1,208 @@
+"""Language models of Python source: layers before and after the equilibrium, its initial state, tied embeddings.
+
+    python -m benchmarks.quality.architecture [--quick] [--only NAME ...] [--seeds 0 1 2]
+
+All models have the data and the optimizer of `lm/default.yaml`, in a width of 128. Each is trained until 1,000 steps
+(2 million tokens), 20 TFLOP and 240 CPU seconds are all spent, and evaluated when each was. One process, one thread.
+The graphs of all evaluations are stored, which changes no bit of the gradient and takes least time. Runs that are
+already in the output are skipped, so that the table can be filled in parts.
+
+The page also says how many layers of its own an evaluation is worth: with the loss of explicit stacks of n layers,
+interpolated in log(n), a model of L layers evaluated N times is worth `L * N**phi` layers (arXiv:2604.21106).
+"""
+
+import itertools
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from lightning import LightningModule
+
+from benchmarks import part
+from benchmarks.quality.__main__ import Files, Part, Variant, nats, train
+from benchmarks.quality.budget import Budget, settings_of
+from benchmarks.quality.training import facts_of
+from benchmarks.report import spread, table
+from revdeq_lightning.cli.quiet import quieten_lightning
+from revdeq_lightning.data.text.module import TextDataModule
+from revdeq_lightning.models import TransformerConfig
+from revdeq_lightning.models.build import SolverConfig
+from revdeq_lightning.tasks.language_modeling import LanguageModelingTask
+from revdeq_lightning.tasks.optimizers import OptimizerConfig
+
+CONFIG = "configs/lm/default.yaml"
+SETTINGS = settings_of([CONFIG])
+SIZES = {"block": "modern", "d_model": 128, "num_heads": 2, "d_mlp": 352}
+MOMENTUM = {"solver": "momentum"}
+LOOPED = {"solver": "picard", "adjoint": "backprop"}
+BUDGETS = {"steps": "At equal tokens", "flops": "At equal FLOPs", "cpu": "At equal CPU time"}
+Rows = Sequence[Mapping[str, str]]
+
+
+def explicit(num_layers: int, **network: Any) -> Variant:
+    changes = {"model.network": {**SIZES, "num_layers": num_layers, **network}, "model.solver": {"solver": "none"}}
+    return Variant((CONFIG,), changes)
+
+
+def equilibrium(
+    num_layers: int, evaluations: int, solver: Mapping[str, Any] = MOMENTUM, outside: int = 0, **network: Any
+) -> Variant:
+    """A map of so many layers, with so many layers before it and as many after it."""
+    network = {**SIZES, "num_layers": num_layers, "num_prelude_layers": outside, "num_coda_layers": outside, **network}
+    stored = {"reversible_stored_evaluations": evaluations} if solver == MOMENTUM else {}
+    return Variant(
+        (CONFIG,), {"model.network": network, "model.solver": {**solver, "max_steps": evaluations, **stored}}
+    )
+
+
+INPUT: dict[str, Any] = {"initial_state": "input"}
+LAST = {**LOOPED, "backprop_evaluations": 1}
+STACKS = {n: f"explicit, {n} layer{'s' * (n > 1)}" for n in (1, 2, 3, 4, 8)}
+VARIANTS = {
+    **{name: explicit(n) for n, name in STACKS.items()},
+    "RevDEQ, 1 x 4": equilibrium(1, 4),
+    "RevDEQ, 1 x 4, from the input": equilibrium(1, 4, **INPUT),
+    "RevDEQ, 2 x 4": equilibrium(2, 4),
+    "1 + RevDEQ, 1 x 4 + 1": equilibrium(1, 4, outside=1),
+    "1 + RevDEQ, 2 x 2 + 1": equilibrium(2, 2, outside=1),
+    "1 + RevDEQ, 2 x 4 + 1": equilibrium(2, 4, outside=1),
+    "1 + RevDEQ, 2 x 4 + 1, from the input": equilibrium(2, 4, outside=1, **INPUT),
+    "1 + RevDEQ, 2 x 8 + 1": equilibrium(2, 8, outside=1),
+    "1 + looped, 2 x 4 + 1": equilibrium(2, 4, LOOPED, outside=1),
+    "1 + looped, 2 x 4 + 1, last evaluation": equilibrium(2, 4, LAST, outside=1),
+    "explicit, 4 layers, tied": explicit(4, tie_embeddings=True),
+    "1 + RevDEQ, 2 x 4 + 1, tied": equilibrium(2, 4, outside=1, tie_embeddings=True),
+    "RevDEQ, 1 x 8": equilibrium(1, 8),
+    "RevDEQ, 2 x 8": equilibrium(2, 8),
+    "1 + RevDEQ, 2 x 16 + 1": equilibrium(2, 16, outside=1),
+}
+SHAPES = {  # layers outside and inside of the equilibrium, evaluations
+    name: (2 * network.get("num_prelude_layers", 0), network["num_layers"], v.changes["model.solver"]["max_steps"])
+    for name, v in VARIANTS.items()
+    if "max_steps" in v.changes["model.solver"] and (network := v.changes["model.network"])
+}
+
+
+def make(settings: dict[str, Any], path: None, seed: int, cache: Path) -> tuple[LightningModule, Any]:
+    data = TextDataModule(**settings["data"] | {"seed": seed, "cache_dir": str(cache)})
+    sizes = {"vocab_size": data.vocab_size, "context_length": settings["data"]["context_length"]}
+    model = settings["model"]
+    network, solver = TransformerConfig(**sizes, **model["network"]), SolverConfig(**model["solver"])
+    return LanguageModelingTask(network, solver, OptimizerConfig(**model["optimizer"])), data
+
+
+def comparison(quick: bool) -> Part:
+    return Part(
+        name="architecture",
+        title="Layers around the equilibrium",
+        variants=VARIANTS,
+        optimizer=CONFIG,
+        make=make,
+        figure=nats,
+        unit="validation loss, nats per token",
+        smaller_is_better=True,
+        budget=Budget(0.5, 1e9, 60, 0, 2) if quick else Budget(240, 2e13, 3000, 0, 1000),
+        search_seconds=0,
+        every=(200, 200) if quick else (1, 1),
+        clip=SETTINGS["trainer"]["gradient_clip_val"],
+    )
+
+
+def fill(options: Any) -> Rows:
+    files = Files({"runs": options.output / "architecture.csv"})
+    chosen = comparison(options.quick)
+    for seed in options.seeds:
+        for name in options.only:
+            if files.has("runs", variant=name, seed=seed):
+                continue
+            outcome = train(chosen, name, 1.0, seed, chosen.budget, options)
+            row: dict[str, Any] = {"variant": name, "seed": seed, "parameters": outcome.parameters}
+            row["peak_mib"] = f"{outcome.peak_bytes / 2**20:.1f}"
+            for budget in BUDGETS:
+                seconds, flops, steps = outcome.spent.get(budget, (float("nan"),) * 3)
+                row |= {f"figure_{budget}": f"{outcome.at.get(budget, float('nan')):.4f}", f"steps_{budget}": steps}
+                row |= {f"cpu_seconds_{budget}": f"{seconds:.1f}", f"tflop_{budget}": f"{flops / 1e12:.5g}"}
+            files.add("runs", [row | facts_of("python -m benchmarks.quality.architecture")])
+            print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+    return files.rows["runs"]
+
+
+def of(rows: Rows, name: str, column: str) -> list[float]:
+    return [float(row[column]) for row in rows if row["variant"] == name]
+
+
+def phi(losses: Mapping[int, float], shape: tuple[int, int, int], loss: float) -> float | None:
+    """The exponent with which an evaluation counts: None if the loss is outside of those of the stacks.
+
+    Args:
+        losses: Of explicit stacks, by their number of layers.
+        shape: Layers outside and inside of the equilibrium, evaluations.
+        loss: Of the model.
+    """
+    depths = sorted(losses)
+    for a, b in itertools.pairwise(depths):
+        if losses[b] <= loss <= losses[a] != losses[b]:
+            share = (losses[a] - loss) / (losses[a] - losses[b])
+            layers = math.exp((1 - share) * math.log(a) + share * math.log(b))
+            outside, inside, evaluations = shape
+            return math.log((layers - outside) / inside) / math.log(evaluations) if layers > outside else None
+    return None
+
+
+def page(rows: Rows) -> str:
+    cpu, version, commit = (", ".join(sorted({row[name] for row in rows})) for name in ("cpu", "torch", "commit"))
+    sections = [
+        "# Layers around the equilibrium",
+        "Written by `python -m benchmarks.quality.architecture`; for the interpretation see [the README](../README.md)."
+        f" {cpu}, one thread, torch {version}, commit {commit}. Validation loss in nats per token, mean of the seeds"
+        " (minimum - maximum); averaged weights at a constant learning rate. `1 + RevDEQ, 2 x 4 + 1`: one layer before"
+        " the equilibrium of f with two layers, 4 evaluations, and one layer after it. phi: an evaluation counts as"
+        " `evaluations^phi` layers of an explicit stack, interpolated; empty outside of the stacks measured.",
+    ]
+    for budget, title in BUDGETS.items():
+        losses = {
+            n: mean(found)
+            for n in (1, 2, 3, 4, 8)
+            if (found := of(rows, [*STACKS][(1, 2, 3, 4, 8).index(n)], f"figure_{budget}"))
+        }
+        lines: list[Sequence[str]] = []
+        for name in VARIANTS:
+            if not (found := of(rows, name, f"figure_{budget}")):
+                continue
+            exponent = phi(losses, SHAPES[name], mean(found)) if name in SHAPES else None
+            cost = (
+                mean(of(rows, name, f"{kind}_{budget}"))
+                for kind in ("steps", "tflop", "cpu_seconds", "peak_mib")
+                if kind != "peak_mib"
+            )
+            steps, tflop, seconds = cost
+            parameters = int(of(rows, name, "parameters")[0])
+            facts = (name, f"{parameters:,}", str(len(found)), f"{steps:.0f}", f"{tflop:.1f}", f"{seconds:.0f}")
+            memory = f"{mean(of(rows, name, 'peak_mib')):.1f}"
+            lines.append((*facts, memory, spread(found, 4), "" if exponent is None else f"{exponent:.2f}"))
+        header = ("model", "parameters", "seeds", "steps", "TFLOP", "CPU seconds", "MiB", "loss", "phi")
+        sections += [f"## {title}", table(header, lines)]
+    return "\n\n".join(sections) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = part.parser(__doc__)
+    parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="NAME")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--cache", type=Path, default=Path("data/cache"), help="folder for prepared data")
+    options = parser.parse_args(arguments)
+    part.refuse_quick_results(parser, options)
+    torch.set_num_threads(1)
+    quieten_lightning()
+    rows = fill(options)
+    (options.output / "architecture.md").write_text(page(rows))
+    print(page(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
