@@ -2,9 +2,10 @@
 
     python -m benchmarks.core.depth [--quick] [--output DIR]
 
-RevDEQ at beta 0.8 around an attention block, 2 to 128 evaluations of f. All of them give the same gradient and
-differ in time and memory. "Segments" stores the state after every sqrt(N) steps and one segment's activations. The
-reversible gradient is a line: with a share of its evaluations stored.
+RevDEQ at beta 0.8 around an attention block, 4 to 128 evaluations of f; momentum 1/8 around the convolutions of
+`reasoning/mazes.yaml`, batch 32, 32 evaluations. All of them give the same gradient and differ in time and memory.
+"Segments" stores the state after every sqrt(N) steps and one segment's activations. The reversible gradient is a line:
+with a share of its evaluations stored.
 Times: CPU time of one thread, all competitors in each round; ratios are taken within the round. Memory: bytes held by
 tensors (`measure.peak_tensor_bytes`).
 """
@@ -21,30 +22,47 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks import part
-from benchmarks.core.problems import Problem, attention_problem, bptt_step, revdeq, reversible_step
-from benchmarks.core.reference import reversible_step_pair
+from benchmarks.core.problems import (
+    Member,
+    Problem,
+    attention_problem,
+    bptt_step,
+    momentum,
+    problem_of,
+    revdeq,
+    reversible_step,
+)
+from benchmarks.core.reference import bare_evaluations, reversible_step_pair
 from benchmarks.measure import paired_ratio, peak_tensor_bytes, time_interleaved
 from benchmarks.requirements import Requirement, Rows, at_most
+from revdeq_lightning.models.config import ReasonerConfig
+from revdeq_lightning.models.reasoner import ConvolutionBlock
 
 BETA = 0.8
 EVALUATIONS = (4, 8, 16, 32, 64, 128)
 STORED, EVERY, SEGMENTS, REVERSIBLE = "stored", "checkpoint each evaluation", "checkpoint segments", "reversible"
 SHARES = {REVERSIBLE: 0.0} | {f"{REVERSIBLE}, {share:.0%} stored": share for share in (0.25, 0.5, 0.75, 1.0)}
 METHODS = (STORED, EVERY, SEGMENTS, *SHARES)
-MAX_TIME, MAX_TIME_ALL_STORED = 1.33, 1.03
+BARE = "bare evaluations"
+MAX_TIME, MAX_TIME_ALL_STORED, MAX_TIME_MAZE = 1.33, 1.03, 1.20
 """Reversible over stored: 8 units of f compared with 6, and the same evaluations."""
 
 
-def competitors(problem: Problem, num_steps: int) -> dict[str, Callable[[], Any]]:
-    member = revdeq(BETA)
+def competitors(problem: Problem, member: Member, num_steps: int) -> dict[str, Callable[[], Any]]:
+    count = num_steps * member.evaluations_per_step
     return {
         STORED: bptt_step(problem, member, num_steps),
         EVERY: bptt_step(problem, member, num_steps, checkpoint=True),
-        SEGMENTS: lambda: torch.autograd.grad(segmented_value(problem, num_steps), problem.sources, problem.weight),
         **{
-            name: reversible_step(problem, member, num_steps, "exact", stored_evaluations=round(share * 2 * num_steps))
+            name: reversible_step(problem, member, num_steps, "exact", stored_evaluations=round(share * count))
             for name, share in SHARES.items()
         },
+    }
+
+
+def with_segments(problem: Problem, num_steps: int) -> dict[str, Callable[[], Any]]:
+    return competitors(problem, revdeq(BETA), num_steps) | {
+        SEGMENTS: lambda: torch.autograd.grad(segmented_value(problem, num_steps), problem.sources, problem.weight)
     }
 
 
@@ -68,15 +86,32 @@ def measure(quick: bool) -> list[dict[str, Any]]:
     problem = attention_problem(1, tokens, dim, dim // 32)
     rows = []
     for evaluations in EVALUATIONS[: 2 if quick else None]:
-        runs = competitors(problem, evaluations // 2)
         rounds = min(rounds, 3) if evaluations > 32 else rounds
-        timings = time_interleaved(runs, rounds)
-        seconds = {name: timing.process_seconds for name, timing in timings.items()}
-        for name, run in runs.items():
-            ratio = paired_ratio(seconds[name], seconds[STORED])
-            row = {"evaluations": evaluations, "method": name, "seconds": sorted(seconds[name])[rounds // 2]}
-            row |= {f"time over stored, {quartile}": value for quartile, value in ratio._asdict().items()}
-            rows.append(row | {"peak_bytes": peak_tensor_bytes(run)})
+        rows += rows_of(with_segments(problem, evaluations // 2), evaluations, rounds)
+    return rows
+
+
+def measure_mazes(quick: bool) -> list[dict[str, Any]]:
+    """The same methods, without segments, for the convolutions that solve mazes, and the necessary evaluations."""
+    batch, channels, evaluations, rounds = (2, 8, 4, 1) if quick else (32, 48, 32, 7)
+    torch.manual_seed(0)
+    f = ConvolutionBlock(ReasonerConfig(num_symbols=4, num_answers=2, shape=[11, 11], channels=channels))
+    problem = problem_of(f, (batch, channels, 11, 11), torch.float32)
+    arguments = problem.f, torch.randn_like(problem.z0), problem.x, list(f.parameters())
+    bare = {BARE: lambda: bare_evaluations(*arguments, evaluations)}
+    return rows_of(bare | competitors(problem, momentum(1 / 8), evaluations), evaluations, rounds)
+
+
+def rows_of(runs: Mapping[str, Callable[[], Any]], evaluations: int, rounds: int) -> list[dict[str, Any]]:
+    """Time and memory of each method, all of them in every round."""
+    timings = time_interleaved(runs, rounds)
+    seconds = {name: timing.process_seconds for name, timing in timings.items()}
+    rows = []
+    for name, run in runs.items():
+        ratio = paired_ratio(seconds[name], seconds[STORED])
+        row = {"evaluations": evaluations, "method": name, "seconds": sorted(seconds[name])[rounds // 2]}
+        row |= {f"time over stored, {quartile}": value for quartile, value in ratio._asdict().items()}
+        rows.append(row | {"peak_bytes": peak_tensor_bytes(run)})
     return rows
 
 
@@ -97,7 +132,7 @@ def advice(rows: Rows) -> str:
     return ", else ".join(words)
 
 
-def page(rows: Rows) -> list[str]:
+def page(rows: Rows, mazes: Rows) -> list[str]:
     lines = []
     for evaluations, group in by_depth(rows).items():
         line: dict[str, Any] = {"evaluations": evaluations}
@@ -109,6 +144,18 @@ def page(rows: Rows) -> list[str]:
         " From left to right, choose the first one that fits into memory:",
         part.markdown_table(lines),
         summary(rows),
+        "The convolutions of the mazes, 32 evaluations. The least possible time of a reversible method is that of the"
+        " bare evaluations: each once plain, and once with its derivatives:",
+        part.markdown_table(
+            [
+                {
+                    "method": row["method"],
+                    "time over stored": f"{row['time over stored, median']:.2f}x",
+                    "peak of the tensors, MiB": f"{row['peak_bytes'] / 2**20:.1f}",
+                }
+                for row in mazes
+            ]
+        ),
     ]
 
 
@@ -129,7 +176,7 @@ def by_depth(rows: Rows) -> Mapping[int, list[dict[str, Any]]]:
     return {n: [row for row in rows if row["evaluations"] == n] for n in dict.fromkeys(r["evaluations"] for r in rows)}
 
 
-def judge(rows: Rows, quick: bool) -> list[Requirement]:
+def judge(rows: Rows, mazes: Rows, quick: bool) -> list[Requirement]:
     """Less memory than stored backpropagation at depth; time as the number of evaluations implies."""
     deep = [row for row in rows if row["evaluations"] >= 16 and row["method"] == REVERSIBLE]
     if not deep:
@@ -143,10 +190,12 @@ def judge(rows: Rows, quick: bool) -> list[Requirement]:
         for row in rows
         if 0 < SHARES.get(row["method"], 0) < 1 and (fitting := checkpointed_times(rows, row))
     ]
+    (maze,) = (row["time over stored, median"] for row in mazes if row["method"] == REVERSIBLE)
     return [
         at_most("reversible over stored from 16 evaluations on: time", time, MAX_TIME, "{:.3f}", not quick),
         at_most("reversible over stored from 16 evaluations on: memory", memory, 1.0, "{:.3f}", not quick),
         at_most("all evaluations stored, over stored: time", max(all_stored), MAX_TIME_ALL_STORED, "{:.3f}", not quick),
+        at_most("maze block, reversible over stored: time", maze, MAX_TIME_MAZE, "{:.3f}", not quick),
         at_most("25 to 75 % stored, over checkpoints in that memory: time", max(between), 1.0, "{:.3f}", not quick),
     ]
 
@@ -174,8 +223,9 @@ def draw(path: Path, rows: Rows) -> None:
 
 
 def run(options: argparse.Namespace) -> part.Result:
-    rows = measure(options.quick)
-    return part.Result({"methods": rows}, judge(rows, options.quick), page(rows), lambda path: draw(path, rows))
+    rows, mazes = measure(options.quick), measure_mazes(options.quick)
+    tables = {"methods": rows, "mazes": mazes}
+    return part.Result(tables, judge(rows, mazes, options.quick), page(rows, mazes), lambda path: draw(path, rows))
 
 
 main = part.command("core.depth", "Which gradient at which depth", __doc__, run)

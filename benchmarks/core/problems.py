@@ -79,16 +79,16 @@ def attention_problem(
     """Untrained pre-norm transformer block; z0 is small but not zero, so that its gradient is generic."""
     torch.manual_seed(seed)
     f = AttentionBlock(dim, num_heads)
-    return _problem(f, (batch, tokens, dim), dtype)
+    return problem_of(f, (batch, tokens, dim), dtype)
 
 
 def conv_problem(batch: int, channels: int, size: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Problem:
     torch.manual_seed(seed)
     f = ConvBlock(channels, channels // 4)
-    return _problem(f, (batch, channels, size, size), dtype)
+    return problem_of(f, (batch, channels, size, size), dtype)
 
 
-def _problem(f: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> Problem:
+def problem_of(f: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> Problem:
     x, z0, weight = torch.randn(shape), 0.1 * torch.randn(shape), torch.randn(shape)
     return Problem(f.to(dtype), z0.to(dtype).requires_grad_(), x.to(dtype).requires_grad_(), weight.to(dtype))
 

@@ -152,7 +152,8 @@ def test_advice_names_only_what_is_worth_its_time():
 
 def test_depth_quick_writes_page_and_figure(tmp_path):
     assert depth.main(["--quick", "--output", str(tmp_path)]) == 0
-    assert {p.name for p in tmp_path.iterdir()} == {"depth.json", "depth.md", "depth.png", "depth_methods.csv"}
+    names = {"depth.json", "depth.md", "depth.png", "depth_methods.csv", "depth_mazes.csv"}
+    assert {p.name for p in tmp_path.iterdir()} == names
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="its page says what it says without a GPU")
