@@ -40,7 +40,7 @@ from revdeq_lightning.equilibrium import (
 )
 from revdeq_lightning.models import TransformerConfig
 from revdeq_lightning.models.classifier import ModernConvBlock, PaperConvBlock
-from revdeq_lightning.models.transformer import ModernBlock, PaperBlock
+from revdeq_lightning.models.transformer_blocks import ModernBlock, PaperBlock
 
 MAX_OVERHEAD_LANGUAGE, MAX_OVERHEAD_IMAGES = 1.05, 1.15
 

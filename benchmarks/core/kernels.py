@@ -27,7 +27,7 @@ from revdeq_lightning.equilibrium import ReversibleAdjoint, ReversibleSolver, so
 from revdeq_lightning.equilibrium.norms import extremes, residual
 from revdeq_lightning.models import TransformerConfig
 from revdeq_lightning.models.classifier import PaperConvBlock
-from revdeq_lightning.models.transformer import PaperBlock
+from revdeq_lightning.models.transformer_blocks import PaperBlock
 
 STEPS = (4, 8, 16)
 MAX_OVERHEAD, MAX_SYNCHRONISATIONS = 1.05, 0

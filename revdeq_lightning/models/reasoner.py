@@ -22,7 +22,7 @@ from revdeq_lightning.equilibrium import EquilibriumLayer, FixedPointSolution
 from revdeq_lightning.equilibrium.validation import require_in_range
 from revdeq_lightning.models.config import ReasonerConfig, TransformerConfig
 from revdeq_lightning.models.own_block import own_block
-from revdeq_lightning.models.transformer import MODERN_NORM_EPS, ModernBlock
+from revdeq_lightning.models.transformer_blocks import MODERN_NORM_EPS, ModernBlock
 
 
 class ReasonerOutput(NamedTuple):

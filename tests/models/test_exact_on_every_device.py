@@ -17,7 +17,7 @@ from revdeq_lightning.equilibrium import (
 )
 from revdeq_lightning.models import TransformerConfig
 from revdeq_lightning.models.classifier import ModernConvBlock, PaperConvBlock
-from revdeq_lightning.models.transformer import ModernBlock, PaperBlock
+from revdeq_lightning.models.transformer_blocks import ModernBlock, PaperBlock
 from tests.helpers.equilibrium import COMPILES, gradients_of, project, relative_error
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; the CPU case is its twin")

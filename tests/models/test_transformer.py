@@ -13,7 +13,8 @@ from revdeq_lightning.equilibrium import (
     ReversibleSolver,
 )
 from revdeq_lightning.models import ExplicitTransformerLM, TransformerConfig, TransformerLM
-from revdeq_lightning.models.transformer import ModernBlock, ShortConvolution
+from revdeq_lightning.models.transformer import ShortConvolution
+from revdeq_lightning.models.transformer_blocks import ModernBlock
 from tests.helpers.modules import KINDS, SMALL, make_batch, make_model
 
 PUBLISHED = {"vocab_size": 50304, "context_length": 448, "d_model": 768, "num_heads": 12, "block": "paper"}
