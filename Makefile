@@ -21,7 +21,7 @@ ADDRESS ?=
 NAME ?=
 SMALL ?=
 PYTHONS ?=
-WORKERS ?= $(shell echo $$(( $$(getconf _NPROCESSORS_ONLN) + 2 )))
+WORKERS ?= $(shell echo $$(( $$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) + 2 )))
 FIT = $(TASK) fit --config $(or $(CONFIG),configs/lm/wikitext103.yaml) --config $(TRAINER) $(ARGS)
 
 .PHONY: help setup train-lm train-maze train-cifar train-imagenet generate notebooks docs test test-slow test-pythons lint format typecheck bench bench-quick bench-core bench-lm bench-image bench-image-block bench-cifar bench-quality bench-reasoning bench-callbacks bench-faults bench-scaling submit train-nodes bench-pairs bench-gpu clean

@@ -156,7 +156,7 @@ def judge(rows: list[dict[str, Any]], quick: bool) -> list[Requirement]:
         over = max(row["peak MiB"] / row["peak MiB of BPTT"] for row in deep)
         without = [row["peak MiB"] - row["of it remainders"] for row in deep]
         verdict.append(at_most(f"{name}: peak memory over BPTT's, from 2 steps on", over, 1.0, "{:.3f}"))
-        what = f"{name}: growth of the peak less the remainders, from 2 steps on"
+        what = f"{name}: growth of the peak beyond that of all remainders, from 2 steps on"
         verdict.append(at_most(what, max(without) / without[0], MOST_GROWTH, "{:.4f}"))
         for row in own:
             if row["steps a stage"] == TIMED_STEPS[name]:

@@ -70,8 +70,9 @@ class PlainLoop(nn.Module):
     def forward(self, x: Any, z0: Any = None) -> FixedPointSolution:
         """The last state; there are no statistics."""
         if isinstance(x, Tensor):
-            return FixedPointSolution(self.solve(self.f, torch.zeros_like(x), x), None)
-        value = self.solve(lambda z, x: join(self.f(split(z, x), x)), join([torch.zeros_like(t) for t in x]), x)
+            return FixedPointSolution(self.solve(self.f, torch.zeros_like(x) if z0 is None else z0, x), None)
+        start = [torch.zeros_like(t) for t in x] if z0 is None else z0
+        value = self.solve(lambda z, x: join(self.f(split(z, x), x)), join(start), x)
         return FixedPointSolution(split(value, x), None)
 
     def solve(self, f: Any, start: Tensor, x: Any) -> Tensor:

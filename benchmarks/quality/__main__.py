@@ -50,7 +50,7 @@ class Part(NamedTuple):
         name: Name of the option and the files.
         title: Heading.
         variants: Models by name.
-        optimizer: Configuration file whose optimizer all models use.
+        optimizer: Settings of the optimizer that all models use.
         make: `(settings, data path, seed, cache)` returns task and data.
         figure: `(task, batch)` returns the sum over the batch and the number of items.
         unit: Description of the figure.
@@ -66,7 +66,7 @@ class Part(NamedTuple):
     name: str
     title: str
     variants: Mapping[str, Variant]
-    optimizer: str
+    optimizer: Mapping[str, Any]
     make: Callable[[dict[str, Any], Any, int, Path], tuple[LightningModule, Any]]
     figure: Callable[[Any, Any], tuple[float, float]]
     unit: str
@@ -133,7 +133,7 @@ TEXT = Part(
         "RevDEQ, paper's solver": text("_revdeq"),
         "RevDEQ, momentum": Variant((LM,)),
     },
-    optimizer=LM,
+    optimizer=settings_of([LM])["model"]["optimizer"],
     make=make_text,
     figure=nats,
     unit="validation loss, nats per character",
@@ -164,7 +164,7 @@ IMAGES = Part(
         "RevDEQ, paper's solver": stages(solver="reversible", beta=0.8, max_steps=2),
         "RevDEQ, momentum": stages(solver="momentum", max_steps=4),
     },
-    optimizer=STAGES,
+    optimizer=settings_of([STAGES])["model"]["optimizer"],
     make=make_images,
     figure=accuracy,
     unit="validation accuracy, %",
@@ -211,7 +211,7 @@ def train(
     """Make one run; `evaluate` instead of the part's figure on the validation split."""
     variant = part.variants[name]
     settings = settings_of(variant.configs, variant.changes)
-    settings["model"]["optimizer"] = scaled(settings_of([part.optimizer])["model"]["optimizer"], rate)
+    settings["model"]["optimizer"] = scaled(part.optimizer, rate)
     path = getattr(options, part.name, None)
 
     def validate(task: LightningModule, data: Any, whole: bool) -> float:

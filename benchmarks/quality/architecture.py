@@ -2,13 +2,15 @@
 
     python -m benchmarks.quality.architecture [--quick] [--only NAME ...] [--seeds 0 1 2]
 
-All models have the data and the optimizer of `lm/default.yaml`, in a width of 128. Each is trained until 1,000 steps
-(2 million tokens), 20 TFLOP and 240 CPU seconds are all spent, and evaluated when each was. One process, one thread.
-The graphs of all evaluations are stored, which changes no bit of the gradient and takes least time. Runs that are
-already in the output are skipped, so that the table can be filled in parts.
+All models have the data and the optimizer of `lm/default.yaml`, at a constant rate with averaged weights, and a width
+of 128. Each is trained until 1,000 steps (2 million tokens), 20 TFLOP and 240 CPU seconds are all spent, or for 3,000
+CPU seconds, and evaluated when each was. One process, one thread. The graphs of all evaluations are stored, which
+changes no bit of the gradient and takes least time. Runs that are already in the output are skipped, so that the table
+can be filled in parts.
 
-The page also says how many layers of its own an evaluation is worth: with the loss of explicit stacks of n layers,
-interpolated in log(n), a model of L layers evaluated N times is worth `L * N**phi` layers (arXiv:2604.21106).
+The page also says how many layers of its own an evaluation is worth: with the loss of explicit stacks of n layers at
+equal tokens, interpolated in log(n), a model of L layers evaluated N times is worth `L * N**phi` layers
+(arXiv:2604.21106).
 """
 
 import itertools
@@ -20,7 +22,6 @@ from statistics import mean
 from typing import Any
 
 import torch
-from lightning import LightningModule
 
 from benchmarks import part
 from benchmarks.quality.__main__ import Files, Part, Variant, nats, train
@@ -35,7 +36,7 @@ from revdeq_lightning.tasks.language_modeling import LanguageModelingTask
 from revdeq_lightning.tasks.optimizers import OptimizerConfig
 
 CONFIG = "configs/lm/default.yaml"
-SETTINGS = settings_of([CONFIG])
+SETTINGS = settings_of([CONFIG], {"model.optimizer.ema_decay": 0.995})
 SIZES = {"block": "modern", "d_model": 128, "num_heads": 2, "d_mlp": 352}
 MOMENTUM = {"solver": "momentum"}
 LOOPED = {"solver": "picard", "adjoint": "backprop"}
@@ -61,6 +62,8 @@ def equilibrium(
 
 INPUT: dict[str, Any] = {"initial_state": "input"}
 LAST = {**LOOPED, "backprop_evaluations": 1}
+TIED = "tied"
+"""The output projection has the weights of the token embedding, which the package does not offer."""
 STACKS = {n: f"explicit, {n} layer{'s' * (n > 1)}" for n in (1, 2, 3, 4, 8)}
 VARIANTS = {
     **{name: explicit(n) for n, name in STACKS.items()},
@@ -74,8 +77,8 @@ VARIANTS = {
     "1 + RevDEQ, 2 x 8 + 1": equilibrium(2, 8, outside=1),
     "1 + looped, 2 x 4 + 1": equilibrium(2, 4, LOOPED, outside=1),
     "1 + looped, 2 x 4 + 1, last evaluation": equilibrium(2, 4, LAST, outside=1),
-    "explicit, 4 layers, tied": explicit(4, tie_embeddings=True),
-    "1 + RevDEQ, 2 x 4 + 1, tied": equilibrium(2, 4, outside=1, tie_embeddings=True),
+    f"explicit, 4 layers, {TIED}": explicit(4),
+    f"1 + RevDEQ, 2 x 4 + 1, {TIED}": equilibrium(2, 4, outside=1),
     "RevDEQ, 1 x 8": equilibrium(1, 8),
     "RevDEQ, 2 x 8": equilibrium(2, 8),
     "1 + RevDEQ, 2 x 16 + 1": equilibrium(2, 16, outside=1),
@@ -87,7 +90,7 @@ SHAPES = {  # layers outside and inside of the equilibrium, evaluations
 }
 
 
-def make(settings: dict[str, Any], path: None, seed: int, cache: Path) -> tuple[LightningModule, Any]:
+def make(settings: dict[str, Any], path: None, seed: int, cache: Path) -> tuple[LanguageModelingTask, Any]:
     data = TextDataModule(**settings["data"] | {"seed": seed, "cache_dir": str(cache)})
     sizes = {"vocab_size": data.vocab_size, "context_length": settings["data"]["context_length"]}
     model = settings["model"]
@@ -95,12 +98,18 @@ def make(settings: dict[str, Any], path: None, seed: int, cache: Path) -> tuple[
     return LanguageModelingTask(network, solver, OptimizerConfig(**model["optimizer"])), data
 
 
+def make_tied(*arguments: Any) -> tuple[LanguageModelingTask, Any]:
+    task, data = make(*arguments)
+    task.model.head.weight = task.model.embedding.token.weight
+    return task, data
+
+
 def comparison(quick: bool) -> Part:
     return Part(
         name="architecture",
         title="Layers around the equilibrium",
         variants=VARIANTS,
-        optimizer=CONFIG,
+        optimizer=SETTINGS["model"]["optimizer"],
         make=make,
         figure=nats,
         unit="validation loss, nats per token",
@@ -119,9 +128,9 @@ def fill(options: Any) -> Rows:
         for name in options.only:
             if files.has("runs", variant=name, seed=seed):
                 continue
-            outcome = train(chosen, name, 1.0, seed, chosen.budget, options)
+            own = chosen._replace(make=make_tied) if name.endswith(TIED) else chosen
+            outcome = train(own, name, 1.0, seed, chosen.budget, options)
             row: dict[str, Any] = {"variant": name, "seed": seed, "parameters": outcome.parameters}
-            row["peak_mib"] = f"{outcome.peak_bytes / 2**20:.1f}"
             for budget in BUDGETS:
                 seconds, flops, steps = outcome.spent.get(budget, (float("nan"),) * 3)
                 row |= {f"figure_{budget}": f"{outcome.at.get(budget, float('nan')):.4f}", f"steps_{budget}": steps}
@@ -131,26 +140,39 @@ def fill(options: Any) -> Rows:
     return files.rows["runs"]
 
 
-def of(rows: Rows, name: str, column: str) -> list[float]:
-    return [float(row[column]) for row in rows if row["variant"] == name]
+def of(rows: Rows, name: str, column: str) -> dict[int, float]:
+    """A column of a model, by seed."""
+    return {int(row["seed"]): float(row[column]) for row in rows if row["variant"] == name}
 
 
 def phi(losses: Mapping[int, float], shape: tuple[int, int, int], loss: float) -> float | None:
-    """The exponent with which an evaluation counts: None if the loss is outside of those of the stacks.
+    """The exponent with which an evaluation counts; None if the loss is outside of those of the stacks.
 
     Args:
-        losses: Of explicit stacks, by their number of layers.
+        losses: Of explicit stacks, by their number of layers; they must fall with it.
         shape: Layers outside and inside of the equilibrium, evaluations.
         loss: Of the model.
     """
     depths = sorted(losses)
+    if any(losses[a] <= losses[b] for a, b in itertools.pairwise(depths)):
+        return None
+    outside, inside, evaluations = shape
     for a, b in itertools.pairwise(depths):
-        if losses[b] <= loss <= losses[a] != losses[b]:
+        if losses[b] <= loss <= losses[a]:
             share = (losses[a] - loss) / (losses[a] - losses[b])
             layers = math.exp((1 - share) * math.log(a) + share * math.log(b))
-            outside, inside, evaluations = shape
             return math.log((layers - outside) / inside) / math.log(evaluations) if layers > outside else None
     return None
+
+
+def exponents(rows: Rows, name: str) -> list[float]:
+    """Of every seed with which the model and stacks were trained, where it can be told."""
+    found = []
+    for seed, loss in of(rows, name, "figure_steps").items() if name in SHAPES else ():
+        stacks = {n: of(rows, stack, "figure_steps").get(seed) for n, stack in STACKS.items()}
+        exponent = phi({n: value for n, value in stacks.items() if value is not None}, SHAPES[name], loss)
+        found += [] if exponent is None else [exponent]
+    return found
 
 
 def page(rows: Rows) -> str:
@@ -159,32 +181,24 @@ def page(rows: Rows) -> str:
         "# Layers around the equilibrium",
         "Written by `python -m benchmarks.quality.architecture`; for the interpretation see [the README](../README.md)."
         f" {cpu}, one thread, torch {version}, commit {commit}. Validation loss in nats per token, mean of the seeds"
-        " (minimum - maximum); averaged weights at a constant learning rate. `1 + RevDEQ, 2 x 4 + 1`: one layer before"
-        " the equilibrium of f with two layers, 4 evaluations, and one layer after it. phi: an evaluation counts as"
-        " `evaluations^phi` layers of an explicit stack, interpolated; empty outside of the stacks measured.",
+        " (minimum - maximum); averaged weights at a constant learning rate; all evaluations stored. `1 + RevDEQ, 2 x 4"
+        " + 1`: one layer before the equilibrium of f with two layers, 4 evaluations, and one layer after it. phi: N"
+        " evaluations of f count as `N^phi` times its layers in an explicit stack, interpolated; empty outside of the"
+        " stacks measured.",
     ]
     for budget, title in BUDGETS.items():
-        losses = {
-            n: mean(found)
-            for n in (1, 2, 3, 4, 8)
-            if (found := of(rows, [*STACKS][(1, 2, 3, 4, 8).index(n)], f"figure_{budget}"))
-        }
         lines: list[Sequence[str]] = []
         for name in VARIANTS:
             if not (found := of(rows, name, f"figure_{budget}")):
                 continue
-            exponent = phi(losses, SHAPES[name], mean(found)) if name in SHAPES else None
-            cost = (
-                mean(of(rows, name, f"{kind}_{budget}"))
-                for kind in ("steps", "tflop", "cpu_seconds", "peak_mib")
-                if kind != "peak_mib"
+            steps, tflop, seconds = (
+                mean(of(rows, name, f"{kind}_{budget}").values()) for kind in ("steps", "tflop", "cpu_seconds")
             )
-            steps, tflop, seconds = cost
-            parameters = int(of(rows, name, "parameters")[0])
+            parameters = int(max(of(rows, name, "parameters").values()))
             facts = (name, f"{parameters:,}", str(len(found)), f"{steps:.0f}", f"{tflop:.1f}", f"{seconds:.0f}")
-            memory = f"{mean(of(rows, name, 'peak_mib')):.1f}"
-            lines.append((*facts, memory, spread(found, 4), "" if exponent is None else f"{exponent:.2f}"))
-        header = ("model", "parameters", "seeds", "steps", "TFLOP", "CPU seconds", "MiB", "loss", "phi")
+            worth = exponents(rows, name) if budget == "steps" else []
+            lines.append((*facts, spread(list(found.values()), 4), spread(worth, 2) if worth else ""))
+        header = ("model", "parameters", "seeds", "steps", "TFLOP", "CPU seconds", "loss", "phi")
         sections += [f"## {title}", table(header, lines)]
     return "\n\n".join(sections) + "\n"
 
@@ -196,6 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cache", type=Path, default=Path("data/cache"), help="folder for prepared data")
     options = parser.parse_args(arguments)
     part.refuse_quick_results(parser, options)
+    options.seeds = options.seeds[:1] if options.quick else options.seeds
     torch.set_num_threads(1)
     quieten_lightning()
     rows = fill(options)

@@ -98,7 +98,7 @@ def part(evaluations: int, quick: bool) -> Part:
         name="mazes",
         title="Mazes",
         variants=variants(evaluations, chosen),
-        optimizer=CONFIG,
+        optimizer=SETTINGS["model"]["optimizer"],
         make=make,
         figure=cell_accuracy,
         unit="solved mazes, %",

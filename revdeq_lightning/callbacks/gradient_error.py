@@ -27,7 +27,7 @@ REFERENCES = ("bptt", "converged")
 class GradientError(AbstractProbing):
     """Compares the gradient of the active adjoint with two references, on the first samples of a batch.
 
-    * `bptt`: the same iteration, differentiated by back-propagation. The difference is the error of the adjoint.
+    * `bptt`: the same iteration, differentiated by backpropagation. The difference is the error of the adjoint.
     * `converged`: the gradient at the fixed point, by the implicit function theorem, after the same solver has
       continued to a tolerance. The difference is what stopping early costs, not an error of the adjoint.
 

@@ -41,7 +41,6 @@ class TransformerConfig:
         num_prelude_layers: Modern block only: layers before the equilibrium, with parameters of their own.
         num_coda_layers: Modern block only: layers after the equilibrium, with parameters of their own.
         initial_state: Where the solve starts: `zero`, or `input`, the injected input x.
-        tie_embeddings: Whether the output projection has the weights of the token embedding.
         loss_chunk_size: Number of tokens whose logits exist at the same time in `loss`.
     """
 
@@ -58,7 +57,6 @@ class TransformerConfig:
     num_prelude_layers: int = only(0, block=("modern",))
     num_coda_layers: int = only(0, block=("modern",))
     initial_state: str = "zero"
-    tie_embeddings: bool = False
     loss_chunk_size: int = 1024
     block_options: dict[str, Any] = field(default_factory=dict)
 

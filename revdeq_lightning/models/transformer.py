@@ -103,9 +103,7 @@ class AbstractLanguageModel(nn.Module):
         ends_with_norm = is_paper or self.coda is not None
         self.norm = nn.Identity() if ends_with_norm else nn.RMSNorm(config.d_model, MODERN_NORM_EPS)
         self.head = Linear(config.d_model, config.vocab_size, bias=False)
-        if config.tie_embeddings:
-            self.head.weight = self.embedding.token.weight
-        elif not is_paper:
+        if not is_paper:
             nn.init.zeros_(self.head.weight)
 
     @abstractmethod
@@ -129,11 +127,12 @@ class AbstractLanguageModel(nn.Module):
         if tokens_BT.device.type == "cpu" and not torch.compiler.is_compiling():
             self.config.check_tokens(tokens_BT)
         x_BTD = self.embedding(tokens_BT, cache)
-        return x_BTD if self.prelude is None else self.prelude.apply_layers(x_BTD, cache)
+        return x_BTD if self.prelude is None else cast(Tensor, self.prelude(torch.zeros_like(x_BTD), x_BTD, cache))
 
     def read_out(self, h_BTD: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """Input of the output projection, from what `transform` returned."""
-        return cast(Tensor, self.norm(h_BTD)) if self.coda is None else self.coda.apply_layers(h_BTD, cache)
+        last = self.norm(h_BTD) if self.coda is None else self.coda(torch.zeros_like(h_BTD), h_BTD, cache)
+        return cast(Tensor, last)
 
     def hidden(self, tokens_BT: Tensor, cache: KeyValueCache | None = None) -> tuple[Tensor, SolverStats | None]:
         """Input of the output projection, and statistics; with a cache, of the tokens after the cached ones."""

@@ -153,10 +153,7 @@ class ModernBlock(nn.Module):
                 nn.init.normal_(parameter, std=1 / math.sqrt(parameter.shape[1]))
 
     def forward(self, z_BTD: Tensor, x_BTD: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        return self.apply_layers(z_BTD + x_BTD, cache)
-
-    def apply_layers(self, h_BTD: Tensor, cache: KeyValueCache | None = None) -> Tensor:
-        """`norm(layers(h))`."""
+        h_BTD = z_BTD + x_BTD
         for layer in self.layers:
             h_BTD = layer(h_BTD, cache)
         return cast(Tensor, self.norm(h_BTD))

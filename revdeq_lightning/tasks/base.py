@@ -90,8 +90,11 @@ class AbstractTask(LightningModule):
                 " compile=false"
             )
         if compile:
-            for f in [layer.f for layer in layers] or [getattr(self.model, "block", self.model)]:
-                f.compile()
+            around = [getattr(self.model, name, None) for name in ("prelude", "coda")]
+            for block in [layer.f for layer in layers] or [getattr(self.model, "block", self.model)]:
+                block.compile()
+            for block in filter(None, around):
+                block.compile()
 
     @contextmanager
     def penalized(self) -> Iterator[list[Tensor]]:

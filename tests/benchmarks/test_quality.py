@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.core import pairs
-from benchmarks.quality import __main__ as quality, budget
+from benchmarks.quality import __main__ as quality, architecture, budget
 from benchmarks.quality.budget import Budget
 from revdeq_lightning.equilibrium import EquilibriumLayer, MomentumSolver
 from tests.helpers.data import image_folder
@@ -83,6 +83,33 @@ def test_a_run_ends_when_both_budgets_are_spent_and_is_not_made_twice(tmp_path, 
     capsys.readouterr()
     monkeypatch.setattr(quality, "train", None)  # nothing is left to train
     assert run(monkeypatch, tmp_path, [part], text=text_file(tmp_path)) == found
+
+
+def test_what_an_evaluation_is_worth_where_the_loss_is_the_logarithm_of_the_layers():
+    """Then the interpolation in log(n) is exact, and a loss of `-log(2 + 2 * 4**0.46)` is one of phi = 0.46."""
+    losses = {n: -math.log(n) for n in (1, 2, 3, 4, 8)}
+    name = "1 + RevDEQ, 2 x 4 + 1"
+    assert architecture.SHAPES[name] == (2, 2, 4)
+    loss = -math.log(2 + 2 * 4**0.46)
+    assert architecture.phi(losses, (2, 2, 4), loss) == pytest.approx(0.46)
+    assert architecture.phi(losses, (2, 2, 4), -math.log(9)) is None
+    assert architecture.phi({**losses, 4: 0.0}, (2, 2, 4), loss) is None  # more layers, more loss
+    facts = {"cpu": "C", "torch": "T", "commit": "A", "parameters": "1"}
+    columns = ("figure", "steps", "tflop", "cpu_seconds")
+    rows = [
+        {
+            **facts,
+            "variant": variant,
+            "seed": seed,
+            **{f"{c}_{b}": value for c in columns for b in architecture.BUDGETS},
+        }
+        for seed in ("0", "1")
+        for variant, value in [*((v, str(losses[n])) for n, v in architecture.STACKS.items()), (name, str(loss))]
+    ]
+    (line,) = (
+        line for line in architecture.page(rows).split("## At equal FLOPs")[0].splitlines() if name + " |" in line
+    )
+    assert line.endswith("| 0.46 (0.46 - 0.46) |")
 
 
 def test_images_are_compared_by_accuracy(tmp_path, monkeypatch):

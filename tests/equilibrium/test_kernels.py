@@ -91,6 +91,8 @@ for make in (lambda n: ReversibleSolver(max_steps=n // 2), lambda n: MomentumSol
     twin, *theirs = solve(make(4), BackpropAdjoint(), False)
     assert torch.equal(value, twin)
     assert all((a - b).norm() <= 1e-6 * b.norm() for a, b in zip(ours, theirs, strict=True))
+    truncated = [solve(make(4), BackpropAdjoint(num_evaluations=2), with_kernels) for with_kernels in (True, False)]
+    assert all(torch.equal(a, b) for a, b in zip(*truncated, strict=True))
     totals = []
     for n in (2, 4):
         counted[:] = 0, 0

@@ -171,16 +171,6 @@ def test_a_solve_starts_from_the_input_or_from_zero():
         torch.testing.assert_close(model.transform(x, None)[0], z)
 
 
-def test_tied_embeddings_are_one_parameter():
-    model = TransformerLM(TransformerConfig(**SMALL, tie_embeddings=True), MomentumSolver(), ReversibleAdjoint())
-    assert model.output_weight_VD is model.embedding.token.weight
-    names = [name for name, _ in model.named_parameters()]
-    assert "embedding.token.weight" in names
-    assert "head.weight" not in names
-    model.loss(*make_batch()).loss.backward()
-    assert model.embedding.token.weight.grad.abs().sum(1).min() > 0  # also of tokens that are only predicted
-
-
 def test_modern_state_stays_bounded():
     """The norm keeps the state near unit scale, at any depth, for weights of any size."""
     model, (tokens, _) = make_model("modern", solver=MomentumSolver(max_steps=100)), make_batch()

@@ -1,4 +1,4 @@
-"""Back-propagation through time: autograd through every iterate of the solver, or through the last ones."""
+"""Backpropagation through time: autograd through every iterate of the solver, or through the last ones."""
 
 from dataclasses import dataclass
 

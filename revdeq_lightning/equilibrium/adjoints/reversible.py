@@ -185,7 +185,8 @@ class _ReversibleFunction(torch.autograd.Function):
             lambda: iterate_to_fixed_point(solve.solver, evaluate, z0, reversible=True, num_kept=num_stored),
         )
         # There may be none to undo.
-        state = iteration.state._replace(dtypes=[], extremes=[], decoded=[]) if iteration.num_evaluations else ()
+        unsaved: dict[str, Any] = {"dtypes": [], "extremes": [], "decoded": [], "decoded_before": []}
+        state = iteration.state._replace(**unsaved) if iteration.num_evaluations else ()
         state_tensors, ctx.state_spec = tree_flatten(state)
         ctx.solve = solve
         solve.iteration = iteration._replace(state=None, value=[])

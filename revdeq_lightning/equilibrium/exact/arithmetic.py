@@ -22,7 +22,7 @@ from .remainders import Remainders
 Kept = Remainders | None
 """What the updates destroy; None where nothing is kept, and no update is to be undone."""
 Decoded = Tensor | None
-"""The newest state as f saw it, if it is at hand."""
+"""u_k as f saw it, if it is at hand."""
 
 FRACTION_BITS = {torch.int32: 21, torch.float64: 32}
 """States are whole numbers in units of 2 to minus this."""
@@ -161,9 +161,10 @@ class ExactArithmetic(AbstractArithmetic):
         _, c, b = self.recurrence
         increment = v.to(self.compute_dtype) * (b * self.scale)
         if c:  # every operation rounded for itself, as in the kernels; a scale that is a power of 2 rounds nothing
-            if z is None or z.dtype != self.compute_dtype:
-                z = self.decode(u, self.compute_dtype)
-            increment.add_(z * (c * self.scale))
+            if z is not None and z.dtype == self.compute_dtype:
+                increment.add_(z * (c * self.scale))
+            else:
+                increment.add_(self.decode(u, self.compute_dtype).mul_(c * self.scale))
         return increment.round_().to(self.dtype)
 
     def _is_shift(self, numerator: int, denominator: int) -> bool:

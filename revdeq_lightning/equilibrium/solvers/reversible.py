@@ -50,7 +50,8 @@ class TwoStepState(NamedTuple):
     extremes: Leaves
     """Of the newest state and of the value of f that made it, 0-dim."""
     decoded: Leaves
-    """The iterate at which f is evaluated next, forward or back; empty until it is asked for, if no kernel made it."""
+    decoded_before: Leaves
+    """The iterates at which f is evaluated next, forward and back; empty until asked for, where no kernel made them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,17 +118,19 @@ class AbstractTwoStepSolver(AbstractSolver):
         arithmetic = self.state_arithmetic(dtypes)
         current = [arithmetic.encode(z) for z in z0]
         remainders = [arithmetic.remainders() if reversible else None for _ in z0]
-        return TwoStepState(current, current, remainders, dtypes, extremes(z0), [])
+        return TwoStepState(current, current, remainders, dtypes, extremes(z0), [], [])
 
     def branch(self, state: TwoStepState) -> TwoStepState:
         return state._replace(remainders=[None] * len(state.current))
 
     def iterate(self, state: TwoStepState) -> Leaves:
-        return self._decode(state.current, state)
+        return state.decoded or self._decode(state.current, state, state.decoded)
 
     def iterate_before(self, state: TwoStepState, active: Mask) -> Leaves:
         """The iterate at which f was evaluated to make this state."""
-        return self._decode(select(active, state.previous, state.current), state)
+        if state.decoded_before:
+            return state.decoded_before
+        return self._decode(select(active, state.previous, state.current), state, state.decoded_before)
 
     def extremes(self, state: TwoStepState) -> Leaves:
         return state.extremes
@@ -145,7 +148,7 @@ class AbstractTwoStepSolver(AbstractSolver):
             following, decoded, largest = map(
                 list, zip(*(kernels.advance(arithmetic, *leaf) for leaf in leaves), strict=True)
             )
-            return state._replace(previous=state.current, current=following, extremes=largest, decoded=decoded)
+            return TwoStepState(state.current, following, state.remainders, state.dtypes, largest, decoded, [])
         following = []
         updates = zip(state.previous, state.current, value, state.remainders, self.iterate(state), strict=True)
         for u_before, u, v, remainders, z in updates:
@@ -160,6 +163,7 @@ class AbstractTwoStepSolver(AbstractSolver):
             current=select(active, following, state.current),
             extremes=[*extremes(value), *extremes(following, 1 / arithmetic.scale)],
             decoded=[],
+            decoded_before=[],
         )
 
     def invert_step(self, state: TwoStepState, value: Leaves, active: Mask) -> TwoStepState:
@@ -168,7 +172,7 @@ class AbstractTwoStepSolver(AbstractSolver):
         if active is None and (kernels := kernels_for(state.current[0], torch.int32)):
             leaves = zip(state.current, state.previous, value, state.remainders, state.dtypes, strict=True)
             before, decoded = map(list, zip(*(kernels.invert_(arithmetic, *leaf) for leaf in leaves), strict=True))
-            return state._replace(previous=before, current=state.previous, decoded=decoded)
+            return state._replace(previous=before, current=state.previous, decoded=[], decoded_before=decoded)
         following = state.current if active is None else [u.clone() for u in state.current]
         iterate = self.iterate_before(state, active)
         undone = zip(following, state.previous, value, state.remainders, iterate, strict=True)
@@ -177,6 +181,7 @@ class AbstractTwoStepSolver(AbstractSolver):
             previous=select(active, before, state.previous),
             current=select(active, state.previous, state.current),
             decoded=[],
+            decoded_before=[],
         )
 
     def carry_(self, g_previous: Leaves, g_current: Leaves, products: Sequence[Tensor | None]) -> tuple[Leaves, Leaves]:
@@ -202,12 +207,11 @@ class AbstractTwoStepSolver(AbstractSolver):
         pairs = zip((*state.previous, *state.current), (*start, *start), strict=True)
         return torch.stack([torch.count_nonzero(a - b) for a, b in pairs]).sum()  # twice as fast as of `a != b`
 
-    def _decode(self, leaves: Leaves, state: TwoStepState) -> Leaves:
+    def _decode(self, leaves: Leaves, state: TwoStepState, kept: Leaves) -> Leaves:
         """The iterate that these are, kept in the state, as the update needs it too."""
-        if not state.decoded:
-            arithmetic = self.state_arithmetic(state.dtypes)
-            state.decoded.extend(arithmetic.decode(u, dtype) for u, dtype in zip(leaves, state.dtypes, strict=True))
-        return state.decoded
+        arithmetic = self.state_arithmetic(state.dtypes)
+        kept.extend(arithmetic.decode(u, dtype) for u, dtype in zip(leaves, state.dtypes, strict=True))
+        return kept
 
 
 @dataclass(frozen=True, kw_only=True)
