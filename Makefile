@@ -21,7 +21,7 @@ ADDRESS ?=
 NAME ?=
 SMALL ?=
 PYTHONS ?=
-WORKERS ?= $(shell echo $$(( $$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) + 2 )))
+SLOW_WORKERS ?= $(shell echo $$(( $$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) + 2 )))
 FIT = $(TASK) fit --config $(or $(CONFIG),configs/lm/wikitext103.yaml) --config $(TRAINER) $(ARGS)
 
 .PHONY: help setup train-lm train-maze train-cifar train-imagenet generate notebooks docs test test-slow test-pythons lint format typecheck bench bench-quick bench-core bench-lm bench-image bench-image-block bench-cifar bench-quality bench-reasoning bench-callbacks bench-faults bench-scaling submit train-nodes bench-pairs bench-gpu clean
@@ -67,13 +67,14 @@ notebooks: $(READY)  ## Execute the notebooks; SMALL=1: smaller sizes, files unc
 docs: $(READY)  ## Build the documentation into site/; a broken link or a missing reference is an error
 	@NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
-# Processes of one thread each, as operations on small tensors gain nothing from threads; more than cores, as many tests
-# wait. Tests that share an expensive fixture are marked as a group (xdist_group): one process makes it for all of them.
+# One process per core with one thread each: operations on small tensors gain nothing from threads. Tests that share an
+# expensive fixture are marked as a group (xdist_group): one process makes it for all of them.
 test: $(READY)  ## Run the tests: ARGS="-k golden"
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist loadgroup -m "not slow" $(ARGS)
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadgroup -m "not slow" $(ARGS)
 
+# More processes than cores: these tests wait most of the time.
 test-slow: $(READY)  ## Run the tests that take minutes: several processes, kills, several machines, SLURM
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) --dist loadgroup -m slow $(ARGS)
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(SLOW_WORKERS) --dist loadgroup -m slow $(ARGS)
 
 test-pythons: $(READY)  ## Run the tests that depend on the Python version under every other Python found here: PYTHONS="/path/to/python3.13 ..."
 	@OMP_NUM_THREADS=1 PYTHONS='$(PYTHONS)' $(RUN) tests/pythons.py $(ARGS)
