@@ -21,7 +21,7 @@ ADDRESS ?=
 NAME ?=
 SMALL ?=
 PYTHONS ?=
-SLOW_WORKERS ?= $(shell echo $$(( $$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) + 2 )))
+SLOW_WORKERS ?= 3
 FIT = $(TASK) fit --config $(or $(CONFIG),configs/lm/wikitext103.yaml) --config $(TRAINER) $(ARGS)
 
 .PHONY: help setup train-lm train-maze train-cifar train-imagenet generate notebooks docs test test-slow test-pythons lint format typecheck bench bench-quick bench-core bench-lm bench-image bench-image-block bench-cifar bench-quality bench-reasoning bench-callbacks bench-faults bench-scaling submit train-nodes bench-pairs bench-gpu clean
@@ -72,7 +72,7 @@ docs: $(READY)  ## Build the documentation into site/; a broken link or a missin
 test: $(READY)  ## Run the tests: ARGS="-k golden"
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadgroup -m "not slow" $(ARGS)
 
-# More processes than cores: these tests wait most of the time.
+# More processes than the cores of a small machine: many of these tests wait.
 test-slow: $(READY)  ## Run the tests that take minutes: several processes, kills, several machines, SLURM
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(SLOW_WORKERS) --dist loadgroup -m slow $(ARGS)
 
