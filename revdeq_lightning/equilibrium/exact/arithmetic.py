@@ -89,7 +89,7 @@ class AbstractArithmetic(abc.ABC):
         return following + (linear - linear.detach())
 
     @abc.abstractmethod
-    def invert_(self, u_next: Tensor, u: Tensor, v: Tensor, kept: Kept = None, z: Decoded = None) -> Tensor:
+    def invert_(self, u_next: Tensor, u: Tensor, v: Tensor, kept: Kept = None) -> Tensor:
         """u_{k-1} from u_{k+1}, u_k and v, in the memory of `u_next`."""
 
     def limit(self) -> float:
@@ -143,9 +143,9 @@ class ExactArithmetic(AbstractArithmetic):
             kept.push(u_before if self._is_shift(self.p, self.q) else u_before - self._least(quotient))
         return self._increment(u, v, z).add_(quotient, alpha=self.sign)
 
-    def invert_(self, u_next: Tensor, u: Tensor, v: Tensor, kept: Kept = None, z: Decoded = None) -> Tensor:
+    def invert_(self, u_next: Tensor, u: Tensor, v: Tensor, kept: Kept = None) -> Tensor:
         assert kept is not None, "the exact state is invertible only with its remainders"
-        increment, quotient = self._increment(u, v, z), u_next
+        increment, quotient = self._increment(u, v), u_next
         if self.sign > 0:
             quotient.sub_(increment)
         else:
@@ -156,7 +156,7 @@ class ExactArithmetic(AbstractArithmetic):
         """The least U with `floor(p * U / q) = quotient`, which is `ceil(q * quotient / p)`."""
         return self._multiple(quotient, self.q, self.p, up=True, out=out)
 
-    def _increment(self, u: Tensor, v: Tensor, z: Decoded) -> Tensor:
+    def _increment(self, u: Tensor, v: Tensor, z: Decoded = None) -> Tensor:
         """`round(scale * (c * u_k + b * v))`: depends on u_k alone, so that both directions get the same bits."""
         _, c, b = self.recurrence
         increment = v.to(self.compute_dtype) * (b * self.scale)
@@ -164,7 +164,7 @@ class ExactArithmetic(AbstractArithmetic):
             if z is not None and z.dtype == self.compute_dtype:
                 increment.add_(z * (c * self.scale))
             else:
-                increment.add_(self.decode(u, self.compute_dtype).mul_(c * self.scale))
+                increment.add_(u.to(self.compute_dtype, copy=True).mul_(c))
         return increment.round_().to(self.dtype)
 
     def _is_shift(self, numerator: int, denominator: int) -> bool:
@@ -211,7 +211,7 @@ class FloatArithmetic(AbstractArithmetic):
         following = (float(a) * u_before).add_(v.to(self.dtype), alpha=b)
         return following.add_(u, alpha=c) if c else following
 
-    def invert_(self, u_next: Tensor, u: Tensor, v: Tensor, kept: Kept = None, z: Decoded = None) -> Tensor:
+    def invert_(self, u_next: Tensor, u: Tensor, v: Tensor, kept: Kept = None) -> Tensor:
         a, c, b = self.recurrence
         u_next.sub_(v.to(self.dtype), alpha=b)
         return (u_next.sub_(u, alpha=c) if c else u_next).div_(float(a))

@@ -51,7 +51,7 @@ class TwoStepState(NamedTuple):
     """Of the newest state and of the value of f that made it, 0-dim."""
     decoded: Leaves
     decoded_before: Leaves
-    """The iterates at which f is evaluated next, forward and back; empty until asked for, where no kernel made them."""
+    """The iterates at which f is evaluated next, forward and back, where they are at hand; otherwise empty."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,13 +124,14 @@ class AbstractTwoStepSolver(AbstractSolver):
         return state._replace(remainders=[None] * len(state.current))
 
     def iterate(self, state: TwoStepState) -> Leaves:
-        return state.decoded or self._decode(state.current, state, state.decoded)
+        if not state.decoded:
+            state.decoded.extend(self._decode(state.current, state))  # the update needs it too
+        return state.decoded
 
     def iterate_before(self, state: TwoStepState, active: Mask) -> Leaves:
         """The iterate at which f was evaluated to make this state."""
-        if state.decoded_before:
-            return state.decoded_before
-        return self._decode(select(active, state.previous, state.current), state, state.decoded_before)
+        # Not kept on the way back, where f's derivative is the peak of memory and may not need it.
+        return state.decoded_before or self._decode(select(active, state.previous, state.current), state)
 
     def extremes(self, state: TwoStepState) -> Leaves:
         return state.extremes
@@ -174,8 +175,7 @@ class AbstractTwoStepSolver(AbstractSolver):
             before, decoded = map(list, zip(*(kernels.invert_(arithmetic, *leaf) for leaf in leaves), strict=True))
             return state._replace(previous=before, current=state.previous, decoded=[], decoded_before=decoded)
         following = state.current if active is None else [u.clone() for u in state.current]
-        iterate = self.iterate_before(state, active)
-        undone = zip(following, state.previous, value, state.remainders, iterate, strict=True)
+        undone = zip(following, state.previous, value, state.remainders, strict=True)
         before = [arithmetic.invert_(*leaf) for leaf in undone]
         return state._replace(
             previous=select(active, before, state.previous),
@@ -207,11 +207,9 @@ class AbstractTwoStepSolver(AbstractSolver):
         pairs = zip((*state.previous, *state.current), (*start, *start), strict=True)
         return torch.stack([torch.count_nonzero(a - b) for a, b in pairs]).sum()  # twice as fast as of `a != b`
 
-    def _decode(self, leaves: Leaves, state: TwoStepState, kept: Leaves) -> Leaves:
-        """The iterate that these are, kept in the state, as the update needs it too."""
+    def _decode(self, leaves: Leaves, state: TwoStepState) -> Leaves:
         arithmetic = self.state_arithmetic(state.dtypes)
-        kept.extend(arithmetic.decode(u, dtype) for u, dtype in zip(leaves, state.dtypes, strict=True))
-        return kept
+        return [arithmetic.decode(u, dtype) for u, dtype in zip(leaves, state.dtypes, strict=True)]
 
 
 @dataclass(frozen=True, kw_only=True)
