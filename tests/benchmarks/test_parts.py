@@ -11,9 +11,10 @@ import torch
 
 from benchmarks import __main__ as bench, part
 from benchmarks.core import depth, gpu
-from benchmarks.core.problems import attention_problem
+from benchmarks.core.problems import attention_problem, revdeq, reversible_step
 from benchmarks.core.reference import reversible_loop
 from benchmarks.isolated import MEASURED_MEMORY, Isolated, time_alternating
+from benchmarks.measure import peak_tensor_bytes
 from benchmarks.peers import authors, tasks, torchdeq_peer
 from benchmarks.peers.released_names import our_name
 from benchmarks.requirements import Requirement
@@ -148,6 +149,13 @@ def test_advice_names_only_what_is_worth_its_time():
     rows = [row("stored", 1.0, 50), row("slow and large", 1.4, 20), row("reversible", 1.2, 10), row("tiny", 2.0, 1)]
     assert [r["method"] for r in depth.best(rows)] == ["stored", "reversible", "tiny"]
     assert depth.advice(rows).startswith("stored (50.0 MiB, 1.00x), else reversible (10.0 MiB, 1.20x), else tiny")
+
+
+def test_four_evaluations_of_an_attention_block_take_at_most_13_mib():
+    """A checkpoint of every evaluation takes 12.4, and one leaf more at the peak would take 13.3."""
+    step = reversible_step(attention_problem(1, 512, 192, 4), revdeq(0.8), 2, "exact")
+    step()  # what the first call allocates for good
+    assert peak_tensor_bytes(step) <= 13 * 2**20
 
 
 def test_depth_quick_writes_page_and_figure(tmp_path):
