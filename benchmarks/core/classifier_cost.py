@@ -139,7 +139,7 @@ def measure(name: str, num_steps: int, rounds: int) -> dict[str, Any]:
         "upper quartile": round(ratio.upper, 3),
         "least possible": round(1 + paired_ratio(seconds["again"], seconds["bptt"]).median, 3),
         "peak MiB": round(peak_tensor_bytes(runs["ours"]) / 2**20, 1),
-        "of it remainders": round(remainder_bytes(ours, images) / 2**20, 1),
+        "remainders MiB": round(remainder_bytes(ours, images) / 2**20, 1),
         "peak MiB of BPTT": round(peak_tensor_bytes(runs["bptt"]) / 2**20, 1),
         "gradient error": float(f"{error:.2e}"),
         "gradient error, float64": float(f"{error_float64:.2e}"),
@@ -154,7 +154,7 @@ def judge(rows: list[dict[str, Any]], quick: bool) -> list[Requirement]:
         for key in ("gradient error", "gradient error, float64"):
             verdict.append(at_most(f"{name}: {key}", max(row[key] for row in own), MOST_ERROR, "{:.1e}"))
         over = max(row["peak MiB"] / row["peak MiB of BPTT"] for row in deep)
-        without = [row["peak MiB"] - row["of it remainders"] for row in deep]
+        without = [row["peak MiB"] - row["remainders MiB"] for row in deep]
         verdict.append(at_most(f"{name}: peak memory over BPTT's, from 2 steps on", over, 1.0, "{:.3f}"))
         what = f"{name}: growth of the peak beyond that of all remainders, from 2 steps on"
         verdict.append(at_most(what, max(without) / without[0], MOST_GROWTH, "{:.4f}"))

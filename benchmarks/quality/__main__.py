@@ -78,8 +78,9 @@ class Part(NamedTuple):
     clip: float | None = None
 
 
-def make_text(settings: dict[str, Any], path: Path, seed: int, cache: Path) -> tuple[LightningModule, Any]:
-    data = TextDataModule(**settings["data"] | {"path": str(path), "seed": seed, "cache_dir": str(cache)})
+def make_text(settings: dict[str, Any], path: Path | None, seed: int, cache: Path) -> tuple[LightningModule, Any]:
+    own = {"path": None if path is None else str(path), "seed": seed, "cache_dir": str(cache)}
+    data = TextDataModule(**settings["data"] | own)
     model = settings["model"]
     sizes = {"vocab_size": data.vocab_size, "context_length": settings["data"]["context_length"]}
     options = (TransformerConfig(**sizes, **model["network"]), SolverConfig(**model["solver"]))

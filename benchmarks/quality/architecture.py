@@ -24,16 +24,11 @@ from typing import Any
 import torch
 
 from benchmarks import part
-from benchmarks.quality.__main__ import Files, Part, Variant, nats, train
+from benchmarks.quality.__main__ import Files, Part, Variant, make_text, nats, train
 from benchmarks.quality.budget import Budget, settings_of
-from benchmarks.quality.training import facts_of
+from benchmarks.quality.training import facts_of, origins
 from benchmarks.report import spread, table
 from revdeq_lightning.cli.quiet import quieten_lightning
-from revdeq_lightning.data.text.module import TextDataModule
-from revdeq_lightning.models import TransformerConfig
-from revdeq_lightning.models.build import SolverConfig
-from revdeq_lightning.tasks.language_modeling import LanguageModelingTask
-from revdeq_lightning.tasks.optimizers import OptimizerConfig
 
 CONFIG = "configs/lm/default.yaml"
 SETTINGS = settings_of([CONFIG], {"model.optimizer.ema_decay": 0.995})
@@ -44,8 +39,8 @@ BUDGETS = {"steps": "At equal tokens", "flops": "At equal FLOPs", "cpu": "At equ
 Rows = Sequence[Mapping[str, str]]
 
 
-def explicit(num_layers: int, **network: Any) -> Variant:
-    changes = {"model.network": {**SIZES, "num_layers": num_layers, **network}, "model.solver": {"solver": "none"}}
+def explicit(num_layers: int) -> Variant:
+    changes = {"model.network": {**SIZES, "num_layers": num_layers}, "model.solver": {"solver": "none"}}
     return Variant((CONFIG,), changes)
 
 
@@ -90,16 +85,9 @@ SHAPES = {  # layers outside and inside of the equilibrium, evaluations
 }
 
 
-def make(settings: dict[str, Any], path: None, seed: int, cache: Path) -> tuple[LanguageModelingTask, Any]:
-    data = TextDataModule(**settings["data"] | {"seed": seed, "cache_dir": str(cache)})
-    sizes = {"vocab_size": data.vocab_size, "context_length": settings["data"]["context_length"]}
-    model = settings["model"]
-    network, solver = TransformerConfig(**sizes, **model["network"]), SolverConfig(**model["solver"])
-    return LanguageModelingTask(network, solver, OptimizerConfig(**model["optimizer"])), data
-
-
-def make_tied(*arguments: Any) -> tuple[LanguageModelingTask, Any]:
-    task, data = make(*arguments)
+def make_tied(*arguments: Any) -> tuple[Any, Any]:
+    task: Any
+    task, data = make_text(*arguments)
     task.model.head.weight = task.model.embedding.token.weight
     return task, data
 
@@ -110,7 +98,7 @@ def comparison(quick: bool) -> Part:
         title="Layers around the equilibrium",
         variants=VARIANTS,
         optimizer=SETTINGS["model"]["optimizer"],
-        make=make,
+        make=make_text,
         figure=nats,
         unit="validation loss, nats per token",
         smaller_is_better=True,
@@ -166,7 +154,7 @@ def phi(losses: Mapping[int, float], shape: tuple[int, int, int], loss: float) -
 
 
 def exponents(rows: Rows, name: str) -> list[float]:
-    """Of every seed with which the model and stacks were trained, where it can be told."""
+    """`phi` of each seed for which it is known."""
     found = []
     for seed, loss in of(rows, name, "figure_steps").items() if name in SHAPES else ():
         stacks = {n: of(rows, stack, "figure_steps").get(seed) for n, stack in STACKS.items()}
@@ -176,11 +164,10 @@ def exponents(rows: Rows, name: str) -> list[float]:
 
 
 def page(rows: Rows) -> str:
-    cpu, version, commit = (", ".join(sorted({row[name] for row in rows})) for name in ("cpu", "torch", "commit"))
     sections = [
         "# Layers around the equilibrium",
         "Written by `python -m benchmarks.quality.architecture`; for the interpretation see [the README](../README.md)."
-        f" {cpu}, one thread, torch {version}, commit {commit}. Validation loss in nats per token, mean of the seeds"
+        f" {origins(rows)}. Validation loss in nats per token, mean of the seeds"
         " (minimum - maximum); averaged weights at a constant learning rate; all evaluations stored. `1 + RevDEQ, 2 x 4"
         " + 1`: one layer before the equilibrium of f with two layers, 4 evaluations, and one layer after it. phi: N"
         " evaluations of f count as `N^phi` times its layers in an explicit stack, interpolated; empty outside of the"

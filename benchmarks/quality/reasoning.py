@@ -19,7 +19,7 @@ import torch
 from benchmarks import part
 from benchmarks.quality import mazes
 from benchmarks.quality.__main__ import Files, best_rate, train
-from benchmarks.quality.training import facts_of
+from benchmarks.quality.training import facts_of, origins
 from benchmarks.report import spread, table
 from revdeq_lightning.cli.quiet import quieten_lightning
 
@@ -75,11 +75,10 @@ def average(rows: Rows, column: str) -> float:
 
 
 def page(rows: Rows) -> str:
-    cpu, version, commit = (", ".join(sorted({row[name] for row in rows})) for name in ("cpu", "torch", "commit"))
     sections = [
         "# Mazes: which gradient solves them",
         "Written by `python -m benchmarks.quality.reasoning`; for the interpretation see [the README](../README.md)."
-        f" {cpu}, one thread, torch {version}, commit {commit}. Percent of new mazes with every cell right, by cells a"
+        f" {origins(rows)}. Percent of new mazes with every cell right, by cells a"
         " side, mean of the seeds named (minimum - maximum). All were trained on the smallest size. Larger mazes"
         " get evaluations of f in proportion to their pixels, also where another number would do better. Averaged"
         " weights at a constant learning rate (rates x: times that of the configuration, best of three in short runs)."

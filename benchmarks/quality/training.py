@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean
@@ -103,6 +103,12 @@ def facts_of(command: str) -> dict[str, Any]:
         "torch": facts["versions"]["torch"],
         **{key: facts[key] for key in ("date", "commit", "uncommitted_changes", "command")},
     }
+
+
+def origins(rows: Sequence[Mapping[str, str]]) -> str:
+    """Where the rows of runs on one thread come from, in words."""
+    cpu, version, commit = (", ".join(sorted({row[name] for row in rows})) for name in ("cpu", "torch", "commit"))
+    return f"{cpu}, one thread, torch {version}, commit {commit}"
 
 
 def num_parameters(checkpoint: Path) -> int:

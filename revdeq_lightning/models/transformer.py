@@ -131,8 +131,9 @@ class AbstractLanguageModel(nn.Module):
 
     def read_out(self, h_BTD: Tensor, cache: KeyValueCache | None = None) -> Tensor:
         """Input of the output projection, from what `transform` returned."""
-        last = self.norm(h_BTD) if self.coda is None else self.coda(torch.zeros_like(h_BTD), h_BTD, cache)
-        return cast(Tensor, last)
+        if self.coda is None:
+            return cast(Tensor, self.norm(h_BTD))
+        return cast(Tensor, self.coda(torch.zeros_like(h_BTD), h_BTD, cache))
 
     def hidden(self, tokens_BT: Tensor, cache: KeyValueCache | None = None) -> tuple[Tensor, SolverStats | None]:
         """Input of the output projection, and statistics; with a cache, of the tokens after the cached ones."""
@@ -203,6 +204,7 @@ class TransformerLM(AbstractLanguageModel):
         return solution.value, solution.stats
 
     def initial_state(self, x_BTD: Tensor) -> Tensor:
+        """z_0, where the solve starts."""
         return x_BTD if self.config.initial_state == "input" else torch.zeros_like(x_BTD)
 
 
@@ -218,7 +220,7 @@ class ExplicitTransformerLM(AbstractLanguageModel):
             raise ValueError(f"the explicit baseline needs block='modern', got block={config.block!r}")
         for name, default in (("num_prelude_layers", 0), ("num_coda_layers", 0), ("initial_state", "zero")):
             if (value := getattr(config, name)) != default:
-                raise ValueError(f"solver='none' has no equilibrium, but {name}={value!r}: raise num_layers instead")
+                raise ValueError(f"solver='none' has no {name}, got {name}={value!r}: remove it, or raise num_layers")
         self.block = ModernBlock(config)
 
     def transform(self, x_BTD: Tensor, cache: KeyValueCache | None) -> tuple[Tensor, SolverStats | None]:

@@ -91,9 +91,8 @@ class AbstractTask(LightningModule):
             )
         if compile:
             around = [getattr(self.model, name, None) for name in ("prelude", "coda")]
-            for block in [layer.f for layer in layers] or [getattr(self.model, "block", self.model)]:
-                block.compile()
-            for block in filter(None, around):
+            blocks = [layer.f for layer in layers] or [getattr(self.model, "block", self.model)]
+            for block in [*blocks, *filter(None, around)]:
                 block.compile()
 
     @contextmanager

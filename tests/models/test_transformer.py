@@ -232,7 +232,7 @@ def test_tokens_and_blocks_that_do_not_fit_are_named():
         model(torch.zeros(1, 3))
     with pytest.raises(ValueError, match="the explicit baseline needs block='modern', got block='paper'"):
         ExplicitTransformerLM(TransformerConfig(**SMALL, block="paper"))
-    with pytest.raises(ValueError, match="solver='none' has no equilibrium, but num_coda_layers=1: raise num_layers"):
+    with pytest.raises(ValueError, match="solver='none' has no num_coda_layers, got num_coda_layers=1: remove it"):
         ExplicitTransformerLM(TransformerConfig(**SMALL, num_coda_layers=1))
 
 

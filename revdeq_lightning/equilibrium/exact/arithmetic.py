@@ -160,7 +160,7 @@ class ExactArithmetic(AbstractArithmetic):
         """`round(scale * (c * u_k + b * v))`: depends on u_k alone, so that both directions get the same bits."""
         _, c, b = self.recurrence
         increment = v.to(self.compute_dtype) * (b * self.scale)
-        if c:  # every operation rounded for itself, as in the kernels; a scale that is a power of 2 rounds nothing
+        if c:  # every operation rounded for itself, as in the kernels; scaling by a power of 2 is exact
             if z is not None and z.dtype == self.compute_dtype:
                 increment.add_(z * (c * self.scale))
             else:
