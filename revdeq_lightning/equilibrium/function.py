@@ -9,6 +9,7 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
@@ -17,6 +18,8 @@ from ..state import Place, Turns, counting, exchanged, parameter_places, version
 from ..transforms import has_numbers, is_functorch
 from .checks import is_capturing
 from .norms import Leaves, Map
+
+Edges = list[GradientEdge | None]
 
 
 class EquilibriumFunction:
@@ -195,11 +198,16 @@ def evaluate_recorded(f: EquilibriumFunction, z: Leaves) -> tuple[Leaves, Leaves
         return leaves, f(leaves)
 
 
+def edges_of(value: Leaves) -> Edges:
+    """What is needed of the tensors for their gradient: it keeps their graph, but not them."""
+    return [get_gradient_edge(v) if v.requires_grad else None for v in value]
+
+
 def vector_jacobian_products(
-    value: Leaves, sources: Leaves, weights: Leaves, *, retain_graph: bool = False, create_graph: bool = False
+    value: Leaves | Edges, sources: Leaves, weights: Leaves, *, retain_graph: bool = False, create_graph: bool = False
 ) -> list[Tensor | None]:
     """`weights^T d(value)/d(source)` for every source; None for one that does not enter."""
-    outputs = [(v, w) for v, w in zip(value, weights, strict=True) if v.requires_grad]
+    outputs = [(v, w) for v, w in zip(value, weights, strict=True) if getattr(v, "requires_grad", v is not None)]
     if not outputs:
         return [None] * len(sources)
     tensors, weights = (list(column) for column in zip(*outputs, strict=True))
@@ -207,10 +215,10 @@ def vector_jacobian_products(
     return list(torch.autograd.grad(tensors, sources, weights, allow_unused=True, **keep))
 
 
-def graph_leaves(value: Leaves) -> Iterator[Tensor]:
+def graph_leaves(value: Leaves | Edges) -> Iterator[Tensor]:
     """The tensors in which the graph of `value` ends: parameters and inputs that need a gradient."""
     seen: set[Any] = {None}
-    stack: list[Any] = [v.grad_fn for v in value]
+    stack: list[Any] = [v.grad_fn if isinstance(v, Tensor) else v and v.node for v in value]
     while stack:
         if (node := stack.pop()) not in seen:
             seen.add(node)

@@ -4,11 +4,11 @@ import sys
 
 from torch import nn
 
-from ..function import EquilibriumFunction, evaluate_recorded, graph_leaves
+from ..function import Edges, EquilibriumFunction, evaluate_recorded, graph_leaves
 from ..norms import Leaves, Map
 
 
-def refuse_foreign_leaves(f: EquilibriumFunction, value: Leaves, sources: Leaves, iterate: Leaves) -> None:
+def refuse_foreign_leaves(f: EquilibriumFunction, value: Leaves | Edges, sources: Leaves, iterate: Leaves) -> None:
     """Raise if the graph of `value` ends in a tensor that is not among `sources`: its gradient would vanish."""
     known = {id(source) for source in sources}
     foreign = [variable for variable in graph_leaves(value) if id(variable) not in known]

@@ -22,7 +22,9 @@ from ...state import exchanged
 from ...transforms import is_functorch, is_transformed, outside_of_compilers
 from ..checks import Waiting, check_later, own_checks
 from ..function import (
+    Edges,
     EquilibriumFunction,
+    edges_of,
     evaluate_recorded,
     is_compiled,
     vector_jacobian_products,
@@ -62,7 +64,8 @@ class ReversibleAdjoint(AbstractAdjoint):
 
     `stored_evaluations` is a dial between memory and time. What an evaluation stores need not be reconstructed: the
     certificate then is about the others. Each takes one more evaluation of f off the backward pass and keeps its
-    activations until then; with all of them stored this is `BackpropAdjoint()`, in its time and memory.
+    activations until then; with all of them stored this is `BackpropAdjoint()`, in its time, and in its memory and a
+    state for each evaluation.
 
     Args:
         mismatch: With arithmetic "exact", what to do when elements differ: "warn", "raise" or "ignore"; or "trace", to
@@ -120,7 +123,7 @@ class _Evaluation(NamedTuple):
     """`value = f(z)` as autograd recorded it, and the inputs that it was recorded with."""
 
     z: Leaves
-    value: Leaves
+    value: Leaves | Edges
     inputs: Leaves
 
 
@@ -171,9 +174,10 @@ class _ReversibleFunction(torch.autograd.Function):
         def evaluate(z: Leaves) -> Leaves:
             is_stored = f.nfe >= solve.solver.num_evaluations - num_stored
             if recorded or is_stored:
-                evaluation = _Evaluation(*evaluate_recorded(f, z), leaves)  # as in the backward pass
-                solve.stored.extend([evaluation] * is_stored)
-                value = [v.detach() for v in evaluation.value]
+                iterate, value = evaluate_recorded(f, z)  # as in the backward pass
+                if is_stored:
+                    solve.stored.append(_Evaluation(iterate, edges_of(value), leaves))
+                value = [v.detach() for v in value]
             else:
                 value = f(z)
             if adjoint.mismatch == "trace" and not is_stored:
@@ -286,11 +290,11 @@ class _BackwardPass:
     def _evaluate(self, k: int, iterate: Leaves, g: Leaves) -> tuple[Leaves, list[Tensor | None]]:
         """Evaluation k again, `v = f(iterate, x)`, and `(dv/du)^T g`; the products for everything else go to `sums`."""
         self.nfe += 1
-        evaluation = _Evaluation(*evaluate_recorded(self.f, iterate), self.inputs)
-        products = self._differentiate(evaluation, g)
+        iterate, value = evaluate_recorded(self.f, iterate)
+        products = self._differentiate(_Evaluation(iterate, value, self.inputs), g)
         if self.solve.trace:
-            self.differs.append(checksum(evaluation.value) != self.solve.trace[k])
-        return [v.detach() for v in evaluation.value], products
+            self.differs.append(checksum(value) != self.solve.trace[k])
+        return [v.detach() for v in value], products
 
     def _differentiate(self, evaluation: _Evaluation, g: Leaves, keep_graph: bool = False) -> list[Tensor | None]:
         z, value, inputs = evaluation
@@ -298,7 +302,7 @@ class _BackwardPass:
         if not self.is_known:
             refuse_foreign_leaves(self.f, value, sources, z)
             self.is_known = True
-        weights = [w.to(v.dtype) for w, v in zip(g, value, strict=True)]
+        weights = [w.to(u.dtype) for w, u in zip(g, z, strict=True)]
         products = vector_jacobian_products(value, sources, weights, retain_graph=keep_graph)
         for i, product in zip(self.differentiated, products[len(z) :], strict=True):
             if product is not None and i in self.sums:
