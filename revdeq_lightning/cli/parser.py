@@ -87,11 +87,18 @@ def given_files(options: Sequence[str], *names: str) -> list[Path]:
 
 def with_config_of_checkpoint(options: Sequence[str]) -> list[str]:
     """Add the configuration of the checkpoint's run, unless a given `--config` describes a run."""
-    from revdeq_lightning.runs.folder import describes_run, run_of_checkpoint
+    from revdeq_lightning.runs.folder import CONFIG, describes_run, run_of_checkpoint
 
-    runs = [run_of_checkpoint(path) for path in given_files(options, "--ckpt_path")]
-    if runs and runs[-1] and not any(map(describes_run, given_files(options, "--config", "-c"))):
-        return ["--config", _config_of_run(runs[-1]), *options]
+    checkpoints = given_files(options, "--ckpt_path")
+    if not checkpoints or any(map(describes_run, given_files(options, "--config", "-c"))):
+        return list(options)
+    if run := run_of_checkpoint(checkpoints[-1]):
+        return ["--config", _config_of_run(run), *options]
+    if checkpoints[-1].suffix == ".ckpt" and checkpoints[-1].exists():
+        fail(
+            f"{checkpoints[-1]} is not in the folder of its run, so its settings are not known: set --config to the"
+            f" run's {CONFIG}, or to the file that it was trained with"
+        )
     return list(options)
 
 

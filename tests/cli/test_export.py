@@ -115,6 +115,8 @@ def test_what_cannot_be_used_is_told(checkpoint, tmp_path, capsys):
     for command, code in (("fit", 1), ("test", 2)):
         told = error(capsys, command, "--config", config, "--ckpt_path", f"{file}.ckpt", code=code)
         assert told.startswith(f"error: {file}.ckpt is not the checkpoint of a training run but weights alone")
+    told = error(capsys, "test", "--ckpt_path", shutil.copy(checkpoint, tmp_path / "moved.ckpt"))
+    assert told.startswith(f"error: {tmp_path}/moved.ckpt is not in the folder of its run, so its settings are not")
     told = error(capsys, "export", "--ckpt_path", f"{file}.ckpt")
     assert told == f"error: {file}.ckpt is not a checkpoint of a training run (it has no 'hyper_parameters')"
     told = error(capsys, "fit", "--ckpt_path", folder)
