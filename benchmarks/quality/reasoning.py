@@ -104,7 +104,7 @@ def sizes_of(rows: Rows) -> list[str]:
 
 
 def draw(path: Path, rows: Rows) -> None:
-    """Solved mazes by their size for each gradient, and by the memory of a training step, at equal steps."""
+    """Solved mazes by their size for each gradient, and by the memory of a training step, at equal CPU time."""
     sizes, found = sizes_of(rows), groups(rows)
     ticks = [int(size) for size in sizes]
     usual = EVALUATIONS if any(n == EVALUATIONS for _, n in found) else min(n for _, n in found)
@@ -114,9 +114,9 @@ def draw(path: Path, rows: Rows) -> None:
             style = {"color": f"C{i % 10}", "marker": "os^"[i // 10], "label": name}
             if (name, usual) in found:
                 own = found[name, usual]
-                by_size.plot(ticks, [average(own, f"solved_{size}_steps") for size in sizes], **style)
+                by_size.plot(ticks, [average(own, f"solved_{size}_cpu") for size in sizes], **style)
             points = [
-                (average(own, "peak_mib"), mean(average(own, f"solved_{size}_steps") for size in sizes), n)
+                (average(own, "peak_mib"), mean(average(own, f"solved_{size}_cpu") for size in sizes), n)
                 for (other, n), own in found.items()
                 if other == name
             ]
@@ -124,7 +124,7 @@ def draw(path: Path, rows: Rows) -> None:
             for x, y, n in points:
                 by_memory.annotate(str(n), (x, y), textcoords="offset points", xytext=(4, 4), fontsize=7)
         by_size.set(xlabel="cells a side", ylabel="solved mazes, %", xticks=ticks)
-        by_size.set_title(f"Trained on {sizes[0]} x {sizes[0]} cells with {usual} evaluations of f")
+        by_size.set_title(f"Trained on {sizes[0]} x {sizes[0]} cells with {usual} evaluations of f, equal CPU time")
         by_memory.set(
             xlabel="tensors of a training step, MiB", xscale="log", ylabel="solved mazes, %, mean of the sizes"
         )
