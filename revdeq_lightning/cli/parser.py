@@ -86,7 +86,7 @@ def given_files(options: Sequence[str], *names: str) -> list[Path]:
 
 
 def with_config_of_checkpoint(options: Sequence[str]) -> list[str]:
-    """Add the configuration of the checkpoint's run, unless a given `--config` describes a run."""
+    """Add the configuration of the checkpoint's run, unless a given `--config` describes one; fail without either."""
     from revdeq_lightning.runs.folder import CONFIG, describes_run, run_of_checkpoint
 
     checkpoints = given_files(options, "--ckpt_path")
@@ -97,7 +97,7 @@ def with_config_of_checkpoint(options: Sequence[str]) -> list[str]:
     if checkpoints[-1].suffix == ".ckpt" and checkpoints[-1].exists():
         fail(
             f"{checkpoints[-1]} is not in the folder of its run, so its settings are not known: set --config to the"
-            f" run's {CONFIG}, or to the file that it was trained with"
+            f" run's {CONFIG}, or to the file of settings of its training"
         )
     return list(options)
 

@@ -20,6 +20,7 @@ from .checks import is_capturing
 from .norms import Leaves, Map
 
 Edges = list[GradientEdge | None]
+"""Where the graphs of tensors begin; None for one that needs no gradient."""
 
 
 class EquilibriumFunction:
@@ -199,7 +200,7 @@ def evaluate_recorded(f: EquilibriumFunction, z: Leaves) -> tuple[Leaves, Leaves
 
 
 def edges_of(value: Leaves) -> Edges:
-    """What is needed of the tensors for their gradient: it keeps their graph, but not them."""
+    """The tensors' gradient edges, which keep the graph alive but not the tensors."""
     return [get_gradient_edge(v) if v.requires_grad else None for v in value]
 
 
@@ -207,12 +208,16 @@ def vector_jacobian_products(
     value: Leaves | Edges, sources: Leaves, weights: Leaves, *, retain_graph: bool = False, create_graph: bool = False
 ) -> list[Tensor | None]:
     """`weights^T d(value)/d(source)` for every source; None for one that does not enter."""
-    outputs = [(v, w) for v, w in zip(value, weights, strict=True) if getattr(v, "requires_grad", v is not None)]
+    outputs = [(v, w) for v, w in zip(value, weights, strict=True) if _needs_gradient(v)]
     if not outputs:
         return [None] * len(sources)
     tensors, weights = (list(column) for column in zip(*outputs, strict=True))
     keep = {"retain_graph": retain_graph or create_graph, "create_graph": create_graph}
     return list(torch.autograd.grad(tensors, sources, weights, allow_unused=True, **keep))
+
+
+def _needs_gradient(value: Tensor | GradientEdge | None) -> bool:
+    return value.requires_grad if isinstance(value, Tensor) else value is not None
 
 
 def graph_leaves(value: Leaves | Edges) -> Iterator[Tensor]:

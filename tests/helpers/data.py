@@ -1,4 +1,4 @@
-"""Small images, and fits that record their data."""
+"""Small images and texts, and fits that record their data."""
 
 import contextlib
 import io
@@ -15,7 +15,7 @@ from PIL import Image
 from torch.multiprocessing import ProcessRaisedException
 
 from revdeq_lightning.data.images.batches import ImageBatch
-from revdeq_lightning.data.text.module import TextDataModule
+from revdeq_lightning.data.text.module import SplitStatistics, TextDataModule
 
 # The image task's command line on tiny JPEG files, in this process.
 
@@ -218,3 +218,33 @@ def fit_two_ranks(directory: Path) -> None:
         fit(directory, "begin", callbacks=[save], data=data_module(directory, num_workers=2), **two_ranks)
     rest = data_module(directory, num_workers=2)
     fit(directory, "rest", ckpt_path=directory / "run.ckpt", data=rest, **two_ranks)
+
+
+# Texts.
+
+PROSE = "".join(f"Line {i}: the {i * i}th caf\u00e9,\tand so on.\n\n" for i in range(60))
+ALL_FOR_TRAINING = {"validation_fraction": 0.0, "test_fraction": 0.0}
+
+
+def text_module(folder, text=PROSE, **arguments):
+    """A data module on the file text.txt, which holds PROSE unless another text is given."""
+    content = text.encode("utf-8") if isinstance(text, str) else text
+    file = folder / "text.txt"
+    if not file.exists() or file.read_bytes() != content:
+        file.write_bytes(content)
+    defaults = {"source": "files", "cache_dir": str(folder / "cache"), "context_length": 8, "batch_size": 4}
+    if arguments.get("source", "files") == "files":
+        defaults["path"] = str(file)
+    return TextDataModule(**defaults | arguments)
+
+
+def split_ids(data, split):
+    return data._prepared().arrays[split].array.tolist()
+
+
+def statistics_of(data, split):
+    """By definition: all but the first token; words as separated by white space, and one for each line end."""
+    ids = split_ids(data, split)
+    covered = data.tokenizer.decode_bytes(ids[1:])
+    text = covered.decode(errors="replace")
+    return SplitStatistics(len(ids) - 1, len(covered), len(text.split()) + text.count("\n"))

@@ -64,8 +64,8 @@ class ReversibleAdjoint(AbstractAdjoint):
 
     `stored_evaluations` is a dial between memory and time. What an evaluation stores need not be reconstructed: the
     certificate then is about the others. Each takes one more evaluation of f off the backward pass and keeps its
-    activations until then; with all of them stored this is `BackpropAdjoint()`, in its time, and in its memory and a
-    state for each evaluation.
+    activations until then. With all of them stored this is `BackpropAdjoint()`, whose memory may be less by a state for
+    each evaluation.
 
     Args:
         mismatch: With arithmetic "exact", what to do when elements differ: "warn", "raise" or "ignore"; or "trace", to
@@ -120,7 +120,7 @@ class ReversibleAdjoint(AbstractAdjoint):
 
 
 class _Evaluation(NamedTuple):
-    """`value = f(z)` as autograd recorded it, and the inputs that it was recorded with."""
+    """`value = f(z)` as autograd recorded it (of a stored one the edges), and the inputs that it was recorded with."""
 
     z: Leaves
     value: Leaves | Edges
