@@ -1,3 +1,5 @@
+import multiprocessing
+
 import pytest
 
 from revdeq_lightning.data.images.module import ImageDataModule
@@ -7,6 +9,13 @@ from tests.helpers.data import make_folder
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     return make_folder(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture
+def running():
+    """Returns the processes begun in this test that still run; an interrupted run before it may have left others."""
+    before = set(multiprocessing.active_children())
+    return lambda: set(multiprocessing.active_children()) - before
 
 
 @pytest.fixture

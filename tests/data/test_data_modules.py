@@ -4,7 +4,6 @@ import itertools
 import json
 import logging
 import math
-import multiprocessing
 import pickle
 import time
 
@@ -77,10 +76,10 @@ def test_printing_it_shows_the_settings_and_reads_no_batches(build):
     assert not data._open_loaders
 
 
-def test_a_failed_step_ends_the_workers(build, tmp_path):
+def test_a_failed_step_ends_the_workers(build, tmp_path, running):
     with pytest.raises(InterruptedError):
         fit(tmp_path, "run", data=build(num_workers=1), fail_at=0)
-    assert not multiprocessing.active_children()
+    assert not running()
 
 
 WRONG = {

@@ -2,7 +2,6 @@ import dataclasses
 import itertools
 import json
 import logging
-import multiprocessing
 import shutil
 
 import numpy as np
@@ -175,7 +174,7 @@ def test_random_parts_are_cut_out_of_the_original(module, tmp_path):
 )
 @pytest.mark.filterwarnings("ignore:Starting from v1.9.0")
 def test_resumed_run_sees_bit_for_bit_the_batches_of_the_uninterrupted_run(
-    module, tmp_path, in_memory, num_workers, augmentation
+    module, tmp_path, running, in_memory, num_workers, augmentation
 ):
     def data():
         return module(in_memory=in_memory, augmentation=augmentation, num_workers=num_workers)
@@ -190,7 +189,7 @@ def test_resumed_run_sees_bit_for_bit_the_batches_of_the_uninterrupted_run(
     expected = recorded(tmp_path, "whole")
     assert recorded(tmp_path, "begin") + recorded(tmp_path, "rest") == expected
     assert [np.shape(field) for field in expected[-1]] == [(4, 3, 16, 16), (4,), (4,), (4,), (4, 1)]
-    assert not multiprocessing.active_children()
+    assert not running()
     restored = ImageDataModule.load_from_checkpoint(checkpoint)
     assert restored.augmentation == augmentation
     assert dict(restored.hparams) == dict(interrupted.hparams)

@@ -1,5 +1,4 @@
 import itertools
-import multiprocessing
 import random
 
 import numpy as np
@@ -117,15 +116,15 @@ def test_loader_leaves_the_global_random_states_alone(num_workers):
     assert np.random.get_state()[1].tolist() == before[2]  # noqa: NPY002
 
 
-def test_workers_persist_over_epochs_until_closed():
+def test_workers_persist_over_epochs_until_closed(running):
     batches = loader(2)
     drain(batches)
-    first = {process.pid for process in multiprocessing.active_children()}
+    first = running()
     drain(batches)
-    assert {process.pid for process in multiprocessing.active_children()} == first
+    assert running() == first
     assert len(first) == 2
     batches.close()
-    assert not multiprocessing.active_children()
+    assert not running()
     assert len(drain(batches)) == 10
     batches.close()
 

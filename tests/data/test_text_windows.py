@@ -2,7 +2,6 @@
 
 import json
 import logging
-import multiprocessing
 from functools import partial
 
 import numpy as np
@@ -155,11 +154,11 @@ def test_overfit_batches_gives_the_same_batches_every_epoch(tmp_path):
     assert batches[0] != batches[1]
 
 
-def test_every_fit_starts_at_the_first_epoch_and_ends_its_workers(tmp_path):
+def test_every_fit_starts_at_the_first_epoch_and_ends_its_workers(tmp_path, running):
     data = data_module(tmp_path, num_workers=1)
     for name in ("first", "second"):
         fit(tmp_path, name, data=data, max_epochs=1)
-        assert not multiprocessing.active_children()
+        assert not running()
     assert recorded(tmp_path, "first") == recorded(tmp_path, "second")
 
 
