@@ -23,7 +23,7 @@ def kill(folder, num_kills, seed, processes=1, **trainer):
 
 
 @pytest.mark.parametrize(
-    ("num_kills", "seed"), [pytest.param(30, 0, marks=pytest.mark.slow), (4, 1)], ids=["thirty", "four"]
+    ("num_kills", "seed"), [pytest.param(16, 0, marks=pytest.mark.slow), (4, 1)], ids=["sixteen", "four"]
 )
 def test_killed_runs_go_on_and_end_as_the_undisturbed_one(tmp_path, num_kills, seed):
     steps = 12 if num_kills == 4 else 60
@@ -39,7 +39,7 @@ def test_killed_runs_go_on_and_end_as_the_undisturbed_one(tmp_path, num_kills, s
 
 @pytest.mark.slow
 def test_sharded_runs_of_which_one_process_is_killed_end_as_the_undisturbed_one(tmp_path):
-    report = kill(tmp_path, 10, 2, processes=2, max_steps=60, val_check_interval=10)
+    report = kill(tmp_path, 6, 2, processes=2, max_steps=60, val_check_interval=10)
     assert report["differences"] == []
     assert report["finished"] >= 1
     assert all(0 <= kill["steps_to_repeat"] <= 3 for kill in report["kills"])

@@ -21,7 +21,7 @@ SCRIPT = Path("configs/cluster/torchrun.sh").resolve()
 EXACT = ("state_dict", "trained_weights", "optimizer_states", "lr_schedulers", "random_states", "TextDataModule")
 OPTIONS = ("--run.test=false", "--run.sample_tokens=0")
 TIMEOUT = 15
-SAVED, MAX_STEPS = 30, 300
+SAVED, MAX_STEPS = 30, 120
 
 # Begun again, rank 0 comes last: the other one must not take what the ended process left for its address.
 SLOW_RESTART = """

@@ -17,7 +17,7 @@ from tests.helpers.runs import assert_equal, tiny_config
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("slurm")]
 
 SCRIPT = Path("configs/cluster/slurm.sh").resolve()
-MAX_STEPS = 300
+MAX_STEPS = 120
 EXACT = ("state_dict", "trained_weights", "optimizer_states", "lr_schedulers", "random_states", "TextDataModule")
 
 
@@ -34,7 +34,7 @@ def cluster():
 
 
 def submit(cluster: SlurmCluster, folder: Path, *options: str, strategy: str = "ddp") -> str:
-    config = tiny_config(folder, max_steps=MAX_STEPS, val_check_interval=60, strategy=strategy)
+    config = tiny_config(folder, max_steps=MAX_STEPS, val_check_interval=30, strategy=strategy)
     config.write_text(config.read_text().replace("data:\n", "data:\n  num_workers: 1\n"))
     settings = {"PYTHON": sys.executable, "PYTHONPATH": os.getcwd(), "MASTER_ADDR": "127.0.0.1", "GRACE": "100"}
     settings["PYTHONFAULTHANDLER"] = "1"  # SIGABRT prints the stacks of all threads

@@ -77,7 +77,6 @@ class Run:
     ("number", "whom", "code"),
     [
         (signal.SIGTERM, "first", 75),
-        (signal.SIGUSR1, "first", 75),
         (signal.SIGUSR1, "second", 75),
         (signal.SIGINT, "all", 130),
     ],

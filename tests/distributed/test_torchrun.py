@@ -71,7 +71,6 @@ class Script:
 @pytest.mark.parametrize(
     ("whom", "number", "code", "says"),
     [
-        ("script", signal.SIGUSR1, 75, "Stopped by SIGUSR1"),
         ("script", signal.SIGINT, 130, "Interrupted"),
         ("second process", signal.SIGUSR1, 75, "Stopped by SIGUSR1"),
         ("torchrun", signal.SIGUSR1, 75, "Stopped by SIGUSR1"),
