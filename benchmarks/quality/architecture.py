@@ -55,20 +55,20 @@ def equilibrium(
     )
 
 
-INPUT: dict[str, Any] = {"initial_state": "input"}
 LAST = {**LOOPED, "backprop_evaluations": 1}
-TIED = "tied"
-"""The output projection has the weights of the token embedding, which the package does not offer."""
+TIED, FROM_INPUT = "tied", "from the input"
+"""The output projection has the weights of the token embedding; the solve starts from the input of f instead of zero.
+The package offers neither."""
 STACKS = {n: f"explicit, {n} layer{'s' * (n > 1)}" for n in (1, 2, 3, 4, 8)}
 VARIANTS = {
     **{name: explicit(n) for n, name in STACKS.items()},
     "RevDEQ, 1 x 4": equilibrium(1, 4),
-    "RevDEQ, 1 x 4, from the input": equilibrium(1, 4, **INPUT),
+    f"RevDEQ, 1 x 4, {FROM_INPUT}": equilibrium(1, 4),
     "RevDEQ, 2 x 4": equilibrium(2, 4),
     "1 + RevDEQ, 1 x 4 + 1": equilibrium(1, 4, outside=1),
     "1 + RevDEQ, 2 x 2 + 1": equilibrium(2, 2, outside=1),
     "1 + RevDEQ, 2 x 4 + 1": equilibrium(2, 4, outside=1),
-    "1 + RevDEQ, 2 x 4 + 1, from the input": equilibrium(2, 4, outside=1, **INPUT),
+    f"1 + RevDEQ, 2 x 4 + 1, {FROM_INPUT}": equilibrium(2, 4, outside=1),
     "1 + RevDEQ, 2 x 8 + 1": equilibrium(2, 8, outside=1),
     "1 + looped, 2 x 4 + 1": equilibrium(2, 4, LOOPED, outside=1),
     "1 + looped, 2 x 4 + 1, last evaluation": equilibrium(2, 4, LAST, outside=1),
@@ -90,6 +90,16 @@ def make_tied(*arguments: Any) -> tuple[Any, Any]:
     task, data = make_text(*arguments)
     task.model.head.weight = task.model.embedding.token.weight
     return task, data
+
+
+def make_from_input(*arguments: Any) -> tuple[Any, Any]:
+    task: Any
+    task, data = make_text(*arguments)
+    task.model.equilibrium.register_forward_pre_hook(lambda layer, arguments: (arguments[0], arguments[0]))
+    return task, data
+
+
+MAKERS = {TIED: make_tied, FROM_INPUT: make_from_input}
 
 
 def comparison(quick: bool) -> Part:
@@ -116,7 +126,7 @@ def fill(options: Any) -> Rows:
         for name in options.only:
             if files.has("runs", variant=name, seed=seed):
                 continue
-            own = chosen._replace(make=make_tied) if name.endswith(TIED) else chosen
+            own = chosen._replace(make=MAKERS.get(name.rpartition(", ")[2], chosen.make))
             outcome = train(own, name, 1.0, seed, chosen.budget, options)
             row: dict[str, Any] = {"variant": name, "seed": seed, "parameters": outcome.parameters}
             for budget in BUDGETS:

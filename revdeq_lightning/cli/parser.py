@@ -8,8 +8,11 @@ from typing import Any, NoReturn
 from revdeq_lightning.cli.errors import fail, nearest
 from revdeq_lightning.program import program
 
-REMOVED_SETTINGS = (("", "divergence"), ("run", "keep_every_hours"), ("run", "async_checkpoints"))
-"""Group and name of settings that version 0.1.0.dev0 had; they did not affect training."""
+REMOVED_SETTINGS: dict[str, Any] = {
+    **dict.fromkeys(("divergence", "run.keep_every_hours", "run.async_checkpoints"), ...),
+    "model.network.initial_state": "zero",
+}
+"""Settings of earlier versions, and their value without which a run is the same; `...` is any value."""
 
 
 class ReadableErrors:
@@ -114,8 +117,18 @@ def _config_of_run(folder: Path) -> str:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return str(path)  # reported when it is parsed
-    found = False
-    for group, key in REMOVED_SETTINGS if isinstance(settings, dict) else ():
-        part = settings.get(group) if group else settings
-        found = (isinstance(part, dict) and part.pop(key, part) is not part) or found
-    return dump_yaml(settings) if found else str(path)
+    return dump_yaml(settings) if isinstance(settings, dict) and _drop_removed(settings) else str(path)
+
+
+def is_removed(name: str, value: Any) -> bool:
+    """Whether a setting of an earlier version can be left out without a change of the run."""
+    return name in REMOVED_SETTINGS and REMOVED_SETTINGS[name] in (..., value)
+
+
+def _drop_removed(settings: dict[str, Any], prefix: str = "") -> bool:
+    """Remove these settings; whether there were any."""
+    removed = [key for key, value in settings.items() if is_removed(f"{prefix}{key}", value)]
+    for key in removed:
+        del settings[key]
+    parts = [(key, value) for key, value in settings.items() if isinstance(value, dict)]
+    return any([bool(removed), *(_drop_removed(value, f"{prefix}{key}.") for key, value in parts)])

@@ -9,7 +9,6 @@ from revdeq_lightning.equilibrium.validation import require_choice, require_coun
 
 BLOCKS = ("modern", "paper")
 REASONER_BLOCKS = ("convolution", "attention")
-INITIAL_STATES = ("zero", "input")
 ARCHITECTURES = ("stages", "joint", "paper_single", "paper_stages", "resnet")
 OURS = ("stages", "joint")
 
@@ -40,7 +39,6 @@ class TransformerConfig:
         num_taps: Modern block only: width in tokens of the short convolution over the embedding; 1 for none.
         num_prelude_layers: Modern block only: layers before the equilibrium, with parameters of their own.
         num_coda_layers: Modern block only: layers after the equilibrium, with parameters of their own.
-        initial_state: Where the solve starts: `zero`, or `input`, the injected input x.
         loss_chunk_size: Number of tokens whose logits exist at the same time in `loss`.
     """
 
@@ -56,7 +54,6 @@ class TransformerConfig:
     num_taps: int = only(4, block=BLOCKS)
     num_prelude_layers: int = only(0, block=("modern",))
     num_coda_layers: int = only(0, block=("modern",))
-    initial_state: str = "zero"
     loss_chunk_size: int = 1024
     block_options: dict[str, Any] = field(default_factory=dict)
 
@@ -67,7 +64,6 @@ class TransformerConfig:
         require_count("d_mlp", self.d_mlp, at_least=0, advice="0 is for 4 * d_model")
         for name in ("num_prelude_layers", "num_coda_layers"):
             require_count(name, getattr(self, name), at_least=0)
-        require_choice("initial_state", self.initial_state, INITIAL_STATES)
         _check_block(self, BLOCKS)
         if not self.has_cache:
             return

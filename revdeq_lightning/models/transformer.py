@@ -188,13 +188,13 @@ class TransformerLM(AbstractLanguageModel):
         if self.equilibrium.num_parts == 1 or not self.training:
             return super().loss(tokens_BT, targets_BT)
         x_BTD = self.embed(tokens_BT)
-        last = self.equilibrium(x_BTD, self.initial_state(x_BTD))
+        last = self.equilibrium(x_BTD, torch.zeros_like(x_BTD))
         parts = (*last.earlier, last)
         loss = corrected_loss([self.nats(self.read_out(part.value), targets_BT) for part in parts], self.loss_decay)
         return LMLoss(loss, (targets_BT != IGNORE_INDEX).sum(), last.stats, tuple(part.stats for part in last.earlier))
 
     def transform(self, x_BTD: Tensor, cache: KeyValueCache | None) -> tuple[Tensor, SolverStats | None]:
-        z0_BTD = self.initial_state(x_BTD)
+        z0_BTD = torch.zeros_like(x_BTD)
         if cache is None:
             solution = self.equilibrium(x_BTD, z0_BTD)
         else:
@@ -202,10 +202,6 @@ class TransformerLM(AbstractLanguageModel):
             f = cache.bind(getattr(self.equilibrium.f, "_orig_mod", self.equilibrium.f).forward)
             solution = self.equilibrium.solve(f, z0_BTD, x_BTD, adjoint=BackpropAdjoint())
         return solution.value, solution.stats
-
-    def initial_state(self, x_BTD: Tensor) -> Tensor:
-        """z_0, where the solve starts."""
-        return x_BTD if self.config.initial_state == "input" else torch.zeros_like(x_BTD)
 
 
 class ExplicitTransformerLM(AbstractLanguageModel):
@@ -218,8 +214,8 @@ class ExplicitTransformerLM(AbstractLanguageModel):
         super().__init__(config)
         if config.block != "modern":
             raise ValueError(f"the explicit baseline needs block='modern', got block={config.block!r}")
-        for name, default in (("num_prelude_layers", 0), ("num_coda_layers", 0), ("initial_state", "zero")):
-            if (value := getattr(config, name)) != default:
+        for name in ("num_prelude_layers", "num_coda_layers"):
+            if value := getattr(config, name):
                 raise ValueError(f"solver='none' has no {name}, got {name}={value!r}: remove it, or raise num_layers")
         self.block = ModernBlock(config)
 

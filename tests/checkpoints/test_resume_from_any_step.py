@@ -1,4 +1,4 @@
-"""A run resumed from a step of any kind ends bit for bit as the whole run: language model and classifier, by the command line."""
+"""A run resumed from any step ends bit for bit as the whole run: language model and classifier, by the command line."""
 
 import pytest
 

@@ -105,7 +105,7 @@ def test_settings_that_the_optimizer_takes_from_the_checkpoint_are_told(whole):
     assert metrics(folder) == metrics(kept)  # and so it is
 
 
-def test_a_run_with_settings_that_are_gone_goes_on(whole):
+def test_a_run_with_settings_that_are_gone_goes_on_if_they_changed_nothing(whole, capsys):
     kept, folder, _ = whole
     put_back(kept, folder, "step-3.ckpt")
     config = folder / "config.yaml"
@@ -113,10 +113,16 @@ def test_a_run_with_settings_that_are_gone_goes_on(whole):
     older = yaml.safe_load(text)
     older["divergence"] = {"policy": "stop", "lr_factor": 0.5, "max_rollbacks": 3}
     older["run"] |= {"keep_every_hours": None, "async_checkpoints": False}
+    older["model"]["network"]["initial_state"] = "zero"
     config.write_text(yaml.safe_dump(older))
     run("fit", "--ckpt_path", folder / "checkpoints/step-3.ckpt")
     assert metrics(folder) == metrics(kept)
-    assert "divergence" not in config.read_text()
+    assert not {"divergence", "initial_state"} & set(re.findall(r"\w+", config.read_text()))
+
+    older["model"]["network"]["initial_state"] = "input"
+    config.write_text(yaml.safe_dump(older))
+    error = error_of(capsys, "fit", "--ckpt_path", folder / "checkpoints/step-3.ckpt")
+    assert "does not accept option 'model.network.initial_state'" in error
 
 
 class Disturb(Callback):

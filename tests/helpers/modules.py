@@ -36,7 +36,7 @@ from tests.helpers.runs import tiny_data, tiny_task
 
 SMALL = {"vocab_size": 23, "context_length": 12, "d_model": 16, "num_heads": 2, "loss_chunk_size": 7}
 KINDS = ["paper", "modern", "two layers", "around", "explicit"]
-AROUND = {"num_prelude_layers": 1, "num_coda_layers": 1, "initial_state": "input"}
+AROUND = {"num_prelude_layers": 1, "num_coda_layers": 1}
 
 
 def make_model(kind, *, solver=None, adjoint=None, seed=0):
