@@ -4,6 +4,7 @@
 
 A text of made-up words with Zipf's frequencies, as lines that end in " . ", as JSON lines, and as a single line. The
 memory is the largest resident size of the process that prepares it, with PyTorch and Lightning; there are no others.
+What a run keeps is its own memory after 200 batches, without the pages of the memory map, which the system can drop.
 """
 
 import argparse
@@ -34,12 +35,15 @@ import json, sys, time
 from revdeq_lightning.data.text.module import TextDataModule
 def size(name):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
-imported, start = size("VmHWM"), time.perf_counter()
+imported, anonymous, start = size("VmHWM"), size("RssAnon"), time.perf_counter()
 data = TextDataModule("files", sys.argv[1], tokenizer=sys.argv[2], cache_dir=sys.argv[3], context_length=128)
 data.setup("fit")
-next(iter(data.train_dataloader()))
+batches = iter(data.train_dataloader())
+next(batches)
 seconds = time.perf_counter() - start
-found = {"peak_bytes": size("VmHWM"), "resident_bytes": size("VmRSS"), "imported_bytes": imported}
+for _ in range(200):
+    next(batches)
+found = {"peak_bytes": size("VmHWM"), "kept_bytes": size("RssAnon") - anonymous, "imported_bytes": imported}
 print(json.dumps(found | {"seconds": seconds, "tokens": sum(data.found()["tokens"].values())}))
 """
 
@@ -115,7 +119,7 @@ def measure(megabytes: Sequence[float], quick: bool) -> part.Result:
                 if kind == "lines" and size in (megabytes[0], megabytes[-1]):
                     again = [text.start() for _ in range(3)]
                     starts.append(
-                        {"megabytes": size} | {n: median(a[n] for a in again) for n in ("seconds", "resident_bytes")}
+                        {"megabytes": size} | {n: median(a[n] for a in again) for n in ("seconds", "kept_bytes")}
                     )
                 shutil.rmtree(text.cache)
     tables = {"memory": memory, "starts": starts, "speed": [speed]}
@@ -140,8 +144,8 @@ def judge(
     small, large = starts[0], starts[-1]
     name = f"start of a run: {large['megabytes']:g} MB over {small['megabytes']:g} MB"
     verdict.append(at_most(f"{name}, s", large["seconds"] - small["seconds"], MAX_SECONDS, "{:.2f}"))
-    grown = large["resident_bytes"] - small["resident_bytes"]
-    verdict.append(at_most(f"{name}, resident bytes", grown, MAX_GROWTH_BYTES, "{:.2g}"))
+    grown = large["kept_bytes"] - small["kept_bytes"]
+    verdict.append(at_most(f"{name}, bytes kept", grown, MAX_GROWTH_BYTES, "{:.2g}"))
     return verdict
 
 
@@ -162,7 +166,7 @@ def page(memory: Sequence[dict[str, Any]], starts: Sequence[dict[str, Any]], spe
         {
             "MB": row["megabytes"],
             "seconds to the first batch": row["seconds"],
-            "resident, MB": round(row["resident_bytes"] / 1e6),
+            "kept after 200 batches, MB": round(row["kept_bytes"] / 1e6, 1),
         }
         for row in starts
     ]
