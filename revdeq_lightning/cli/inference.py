@@ -284,7 +284,9 @@ def predict_puzzles(
     require_count("batch_size", batch_size)
     target = check_output(output)
     reasoner, kind_settings = load_reasoner(ckpt_path, device, model)
-    inputs, _ = checked(build_kind(**kind_settings), read_npz(data.path, need_targets=False), data.path)
+    inputs, _ = checked(
+        build_kind(**kind_settings), read_npz(data.path, need_targets=False), data.path, use_targets=False
+    )
     answers, made = [], []
     for start in range(0, len(inputs), batch_size):
         result = reasoner(torch.from_numpy(inputs[start : start + batch_size]).to(device))

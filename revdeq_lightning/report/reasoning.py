@@ -27,7 +27,7 @@ class ReasoningReport(Callback):
     (its heat map); for mazes `thinking.png` and `animation.gif`, the path of a large maze as it appears. On W&B all
     of it, `reasoning/...`. Logs no numbers.
 
-    Assumes that `test_step` returns the logits of a batch, and a reasoner as the module's `model`.
+    Assumes a `ReasoningTask`, whose `test_step` returns the logits of a batch.
 
     Args:
         folder: Where to write.
@@ -57,11 +57,12 @@ class ReasoningReport(Callback):
             return
         answers: Tensor = outputs.argmax(1)
         size = "x".join(map(str, batch.inputs.shape[1:]))
-        self._sheet += [(size, solved_puzzle(batch, answers, i)) for i in range(len(answers))[: self.num_puzzles]]
+        self._sheet += [(size, puzzle) for puzzle in solved_puzzles(pl_module, batch, answers)[: self.num_puzzles]]
         if equilibria(pl_module):  # on all processes, as the weights may be sharded
-            self._look(pl_module.model, batch, size)
+            self._look(pl_module, batch, size)
 
-    def _look(self, model: Any, batch: Any, size: str) -> None:
+    def _look(self, task: Any, batch: Any, size: str) -> None:
+        model = task.model
         per_step = model.equilibrium.solver.evaluations_per_step
         steps = model.steps_for(batch.inputs.shape[1:])
         marks = [max(1, round(steps * per_step * fraction)) for fraction in FRACTIONS[:-1]]
@@ -70,9 +71,8 @@ class ReasoningReport(Callback):
         found = model.answers_along(batch.inputs, sorted(set(marks)), max_steps=most)
         solved: dict[int, float] = {}
         for evaluations, answers in zip([*sorted(set(marks)), most * per_step], found, strict=True):
-            right = (answers == batch.targets) | ~counted
-            solved[evaluations] = float(right.flatten(1).all(1).double().mean())
-            accuracy = float(right[counted].double().mean())
+            solved[evaluations] = float(task.solved(batch, answers).double().mean())
+            accuracy = float((answers == batch.targets)[counted].double().mean())
             row = {"size": size, "evaluations": evaluations, "solved": solved[evaluations], "cell_accuracy": accuracy}
             self._rows.append(row)
         self._table[size] = [solved[mark] for mark in [*marks, most * per_step]]
@@ -80,7 +80,7 @@ class ReasoningReport(Callback):
             one = type(batch)(batch.inputs[:1], batch.targets[:1])
             moments = sorted({round(m) for m in np.geomspace(1, steps * per_step, FRAMES)})
             answers = model.answers_along(one.inputs, moments[:-1], max_steps=steps)
-            self._largest = [(m, solved_puzzle(one, a, 0)) for m, a in zip(moments, answers, strict=True)]
+            self._largest = [(m, *solved_puzzles(task, one, a)) for m, a in zip(moments, answers, strict=True)]
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not (trainer.is_global_zero and self._sheet):
@@ -115,7 +115,9 @@ class ReasoningReport(Callback):
             animate_maze([puzzle for _, puzzle in self._largest], self.folder / ANIMATION)
 
 
-def solved_puzzle(batch: Any, answers: Tensor, index: int) -> SolvedPuzzle:
-    """One puzzle of a batch, on the CPU."""
-    tensors: tuple[torch.Tensor, ...] = (batch.inputs[index], batch.targets[index], answers[index])
-    return SolvedPuzzle(*(tensor.cpu().numpy() for tensor in tensors))
+def solved_puzzles(task: Any, batch: Any, answers: Tensor) -> list[SolvedPuzzle]:
+    """The puzzles of a batch, on the CPU; where the answers are another solution, it takes the place of the targets."""
+    solved = task.solved(batch, answers).view(-1, *[1] * (answers.ndim - 1))
+    targets = torch.where(solved & (batch.targets >= 0), answers, batch.targets)
+    arrays = (tensor.cpu().numpy() for tensor in (batch.inputs, targets, answers))
+    return [SolvedPuzzle(*puzzle) for puzzle in zip(*arrays, strict=True)]

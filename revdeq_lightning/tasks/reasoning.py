@@ -152,12 +152,7 @@ class ReasoningTask(AbstractTask):
         targets, answers = batch.targets, output.logits.argmax(1)
         counted = targets != IGNORE_INDEX
         is_right = (answers == targets) | ~counted
-        is_solved, real = is_right.flatten(1).all(1), is_real(batch)
-        if kind := self.from_data("kind"):  # a maze may have several shortest paths
-            wrong = ~is_solved
-            pairs = zip(*(tensor[wrong].cpu().numpy() for tensor in (batch.inputs, answers)), strict=True)
-            found = [kind.is_solved(*pair) for pair in pairs]
-            is_solved[wrong] = torch.tensor(found, dtype=torch.bool, device=wrong.device)
+        is_solved, real = self.solved(batch, answers), is_real(batch)
         return {
             "nats": self._nats(output.logits, targets, reduction="sum"),
             "right_cells": (is_right & counted).sum(),
@@ -166,6 +161,16 @@ class ReasoningTask(AbstractTask):
             "evaluations": (output.evaluations * real).sum(),
             "puzzles": real.sum(),
         }
+
+    def solved(self, batch: PuzzleBatch, answers: Tensor) -> Tensor:
+        """Whether each puzzle is solved: by the answers in the targets, or by another solution; shape `(puzzles,)`."""
+        is_solved = ((answers == batch.targets) | (batch.targets == IGNORE_INDEX)).flatten(1).all(1)
+        if kind := self.from_data("kind"):
+            wrong = ~is_solved
+            pairs = zip(*(tensor[wrong].cpu().numpy() for tensor in (batch.inputs, answers)), strict=True)
+            found = [kind.is_solved(*pair) for pair in pairs]
+            is_solved[wrong] = torch.tensor(found, dtype=torch.bool, device=wrong.device)
+        return is_solved
 
     @staticmethod
     def _nats(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:

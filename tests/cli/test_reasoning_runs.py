@@ -15,9 +15,10 @@ from revdeq_lightning.cli.inference import load_reasoner
 from revdeq_lightning.data import PuzzleBatch, PuzzleDataModule
 from revdeq_lightning.data.puzzles.mazes import Mazes
 from revdeq_lightning.data.puzzles.module import build_kind, make_puzzle
-from revdeq_lightning.loggers.puzzle_pictures import COLORS, SolvedPuzzle, animate_maze
+from revdeq_lightning.loggers.puzzle_pictures import COLORS, SolvedPuzzle, animate_maze, maze_pixels
 from revdeq_lightning.models import ReasonerConfig, ReasonerOutput
 from revdeq_lightning.models.build import SolverConfig
+from revdeq_lightning.report.reasoning import solved_puzzles
 from revdeq_lightning.report.run_folder import read_run
 from revdeq_lightning.tasks import OptimizerConfig, ReasoningTask
 from tests.callbacks.wandb_records import read_back
@@ -170,9 +171,12 @@ def test_solved_puzzles_are_counted_by_what_is_a_solution():
     inputs, targets = (torch.from_numpy(np.stack(arrays)) for arrays in ([square] * 3, [paths[0]] * 3))
     answers = torch.from_numpy(np.stack([paths[0], paths[1], paths[0] | paths[1]]))
     logits = torch.nn.functional.one_hot(answers, 2).movedim(-1, 1).float()
-    sums = task._sums(PuzzleBatch(inputs, targets), ReasonerOutput(logits, None, torch.ones(3)))
+    batch = PuzzleBatch(inputs, targets)
+    sums = task._sums(batch, ReasonerOutput(logits, None, torch.ones(3)))
     assert int(sums["solved"]) == sum(Mazes("mixed", 0.0).is_solved(square, a) for a in answers.numpy()) == 2
     assert int(sums["puzzles"]) == 3
+    pictures = [maze_pixels(puzzle) for puzzle in solved_puzzles(task, batch, answers)]
+    assert [(pixels == COLORS["wrong"]).all(-1).any() for pixels in pictures] == [False, False, True]
 
 
 @pytest.mark.parametrize(

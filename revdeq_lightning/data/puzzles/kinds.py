@@ -24,6 +24,8 @@ class AbstractKind:
 
     num_symbols: int
     num_answers: int
+    solution: str
+    """What the answers of a puzzle must be."""
 
     @abstractmethod
     def make(self, draws: Draws, size: int) -> Puzzle | None:
@@ -45,26 +47,32 @@ class AbstractKind:
         """What is wrong with a puzzle whose symbols are in range."""
         return None
 
+    @abstractmethod
     def is_solved(self, inputs: Array, answers: Array) -> bool:
-        """Whether answers that differ from the targets are a solution, too."""
-        return False
+        """Whether the answers are a solution; a puzzle may have several."""
 
 
 class PrefixSums(AbstractKind):
     """Strings of bits; the answer is the parity of each prefix. The size is the number of bits."""
 
     num_symbols, num_answers = 2, 2
+    solution = "the parity of all bits up to each one"
 
     def make(self, draws: Draws, size: int) -> Puzzle:
         bits = draws.integers(2, size)
         return Puzzle(bits, np.cumsum(bits) % 2)
 
+    def is_solved(self, inputs: Array, answers: Array) -> bool:
+        return np.array_equal(answers, np.cumsum(inputs) % 2)
+
     def shape(self, size: int) -> tuple[int, ...]:
         return (size,)
 
 
-def checked(kind: AbstractKind, arrays: tuple[Array, Array], path: str) -> tuple[Array, Array]:
-    """The puzzles of a file, if all are puzzles of this kind.
+def checked(
+    kind: AbstractKind, arrays: tuple[Array, Array], path: str, *, use_targets: bool = True
+) -> tuple[Array, Array]:
+    """The puzzles of a file, if all are puzzles of this kind and their targets, where all cells count, solutions.
 
     Raises:
         ValueError: Names the first that is not.
@@ -83,7 +91,9 @@ def checked(kind: AbstractKind, arrays: tuple[Array, Array], path: str) -> tuple
         if wrong.any():
             place = tuple(int(i) for i in np.argwhere(wrong)[0])
             raise ValueError(f"{path}: {name} must be from 0 to {number - 1}, got {array[place]} at {list(place)}")
-    for i, puzzle in enumerate(inputs):
+    for i, (puzzle, answers) in enumerate(zip(inputs, targets, strict=True)):
         if fault := kind.fault(puzzle):
             raise ValueError(f"{path}: puzzle {i} cannot be solved: {fault}")
+        if use_targets and (answers != IGNORE_INDEX).all() and not kind.is_solved(puzzle, answers):
+            raise ValueError(f"{path}: the targets of puzzle {i} are no solution, which is {kind.solution}")
     return arrays

@@ -34,6 +34,7 @@ class Mazes(AbstractKind):
     loops: float
 
     num_symbols, num_answers = 4, 2
+    solution = "1 on a shortest path from start to goal, both included, and 0 elsewhere"
 
     def __post_init__(self) -> None:
         require_choice("algorithm", self.algorithm, ALGORITHMS)
@@ -68,7 +69,6 @@ class Mazes(AbstractKind):
         return "there is no path from start to goal" if shortest_path(inputs) is None else None
 
     def is_solved(self, inputs: Array, answers: Array) -> bool:
-        """Whether what is marked is a shortest path from start to goal: any of them, where there are several."""
         path = answers == 1
         marked = np.where(path, inputs, WALL)
         if path[inputs == WALL].any() or any(np.count_nonzero(marked == symbol) != 1 for symbol in (START, GOAL)):

@@ -26,6 +26,8 @@ class Sudoku(AbstractKind):
     size: int
     num_empty: int
 
+    solution = "each value once in each row, column and box, with the given cells"
+
     def __post_init__(self) -> None:
         require_choice("size", self.size, BOXES)
         require_count("num_empty", self.num_empty)
@@ -83,6 +85,10 @@ class Sudoku(AbstractKind):
                     return f"{value} stands twice in the {name} of row {row + 1}, column {column + 1}"
                 seen.add((unit, value))
         return None
+
+    def is_solved(self, inputs: Array, answers: Array) -> bool:
+        keeps_given = np.array_equal(answers[inputs > 0], inputs[inputs > 0])
+        return keeps_given and bool((answers > 0).all()) and self.fault(answers) is None
 
 
 @functools.cache
