@@ -4,7 +4,7 @@
 
 1. The tests that need a CUDA device.
 2. Exactness at full size, where other kernels run than in the tests: elements of z0 that a backward pass does not
-   reconstruct, block x precision of f x solver x mode.
+   reconstruct, block x precision of f x solver.
 3. Overhead: a solve and its backward pass over its bare evaluations of f (each once plain, once with its products), for
    the language model's block and the three stages of configs/cifar10/modern.yaml, under bfloat16 autocast.
 4. Training steps of the language model and the classifier, with Muon: the bare evaluations, exact, stored and

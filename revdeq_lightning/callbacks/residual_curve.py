@@ -85,14 +85,15 @@ class ResidualCurve(AbstractWatching):
 
 def curve_rows(stats: Sequence[SolverStats], step: int) -> list[dict[str, float]]:
     """Rows of the solves whose residuals were kept; none for an evaluation that no sample made."""
-    rows: list[dict[str, float]] = []
-    for solve, s in enumerate(stats, 1):
-        if s.residual_curve is not None:
-            curve = s.residual_curve.double().cpu()
-            means, counts = curve.nanmean(1).tolist(), (~curve.isnan()).sum(1).tolist()
-            rows += [
-                {"step": step, "solve": solve, "evaluation": i, "relative_residual": mean, "num_samples": count}
-                for i, (mean, count) in enumerate(zip(means, counts, strict=True), 1)
-                if count
-            ]
-    return rows
+    kept = [(solve, s.residual_curve) for solve, s in enumerate(stats, 1) if s.residual_curve is not None]
+    if not kept:
+        return []
+    solves = [solve for solve, curve in kept for _ in curve]
+    evaluations = [i for _, curve in kept for i, _ in enumerate(curve, 1)]
+    figures = [torch.stack([curve.double().nanmean(1), (~curve.isnan()).sum(1)]) for _, curve in kept]
+    means, counts = torch.cat(figures, 1).tolist()  # one wait for the device, for all solves
+    return [
+        {"step": step, "solve": solve, "evaluation": i, "relative_residual": mean, "num_samples": int(count)}
+        for solve, i, mean, count in zip(solves, evaluations, means, counts, strict=True)
+        if count
+    ]
