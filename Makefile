@@ -43,7 +43,7 @@ setup: $(READY)  ## Create the virtual environment (.venv)
 train-lm: $(READY)  ## Train a RevDEQ language model: CONFIG=configs/lm/NAME.yaml ARGS="--trainer.max_steps=100"
 	@$(RUN) -m revdeq_lightning fit --config $(or $(CONFIG),configs/lm/default.yaml) $(ARGS)
 
-train-maze: $(READY)  ## Train a reasoner that solves mazes: CONFIG=configs/reasoning/NAME.yaml
+train-maze: $(READY)  ## Train a reasoner that solves mazes: CONFIG=FILE, or CONFIG='FILE --config FILE-LAID-OVER-IT'
 	@$(RUN) -m revdeq_lightning reasoning fit --config $(or $(CONFIG),configs/reasoning/mazes.yaml) $(ARGS)
 
 train-cifar: $(READY)  ## Train a RevDEQ classifier on CIFAR-10: CONFIG=configs/cifar10/NAME.yaml DATA=folder-or-tar-of-your-images

@@ -33,16 +33,18 @@ ENOUGH_FROM_RANDOM = 0.95
 Puzzles = tuple[NDArray[np.int64], NDArray[np.int64]]
 
 
-def generated(settings: Mapping[str, Any], size: int, count: int, train_size: int | None = None) -> Puzzles:
-    """Puzzles of the package's generator, of a seed that no training has."""
+def generated(
+    settings: Mapping[str, Any], size: int, count: int, train_size: int | None = None, split: str = "test"
+) -> Puzzles:
+    """Puzzles of the package's generator, of a seed that no training and no choice of settings has."""
     kind = build_kind(**settings)
-    puzzles = [make_puzzle(kind, 1_000_003, "test", size, i, train_size=train_size) for i in range(count)]
+    puzzles = [make_puzzle(kind, 3_000_017, split, size, i, train_size=train_size) for i in range(count)]
     return np.stack([p.inputs for p in puzzles]), np.stack([p.targets for p in puzzles])
 
 
-def own_mazes(size: int, count: int) -> Puzzles:
+def own_mazes(size: int, count: int, split: str = "test") -> Puzzles:
     settings = {"puzzle": "mazes", "size": 5, "algorithm": "mixed", "loops": 0.0, "num_empty": 1}
-    return generated(settings, size, count, train_size=5)
+    return generated(settings, size, count, train_size=5, split=split)
 
 
 def wilson_mazes(size: int, count: int) -> Puzzles:
@@ -126,7 +128,7 @@ def loaded(checkpoints: Sequence[Path]) -> Iterator[tuple[int, Path, Any, dict[s
 def measure(options: argparse.Namespace) -> Result:
     rows: list[dict[str, Any]] = []
     for seed, checkpoint, fixed, _ in loaded(options.checkpoint):
-        rtol = choose_tolerance(checkpoint, own_mazes(5, options.count))
+        rtol = choose_tolerance(checkpoint, own_mazes(5, options.count, "validation"))
         stopping = stopping_at(checkpoint, rtol)
         for size in options.sizes:
             mazes = own_mazes(size, options.count)

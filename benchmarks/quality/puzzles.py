@@ -60,7 +60,7 @@ def measure(options: argparse.Namespace) -> Result:
 
 
 def judge(rows: Sequence[dict[str, Any]]) -> list[Requirement]:
-    """What the means over the seeds say, of Sudokus with the best number of evaluations."""
+    """What the means over the seeds say, of Sudokus with the most evaluations."""
     found: dict[tuple[str, int, int], list[float]] = defaultdict(list)
     for row in rows:
         found[row["puzzle"], row["size"], row["evaluations"]].append(row["solved"])
@@ -69,9 +69,12 @@ def judge(rows: Sequence[dict[str, Any]]) -> list[Requirement]:
         for (puzzle, size, _), solved in found.items()
         if puzzle == "prefix_sums" and (limit := REQUIRED_OF_STRINGS.get(size))
     ]
-    if of_sudokus := [mean(solved) for (puzzle, size, _), solved in found.items() if (puzzle, size) == ("sudoku", 6)]:
-        best, limit = max(of_sudokus), REQUIRED_OF_SUDOKUS
-        verdict.append(Requirement("Sudokus of 6 x 6 cells", f">= {limit:.1%}", f"{best:.1%}", best >= limit))
+    if of_sudokus := {
+        n: mean(solved) for (puzzle, size, n), solved in found.items() if (puzzle, size) == ("sudoku", 6)
+    }:
+        (most, measured), limit = max(of_sudokus.items()), REQUIRED_OF_SUDOKUS
+        what = f"Sudokus of 6 x 6 cells, {most} evaluations"
+        verdict.append(Requirement(what, f">= {limit:.1%}", f"{measured:.1%}", measured >= limit))
     return verdict
 
 
