@@ -2,7 +2,8 @@
 
 Each has the bits of its twin in plain PyTorch (`ExactArithmetic`), which serves everywhere else: integers throughout,
 and no fused multiply-add. Tensors are read in the order of memory; one whose order differs from that of the state is
-copied first. An element and pair of passes moves 60 bytes, 20 in each kernel (12 read, 8 written), and at most 8 for its digits.
+copied first. An element and pair of passes moves 60 bytes, 20 in each kernel (12 read, 8 written), and at most 8 for
+its digits.
 """
 
 from typing import Any
