@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec:FutureWarni
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 
-@pytest.fixture(params=["text", "images in memory", "decoded images"])
+@pytest.fixture(params=["text", "images in memory", "decoded images", "puzzles"])
 def build(request, tmp_path):
     """Builds one of the data modules."""
     common = {"batch_size": 4, "cache_dir": str(tmp_path / "cache")}
@@ -32,6 +32,9 @@ def build(request, tmp_path):
         (tmp_path / "text.txt").write_text("A line of text.\n" * 60)
         settings = {"source": "files", "path": str(tmp_path / "text.txt"), "context_length": 8}
         return lambda **options: TextDataModule(**common | settings | options)
+    if request.param == "puzzles":
+        settings = {"puzzle": "prefix_sums", "size": 13, "num_train": 30, "num_validation": 9, "num_test": 5}
+        return lambda **options: PuzzleDataModule(**common | settings | options)
     in_memory = request.param == "images in memory"
     settings = {"source": "folder", "path": str(make_folder(tmp_path / "images")), "image_size": 16}
     return lambda **options: ImageDataModule(**common | settings | {"in_memory": in_memory} | options)
@@ -72,7 +75,8 @@ def test_datasets_pickle_for_spawned_workers(build):
 
 def test_printing_it_shows_the_settings_and_reads_no_batches(build):
     data = build()
-    assert str(data).startswith(f"{type(data).__name__}(source='{data.hparams['source']}', path=")
+    first = next(name for name in ("source", "puzzle") if name in data.hparams)
+    assert str(data).startswith(f"{type(data).__name__}({first}='{data.hparams[first]}', ")
     assert not data._open_loaders
 
 
