@@ -15,6 +15,7 @@ RESNET = [
     "--model.network.channels=[64,128,224]",
     "--model.network.blocks=[1,1,1]",
     "--model.solver.solver=none",
+    "--model.solver.reversible_stored_evaluations=0",
     "--trainer.max_epochs=16",
 ]
 TABLE = Table(
