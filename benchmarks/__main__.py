@@ -43,6 +43,7 @@ class Part(NamedTuple):
 
 PARTS = (
     Part("core", "the core: exactness, convergence, cost, memory"),
+    Part("core.precision", "gradient error by the unit of the state"),
     Part("core.classifier_cost", "classifiers compared with plain backpropagation"),
     Part("peers.authors", "the authors' JAX code", ("repository",)),
     Part("peers.torchdeq_peer", "torchdeq"),

@@ -36,10 +36,10 @@ def measure(quick: bool) -> list[dict[str, Any]]:
 def _float_rows(block: str, member: Member, num_steps: int) -> Iterator[dict[str, Any]]:
     for dtype, arithmetics in ((torch.float32, ("exact", "float64", "float32")), (torch.float64, ("exact",))):
         problem = make_problem(block, dtype)
-        reference = _bptt(problem, member, num_steps)
+        reference = bptt(problem, member, num_steps)
         for arithmetic in arithmetics:
-            gradient, mismatch = _reversible(problem, member, num_steps, arithmetic)
-            yield _row(block, member, num_steps, arithmetic, dtype, _error(gradient, reference), mismatch)
+            gradient, mismatch = reversible(problem, member, num_steps, arithmetic)
+            yield _row(block, member, num_steps, arithmetic, dtype, error(gradient, reference), mismatch)
 
 
 def _autocast_row(block: str, member: Member, num_steps: int, num_seeds: int) -> dict[str, Any]:
@@ -47,12 +47,12 @@ def _autocast_row(block: str, member: Member, num_steps: int, num_seeds: int) ->
     errors, bptt_errors, mismatch = [], [], 0
     for seed in range(num_seeds):
         problem = make_problem(block, torch.float32, seed)
-        reference = _bptt(problem, member, num_steps)
+        reference = bptt(problem, member, num_steps)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            same_autocast = _bptt(problem, member, num_steps)
-            gradient, count = _reversible(problem, member, num_steps, "exact")
-        errors.append(_error(gradient, reference))
-        bptt_errors.append(_error(same_autocast, reference))
+            same_autocast = bptt(problem, member, num_steps)
+            gradient, count = reversible(problem, member, num_steps, "exact")
+        errors.append(error(gradient, reference))
+        bptt_errors.append(error(same_autocast, reference))
         mismatch += count
     row = _row(block, member, num_steps, "exact", torch.bfloat16, _root_mean_square(errors), mismatch)
     return row | {"bptt_error": _root_mean_square(bptt_errors)}
@@ -68,11 +68,11 @@ def _root_mean_square(values: Sequence[float]) -> float:
     return math.sqrt(sum(v * v for v in values) / len(values))
 
 
-def _bptt(problem: Problem, member: Member, num_steps: int) -> Tensor:
+def bptt(problem: Problem, member: Member, num_steps: int) -> Tensor:
     return problem.gradient(member.loop(problem.f, problem.z0, problem.x, num_steps, torch.float64))
 
 
-def _reversible(problem: Problem, member: Member, num_steps: int, arithmetic: str) -> tuple[Tensor, int]:
+def reversible(problem: Problem, member: Member, num_steps: int, arithmetic: str) -> tuple[Tensor, int]:
     value, stats, _ = solve_fixed_point(
         problem.f,
         problem.z0,
@@ -85,9 +85,9 @@ def _reversible(problem: Problem, member: Member, num_steps: int, arithmetic: st
     return gradient, int(stats.reconstruction_mismatch)
 
 
-def _error(gradient: Tensor, reference: Tensor) -> float:
-    error = float((gradient - reference).norm() / reference.norm())
-    return error if math.isfinite(error) else math.nan
+def error(gradient: Tensor, reference: Tensor) -> float:
+    found = float((gradient - reference).norm() / reference.norm())
+    return found if math.isfinite(found) else math.nan
 
 
 def _row(

@@ -180,8 +180,8 @@ def page(rows: Rows) -> str:
         f" {origins(rows)}. Validation loss in nats per token, mean of the seeds"
         " (minimum - maximum); averaged weights at a constant learning rate; all evaluations stored. `1 + RevDEQ, 2 x 4"
         " + 1`: one layer before the equilibrium of f with two layers, 4 evaluations, and one layer after it. phi: N"
-        " evaluations of f count as `N^phi` times its layers in an explicit stack, interpolated; empty outside of the"
-        " stacks measured.",
+        " evaluations of f count as `N^phi` times its layers in an explicit stack, interpolated, mean of the"
+        " seeds for which it is known; empty outside of the stacks measured.",
     ]
     for budget, title in BUDGETS.items():
         lines: list[Sequence[str]] = []
@@ -192,9 +192,10 @@ def page(rows: Rows) -> str:
                 mean(of(rows, name, f"{kind}_{budget}").values()) for kind in ("steps", "tflop", "cpu_seconds")
             )
             parameters = int(max(of(rows, name, "parameters").values()))
-            facts = (name, f"{parameters:,}", str(len(found)), f"{steps:.0f}", f"{tflop:.1f}", f"{seconds:.0f}")
             worth = exponents(rows, name) if budget == "steps" else []
-            lines.append((*facts, spread(list(found.values()), 4), spread(worth, 2) if worth else ""))
+            exponent = spread(worth, 2) + f", {len(worth)} seeds" * (len(worth) < len(found)) if worth else ""
+            facts = (name, f"{parameters:,}", str(len(found)), f"{steps:.0f}", f"{tflop:.1f}", f"{seconds:.0f}")
+            lines.append((*facts, spread(list(found.values()), 4), exponent))
         header = ("model", "parameters", "seeds", "steps", "TFLOP", "CPU seconds", "loss", "phi")
         sections += [f"## {title}", table(header, lines)]
     return "\n\n".join(sections) + "\n"
