@@ -2,8 +2,8 @@
 
     python -m benchmarks.core.precision [--quick] [--output DIR]
 
-Largest relative error of the whole gradient, with f in float32, over the solvers and blocks of `gradient_error` and up to
-128 evaluations of f. The package has units of 2^-21 (32 bits) and 2^-32 (64).
+Largest relative error of the whole gradient, with f in float32, over the solvers and blocks of `gradient_error` and up
+to 128 evaluations of f. The package has units of 2^-21 (32 bits) and 2^-32 (64).
 """
 
 import argparse
