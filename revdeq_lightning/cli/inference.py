@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from revdeq_lightning.checkpoints.files import other_checkpoint, read_checkpoint
 from revdeq_lightning.checkpoints.names import is_sharded_checkpoint
 from revdeq_lightning.checkpoints.sharded import read_whole
+from revdeq_lightning.cli.parser import drop_removed
 from revdeq_lightning.data.text.tokenizers import AbstractTokenizer, tokenizer_from_state
 from revdeq_lightning.equilibrium import settle_checks
 from revdeq_lightning.equilibrium.validation import require_count
@@ -102,7 +103,8 @@ def solver_for(settings: dict[str, Any], model: ModelSettings) -> SolverConfig:
             f"the model has solver steps of its own for each stage, {settings['network']['steps']}: remove "
             + ", ".join(f"--model.solver.{name}" for name in changed)
         )
-    return SolverConfig(**settings["solver"] | changed)
+    own = {name: value for name, value in settings["solver"].items() if name != "reversible_stored_evaluations"}
+    return SolverConfig(**own | changed)  # nothing is stored for a gradient here, which a tolerance would forbid
 
 
 def read_trained(ckpt_path: str | Path, state: str) -> tuple[dict[str, Any], dict[str, torch.Tensor], Any]:
@@ -120,6 +122,7 @@ def read_trained(ckpt_path: str | Path, state: str) -> tuple[dict[str, Any], dic
         settings, weights, needed = (checkpoint[key] for key in ("hyper_parameters", "state_dict", state))
     except KeyError as error:
         raise CheckpointError(f"{ckpt_path} is not a checkpoint of {kind} (it has no {error})") from None
+    drop_removed(settings, "model.")
     return settings, {n.removeprefix("model."): w for n, w in weights.items() if n.startswith("model.")}, needed
 
 
@@ -136,7 +139,11 @@ def load_model(ckpt_path: str | Path, state: str, device: str, model: ModelSetti
     """Load the model of a checkpoint that has this entry of `MODELS`, and the entry."""
     *_, config, build = MODELS[state]
     settings, weights, needed = read_trained(ckpt_path, state)
-    network = build(config(**settings["network"]), solver_for(settings, model))
+    try:
+        sizes = config(**settings["network"])
+    except TypeError as error:
+        raise CheckpointError(f"{ckpt_path} has settings that this version does not have: {error}") from None
+    network = build(sizes, solver_for(settings, model))
     network.load_state_dict(weights)
     return network.to(device).eval(), needed
 

@@ -117,7 +117,7 @@ def _config_of_run(folder: Path) -> str:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return str(path)  # reported when it is parsed
-    return dump_yaml(settings) if isinstance(settings, dict) and _drop_removed(settings) else str(path)
+    return dump_yaml(settings) if isinstance(settings, dict) and drop_removed(settings) else str(path)
 
 
 def is_removed(name: str, value: Any) -> bool:
@@ -125,10 +125,10 @@ def is_removed(name: str, value: Any) -> bool:
     return name in REMOVED_SETTINGS and REMOVED_SETTINGS[name] in (..., value)
 
 
-def _drop_removed(settings: dict[str, Any], prefix: str = "") -> bool:
+def drop_removed(settings: dict[str, Any], prefix: str = "") -> bool:
     """Remove these settings; whether there were any."""
     removed = [key for key, value in settings.items() if is_removed(f"{prefix}{key}", value)]
     for key in removed:
         del settings[key]
     parts = [(key, value) for key, value in settings.items() if isinstance(value, dict)]
-    return any([bool(removed), *(_drop_removed(value, f"{prefix}{key}.") for key, value in parts)])
+    return any([bool(removed), *(drop_removed(value, f"{prefix}{key}.") for key, value in parts)])

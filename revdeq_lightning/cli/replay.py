@@ -8,6 +8,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 
 from revdeq_lightning.checkpoints.files import read_checkpoint
+from revdeq_lightning.cli.parser import drop_removed
 from revdeq_lightning.data.images.batches import ImageBatch
 from revdeq_lightning.data.text.windows import TextBatch
 from revdeq_lightning.equilibrium import equilibria, settle_checks
@@ -42,6 +43,7 @@ def replay(file: str, device: str = "cpu") -> str:
     if content.get("task") not in TASKS or "batches" not in content:
         raise CheckpointError(f"{file} is not a saved batch of a diverged run: use RUN/diverged/step-N/process-R.ckpt")
     task_class, batch_class = TASKS[content["task"]]
+    drop_removed(content["hyper_parameters"], "model.")
     task = task_class(**content["hyper_parameters"])
     task.load_state_dict(read_checkpoint(Path(file).with_name(WEIGHTS))["state_dict"])
     task.to(device, WHOLE.get(content["precision"])).train()

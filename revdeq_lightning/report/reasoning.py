@@ -57,7 +57,8 @@ class ReasoningReport(Callback):
             return
         answers: Tensor = outputs.argmax(1)
         size = "x".join(map(str, batch.inputs.shape[1:]))
-        self._sheet += [(size, puzzle) for puzzle in solved_puzzles(pl_module, batch, answers)[: self.num_puzzles]]
+        few = type(batch)(*(tensor[: self.num_puzzles] for tensor in batch))
+        self._sheet += [(size, puzzle) for puzzle in solved_puzzles(pl_module, few, answers[: self.num_puzzles])]
         if equilibria(pl_module):  # on all processes, as the weights may be sharded
             self._look(pl_module, batch, size)
 

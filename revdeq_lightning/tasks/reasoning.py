@@ -24,7 +24,7 @@ class ReasoningTask(AbstractTask):
     """Train and evaluate a reasoner.
 
     Logs `train/loss` (nats per cell, at the end of the solve) and, over whole splits, `val/` and `test/`: `loss`,
-    `cell_accuracy`, `solved` (fraction of the puzzles in which every cell is right) and `evaluations` of f per puzzle.
+    `cell_accuracy`, `solved` (fraction of the puzzles with a solution as the answer) and `evaluations` of f per puzzle.
     A test also logs them for each size (`test/solved_39x39`), and, for the first batch of each size,
     `solved_from_random` and `same_from_random`: the fractions of the puzzles that are solved from a random initial
     state, and that get the same answer as from zero. Any loader of pairs (inputs, targets) will do; without a

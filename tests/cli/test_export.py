@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+from revdeq_lightning.checkpoints.files import read_checkpoint, write_checkpoint
+from revdeq_lightning.cli.inference import ModelSettings, SolverSteps, load_language_model, solver_for
 from revdeq_lightning.tasks.language_modeling import LanguageModelingTask
-from tests.helpers.runs import run, tiny_config
+from tests.helpers.runs import assert_equal, run, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +52,25 @@ assert "lightning" not in sys.modules
     assert first == again != other
     assert first.startswith("abc")
     assert len(first) == len("abc") + 30 + 1
+
+
+def test_a_setting_that_is_gone_is_left_out_or_told(checkpoint, tmp_path, capsys):
+    older = read_checkpoint(checkpoint)
+    for value in ("zero", "input"):
+        older["hyper_parameters"]["network"]["initial_state"] = value
+        write_checkpoint(older, tmp_path / f"{value}.ckpt")
+    expected = load_language_model(checkpoint)[0].state_dict()
+    assert_equal(load_language_model(tmp_path / "zero.ckpt")[0].state_dict(), expected)
+    told = error(capsys, "generate", "--ckpt_path", tmp_path / "input.ckpt", "--prompt=a")
+    assert "has settings that this version does not have" in told
+    assert "initial_state" in told
+
+
+def test_a_tolerance_is_possible_where_training_stored_evaluations():
+    settings = {"network": {}, "solver": {"solver": "momentum", "reversible_stored_evaluations": 1}}
+    solver = solver_for(settings, ModelSettings(SolverSteps(rtol=0.1)))
+    assert solver.build_solver().rtol == 0.1
+    assert solver.build_adjoint().stored_evaluations == 0
 
 
 def test_it_says_of_a_damaged_checkpoint_what_generate_says(checkpoint, tmp_path, capsys):
