@@ -193,7 +193,9 @@ def page(rows: Rows) -> str:
             )
             parameters = int(max(of(rows, name, "parameters").values()))
             worth = exponents(rows, name) if budget == "steps" else []
-            exponent = spread(worth, 2) + f", {len(worth)} seeds" * (len(worth) < len(found)) if worth else ""
+            exponent = (
+                spread(worth, 2) + f", {len(worth)} of {len(found)} seeds" * (len(worth) < len(found)) if worth else ""
+            )
             facts = (name, f"{parameters:,}", str(len(found)), f"{steps:.0f}", f"{tflop:.1f}", f"{seconds:.0f}")
             lines.append((*facts, spread(list(found.values()), 4), exponent))
         header = ("model", "parameters", "seeds", "steps", "TFLOP", "CPU seconds", "loss", "phi")
