@@ -67,6 +67,7 @@ def _curve(member: Member, method: str, steps: tuple[int, ...], shape: Shape) ->
     }
     for n in steps:
         evaluations = n * member.evaluations_per_step
+        base = max(process_peaks[BASE_STEPS], 1)  # none above that of the imports, in the tiny sizes of a smoke run
         growth_bits = 8 * (peaks[n] - peaks[BASE_STEPS]) / shape.num_elements / evaluations
         yield {
             "method": method,
@@ -77,7 +78,7 @@ def _curve(member: Member, method: str, steps: tuple[int, ...], shape: Shape) ->
             "tensor_ratio": round(peaks[n] / peaks[BASE_STEPS], 4),
             "growth_bits": round(growth_bits, 3),
             "process_bytes": process_peaks[n],
-            "process_ratio": round(process_peaks[n] / process_peaks[BASE_STEPS], 4),
+            "process_ratio": round(process_peaks[n] / base, 4),
             "state_elements": shape.num_elements,
         }
 
