@@ -65,9 +65,9 @@ def _curve(member: Member, method: str, steps: tuple[int, ...], shape: Shape) ->
         n: process_peak_bytes(warm_training_step, member, method, n, shape, threads=torch.get_num_threads())
         for n in steps
     }
+    base = max(process_peaks[BASE_STEPS], 1)  # a process in the tiny sizes of a smoke run may not grow at all
     for n in steps:
         evaluations = n * member.evaluations_per_step
-        base = max(process_peaks[BASE_STEPS], 1)  # none above that of the imports, in the tiny sizes of a smoke run
         growth_bits = 8 * (peaks[n] - peaks[BASE_STEPS]) / shape.num_elements / evaluations
         yield {
             "method": method,

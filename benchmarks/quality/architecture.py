@@ -44,11 +44,9 @@ def explicit(num_layers: int) -> Variant:
     return Variant((CONFIG,), changes)
 
 
-def equilibrium(
-    num_layers: int, evaluations: int, solver: Mapping[str, Any] = MOMENTUM, outside: int = 0, **network: Any
-) -> Variant:
+def equilibrium(num_layers: int, evaluations: int, solver: Mapping[str, Any] = MOMENTUM, outside: int = 0) -> Variant:
     """A map of so many layers, with so many layers before it and as many after it."""
-    network = {**SIZES, "num_layers": num_layers, "num_prelude_layers": outside, "num_coda_layers": outside, **network}
+    network = {**SIZES, "num_layers": num_layers, "num_prelude_layers": outside, "num_coda_layers": outside}
     stored = {"reversible_stored_evaluations": evaluations} if solver == MOMENTUM else {}
     return Variant(
         (CONFIG,), {"model.network": network, "model.solver": {**solver, "max_steps": evaluations, **stored}}

@@ -181,9 +181,8 @@ def page(memory: Sequence[dict[str, Any]], starts: Sequence[dict[str, Any]], spe
 
 def run(options: argparse.Namespace) -> part.Result:
     os.environ["TQDM_DISABLE"] = "1"
-    return measure(
-        (1, 3) if options.quick else [*(s for s in (100, 300) if s < options.largest), options.largest], options.quick
-    )
+    sizes = (1, 3) if options.quick else (*(s for s in (100, 300) if s < options.largest), options.largest)
+    return measure(sizes, options.quick)
 
 
 LARGEST = {"type": float, "default": 1000, "metavar": "MB", "help": "size of the largest text"}

@@ -12,7 +12,7 @@ REMOVED_SETTINGS: dict[str, Any] = {
     **dict.fromkeys(("divergence", "run.keep_every_hours", "run.async_checkpoints"), ...),
     "model.network.initial_state": "zero",
 }
-"""Settings of earlier versions, and their value without which a run is the same; `...` is any value."""
+"""Settings of earlier versions, with the value that can be left out without a change of the run; `...` is any."""
 
 
 class ReadableErrors:
@@ -126,7 +126,7 @@ def is_removed(name: str, value: Any) -> bool:
 
 
 def drop_removed(settings: dict[str, Any], prefix: str = "") -> bool:
-    """Remove these settings; whether there were any."""
+    """Remove the settings that `is_removed`, in place; return whether there were any."""
     removed = [key for key, value in settings.items() if is_removed(f"{prefix}{key}", value)]
     for key in removed:
         del settings[key]

@@ -150,14 +150,12 @@ class ReasoningTask(AbstractTask):
     def _sums(self, batch: PuzzleBatch, output: Any) -> dict[str, Tensor]:
         """Sums over the puzzles of a batch, as `ReasoningMetrics` takes them."""
         targets, answers = batch.targets, output.logits.argmax(1)
-        counted = targets != IGNORE_INDEX
-        is_right = (answers == targets) | ~counted
-        is_solved, real = self.solved(batch, answers), is_real(batch)
+        counted, real = targets != IGNORE_INDEX, is_real(batch)
         return {
             "nats": self._nats(output.logits, targets, reduction="sum"),
-            "right_cells": (is_right & counted).sum(),
+            "right_cells": ((answers == targets) & counted).sum(),
             "cells": counted.sum(),
-            "solved": (is_solved & real).sum(),
+            "solved": (self.solved(batch, answers) & real).sum(),
             "evaluations": (output.evaluations * real).sum(),
             "puzzles": real.sum(),
         }

@@ -1,9 +1,12 @@
+import logging
 import multiprocessing
 
 import pytest
 
 from revdeq_lightning.data.images.module import ImageDataModule
 from tests.helpers.data import make_folder
+
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 
 @pytest.fixture(scope="session")

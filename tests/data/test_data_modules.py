@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import logging
 import math
 import pickle
 import time
@@ -19,9 +18,6 @@ from revdeq_lightning.data.text.module import TextDataModule
 from revdeq_lightning.data.text.tokenizers import build_tokenizer
 from revdeq_lightning.data.text.windows import TokenWindows
 from tests.helpers.data import fit, make_folder, refused
-
-pytestmark = pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec:FutureWarning")
-logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 
 @pytest.fixture(params=["text", "images in memory", "decoded images", "puzzles"])

@@ -1,7 +1,6 @@
 import dataclasses
 import itertools
 import json
-import logging
 import shutil
 
 import numpy as np
@@ -13,8 +12,6 @@ from revdeq_lightning.data.images.augmentation import AugmentationConfig
 from revdeq_lightning.data.images.module import ImageDataModule
 from tests.helpers.data import SaveAt, assert_same_splits, encoded, fit, make_folder, recorded, refused, split, whole
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec:FutureWarning")
-logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 EVERYTHING = AugmentationConfig(
     crop_padding=2, flip=True, randaugment_ops=2, erasing_probability=0.5, mixup_alpha=0.4, cutmix_alpha=1.0
 )

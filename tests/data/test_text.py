@@ -1,7 +1,6 @@
 """Texts: sources, splits, cache, and bad input. Windows and resuming: `test_text_windows.py`."""
 
 import json
-import logging
 import multiprocessing
 import re
 import sys
@@ -33,10 +32,6 @@ from tests.helpers.data import (
     text_module,
 )
 from tests.helpers.processes import run_apart
-
-# Lightning 2.6 uses what PyTorch 2.15 deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec:FutureWarning")
-logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Windows of a text in training and evaluation, and runs that resume between any two of them."""
 
 import json
-import logging
 from functools import partial
 
 import numpy as np
@@ -24,10 +23,6 @@ from tests.helpers.data import (
     text_module,
 )
 from tests.helpers.processes import run_apart
-
-# Lightning 2.6 uses what PyTorch 2.15 deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec:FutureWarning")
-logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 
 
 @pytest.fixture
