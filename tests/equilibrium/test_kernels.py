@@ -21,13 +21,20 @@ from revdeq_lightning.equilibrium.solvers import reversible
 torch.manual_seed(0)  # float16, as the interpreter truncates to bfloat16, where a GPU rounds
 solvers = [ReversibleSolver(beta=beta, max_steps=1) for beta in (0.5, 0.8, 1.2, 0.999)]
 solvers += [MomentumSolver(momentum=m, beta=b) for m, b in ((-0.25, 0.9), (0.1875, 0.7))]
+first, last = torch.contiguous_format, torch.channels_last
+images, text = (3, 4, 5, 2), (2, 513)
+copies = []
+like = kernels._like
+kernels._like = lambda tensor, state: copies.append(like(tensor, state) is not tensor) or like(tensor, state)
 for i, solver in enumerate(solvers):
-    for shape, dtype in (((3, 4, 5, 2), torch.float16), ((2, 513), torch.float32))[: 1 + (i in (1, 5))]:
+    cases = [(images, torch.float16, last, first)]  # layout of the state, and of the values
+    if i in (1, 5):
+        cases += [(text, torch.float32, first, first), (images, torch.float32, first, last)]
+        cases += [(images, torch.float32, first, first), (images, torch.float32, last, last)]
+    for shape, dtype, of_state, of_values in cases:
         exact = solver.state_arithmetic([dtype])
-        start = exact.encode(20 * torch.randn(shape).to(dtype))
-        if len(shape) == 4:
-            start = start.contiguous(memory_format=torch.channels_last)
-        values = [30 * torch.randn(shape).to(dtype) for _ in range(4)]  # not in the layout of the state
+        start = exact.encode(20 * torch.randn(shape).to(dtype)).contiguous(memory_format=of_state)
+        values = [30 * torch.randn(shape).to(dtype).contiguous(memory_format=of_values) for _ in range(4)]
         ours, theirs = exact.remainders(), exact.remainders()
         before = now = previous = current = start
         for value in values:
@@ -42,6 +49,15 @@ for i, solver in enumerate(solvers):
             previous, current = undone, previous
             assert torch.equal(iterate, exact.decode(previous, dtype))
         assert torch.equal(previous, start) and torch.equal(current, start) and not ours.rows
+        g, h = (torch.randn(shape).contiguous(memory_format=of_state) for _ in range(2))
+        expected = h + 0.75 * values[0].float() + 0.5 * g, 0.25 * g
+        kernels.carry_(h, g, values[0], 0.25, 0.5, 0.75)
+        assert all(torch.allclose(a, b, rtol=1e-6, atol=1e-5) for a, b in zip((h, g), expected, strict=True))
+assert not any(copies)
+odd = torch.randn(2, 3, 5, 4).permute(0, 1, 3, 2)  # another order: copied
+state = exact.encode(torch.randn(odd.shape))
+assert torch.equal(kernels.advance(exact, state, state, odd, None, torch.float32)[0], exact.advance(state, state, odd))
+assert sum(copies) == 1
 
 for bad in (float("nan"), float("inf"), 1e9):  # wherever it is
     value = torch.zeros(1500)
@@ -140,6 +156,7 @@ def test_kernels_compile_for_gpus(capability):
     from revdeq_lightning.equilibrium.exact import kernels
 
     constants = {"P": 1, "Q": 5, "SIGN": -1, "WIDTH": 3, "UNIT": 2.0**-20, "HAS_C": True, "KEEPS": True, "BLOCK": 1024}
+    constants |= {"ROWS": 1024, "COLUMNS": 96}
     types = {"value": "*bf16", "iterate": "*bf16", "row0": "*u8", "row1": "*u8", "row2": "*u8", "n": "i32"}
     types |= {"offset": "i32", "scaled_b": "fp32", "a": "fp32", "b": "fp32", "c": "fp32"}
     types |= {"previous": "*fp32", "current": "*fp32", "product": "*fp32"}
