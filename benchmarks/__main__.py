@@ -48,7 +48,6 @@ PARTS = (
     Part("peers.authors", "the authors' JAX code", ("repository",)),
     Part("peers.torchdeq_peer", "torchdeq"),
     Part("core.depth", "which gradient at which depth"),
-    Part("core.kernels", "parts of an evaluation"),
     Part("core.pairs", "every solver with every adjoint"),
     Part("core.gpu", "a GPU: its tests, exactness, overhead, training steps"),
     Part("quality", "quality at equal cost", ("text", "images")),

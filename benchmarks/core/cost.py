@@ -54,6 +54,7 @@ def _competitors(setting: Setting) -> dict[str, Callable[[], Any]]:
         "RevDEQ 0.8 exact": reversible_step(problem, paper, steps, "exact"),
         "RevDEQ 0.8 float64": reversible_step(problem, paper, steps, "float64"),
         "momentum 1/8 exact": reversible_step(problem, heavy_ball, NUM_EVALUATIONS, "exact"),
+        "the same with a trace": reversible_step(problem, heavy_ball, NUM_EVALUATIONS, "exact", mismatch="trace"),
         "stored BPTT": bptt_step(problem, paper, steps),
         "checkpointed BPTT": bptt_step(problem, paper, steps, checkpoint=True),
     }

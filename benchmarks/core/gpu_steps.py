@@ -3,6 +3,7 @@
 import contextlib
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -11,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.core.kernels import count_waits
 from revdeq_lightning.callbacks.peaks import peak_flops
 from revdeq_lightning.equilibrium import EquilibriumLayer, FixedPointSolution
 from revdeq_lightning.models import ClassifierConfig, TransformerConfig
@@ -198,3 +198,15 @@ def measure(bench: Bench, step: Callable[[], None], flops: float, peak: float | 
         "utilization": flops / median / peak if peak and flops else None,
         "waits": count_waits(step) if bench.on_gpu else None,
     }
+
+
+def count_waits(step: Callable[[], Any]) -> int:
+    """Number of times the host waited for the device."""
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("called a synchronizing" in str(warning.message) for warning in caught)

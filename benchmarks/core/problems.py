@@ -1,7 +1,7 @@
 """Problems of the benchmarks: blocks that do not contract, solvers by name, and a training step of each competitor."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -94,9 +94,9 @@ def problem_of(f: nn.Module, shape: tuple[int, ...], dtype: torch.dtype) -> Prob
 
 
 def reversible_step(
-    problem: Problem, member: Member, num_steps: int, arithmetic: str, stored_evaluations: int = 0
+    problem: Problem, member: Member, num_steps: int, arithmetic: str, **settings: Any
 ) -> Callable[[], SolverStats]:
-    solver, adjoint = member.solver(num_steps, arithmetic), ReversibleAdjoint(stored_evaluations=stored_evaluations)
+    solver, adjoint = member.solver(num_steps, arithmetic), ReversibleAdjoint(**settings)
 
     def run() -> SolverStats:
         value, stats, _ = solve_fixed_point(problem.f, problem.z0, problem.x, solver=solver, adjoint=adjoint)

@@ -71,7 +71,7 @@ def test_the_verdict_of_all_parts_is_put_on_the_page_again_and_again(tmp_path):
 
 
 def test_all_parts_are_run_and_the_worst_decides(tmp_path, capsys, monkeypatch):
-    codes = {"core": 0, "depth": 1, "kernels": 3}
+    codes = {"core": 0, "depth": 1, "pairs": 3}
     script = "import sys; print('skipped: it' if sys.argv[1] == 'core' else 'ran'); sys.exit(int(sys.argv[2]))"
 
     def popen(command, **settings):
