@@ -51,6 +51,9 @@ def check_settings(trainer: Any, diagnostics: DiagnosticsConfig, model: Any) -> 
     for name, least in (("accumulate_grad_batches", 1), ("gradient_clip_val", 0)):
         if (value := trainer.get(name)) is not None and value < least:
             fail(f"trainer.{name} must be at least {least}, got {value}")
+    for name in ("max_steps", "max_epochs", "limit_train_batches"):
+        if trainer.get(name) == 0:
+            fail(f"trainer.{name}=0 would train nothing: give a positive number, or leave it out")
     needs_whole_model = diagnostics.gradient_error_every_n_steps or diagnostics.contraction_every_n_steps
     if needs_whole_model and is_fsdp2(trainer.get("strategy")):
         fail(

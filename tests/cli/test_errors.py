@@ -21,6 +21,8 @@ MISTAKES = {
     "fit --trainer.log_every_n_steps=0": "trainer.log_every_n_steps=0.*choose a large number",
     "fit --trainer.logger=WandbLogger": "run.wandb=auto",
     "fit --trainer.accumulate_grad_batches=0": "trainer.accumulate_grad_batches must be at least 1, got 0",
+    "fit --trainer.max_steps=0": "trainer.max_steps=0 would train nothing",
+    "fit --trainer.limit_train_batches=0": "trainer.limit_train_batches=0 would train nothing",
     "fit --trainer.gradient_clip_val=-1": "trainer.gradient_clip_val must be at least 0, got -1",
     "fit --seed_everything=-1": "seed_everything: -1",
     "fit --trainer.benchmark=true": "trainer.benchmark=true.*the gradient would not be exact: remove it",
