@@ -161,6 +161,9 @@ ONE = np.array([[[0, 0, 0, 0], [0, 2, 3, 0], [0, 0, 0, 0]]])
 PATH = (ONE > 1).astype(int)
 TWICE = np.zeros((1, 4, 4), int)
 TWICE[0, 0, 0] = TWICE[0, 1, 1] = 3
+STUCK = np.zeros((1, 4, 4), int)
+STUCK[0, 0, 1:] = 1, 2, 3
+STUCK[0, 2, 0] = 4
 FILLED = np.array([[[1, 2, 3, 4], [3, 4, 1, 2], [2, 1, 4, 3], [4, 3, 2, 1]]])
 OTHER_GIVEN = np.where(np.arange(16).reshape(1, 4, 4) == 0, 2, 0)
 SMALL_SUDOKU = {"puzzle": "sudoku", "size": 4, "num_empty": 6}
@@ -181,6 +184,7 @@ SMALL_SUDOKU = {"puzzle": "sudoku", "size": 4, "num_empty": 6}
         ({"inputs": np.array([[[2, 0, 3]]]), "targets": np.zeros((1, 1, 3), int)}, "no path from start to goal"),
         ({"inputs": TWICE[..., :3], "targets": TWICE[..., :3]}, r"a Sudoku of size 4 has shape \(4, 4\), got \(4, 3\)"),
         ({"inputs": TWICE, "targets": TWICE}, "3 stands twice in the box of row 2, column 2"),
+        ({"inputs": STUCK, "targets": STUCK}, "puzzle 0 cannot be solved: no value is possible in row 1, column 1"),
         ({"inputs": ONE, "targets": PATH * 0}, "targets of puzzle 0 are no solution, which is 1 on a shortest path"),
         ({"inputs": OTHER_GIVEN, "targets": FILLED}, "targets of puzzle 0 are no solution, which is each value once"),
     ],

@@ -78,12 +78,15 @@ class Sudoku(AbstractKind):
         if inputs.shape != self.shape(self.size):
             return f"a Sudoku of size {self.size} has shape {self.shape(self.size)}, got {inputs.shape}"
         seen: set[tuple[int, int]] = set()
-        for cell, (value, units) in enumerate(zip(inputs.ravel().tolist(), units_of(self.size), strict=True)):
+        cells = [*zip(np.ndindex(inputs.shape), inputs.ravel().tolist(), units_of(self.size), strict=True)]
+        for (row, column), value, units in cells:
             for unit, name in zip(units, ("row", "column", "box"), strict=True):
                 if value and (unit, value) in seen:
-                    row, column = divmod(cell, self.size)
                     return f"{value} stands twice in the {name} of row {row + 1}, column {column + 1}"
                 seen.add((unit, value))
+        for (row, column), value, units in cells:
+            if not value and all(any((unit, v) in seen for unit in units) for v in range(1, self.size + 1)):
+                return f"no value is possible in row {row + 1}, column {column + 1}"
         return None
 
     def is_solved(self, inputs: Array, answers: Array) -> bool:
