@@ -15,7 +15,7 @@ from lightning import Callback, seed_everything
 from revdeq_lightning.checkpoints.last import LastCheckpoint
 from revdeq_lightning.runs.signals import STOP, StopSignals
 from revdeq_lightning.runs.stop_signal import StopSignal
-from tests.helpers.processes import run_python
+from tests.helpers.processes import QUICK_PATH, run_python
 from tests.helpers.runs import TRAINED, assert_equal, run, tiny_config, tiny_data, tiny_task, tiny_trainer
 
 EXACT = (*TRAINED, "TextDataModule")
@@ -103,7 +103,8 @@ def test_a_signal_to_one_rank_ends_both_after_the_same_step(tmp_path):
 def start(config: Path, log: Path) -> subprocess.Popen:
     """The command as a job script starts it: SIGUSR1 is ignored until Python notes it."""
     command = [sys.executable, "-m", "revdeq_lightning", "fit", "--config", str(config), "--run.resume=auto"]
-    settings = {**os.environ, "PYTHONUNBUFFERED": "1", "SLURM_JOB_ID": "17", "SLURM_JOB_NAME": "bash"}
+    job = {"SLURM_JOB_ID": "17", "SLURM_JOB_NAME": "bash"}
+    settings = {**os.environ, **job, "PYTHONPATH": QUICK_PATH, "PYTHONUNBUFFERED": "1"}
     with log.open("w") as file:
         before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # what the new process begins with
         try:

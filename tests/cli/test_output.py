@@ -14,6 +14,7 @@ from revdeq_lightning.cli.inference import writing
 from revdeq_lightning.loggers.progress import RunProgress
 from revdeq_lightning.program import printable, program, say
 from revdeq_lightning.runs.output import LastingFile
+from tests.helpers.processes import QUICK_PATH
 from tests.helpers.runs import run, tiny_config
 
 REPLACED = "from revdeq_lightning.runs.output import make_output_last as m; m(); import os, sys; "
@@ -21,7 +22,7 @@ REPLACED = "from revdeq_lightning.runs.output import make_output_last as m; m();
 
 def shell(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """A command of the shell, in which `$PY` is Python."""
-    own = {**os.environ, "PYTHONPATH": os.getcwd(), "PY": sys.executable, **environment}
+    own = {**os.environ, "PYTHONPATH": QUICK_PATH, "PY": sys.executable, **environment}
     return subprocess.run(
         ["bash", "-c", command], env=own, capture_output=True, text=True, errors="replace", check=False
     )

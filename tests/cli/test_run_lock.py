@@ -16,9 +16,10 @@ import pytest
 from revdeq_lightning.checkpoints.files import read_checkpoint
 from revdeq_lightning.runs import lock as run_lock
 from revdeq_lightning.runs.lock import LockedError, locked
+from tests.helpers.processes import QUICK_PATH
 from tests.helpers.runs import run, tiny_config
 
-ENVIRONMENT = {**os.environ, "PYTHONPATH": os.getcwd(), "PYTHONUNBUFFERED": "1"}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": QUICK_PATH, "PYTHONUNBUFFERED": "1"}
 HOLD = """
 import fcntl, sys
 with open(sys.argv[1], "w") as file:

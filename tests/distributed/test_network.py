@@ -26,6 +26,7 @@ SAVED, MAX_STEPS = 30, 120
 # Begun again, rank 0 comes last: the other one must not take what the ended process left for its address.
 SLOW_RESTART = """
 import os, time
+from tests.helpers.quick_start import sitecustomize
 if os.environ.get("RANK") == "0" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
     time.sleep(4)
 """

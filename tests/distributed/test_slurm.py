@@ -1,6 +1,5 @@
 """Our batch script on a real SLURM of two nodes: a job told that its time is up ends, later, as if never told."""
 
-import os
 import re
 import shutil
 import sys
@@ -12,6 +11,7 @@ import pytest
 import torch
 
 from tests.distributed.slurm import SlurmCluster, slurm_cluster, slurm_is_missing
+from tests.helpers.processes import QUICK_PATH
 from tests.helpers.runs import assert_equal, tiny_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("slurm")]
@@ -36,7 +36,7 @@ def cluster():
 def submit(cluster: SlurmCluster, folder: Path, *options: str, strategy: str = "ddp") -> str:
     config = tiny_config(folder, max_steps=MAX_STEPS, val_check_interval=30, strategy=strategy)
     config.write_text(config.read_text().replace("data:\n", "data:\n  num_workers: 1\n"))
-    settings = {"PYTHON": sys.executable, "PYTHONPATH": os.getcwd(), "MASTER_ADDR": "127.0.0.1", "GRACE": "100"}
+    settings = {"PYTHON": sys.executable, "PYTHONPATH": QUICK_PATH, "MASTER_ADDR": "127.0.0.1", "GRACE": "100"}
     settings["PYTHONFAULTHANDLER"] = "1"  # SIGABRT prints the stacks of all threads
     command = ["sbatch", "--parsable", "--nodes=2", "--cpus-per-task=1", "--time=9", f"--chdir={folder}"]
     exports = ",".join(["ALL", *(f"{key}={value}" for key, value in settings.items())])

@@ -15,7 +15,7 @@ import pytest
 from revdeq_lightning.checkpoints.files import read_checkpoint
 from revdeq_lightning.cli.main import main
 from tests.distributed import faulty_command
-from tests.helpers.processes import run_python
+from tests.helpers.processes import QUICK_PATH, run_python
 from tests.helpers.runs import tiny_config
 
 OPTIONS = ("--config", "configs/trainer/cpu_ddp.yaml", "--run.test=false", "--run.sample_tokens=0")
@@ -27,7 +27,7 @@ class Run:
 
     def __init__(self, fault: str, config: Path, *options: str) -> None:
         command = [sys.executable, "-W", "ignore", faulty_command.__file__, fault, "fit", "--config", str(config)]
-        settings = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
+        settings = {**os.environ, "PYTHONPATH": QUICK_PATH, "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
             [*command, *OPTIONS, *options],
             env=settings | {"PYTHONUNBUFFERED": "1"},

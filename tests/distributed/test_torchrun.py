@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.processes import pids_with
+from tests.helpers.processes import QUICK_PATH, pids_with
 from tests.helpers.runs import tiny_config
 
 pytestmark = pytest.mark.slow
@@ -25,7 +25,7 @@ class Script:
     def __init__(self, folder: Path, *options: str) -> None:
         self.folder, self.log = folder, folder / "log"
         config = tiny_config(folder, max_steps=1_000_000, val_check_interval=1_000_000, strategy="ddp")
-        variables = {"RUN": "first", "GPUS": "2", "PYTHON": sys.executable, "PYTHONPATH": os.getcwd()}
+        variables = {"RUN": "first", "GPUS": "2", "PYTHON": sys.executable, "PYTHONPATH": QUICK_PATH}
         self.environment = {**os.environ, **variables, "OMP_NUM_THREADS": "1"}
         self.command = ["bash", str(SCRIPT), "fit", "--config", str(config), "--run.test=false", *options]
 

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from tests.helpers.processes import free_ports, pids_with
+from tests.helpers.processes import QUICK_PATH, free_ports, pids_with
 from tests.helpers.runs import tiny_config
 
 pytestmark = pytest.mark.slow
@@ -18,11 +18,10 @@ pytestmark = pytest.mark.slow
 def test_sigterm_ends_the_wait_and_all_processes_of_this_machine(tmp_path, early):
     config, log = tiny_config(tmp_path, num_nodes=2, devices=2), tmp_path / "log"
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0]), "NODE_RANK": "0"}
+    settings = {**os.environ, **meeting, "PYTHONPATH": QUICK_PATH}
     command = [sys.executable, "-m", "revdeq_lightning", "fit", "--config", str(config)]
     with log.open("w") as file:
-        process = subprocess.Popen(
-            command, stdout=file, stderr=file, env={**os.environ, **meeting}, start_new_session=True
-        )
+        process = subprocess.Popen(command, stdout=file, stderr=file, env=settings, start_new_session=True)
     try:
         begin = time.monotonic()
         while not ("GLOBAL_RANK: 1" in log.read_text() or (early and time.monotonic() > begin + 1)):

@@ -21,6 +21,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+QUICK_PATH = os.pathsep.join((str(Path(__file__).with_name("quick_start")), os.getcwd()))
+"""For PYTHONPATH: a process imports Lightning in half the time."""
+
 # Groups of processes as torchrun makes them, forked: a script imports Lightning once for all of them.
 
 
