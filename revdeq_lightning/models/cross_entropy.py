@@ -49,6 +49,8 @@ def chunked_cross_entropy(
             raise ValueError(
                 f"target {wrong[0].item()} is neither in [0, {num_classes}) nor ignore_index {ignore_index}"
             )
+    if not torch.is_grad_enabled():  # of which a custom function does not know: a parameter always needs a gradient
+        hidden_ND, weight_VD = hidden_ND.detach(), weight_VD.detach()
     return cast(Tensor, _ChunkedCrossEntropy.apply(hidden_ND, weight_VD, targets_N, chunk_size, ignore_index))
 
 

@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import peak_tensor_bytes
 from revdeq_lightning.models.cross_entropy import chunked_cross_entropy
@@ -92,6 +93,14 @@ def test_second_derivative_is_refused():
     hidden, weight, targets = make_case()
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(chunked_cross_entropy(hidden, weight, targets), hidden, create_graph=True)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_only_the_product_of_the_head_is_computed(context):
+    weight, targets = torch.nn.Parameter(torch.randn(32, 8)), torch.randint(32, (64,))
+    with context(), FlopCounterMode(display=False) as counter:
+        chunked_cross_entropy(torch.randn(64, 8), weight, targets, chunk_size=16)
+    assert counter.get_total_flops() == 2 * 64 * 8 * 32
 
 
 def test_memory_is_that_of_a_chunk_forward_and_backward():
