@@ -1,5 +1,7 @@
 """Peak floating-point operations per second of GPUs, by vendor data, without structured sparsity."""
 
+import re
+
 import torch
 
 PEAKS = {
@@ -30,9 +32,10 @@ Source: NVIDIA's data sheets of the data center GPUs, of which those since Amper
 
 
 def peak_flops(name: str, dtype: torch.dtype) -> float | None:
-    """The peak of a GPU by its name, for products of this dtype; None if it is not known."""
-    known = [key for key in PEAKS if key.lower() in name.lower()]
-    if not known or dtype not in (torch.bfloat16, torch.float16, torch.float32):
+    """The peak of a GPU by its name, for products of this dtype; None if it is not known, or a variant or a part."""
+    known = [key for key in PEAKS if re.search(rf"\b{key}\b", name, re.IGNORECASE)]
+    is_variant = re.search(r"\b(Ti|D|Laptop|MIG)\b", name)
+    if not known or is_variant or dtype not in (torch.bfloat16, torch.float16, torch.float32):
         return None
     of_16_bits, of_tf32, of_float32 = PEAKS[max(known, key=len)]
     if dtype != torch.float32:

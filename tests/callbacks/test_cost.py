@@ -211,6 +211,9 @@ def test_a_step_that_cannot_be_counted_does_not_end_the_training(tmp_path):
 def test_peaks_are_those_of_the_data_sheets_without_sparsity(monkeypatch):
     for name, peak in {"H200": 989e12, "H200 NVL": 835e12, "L40S": 362e12, "TITAN": None}.items():
         assert peak_flops(f"NVIDIA {name}", torch.bfloat16) == peak
+    for name in ("RTX A4000", "T400", "GB200", "GeForce RTX 3090 Ti", "A100-SXM4-40GB MIG 1g.5gb"):  # not the A40 ...
+        assert peak_flops(f"NVIDIA {name}", torch.bfloat16) is None
+    assert peak_flops("Tesla T4", torch.float16) == 65e12
     assert peak_flops("NVIDIA A100-SXM4-80GB", torch.float32) == 19.5e12
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
     assert peak_flops("NVIDIA A100-SXM4-80GB", torch.float32) == 156e12
