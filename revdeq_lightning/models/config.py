@@ -50,8 +50,8 @@ class TransformerConfig:
     num_layers: int = only(1, block=BLOCKS)
     d_mlp: int = only(0, block=BLOCKS)
     double_projection: bool = only(False, block=("paper",))
-    rope_base: float = only(10000.0, block=BLOCKS)
-    num_taps: int = only(4, block=BLOCKS)
+    rope_base: float = only(10000.0, block=("modern",))
+    num_taps: int = only(4, block=("modern",))
     num_prelude_layers: int = only(0, block=("modern",))
     num_coda_layers: int = only(0, block=("modern",))
     loss_chunk_size: int = 1024
@@ -129,7 +129,9 @@ class ClassifierConfig:
     architecture: str = "stages"
     channels: list[int] = field(default_factory=lambda: [64, 128, 256])
     widths: list[int] = field(default_factory=list)
-    steps: list[int] = field(default_factory=list)
+    steps: list[int] = field(
+        default_factory=list, metadata={"architecture": ("stages", "paper_single", "paper_stages")}
+    )
     blocks: list[int] = field(default_factory=list, metadata={"architecture": ("resnet",)})
     block: str = only("modern", architecture=OURS)
     group_size: int = only(16, architecture=OURS, block=("modern",))
@@ -151,6 +153,8 @@ class ClassifierConfig:
                 require_count(name, value)
             if values and len(values) != len(self.channels):
                 raise ValueError(f"{name} must have one entry per stage, got {values} for channels {self.channels}")
+        if self.architecture == "joint" and self.steps:
+            raise ValueError(f"architecture='joint' has one solve: set solver.max_steps, got steps={self.steps}")
         _check_owners(self, "architecture")
         _check_block(self, BLOCKS)
         self.widths = self.widths or [1] * len(self.channels)
@@ -165,8 +169,6 @@ class ClassifierConfig:
             require_in_range(name, getattr(self, name), "[0, 1)")
         if self.architecture == "paper_single" and len(self.channels) != 1:
             raise ValueError(f"architecture='paper_single' has one stage, got channels {self.channels}")
-        if self.architecture == "joint" and self.steps:
-            raise ValueError(f"architecture='joint' has one solve: set solver.max_steps, got steps={self.steps}")
 
 
 @dataclass

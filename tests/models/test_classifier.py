@@ -195,6 +195,7 @@ def test_wrong_images_are_refused(images, message):
         ({"architecture": "paper_stages", "dropout": 0.1}, "dropout belongs to architecture 'stages' or .*got 0.1"),
         ({"architecture": "paper_stages", "stem_stride": 2}, "stem_stride belongs to"),
         ({"architecture": "joint", "stochastic_depth": 0.1}, "stochastic_depth belongs to architecture 'stages'"),
+        ({"architecture": "resnet", "steps": [2, 2, 2]}, "steps belongs to .* for 'resnet'"),
         ({"architecture": "resnet", "group_size": 0}, "group_size belongs to .* got 0 for 'resnet'"),
         ({"block": "paper", "group_size": 8}, "group_size belongs to block 'modern', got 8"),
         ({"block": "other"}, "got 'other'"),

@@ -246,6 +246,8 @@ def test_tokens_and_blocks_that_do_not_fit_are_named():
             {"block": "paper", "num_prelude_layers": 1},
             "num_prelude_layers belongs to block 'modern', got 1 for 'paper'",
         ),
+        ({"block": "paper", "num_taps": 1}, "num_taps belongs to block 'modern', got 1 for 'paper'"),
+        ({"block": "paper", "rope_base": 100.0}, "rope_base belongs to block 'modern', got 100.0 for 'paper'"),
         ({"num_taps": 0}, "num_taps must be at least 1, got 0"),
         ({"num_layers": 0}, "num_layers must be at least 1, got 0"),
         ({"vocab_size": -3}, "vocab_size must be at least 1, got -3"),
