@@ -3,14 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from lightning import LightningModule, Trainer
-from torch import Tensor
 
 from revdeq_lightning.callbacks.abstract import AbstractWatching
 from revdeq_lightning.equilibrium import AbstractSolver, SolverStats, equilibria
-from revdeq_lightning.loggers.media import log_histogram
 from revdeq_lightning.tasks.training_step import is_logging_step
 
 
@@ -28,8 +25,7 @@ class FunctionEvaluations(AbstractWatching):
       of the linear system of an implicit adjoint.
     * `reconstruction_mismatch`: elements that the backward passes did not reconstruct; 0 certifies the gradient.
     * `fraction_converged`: samples that meet the tolerance, if there is one.
-    * `sample_nfe_mean`, `sample_nfe_median`, `sample_nfe_max`: forward evaluations until a sample met the tolerance, of
-      all batches since the last logging step; `sample_nfe` is their histogram, on W&B.
+    * `sample_nfe_mean`, `sample_nfe_max`: forward evaluations until a sample met the tolerance, if there is one.
 
     A model with several equilibria logs all but the sums for each of them too: `1/forward_nfe`, `2/forward_nfe` ...;
     and `sample_nfe...` for each only. What an adjoint or a solver does not have is not logged.
@@ -40,7 +36,6 @@ class FunctionEvaluations(AbstractWatching):
     def __init__(self) -> None:
         super().__init__()
         self.total_forward_nfe = self.total_backward_nfe = 0
-        self._counts: dict[str, tuple[Tensor, AbstractSolver]] = {}
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
         stats = self._statistics.take(outputs)
@@ -48,9 +43,6 @@ class FunctionEvaluations(AbstractWatching):
             return
         self.total_forward_nfe += sum(s.forward_nfe for s in stats)
         self.total_backward_nfe += sum(s.backward_nfe or 0 for s in stats)
-        for i, (solver, s) in enumerate(zip(_solvers(pl_module, len(stats)), stats, strict=False), 1):
-            if s.converged is not None:
-                self._count_samples("" if len(stats) == 1 else f"{i}/", solver, s)
         if not is_logging_step(trainer):
             return
         values = _figures(stats) | {"total_forward_nfe": self.total_forward_nfe}
@@ -59,9 +51,10 @@ class FunctionEvaluations(AbstractWatching):
         if len(stats) > 1:
             for i, s in enumerate(stats, 1):
                 values |= {f"{i}/{key}": value for key, value in _figures([s]).items()}
-        for name, (counts, solver) in self._counts.items():
-            values |= _log_histogram(trainer, f"{name}sample_nfe", counts, solver.evaluations_per_step)
-        self._counts = {}
+        for i, (solver, s) in enumerate(zip(_solvers(pl_module, len(stats)), stats, strict=False), 1):
+            if s.converged is not None:
+                name, nfe = "" if len(stats) == 1 else f"{i}/", s.num_steps * solver.evaluations_per_step
+                values |= {f"{name}sample_nfe_mean": nfe.float().mean(), f"{name}sample_nfe_max": nfe.max()}
         known = {f"equilibrium/{key}": torch.as_tensor(v).float() for key, v in values.items() if v is not None}
         pl_module.log_dict(known, on_step=True, on_epoch=False)
 
@@ -71,14 +64,6 @@ class FunctionEvaluations(AbstractWatching):
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         self.total_forward_nfe = state_dict["total_forward_nfe"]
         self.total_backward_nfe = state_dict["total_backward_nfe"]
-
-    def _count_samples(self, name: str, solver: AbstractSolver, stats: SolverStats) -> None:
-        """Add to the samples that made 0, 1, 2 ... steps; on the device, in integers."""
-        counts, _ = self._counts.get(name, (stats.num_steps.new_zeros(solver.max_steps + 1), solver))
-        if len(counts) <= solver.max_steps:  # another depth than before
-            counts = torch.nn.functional.pad(counts, (0, solver.max_steps + 1 - len(counts)))
-        steps = torch.arange(len(counts), device=counts.device)
-        self._counts[name] = counts + (stats.num_steps[:, None] == steps).sum(0), solver
 
 
 def _solvers(pl_module: LightningModule, num_solves: int) -> list[AbstractSolver]:
@@ -101,11 +86,3 @@ def _figures(stats: Sequence[SolverStats]) -> dict[str, Any]:
     converged = [s.converged for s in stats if s.converged is not None]
     values["fraction_converged"] = torch.cat(converged).float().mean() if converged else None
     return values
-
-
-def _log_histogram(trainer: Trainer, key: str, counts_on_device: Tensor, per_step: int) -> dict[str, float]:
-    """Hand the histogram to the loggers that show one; its figures, for all."""
-    counts = counts_on_device.cpu().numpy()
-    nfe = np.repeat(np.arange(len(counts)) * per_step, counts)
-    log_histogram(trainer, f"equilibrium/{key}", counts, (np.arange(len(counts) + 1) - 0.5) * per_step)
-    return {f"{key}_mean": nfe.mean(), f"{key}_median": np.median(nfe), f"{key}_max": nfe.max()}

@@ -1,4 +1,4 @@
-"""Logs tables, curves, pictures, animations and histograms to W&B."""
+"""Logs tables, curves, pictures and animations to W&B."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -35,11 +35,6 @@ def log_picture(trainer: Trainer, key: str, path: Path, caption: str) -> None:
 def log_animation(trainer: Trainer, key: str, path: Path) -> None:
     """Log a GIF file."""
     _log(trainer, key, lambda wandb: wandb.Video(str(path)))
-
-
-def log_histogram(trainer: Trainer, key: str, counts: Any, edges: Any) -> None:
-    """Log counts of the bins between edges."""
-    _log(trainer, key, lambda wandb: wandb.Histogram(np_histogram=(counts, edges)))
 
 
 def step_of(trainer: Trainer) -> int:

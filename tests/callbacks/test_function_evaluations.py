@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from revdeq_lightning.callbacks.depth_jitter import DepthJitter
 from revdeq_lightning.callbacks.function_evaluations import FunctionEvaluations
 from revdeq_lightning.equilibrium import BackpropAdjoint, MomentumSolver, PicardSolver, ReversibleSolver
 from tests.helpers.modules import Stranger, loader, table, trainer
@@ -61,36 +62,21 @@ def test_convergence_is_that_of_a_plain_loop_over_each_sample(tmp_path):
     rtol, max_steps = 0.03, 5
     module = Stranger(PicardSolver(max_steps=max_steps, rtol=rtol), adjoint=BackpropAdjoint(), scale=0.8, lr=0.0)
     trainer(tmp_path, [FunctionEvaluations()], max_steps=2, log_every_n_steps=2).fit(module, loader())
-    found = []
     with torch.no_grad():
-        for inputs, _ in list(loader())[:2]:
-            x = module.encoder.train()(inputs)
-            results = [steps_of_plain_loop(module.layers[0].f, x[i : i + 1], rtol, max_steps) for i in range(len(x))]
-            found += [steps for steps, _ in results]
-    converged = [meets for _, meets in results]  # of the newest batch
+        newest, _ = list(loader())[1]
+        x = module.encoder.train()(newest)
+        results = [steps_of_plain_loop(module.layers[0].f, x[i : i + 1], rtol, max_steps) for i in range(len(x))]
+    found, converged = zip(*results, strict=True)
     (row,) = rows(tmp_path)
     assert 1 < min(found) < max(found)
     assert 0 < sum(converged) < len(converged)
     assert float(row["equilibrium/sample_nfe_mean"]) == pytest.approx(sum(found) / len(found))
     assert float(row["equilibrium/sample_nfe_max"]) == max(found)
-    assert float(row["equilibrium/sample_nfe_median"]) == torch.tensor(found).float().quantile(0.5)
     assert float(row["equilibrium/fraction_converged"]) == pytest.approx(sum(converged) / len(converged))
 
 
-def test_the_histogram_reaches_a_logger_that_takes_one(tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    from lightning.pytorch.loggers import WandbLogger
-
-    seen = {}
-
-    class Logger(WandbLogger):
-        def log_metrics(self, metrics, step=None):
-            seen.update(metrics)
-
-    logger = Logger(save_dir=tmp_path, offline=True, experiment=object())
-    module = Stranger(ReversibleSolver(max_steps=5, rtol=1e-2))
-    trainer(tmp_path, [FunctionEvaluations()], logger=logger, max_steps=2).fit(module, loader())
-    histogram = seen["equilibrium/sample_nfe"]
-    assert sum(histogram.histogram) == 16  # samples of two batches
-    widths = [b - a for a, b in zip(histogram.bins, histogram.bins[1:], strict=False)]
-    assert widths == [2.0] * 6  # two evaluations a step
+def test_the_solvers_steps_may_change_from_batch_to_batch(tmp_path):
+    """DepthJitter, which comes first, has restored the solver when the samples are counted."""
+    module = Stranger(PicardSolver(max_steps=2, rtol=1e-9), adjoint=BackpropAdjoint())
+    trainer(tmp_path, [DepthJitter(steps=[5]), FunctionEvaluations()]).fit(module, loader())
+    assert {float(row["equilibrium/sample_nfe_max"]) for row in rows(tmp_path)} == {5.0}
