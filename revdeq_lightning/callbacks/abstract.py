@@ -1,31 +1,54 @@
 """What several callbacks share: they watch the solves, run the training step on the side, or act at validations."""
 
 from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning import Callback, LightningModule, Trainer
+from torch import nn
+from torch.utils.hooks import RemovableHandle
 
-from revdeq_lightning.equilibrium import equilibria
+from revdeq_lightning.equilibrium import FixedPointSolution, SolverStats, equilibria
 from revdeq_lightning.equilibrium.validation import require_count
 from revdeq_lightning.loggers.endurance import Survives
-from revdeq_lightning.runs.probe import Loss, reason_against
-from revdeq_lightning.tasks.training_step import StepStatistics, log_now, made_step, run_folder
+from revdeq_lightning.runs.probe import Loss, Probe, reason_against
+from revdeq_lightning.tasks.training_step import log_now, made_step, run_folder
 
 
 class AbstractWatching(Callback):
-    """Has the statistics of each training step's solves: `self._statistics.take(outputs)`."""
+    """Has the statistics of each training step's solves, for any LightningModule: `self.take(outputs)`.
 
-    def __init__(self) -> None:
-        self._statistics = StepStatistics()
+    A training step can return them as `outputs["step"].stats`; otherwise, hooks on the equilibrium layers collect them.
+    """
+
+    _handles: Sequence[RemovableHandle] = ()
+    _heard: list[SolverStats]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._statistics.attach(pl_module)
+        self._heard = []
+        hook = partial(_listen, self._heard)  # no method: a pickle of the module would hold the callback
+        self._handles = [layer.register_forward_hook(hook) for layer in equilibria(pl_module)]
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        self._statistics.detach()
+        for handle in self._handles:
+            handle.remove()
 
     on_train_end = on_exception
+
+    def take(self, outputs: Any) -> tuple[SolverStats, ...]:
+        """Statistics of the step that returned `outputs`; call once per batch, in `on_train_batch_end`."""
+        heard = tuple(self._heard)
+        self._heard.clear()
+        step: Any = outputs.get("step") if isinstance(outputs, Mapping) else None
+        return tuple(step.stats) if hasattr(step, "stats") else heard
+
+
+def _listen(heard: list[SolverStats], layer: nn.Module, args: Any, solution: FixedPointSolution) -> None:
+    if layer.training and torch.is_grad_enabled() and not Probe.num_active:
+        heard += [part.stats for part in (*solution.earlier, solution)]
 
 
 class AbstractProbing(Callback):

@@ -54,7 +54,6 @@ class Cost(AbstractWatching):
     """
 
     def __init__(self, peak_flops: float | None = None, loss: Loss | None = None) -> None:
-        super().__init__()
         if peak_flops is not None:
             require_in_range("peak_flops", peak_flops, "(0, inf)")
         self.peak_flops, self.loss = peak_flops, loss
@@ -106,7 +105,7 @@ class Cost(AbstractWatching):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._mark("other")
-        stats = self._statistics.take(outputs)
+        stats = self.take(outputs)
         step = outputs.get("step") if isinstance(outputs, Mapping) else None
         self._num_items += batch_size(batch) if step is None else step.num_items
         self._num_steps += made_step(trainer)

@@ -34,11 +34,10 @@ class FunctionEvaluations(AbstractWatching):
     """
 
     def __init__(self) -> None:
-        super().__init__()
         self.total_forward_nfe = self.total_backward_nfe = 0
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
-        stats = self._statistics.take(outputs)
+        stats = self.take(outputs)
         if not stats:
             return
         self.total_forward_nfe += sum(s.forward_nfe for s in stats)

@@ -52,7 +52,6 @@ class ReconstructionCertificate(AbstractWatching):
     """
 
     def __init__(self, policy: str = "warn", folder: str | Path | None = None) -> None:
-        super().__init__()
         require_choice("policy", policy, POLICIES)
         self.policy, self.folder = policy, folder
         self.num_gradients = self.num_certified = self.mismatch = 0
@@ -67,11 +66,11 @@ class ReconstructionCertificate(AbstractWatching):
         self._new, self._is_counted = [0, 0, 0], False
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._count(self._statistics.take(None))
+        self._count(self.take(None))
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
         if not self._is_counted:  # solves without an EquilibriumLayer
-            self._count(self._statistics.take(outputs))
+            self._count(self.take(outputs))
         self._is_counted = False
         if is_logging_step(trainer):
             self._gather(trainer)

@@ -36,7 +36,6 @@ class ResidualCurve(AbstractWatching):
     """
 
     def __init__(self, every_n_steps: int = 100, folder: str | Path | None = None) -> None:
-        super().__init__()
         require_count("every_n_steps", every_n_steps)
         self.every_n_steps, self.folder = every_n_steps, folder
         self._path = Path()
@@ -45,9 +44,9 @@ class ResidualCurve(AbstractWatching):
         self._survives = Survives("ResidualCurve")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
         self._path = run_folder(trainer, self.folder) / "residual_curve.csv"
         if trainer.is_global_zero:
-            super().on_train_start(trainer, pl_module)
             with self._survives:
                 rewind_rows(self._path, trainer.global_step)
 
@@ -60,7 +59,7 @@ class ResidualCurve(AbstractWatching):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
         self._recording.close()
-        stats = self._statistics.take(outputs)
+        stats = self.take(outputs)
         if not (trainer.is_global_zero and made_step(trainer)):
             return
         if rows := curve_rows(stats, step_of(trainer)):

@@ -5,7 +5,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning import LightningModule, Trainer
@@ -25,7 +25,6 @@ from revdeq_lightning.equilibrium import (
 )
 from revdeq_lightning.equilibrium.function import is_compiled
 from revdeq_lightning.runs.random_state import random_state, set_random_state
-from revdeq_lightning.tasks.training_step import StepStatistics
 
 Loss = Callable[[LightningModule, Any], Tensor]
 Gradients = dict[str, Tensor]
@@ -59,6 +58,8 @@ class Probe:
     dropout: bool = True
     stats: list[SolverStats] = dataclasses.field(default_factory=list)
     """Of the newest call's solves."""
+    num_active: ClassVar[int] = 0
+    """Those that run now, whose solves are no part of a training step."""
 
     def gradients(
         self, choose: Callable[[EquilibriumLayer], Choice] | None = None, *, float64: bool = False
@@ -143,7 +144,8 @@ class Probe:
         dropouts = [m for m in modules if isinstance(m, nn.modules.dropout._DropoutNd) and m.training]
         silenced = ("log", "log_dict")
         eager = torch.compiler.set_stance("force_eager") if is_compiled(self.module) else nullcontext()
-        with eager, StepStatistics.unheard():
+        with eager:
+            Probe.num_active += 1
             try:
                 for parent, name, metric in metrics:
                     setattr(parent, name, copy.deepcopy(metric))
@@ -153,6 +155,7 @@ class Probe:
                     self.module.__dict__[name] = lambda *args, **kwargs: None
                 yield
             finally:
+                Probe.num_active -= 1
                 for name in silenced:
                     del self.module.__dict__[name]
                 for dropout in dropouts:

@@ -1,16 +1,11 @@
-"""Information on a training step for callbacks: whether it is logged, and statistics of its solves."""
+"""What callbacks ask of a training step, and how they log."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from lightning import LightningModule, Trainer
-from torch import nn
-from torch.utils.hooks import RemovableHandle
-
-from revdeq_lightning.equilibrium import FixedPointSolution, SolverStats, equilibria
 
 
 def made_step(trainer: Trainer) -> bool:
@@ -52,46 +47,3 @@ def log_now(trainer: Trainer, values: Mapping[str, float]) -> None:
 def run_folder(trainer: Trainer, folder: str | Path | None) -> Path:
     """The given folder, or that of the run on the first process; all processes must call it."""
     return Path(folder or trainer.log_dir or trainer.default_root_dir)
-
-
-class StepStatistics:
-    """Statistics of the solves of a training step, for any LightningModule.
-
-    A training step can return them as `outputs["step"].stats`; otherwise, hooks on the equilibrium layers collect
-    them.
-    """
-
-    _deaf = 0
-
-    def __init__(self) -> None:
-        self._handles: list[RemovableHandle] = []
-        self._heard: list[SolverStats] = []
-
-    def attach(self, module: nn.Module) -> None:
-        self.detach()
-        self._handles = [layer.register_forward_hook(self._listen) for layer in equilibria(module)]
-
-    def detach(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self._heard = [], []
-
-    def take(self, outputs: Any) -> tuple[SolverStats, ...]:
-        """Statistics of the step that returned `outputs`; call once per batch, in `on_train_batch_end`."""
-        heard, self._heard = tuple(self._heard), []
-        step: Any = outputs.get("step") if isinstance(outputs, Mapping) else None
-        return tuple(step.stats) if hasattr(step, "stats") else heard
-
-    def _listen(self, layer: nn.Module, args: Any, solution: FixedPointSolution) -> None:
-        if layer.training and torch.is_grad_enabled() and not StepStatistics._deaf:
-            self._heard += [part.stats for part in (*solution.earlier, solution)]
-
-    @staticmethod
-    @contextmanager
-    def unheard() -> Iterator[None]:
-        """Context in which solves do not count as part of a training step."""
-        StepStatistics._deaf += 1
-        try:
-            yield
-        finally:
-            StepStatistics._deaf -= 1

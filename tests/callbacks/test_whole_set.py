@@ -1,8 +1,10 @@
 """All callbacks together, on the language model and on a classifier with BatchNorm: what must hold for each of them."""
 
+import pickle
+
 import pytest
 import torch
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, LambdaCallback
 
 from revdeq_lightning.loggers.step_rows import read_rows
 from tests.helpers.modules import classifier, fit_whole_set as fit, language, state, table, whole_set
@@ -36,6 +38,14 @@ def test_a_run_is_bit_for_bit_the_same_with_and_without(tmp_path, make, accumula
     pictures = {str(int(path.stem)) for path in folder.glob("samples/*.png")}
     texts = {str(row["step"]) for row in read_rows(folder / "samples.jsonl")}
     assert (pictures or texts) == validated
+
+
+def test_a_module_in_training_can_be_pickled(tmp_path):
+    """Its hooks hold no callback, some of which cannot be."""
+    pickled = []
+    save = LambdaCallback(on_train_batch_end=lambda trainer, module, *_: pickled.append(pickle.dumps(module)))
+    fit(tmp_path, language, lambda task: [*whole_set(task), save], max_steps=1, limit_val_batches=0)
+    assert pickled
 
 
 class SaveAt(Checkpoint):
