@@ -91,7 +91,8 @@ class LanguageModelingTask(AbstractTask):
     def _add_to(self, name: str, batch: TextBatch) -> None:
         output = self.model.loss(batch.tokens, batch.targets)
         metric = self._metric(name)
-        metric.update(output.loss.to(metric.total_nats.dtype) * output.num_targets, output.num_targets)
+        nats = output.loss.to(metric.sums.dtype) * output.num_targets
+        metric.update(nats=nats, tokens=output.num_targets)
 
     def _log_figures(self, name: str) -> None:
         split_statistics = self.from_data("split_statistics")

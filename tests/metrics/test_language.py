@@ -16,8 +16,8 @@ class Counts(NamedTuple):
 
 def test_closed_forms():
     metrics = LanguageMetrics()
-    metrics.update(6 * math.log(2), 3)
-    metrics.update(torch.tensor(10 * math.log(2), dtype=torch.float64), torch.tensor(5))
+    metrics.update(nats=6 * math.log(2), tokens=3)
+    metrics.update(nats=torch.tensor(10 * math.log(2), dtype=torch.float64), tokens=torch.tensor(5))
     figures = metrics.compute(Counts(num_tokens=8, num_bytes=32, num_words=4))
     assert figures["loss"].item() == pytest.approx(2 * math.log(2), rel=1e-12)
     assert figures["token_perplexity"].item() == pytest.approx(4, rel=1e-12)
@@ -25,14 +25,14 @@ def test_closed_forms():
     assert figures["bits_per_byte"].item() == pytest.approx(0.5, rel=1e-12)
     half = metrics.compute(Counts(num_tokens=16, num_bytes=64, num_words=8))  # the split was seen in part
     assert {key: value.item() for key, value in half.items()} == {key: value.item() for key, value in figures.items()}
-    metrics.update(1e6, 1)
+    metrics.update(nats=1e6, tokens=1)
     assert metrics.compute(Counts(9, 1, 1))["word_perplexity"].item() == math.inf
 
 
 def test_published_conversion_on_wikitext103():
     """23.2 per GPT-2 token on the test split (286,654 tokens, 245,570 words) is about 39 per word."""
     metrics = LanguageMetrics()
-    metrics.update(286_654 * math.log(23.2), 286_654)
+    metrics.update(nats=286_654 * math.log(23.2), tokens=286_654)
     figures = metrics.compute(Counts(num_tokens=286_654, num_bytes=1_290_590, num_words=245_570))
     assert figures["token_perplexity"].item() == pytest.approx(23.2)
     assert figures["word_perplexity"].item() == pytest.approx(39.3, abs=0.1)
@@ -49,7 +49,7 @@ def test_token_perplexity_equals_torchmetrics_on_batches_of_unequal_size():
         targets = torch.randint(11, (2, 6), generator=generator)
         targets.view(-1)[:num_ignored] = -100
         loss, num_targets = F.cross_entropy(logits.flatten(0, 1), targets.flatten()), (targets != -100).sum()
-        metrics.update(loss.double() * num_targets, num_targets)
+        metrics.update(nats=loss.double() * num_targets, tokens=num_targets)
         oracle.update(logits, targets)
         batch_means.append(loss)
         total += int(num_targets)
@@ -62,31 +62,31 @@ def test_token_perplexity_equals_torchmetrics_on_batches_of_unequal_size():
 
 def test_sums_in_float64():
     metrics = LanguageMetrics()
-    metrics.update(2.0**30, 1)
+    metrics.update(nats=2.0**30, tokens=1)
     for _ in range(1000):
-        metrics.update(0.25, 1)  # lost in float32, where 2**30 + 0.25 == 2**30
+        metrics.update(nats=0.25, tokens=1)  # lost in float32, where 2**30 + 0.25 == 2**30
     assert metrics.compute(Counts(1001, 1, 1))["loss"].item() == (2.0**30 + 250) / 1001
 
 
 def test_computes_anew_for_other_statistics_and_after_reset():
     metrics = LanguageMetrics()
-    metrics.update(math.log(2), 1)
+    metrics.update(nats=math.log(2), tokens=1)
     assert metrics.compute(Counts(1, 1, 1))["bits_per_byte"].item() == pytest.approx(1)
     assert metrics.compute(Counts(1, 2, 1))["bits_per_byte"].item() == pytest.approx(0.5)
     metrics.reset()
-    metrics.update(2 * math.log(2), 1)
+    metrics.update(nats=2 * math.log(2), tokens=1)
     assert metrics.compute(Counts(1, 1, 1))["bits_per_byte"].item() == pytest.approx(2)
 
 
 def test_an_empty_split_and_a_token_counted_twice_are_errors():
     metrics = LanguageMetrics()
-    metrics.update(0.0, 0)
+    metrics.update(nats=0.0, tokens=0)
     with pytest.raises(ValueError, match="no target token was seen"):
         metrics.compute(Counts(8, 32, 4))
-    metrics.update(1.0, 1)
+    metrics.update(nats=1.0, tokens=1)
     with pytest.raises(ValueError, match="must hold words and bytes, got 0 and 32"):
         metrics.compute(Counts(8, 32, 0))
-    metrics.update(1.0, 8)
+    metrics.update(nats=1.0, tokens=8)
     with pytest.raises(ValueError, match="9 target tokens were seen, but the split holds 8"):
         metrics.compute(Counts(8, 32, 4))
 
@@ -95,15 +95,14 @@ def test_sums_over_processes():
     """Two ranks in one process: each gathers the states of both."""
     ranks = [
         LanguageMetrics(
-            dist_sync_fn=lambda state, group: [getattr(metrics, names[id(state)]) for metrics in ranks],
+            dist_sync_fn=lambda state, group: [metrics.sums for metrics in ranks],
             distributed_available_fn=lambda: True,
         )
         for _ in range(2)
     ]
-    ranks[0].update(6 * math.log(2), 3)
-    ranks[1].update(10 * math.log(2), 5)
-    names = {id(getattr(metrics, name)): name for metrics in ranks for name in ("total_nats", "num_tokens")}
+    ranks[0].update(nats=6 * math.log(2), tokens=3)
+    ranks[1].update(nats=10 * math.log(2), tokens=5)
     for metrics, own in zip(ranks, (3, 5), strict=True):
         figures = metrics.compute(Counts(num_tokens=8, num_bytes=32, num_words=4))
         assert figures["token_perplexity"].item() == pytest.approx(4, rel=1e-12)
-        assert metrics.num_tokens.item() == own  # nothing is counted twice later
+        assert metrics.sums[1].item() == own  # nothing is counted twice later
