@@ -1,7 +1,7 @@
 """Reversible deep equilibrium models with PyTorch Lightning.
 
-The core is importable from here: `from revdeq_lightning import EquilibriumLayer, MomentumSolver`. Tasks, data modules,
-callbacks and loggers are importable from their folders.
+The core is importable from here: `from revdeq_lightning import EquilibriumLayer, MomentumSolver`. Models, data modules,
+metrics, callbacks and loggers are importable from their folders, tasks from `revdeq_lightning.tasks.classification` ...
 """
 
 from typing import TYPE_CHECKING

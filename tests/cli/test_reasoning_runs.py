@@ -20,7 +20,8 @@ from revdeq_lightning.models import ReasonerConfig, ReasonerOutput
 from revdeq_lightning.models.build import SolverConfig
 from revdeq_lightning.report.reasoning import solved_puzzles
 from revdeq_lightning.report.run_folder import read_run
-from revdeq_lightning.tasks import OptimizerConfig, ReasoningTask
+from revdeq_lightning.tasks.optimizers import OptimizerConfig
+from revdeq_lightning.tasks.reasoning import ReasoningTask
 from tests.callbacks.wandb_records import read_back
 from tests.helpers.processes import run_python
 from tests.helpers.runs import assert_equal

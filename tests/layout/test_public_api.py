@@ -38,8 +38,8 @@ print(imported("wandb", "tensorboard", "datasets"))
 
 
 ROOMS = (
-    *("callbacks", "checkpoints", "data", "data.images", "data.loading", "data.puzzles", "data.text", "distributed"),
-    *("loggers", "metrics", "models", "report", "runs", "tasks"),
+    *("callbacks", "data", "data.images", "data.loading", "data.puzzles", "data.text", "loggers", "metrics", "models"),
+    *("report", "runs"),
 )
 
 
