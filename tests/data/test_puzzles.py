@@ -127,6 +127,11 @@ def test_no_puzzle_is_in_two_splits(tmp_path, settings):
     assert sum(map(len, parts)) == len(set.union(*parts))
 
 
+def test_what_was_found_tells_the_training_puzzles(tmp_path):
+    assert data(tmp_path, num_train=40).found() == {"puzzles": {"train": 40, "validation": 12, "test": 8}}
+    assert data(tmp_path).found() == {"puzzles": {"train": 65536, "validation": 12, "test": 8}}
+
+
 def test_puzzles_are_a_function_of_the_seed(tmp_path):
     def batches(seed, epoch=0):
         loader = data(tmp_path, seed=seed).train_dataloader()

@@ -177,7 +177,7 @@ class PuzzleDataModule(AbstractDataModule):
 
     def _by_split(self) -> Mapping[str, Any]:
         there = self._prepared()
-        return there if self.hparams["path"] is not None else there | {"train": []}
+        return there if self.hparams["path"] is not None else {"train": []} | there
 
     def _prepared(self) -> dict[str, list[Arrays]]:
         if self._data is None:
