@@ -9,6 +9,7 @@ import time
 import huggingface_hub.constants
 import pytest
 import torch
+from lightning import Callback
 
 from revdeq_lightning.data.images.augmentation import AugmentationConfig
 from revdeq_lightning.data.images.module import ImageDataModule
@@ -79,6 +80,20 @@ def test_printing_it_shows_the_settings_and_reads_no_batches(build):
 def test_a_failed_step_ends_the_workers(build, tmp_path, running):
     with pytest.raises(InterruptedError):
         fit(tmp_path, "run", data=build(num_workers=1), fail_at=0)
+    assert not running()
+
+
+@pytest.mark.parametrize("build", ["text"], indirect=True)
+def test_loaders_made_again_in_each_epoch_end_the_workers_of_those_before(build, tmp_path, running):
+    class Count(Callback):
+        most = 0
+
+        def on_train_epoch_end(self, trainer, module):
+            self.most = max(self.most, len(running()))
+
+    count = Count()
+    fit(tmp_path, "run", data=build(num_workers=1), callbacks=[count], reload_dataloaders_every_n_epochs=1)
+    assert count.most == 2  # of training and of validation
     assert not running()
 
 

@@ -209,7 +209,7 @@ class ImageDataModule(AbstractDataModule):
         super().load_state_dict(state_dict)
 
     def _close_loaders(self) -> None:
-        for loader in self._open_loaders:
+        for loader in self._open_loaders.values():
             if isinstance(loader.dataset, DecodedImages) and (skipped := loader.dataset.take_skipped()):
                 warnings.warn(decoding.skipped_message(skipped), stacklevel=2)
         super()._close_loaders()
@@ -255,7 +255,7 @@ class ImageDataModule(AbstractDataModule):
 
     def _evaluation_loader(self, split: str) -> ResumableLoader:
         dataset = self._dataset(split)
-        return self._loader(dataset, len(dataset))
+        return self._loader(split, dataset, len(dataset))
 
     def _order_settings(self) -> dict[str, Any]:
         order = {"seed": self.hparams["seed"], "num_images": self.num_images("train")}

@@ -30,7 +30,7 @@ class AbstractDataModule(LightningDataModule):
     def __init__(self) -> None:
         super().__init__()
         self._train_loader: ResumableLoader | None = None
-        self._open_loaders: list[ResumableLoader] = []
+        self._open_loaders: dict[str, ResumableLoader] = {}
         self._resumed: dict[str, Any] = {}
         self._shared_batch_size: int | None = None
         self._announced = False
@@ -154,15 +154,22 @@ class AbstractDataModule(LightningDataModule):
 
     def _training_loader(self, dataset: Dataset[Any], num_items: int, order: Callable[..., Any]) -> ResumableLoader:
         """Loader of complete batches, from the loaded position."""
-        self._train_loader = self._loader(dataset, num_items, order, drop_last=True)
+        self._train_loader = self._loader("train", dataset, num_items, order, drop_last=True)
         if self._resumed:
             self._train_loader.load_state_dict(self._resumed["position"])
             self._warn_if_other_order()
         return self._train_loader
 
     def _loader(
-        self, dataset: Dataset[Any], num_items: int, order: Callable[..., Any] | None = None, *, drop_last: bool = False
+        self,
+        name: str,
+        dataset: Dataset[Any],
+        num_items: int,
+        order: Callable[..., Any] | None = None,
+        *,
+        drop_last: bool = False,
     ) -> ResumableLoader:
+        """Replace the loader of this name, if there is one: `reload_dataloaders_every_n_epochs` asks for it again."""
         rank, world_size = self._rank_and_world_size()
         size = self.used_batch_size if drop_last else self.hparams["batch_size"]
         shares = {"rank": rank, "world_size": world_size}
@@ -174,12 +181,14 @@ class AbstractDataModule(LightningDataModule):
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
             trainer=self.trainer if drop_last else None,
         )
-        self._open_loaders.append(loader)
+        if name in self._open_loaders:
+            self._open_loaders[name].close()
+        self._open_loaders[name] = loader
         return loader
 
     def _close_loaders(self) -> None:
         while self._open_loaders:
-            self._open_loaders.pop().close()
+            self._open_loaders.popitem()[1].close()
 
     @property
     def used_batch_size(self) -> int:

@@ -173,7 +173,10 @@ class PuzzleDataModule(AbstractDataModule):
 
     def _evaluation_loaders(self, split: str) -> list[ResumableLoader]:
         found = self._of_split(self._prepared(), split, f"set {split}_fraction above 0 (or test_path)")
-        return [self._loader(Puzzles(partial(stored_puzzle, arrays, None, 0)), len(arrays[0])) for arrays in found]
+        return [
+            self._loader(f"{split} {i}", Puzzles(partial(stored_puzzle, arrays, None, 0)), len(arrays[0]))
+            for i, arrays in enumerate(found)
+        ]
 
     def _by_split(self) -> Mapping[str, Any]:
         there = self._prepared()

@@ -266,9 +266,8 @@ class TextDataModule(AbstractDataModule):
         tokens = self._tokens(split, at_least=2)
         context_length = self.hparams["context_length"]
         num_windows = -(-(len(tokens) - 1) // context_length)
-        return self._loader(
-            TokenWindows(tokens, context_length), num_windows, lambda _: context_length * np.arange(num_windows)
-        )
+        windows, order = TokenWindows(tokens, context_length), lambda _: context_length * np.arange(num_windows)
+        return self._loader(split, windows, num_windows, order)
 
     def _order_settings(self) -> dict[str, Any]:
         settings = {name: self.hparams[name] for name in ("seed", "context_length", "window_order")}
