@@ -162,6 +162,16 @@ def test_an_archive_is_divided_into_splits(tmp_path):
     assert len({p.inputs.tobytes() for p in found}) == 60
 
 
+def test_nothing_is_held_out_for_a_test_split_that_has_a_file(tmp_path):
+    for name, puzzles in {"m": mazes(60), "t": mazes(9, size=4)}.items():
+        arrays = {field: np.stack([getattr(p, field) for p in puzzles]) for field in ("inputs", "targets")}
+        np.savez(tmp_path / f"{name}.npz", **arrays)
+    paths = {"path": str(tmp_path / "m.npz"), "test_path": str(tmp_path / "t.npz")}
+    sizes = data(tmp_path, **paths, test_fraction=0.5).found()["puzzles"]
+    assert sizes["train"] + sizes["validation"] == 60
+    assert sizes["test"] == 9
+
+
 ONE = np.array([[[0, 0, 0, 0], [0, 2, 3, 0], [0, 0, 0, 0]]])
 PATH = (ONE > 1).astype(int)
 TWICE = np.zeros((1, 4, 4), int)

@@ -75,7 +75,7 @@ class PuzzleDataModule(AbstractDataModule):
             generated puzzles (targets of -100 do not count); for Sudoku of size 9 also a data set of the hub with the
             columns `question` and `answer` (`sapientinc/sudoku-extreme`), or a folder with its CSV files.
         validation_fraction: With `path`, the fraction held out for validation, chosen by the puzzles' content.
-        test_fraction: Likewise for test, of an archive.
+        test_fraction: Likewise for test, of an archive without `test_path`.
         test_path: An archive that is the test split.
         batch_size: Puzzles per rank and step.
         num_workers: Processes per rank that load batches.
@@ -211,7 +211,8 @@ class PuzzleDataModule(AbstractDataModule):
 
     def _from_file(self, path: str) -> dict[str, list[Arrays]]:
         if path.endswith(".npz"):
-            fractions = {name: self.hparams[f"{name}_fraction"] for name in ("validation", "test")}
+            splits = ("validation", "test") if self.hparams["test_path"] is None else ("validation",)
+            fractions = {split: self.hparams[f"{split}_fraction"] for split in splits}
             return divide(self.kind, checked(self.kind, read_npz(path), path), fractions)
         if self.hparams["puzzle"] != "sudoku" or self.hparams["size"] != 9:
             raise ValueError(f"path must be an npz archive (or, for Sudoku of size 9, a data set), got {path!r}")
