@@ -1,3 +1,4 @@
+import bz2
 import gzip
 import lzma
 import os
@@ -93,6 +94,8 @@ def test_names_that_differ_only_in_the_split():
         (TEXT.encode("utf-16").decode("latin-1").encode(), TEXT),  # converted as if it were Latin-1
         (b"a\r\nb\rc\0d\x1a" + b"e" * 400, "a\r\nb\rc\0d\x1a" + "e" * 400),  # a NUL here and there is text
         ("e\ufeff".encode(), "e\ufeff"),
+        (b"BZhou is a name", "BZhou is a name"),  # bzip2 begins with BZh and a digit
+        (bz2.compress(TEXT.encode(), 1), TEXT),
         (b"", ""),
     ],
 )

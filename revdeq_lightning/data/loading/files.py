@@ -105,7 +105,8 @@ def splits_within(name: str) -> set[str]:
 
 
 _MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
-_COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"(\xb5/\xfd": "zstd", b"\x04\x22\x4d\x18": "lz4"}
+_COMPRESSIONS = {b"\x1f\x8b": "gzip", b"BZh[1-9]": "bz2", rb"\(\xb5/\xfd": "zstd", b"\x04\x22\x4d\x18": "lz4"}
+"""By a pattern of the first bytes."""
 _PACKED = {
     b"\xfd7zXZ": "xz: unpack it with `unxz",
     b"7z\xbc\xaf": "7-Zip: unpack it with `7z x",
@@ -122,7 +123,7 @@ def read_blocks(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
         start = file.read(4)
         file.seek(0)
-        compression = next((name for magic, name in _COMPRESSIONS.items() if start.startswith(magic)), None)
+        compression = next((name for magic, name in _COMPRESSIONS.items() if re.match(magic, start)), None)
         try:
             stream = pyarrow.input_stream(file, compression=compression)
             while block := stream.read(1 << 20):
