@@ -147,6 +147,9 @@ WRONG = {
         ({"puzzle": "sudoku", "size": 5}, "size must be one of 4, 6, 9, got 5"),
         ({"algorithm": "wilson"}, "algorithm must be one of 'depth_first', "),
         ({"num_train": 0}, "num_train must be at least 1, got 0"),
+        ({"size": 1}, "^size must be at least 2, got 1: a maze has a start and a goal$"),
+        ({"test_sizes": [4, 1]}, "^test_sizes must be at least 2, got 1: a maze has a start and a goal$"),
+        ({"puzzle": "prefix_sums", "size": 0}, "^size must be at least 1, got 0$"),
     ],
 }
 

@@ -113,9 +113,10 @@ class PuzzleDataModule(AbstractDataModule):
         super().__init__()
         self.save_hyperparameters()
         require_choice("puzzle", puzzle, KINDS)
-        self._require_counts("size", "num_validation", "num_test", optional=["num_train"])
-        for test_size in test_sizes or ():
-            require_count("test_sizes", test_size)
+        self._require_counts("num_validation", "num_test", optional=["num_train"])
+        least, advice = (2, "a maze has a start and a goal") if puzzle == "mazes" else (1, "")
+        for name, value in (("size", size), *(("test_sizes", test_size) for test_size in test_sizes or ())):
+            require_count(name, value, at_least=least, advice=advice)
         check_fractions(validation_fraction, test_fraction)
         if puzzle == "sudoku" and test_sizes:
             raise ValueError(f"a Sudoku has one size, got test_sizes={test_sizes}: remove it")
