@@ -227,7 +227,8 @@ def predict_images(
         device: cpu, cuda, ...
         model: What may differ from training.
     """
-    from revdeq_lightning.data.images import find_images, preprocess_files
+    from revdeq_lightning.data.images.batches import preprocess_files
+    from revdeq_lightning.data.images.decoding import find_images
 
     require_count("batch_size", batch_size)
     target = check_output(output)
