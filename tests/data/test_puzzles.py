@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from revdeq_lightning.data import PuzzleDataModule
 from revdeq_lightning.data.loading.draws import Draws
-from revdeq_lightning.data.puzzles.module import build_kind, make_puzzle
+from revdeq_lightning.data.puzzles.module import PuzzleDataModule, build_kind, make_puzzle
 from revdeq_lightning.data.puzzles.sudoku import Sudoku
 from tests.helpers.data import refused
 
