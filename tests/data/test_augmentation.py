@@ -10,20 +10,23 @@ from torch.overrides import TorchFunctionMode
 from torchvision.transforms.v2 import InterpolationMode, RandAugment, functional as TF
 
 from revdeq_lightning.data.images.augmentation import (
+    MAX_MAGNITUDE,
+    OPERATIONS,
     AugmentationConfig,
+    apply_operations,
     augment_normalized,
     augment_pixels,
     crop_and_flip,
     erase,
     mix,
     padded_crop,
+    rand_augment,
     random_box,
     resized_crop,
     symmetric_beta,
+    uniform,
 )
 from revdeq_lightning.data.images.decoding import normalize
-from revdeq_lightning.data.images.keyed_random import uniform
-from revdeq_lightning.data.images.randaugment import MAX_MAGNITUDE, OPERATIONS, apply_operations, rand_augment
 
 MANY = torch.arange(20000)
 
@@ -193,7 +196,7 @@ def test_operations_and_signs_are_drawn_evenly(monkeypatch):
     assert list(OPERATIONS) == list(LEVELS)
     drawn = []
     monkeypatch.setattr(
-        "revdeq_lightning.data.images.randaugment.apply_operations",
+        "revdeq_lightning.data.images.augmentation.apply_operations",
         lambda images, operations, signs, magnitude: drawn.append((operations, signs)) or images,
     )
     rand_augment(torch.zeros(len(MANY), 1, 2, 2, dtype=torch.uint8), 2, 9, MANY, 0)

@@ -1,16 +1,26 @@
 """Augment a batch on its device, with separate random decisions for every image."""
 
 import math
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.transforms.v2 import functional as TF
 
-from revdeq_lightning.data.images.keyed_random import uniform
-from revdeq_lightning.data.images.randaugment import MAX_MAGNITUDE, rand_augment
 from revdeq_lightning.equilibrium.validation import require_count, require_in_range
+from revdeq_lightning.host import constant, send
+
+MAX_MAGNITUDE = 30
+OPERATIONS = (
+    "Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness",
+    "Color", "Contrast", "Sharpness", "Posterize", "Solarize", "AutoContrast", "Equalize",
+)  # fmt: skip
+_GEOMETRIC = range(1, 6)
+_SIGNED_COLORS = range(6, 10)
 
 
 @dataclass
@@ -65,12 +75,40 @@ class AugmentationConfig:
 NO_AUGMENTATION = AugmentationConfig()
 
 
-class Mixed(NamedTuple):
-    """Images, the index of the image mixed into each, and the share of the original label, float32 `(batch,)`."""
+def uniform(keys: Tensor, seed: int, purpose: str, count: int, device: torch.device | None = None) -> Tensor:
+    """`count` uniform numbers in [0, 1) for each key, float32 `(batch, count)`; sent to `device` if given.
 
-    images: Tensor
-    partners: Tensor
-    weights: Tensor
+    SplitMix64 seeded with (seed, key, purpose): the numbers of an item are the same on every device, worker and rank
+    and do not depend on the rest of the batch, and different purposes are independent.
+
+    Source: Steele, Lea and Flood 2014, "Fast splittable pseudorandom number generators".
+    """
+    stream = torch.tensor(_signed(zlib.crc32(purpose.encode()) ^ (seed * _GOLDEN)), device=keys.device)
+    state = _scrambled(keys + _scrambled(stream)).unsqueeze(1)
+    steps = torch.arange(1, count + 1, device=keys.device) * _signed(_GOLDEN)
+    bits = _scrambled(state + steps)
+    numbers = _shifted(bits, 40).to(torch.float32) * 2.0**-24  # exact
+    return numbers if device is None else send(numbers, device)
+
+
+def _signed(value: int) -> int:
+    """The integer modulo 2^64 as a signed int64."""
+    return (value + 2**63) % 2**64 - 2**63
+
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_FACTORS = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
+
+
+def _shifted(value: Tensor, bits: int) -> Tensor:
+    """Logical right shift; the shift of int64 is arithmetic."""
+    return (value >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _scrambled(value: Tensor) -> Tensor:
+    value = (value ^ _shifted(value, 30)) * _FACTORS[0]
+    value = (value ^ _shifted(value, 27)) * _FACTORS[1]
+    return value ^ _shifted(value, 31)
 
 
 def crop_and_flip(images: Tensor, config: AugmentationConfig, keys: Tensor, seed: int) -> Tensor:
@@ -128,6 +166,105 @@ def _sampled(start: Tensor, length: Tensor, count: int) -> Tensor:
     """Where `count` pixels that cover (start, length) take their value, within the centers of the outermost pixels."""
     places = start[:, None] + (torch.arange(count, device=start.device) + 0.5) * (length / count)[:, None]
     return torch.minimum(torch.maximum(places, start[:, None] + 0.5), (start + length)[:, None] - 0.5)
+
+
+def rand_augment(images: Tensor, num_ops: int, magnitude: int, keys: Tensor, seed: int) -> Tensor:
+    """Apply `num_ops` operations, one after the other, to each image; uint8 `(batch, 1 or 3, height, width)`.
+
+    Operations are drawn independently and uniformly, and so are the signs of those with a direction. As in torchvision,
+    `magnitude` 30 is shear 0.3, translation 45 % of the side, rotation 30 degrees, brightness, color, contrast and
+    sharpness 0.9 either way, 4 bits, solarization above 0.
+
+    Source: Cubuk et al. 2019, arXiv:1909.13719.
+    """
+    for number in range(num_ops):
+        draws = uniform(keys, seed, f"randaugment/{number}", 2)
+        operations = (draws[:, 0] * len(OPERATIONS)).long()
+        signs = 1 - 2 * (draws[:, 1] < 0.5).to(torch.float32)
+        images = apply_operations(images, operations, signs, magnitude)
+    return images
+
+
+def apply_operations(images: Tensor, operations: Tensor, signs: Tensor, magnitude: int) -> Tensor:
+    """Apply one operation per image; `operations` (indices of `OPERATIONS`) and `signs` are on the CPU."""
+    images = images.clone()
+    geometric = ((operations >= _GEOMETRIC.start) & (operations < _GEOMETRIC.stop)).nonzero().flatten()
+    if len(geometric):
+        rows = send(geometric, images.device)
+        matrices = _matrices(operations[geometric], signs[geometric], magnitude, *images.shape[-2:])
+        images[rows] = affine(images[rows], matrices)
+    for operation in range(_GEOMETRIC.stop, len(OPERATIONS)):
+        for sign in (1, -1) if operation in _SIGNED_COLORS else (None,):
+            chosen = operations == operation if sign is None else (operations == operation) & (signs == sign)
+            if len(rows := send(chosen.nonzero().flatten(), images.device)):
+                images[rows] = _color(images[rows], OPERATIONS[operation], (sign or 1) * magnitude / MAX_MAGNITUDE)
+    return images
+
+
+def affine(images: Tensor, matrices: Tensor) -> Tensor:
+    """Sample each pixel p at M p bilinearly, black outside; M `(batch, 2, 3)` on the host, pixels from the center."""
+    height, width = images.shape[-2:]
+    half = torch.tensor([width / 2, height / 2])
+    relative = matrices * torch.cat([half, half.new_ones(1)]) / half[:, None]
+    grid = F.affine_grid(send(relative, images.device), list(images.shape), align_corners=False)
+    return F.grid_sample(images.to(torch.float32), grid, align_corners=False).round_().to(images.dtype)
+
+
+def _matrices(operations: Tensor, signs: Tensor, magnitude: int, height: int, width: int) -> Tensor:
+    fraction = magnitude / MAX_MAGNITUDE
+    shear = signs * 0.3 * fraction
+    angle = signs * math.radians(30.0 * fraction)
+    one, zero = torch.ones_like(shear), torch.zeros_like(shear)
+    shift_x, shift_y = (signs * int(150.0 / 331.0 * side * fraction) for side in (width, height))
+
+    def matrix(*entries: Tensor) -> Tensor:
+        return torch.stack(entries, dim=-1).view(-1, 2, 3)
+
+    of_operation = torch.stack(
+        [
+            matrix(one, shear, shear * height / 2, zero, one, zero),  # the upper edge stays
+            matrix(one, zero, zero, shear, one, shear * width / 2),  # the left edge stays
+            matrix(one, zero, -shift_x, zero, one, zero),
+            matrix(one, zero, zero, zero, one, -shift_y),
+            matrix(angle.cos(), -angle.sin(), zero, angle.sin(), angle.cos(), zero),
+        ]
+    )
+    return of_operation[operations - _GEOMETRIC.start, torch.arange(len(operations))]
+
+
+def sharpen(images: Tensor, factor: float) -> Tensor:
+    """As torchvision's `adjust_sharpness`, which sends its kernel to the device and waits for it."""
+    channels, pixels = images.shape[1], images.to(torch.float32)
+    kernel = constant((1 / 13,) * 4 + (5 / 13,) + (1 / 13,) * 4, images.device).view(1, 1, 3, 3)
+    blurred = F.conv2d(pixels, kernel.expand(channels, 1, 3, 3), groups=channels).round_()
+    inner = pixels[..., 1:-1, 1:-1]
+    inner.add_(blurred.sub_(inner), alpha=1 - factor)
+    return pixels.clamp_(0, 255).to(images.dtype)
+
+
+def _color(images: Tensor, operation: str, fraction: float) -> Tensor:
+    """One color operation on all images."""
+    factor = 1 + 0.9 * fraction
+    operations: dict[str, Callable[[], Any]] = {
+        "Brightness": lambda: TF.adjust_brightness(images, factor),
+        "Color": lambda: TF.adjust_saturation(images, factor),
+        "Contrast": lambda: TF.adjust_contrast(images, factor),
+        "Sharpness": lambda: sharpen(images, factor),
+        "Posterize": lambda: TF.posterize(images, 8 - round(4 * fraction)),
+        "Solarize": lambda: TF.solarize(images, 255 * (1 - fraction)),
+        "AutoContrast": lambda: TF.autocontrast(images),
+        "Equalize": lambda: TF.equalize(images),
+    }
+    result: Tensor = operations[operation]()
+    return result
+
+
+class Mixed(NamedTuple):
+    """Images, the index of the image mixed into each, and the share of the original label, float32 `(batch,)`."""
+
+    images: Tensor
+    partners: Tensor
+    weights: Tensor
 
 
 def erase(images: Tensor, probability: float, keys: Tensor, seed: int) -> Tensor:

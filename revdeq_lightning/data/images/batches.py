@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from revdeq_lightning.data.images import decoding
-from revdeq_lightning.data.images.augmentation import random_box
-from revdeq_lightning.data.images.keyed_random import uniform
+from revdeq_lightning.data.images.augmentation import random_box, uniform
 from revdeq_lightning.data.images.tables import ImageTable
 from revdeq_lightning.data.loading.array_cache import StoredArray
 from revdeq_lightning.data.loading.files import text_of
