@@ -24,7 +24,7 @@ from benchmarks.part import Result, Skipped, markdown_table
 from benchmarks.requirements import Requirement
 from revdeq_lightning.cli.inference import ModelSettings, SolverSteps, load_reasoner
 from revdeq_lightning.data.loading.draws import Draws
-from revdeq_lightning.data.puzzles.mazes import FREE, GOAL, START, WALL, shortest_path
+from revdeq_lightning.data.puzzles.kinds import FREE, GOAL, START, WALL, shortest_path
 from revdeq_lightning.data.puzzles.module import build_kind, make_puzzle
 
 REQUIRED = {5: 0.995, 9: 0.99, 13: 0.99, 19: 0.97, 29: 0.95}

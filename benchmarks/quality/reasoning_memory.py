@@ -21,7 +21,7 @@ from benchmarks.measure import peak_tensor_bytes
 from benchmarks.quality.budget import settings_of
 from benchmarks.quality.mazes import EXACT, PAPER, STORED, TINY, variants
 from benchmarks.requirements import MAX_BITS_RATIO, Requirement, Rows, at_most
-from revdeq_lightning.data.puzzles.mazes import Mazes
+from revdeq_lightning.data.puzzles.kinds import Mazes
 from revdeq_lightning.models import ReasonerConfig
 from revdeq_lightning.models.build import SolverConfig, build_reasoner
 

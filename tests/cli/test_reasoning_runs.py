@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 
 from revdeq_lightning.cli.inference import load_reasoner
-from revdeq_lightning.data.puzzles.mazes import Mazes
+from revdeq_lightning.data.puzzles.kinds import Mazes
 from revdeq_lightning.data.puzzles.module import PuzzleBatch, PuzzleDataModule, build_kind, make_puzzle
 from revdeq_lightning.loggers.puzzle_pictures import COLORS, SolvedPuzzle, animate_maze, maze_pixels
 from revdeq_lightning.models import ReasonerConfig, ReasonerOutput

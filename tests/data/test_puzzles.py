@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from revdeq_lightning.data.loading.draws import Draws
+from revdeq_lightning.data.puzzles.kinds import Sudoku
 from revdeq_lightning.data.puzzles.module import PuzzleDataModule, build_kind, make_puzzle
-from revdeq_lightning.data.puzzles.sudoku import Sudoku
 from tests.helpers.data import refused
 
 SUDOKU = ((4, 8, 2, 2), (6, 22, 2, 3), (9, 40, 3, 3))

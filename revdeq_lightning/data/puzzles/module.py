@@ -20,9 +20,7 @@ from revdeq_lightning.data.loading.draws import Draws, shuffled_keys
 from revdeq_lightning.data.loading.files import SPLITS
 from revdeq_lightning.data.loading.sampler import IGNORE_INDEX, PADDING, ResumableLoader
 from revdeq_lightning.data.puzzles.files import Arrays, read_npz, read_sudoku_tables
-from revdeq_lightning.data.puzzles.kinds import AbstractKind, PrefixSums, Puzzle, checked
-from revdeq_lightning.data.puzzles.mazes import Mazes
-from revdeq_lightning.data.puzzles.sudoku import Sudoku
+from revdeq_lightning.data.puzzles.kinds import AbstractKind, Mazes, PrefixSums, Puzzle, Sudoku, checked
 from revdeq_lightning.equilibrium.validation import require_choice, require_count
 
 KIND_SETTINGS = ("puzzle", "size", "algorithm", "loops", "num_empty")
