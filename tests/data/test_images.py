@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from revdeq_lightning.data.images import preparation as image_preparation
 from revdeq_lightning.data.images.augmentation import AugmentationConfig
 from revdeq_lightning.data.images.module import ImageDataModule
 from tests.helpers.data import SaveAt, assert_same_splits, encoded, fit, make_folder, recorded, refused, split, whole
@@ -23,7 +22,7 @@ EVERYTHING = AugmentationConfig(
 def test_images_are_decoded_once_and_read_as_a_memory_map(module, monkeypatch):
     first = module()
     first.setup("fit")
-    monkeypatch.setattr(image_preparation, "_decode_all", lambda *_: pytest.fail("decoded twice"))
+    monkeypatch.setattr(ImageDataModule, "_decode_all", lambda *_: pytest.fail("decoded twice"))
     again = module(batch_size=2, seed=3, augmentation=EVERYTHING)
     assert_same_splits(again, first)
     assert isinstance(again._dataset("train").images.array, np.memmap)

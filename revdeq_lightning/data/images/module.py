@@ -1,14 +1,17 @@
 """Images for classifiers: decoded once or by workers, augmented on the device, in a resumable order."""
 
 import warnings
+import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 from unicodedata import normalize as in_unicode
 
+import numpy as np
 import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from revdeq_lightning.data.images import decoding
 from revdeq_lightning.data.images.augmentation import (
@@ -18,14 +21,34 @@ from revdeq_lightning.data.images.augmentation import (
     augment_pixels,
 )
 from revdeq_lightning.data.images.batches import DecodedImages, ImageBatch, PreparedImages
-from revdeq_lightning.data.images.preparation import ImageData, prepare_decoding, prepare_in_memory
 from revdeq_lightning.data.images.sources import IMAGE_SOURCES, KNOWN_STATISTICS, open_image_source
-from revdeq_lightning.data.images.tables import ImageCollection, split_images
-from revdeq_lightning.data.loading.base import AbstractDataModule
+from revdeq_lightning.data.images.tables import ImageCollection, ImageSource, split_images
+from revdeq_lightning.data.loading.array_cache import ArrayWriter, load_or_build
+from revdeq_lightning.data.loading.base import AbstractDataModule, digest
 from revdeq_lightning.data.loading.draws import shuffled_keys
-from revdeq_lightning.data.loading.sampler import ResumableLoader
+from revdeq_lightning.data.loading.sampler import IGNORE_INDEX, ResumableLoader
 from revdeq_lightning.equilibrium.validation import require_choice, require_count, require_in_range
 from revdeq_lightning.errors import CheckpointError
+
+_CACHE_FORMAT = 2
+_IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_SOURCE = ("dataset_name", "image_column", "label_column", "download")
+_SPLITTING = ("validation_fraction", "split_seed", "max_train_images", "max_eval_images")
+
+
+class ImageData(NamedTuple):
+    """Datasets by split, and their properties; mean and standard deviation are per channel, on the scale 0 ... 1.
+
+    The checksums are of the training split's labels and images (of their names if images are decoded on demand).
+    """
+
+    class_names: list[str]
+    channels: int
+    mean: list[float]
+    std: list[float]
+    datasets: dict[str, PreparedImages] | dict[str, DecodedImages]
+    checksums: dict[str, str]
+    left_out: list[str]
 
 
 class ImageDataModule(AbstractDataModule):
@@ -130,6 +153,7 @@ class ImageDataModule(AbstractDataModule):
         if self.augmentation.crop_padding >= image_size:
             got = self.augmentation.crop_padding
             raise ValueError(f"crop_padding must be smaller than the image of {image_size} pixels, got {got}.")
+        self._skips = undecodable == "skip"
         self._data: ImageData | None = None
 
     @property
@@ -221,21 +245,10 @@ class ImageDataModule(AbstractDataModule):
     def _prepare(self) -> ImageData:
         hparams = self.hparams
         source = open_image_source(hparams["source"], hparams["path"], **{name: hparams[name] for name in _SOURCE})
-        splitting = {name: hparams[name] for name in _SPLITTING}
         resize = decoding.evaluation_resize(self.image_size, hparams["crop_fraction"])
         sizes = decoding.ImageSizes(hparams["channels"] or source.channels, self.image_size, resize)
-
-        def collect() -> ImageCollection:
-            collection = source.open()
-            return collection._replace(tables=split_images(collection.tables, **splitting))
-
-        skip = {"skip_undecodable": hparams["undecodable"] == "skip"}
-        if self.image_size <= 64 if hparams["in_memory"] is None else hparams["in_memory"]:
-            key = [source.key(), splitting]
-            data = prepare_in_memory(Path(hparams["cache_dir"]), hparams["source"], key, collect, sizes, **skip)
-        else:
-            crop_scale = self.augmentation.random_resized_crop
-            data = prepare_decoding(collect(), sizes, crop_scale=crop_scale, seed=hparams["seed"], **skip)
+        in_memory = self.image_size <= 64 if hparams["in_memory"] is None else hparams["in_memory"]
+        data = self._in_memory(source, sizes) if in_memory else self._on_demand(source, sizes)
         if hparams["mean"] is not None:
             given: dict[str, Any] = {name: list(hparams[name]) for name in ("mean", "std")}
             for name, values in given.items():
@@ -245,6 +258,74 @@ class ImageDataModule(AbstractDataModule):
         if sizes.channels == 3 and (known := KNOWN_STATISTICS.get(hparams["source"])):
             return data._replace(mean=list(known[0]), std=list(known[1]))
         return data
+
+    def _splitting(self) -> dict[str, Any]:
+        return {name: self.hparams[name] for name in _SPLITTING}
+
+    def _collect(self, source: ImageSource) -> ImageCollection:
+        collection = source.open()
+        return collection._replace(tables=split_images(collection.tables, **self._splitting()))
+
+    def _in_memory(self, source: ImageSource, sizes: decoding.ImageSizes) -> ImageData:
+        """Decode all images for evaluation into `cache_dir`, unless it has them."""
+        key = [source.key(), self._splitting()]
+        content = digest([_CACHE_FORMAT, key, sizes._asdict(), self._skips])
+        path = Path(self.hparams["cache_dir"], f"{self.hparams['source']}-{self.image_size}px-{content}.arrays")
+        cache = load_or_build(path, partial(self._decode_all, path, source, sizes))
+        if skipped := cache.metadata["skipped"]:
+            rank_zero_warn(decoding.skipped_message(skipped))
+        datasets = {
+            split: PreparedImages(cache.arrays[split], cache.arrays[f"{split}.labels"], training=split == "train")
+            for split in cache.metadata["splits"]
+        }
+        mean, std, class_names = (cache.metadata[name] for name in ("mean", "std", "class_names"))
+        checksums = {"image_checksum": cache.checksums["train"], "label_checksum": cache.checksums["train.labels"]}
+        left_out = [*cache.metadata["left_out"], *([decoding.skipped_message(skipped)] if skipped else [])]
+        return ImageData(class_names, sizes.channels, mean, std, datasets, checksums, left_out)
+
+    def _decode_all(
+        self, path: Path, source: ImageSource, sizes: decoding.ImageSizes, writer: ArrayWriter
+    ) -> dict[str, Any]:
+        class_names, tables, left_out = self._collect(source)
+        rank_zero_info(f"Decoding {sum(map(len, tables.values()))} images into {path} (once) ...")
+        skipped: list[str] = []
+        counts = np.zeros((sizes.channels, 256))  # of the values in each channel of the training images
+        for split, table in tables.items():
+            dataset, num_decoded = DecodedImages(table, sizes, skip_undecodable=self._skips), 0
+            for start in range(0, len(table), 256):
+                batch = dataset[list(range(start, min(start + 256, len(table))))]
+                decoded = batch.labels != IGNORE_INDEX
+                images, num_decoded = batch.images[decoded].numpy(), num_decoded + int(decoded.sum())
+                writer.append(split, images)
+                writer.append(f"{split}.labels", batch.labels[decoded].numpy())
+                if split == "train":
+                    counts += [np.bincount(channel.ravel(), minlength=256) for channel in images.swapaxes(0, 1)]
+            skipped += dataset.take_skipped()
+            if not num_decoded:
+                raise ValueError(f"none of the {len(table)} images of {split} can be decoded (such as {skipped[-1]}).")
+        shares, values = counts / counts.sum(axis=1, keepdims=True), np.arange(256) / 255
+        mean = shares @ values
+        variance = (shares * (values - mean[:, None]) ** 2).sum(axis=1)
+        std = np.sqrt(variance).clip(min=1 / 255)  # images of one color have 0
+        metadata = {"class_names": class_names, "splits": list(tables), "skipped": skipped, "left_out": list(left_out)}
+        return metadata | {"mean": mean.tolist(), "std": std.tolist()}
+
+    def _on_demand(self, source: ImageSource, sizes: decoding.ImageSizes) -> ImageData:
+        class_names, tables, left_out = self._collect(source)
+        if getattr(tables["train"].read, "temporary", None):
+            fault = "images of a compressed archive cannot be decoded as they are needed"
+            raise ValueError(f"{fault}: set in_memory to true, or use the unpacked folder or an uncompressed .tar.")
+        crop_scale, seed = self.augmentation.random_resized_crop, self.hparams["seed"]
+        options: dict[str, Any] = {"crop_scale": crop_scale, "seed": seed, "skip_undecodable": self._skips}
+        datasets = {s: DecodedImages(table, sizes, training=s == "train", **options) for s, table in tables.items()}
+        gray = sizes.channels == 1
+        mean, std = ([float(np.mean(v))] if gray else list(v) for v in (_IMAGENET_MEAN, _IMAGENET_STD))
+        names, labels = tables["train"].names.tolist(), tables["train"].labels.astype(np.int64)
+        checksums = {
+            "name_checksum": f"{zlib.crc32(b''.join(name + bytes(1) for name in names)):08x}",
+            "label_checksum": f"{zlib.crc32(labels.data):08x}",
+        }
+        return ImageData(class_names, sizes.channels, mean, std, datasets, checksums, list(left_out))
 
     def _by_split(self) -> Mapping[str, PreparedImages | DecodedImages]:
         return self._prepared().datasets
@@ -260,7 +341,3 @@ class ImageDataModule(AbstractDataModule):
     def _order_settings(self) -> dict[str, Any]:
         order = {"seed": self.hparams["seed"], "num_images": self.num_images("train")}
         return order | self._prepared().checksums
-
-
-_SOURCE = ("dataset_name", "image_column", "label_column", "download")
-_SPLITTING = ("validation_fraction", "split_seed", "max_train_images", "max_eval_images")
