@@ -9,19 +9,15 @@ from lightning_utilities.core.apply_func import apply_to_collection
 
 from revdeq_lightning.checkpoints.files import read_checkpoint
 from revdeq_lightning.cli.parser import drop_removed
-from revdeq_lightning.data.images.batches import ImageBatch
-from revdeq_lightning.data.text.windows import TextBatch
 from revdeq_lightning.equilibrium import equilibria, settle_checks
 from revdeq_lightning.errors import CheckpointError
 from revdeq_lightning.runs.divergence import WEIGHTS
 from revdeq_lightning.runs.random_state import set_random_state
 from revdeq_lightning.tasks.classification import ClassificationTask
 from revdeq_lightning.tasks.language_modeling import LanguageModelingTask
+from revdeq_lightning.tasks.reasoning import ReasoningTask
 
-TASKS: dict[str, tuple[Any, Any]] = {
-    "LanguageModelingTask": (LanguageModelingTask, TextBatch),
-    "ClassificationTask": (ClassificationTask, ImageBatch),
-}
+TASKS: dict[str, Any] = {task.__name__: task for task in (LanguageModelingTask, ClassificationTask, ReasoningTask)}
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 WHOLE = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
 
@@ -42,9 +38,8 @@ def replay(file: str, device: str = "cpu") -> str:
     content = read_checkpoint(file)
     if content.get("task") not in TASKS or "batches" not in content:
         raise CheckpointError(f"{file} is not a saved batch of a diverged run: use RUN/diverged/step-N/process-R.ckpt")
-    task_class, batch_class = TASKS[content["task"]]
     drop_removed(content["hyper_parameters"], "model.")
-    task = task_class(**content["hyper_parameters"])
+    task = TASKS[content["task"]](**content["hyper_parameters"])
     task.load_state_dict(read_checkpoint(Path(file).with_name(WEIGHTS))["state_dict"])
     task.to(device, WHOLE.get(content["precision"])).train()
     task.log = lambda *_, **__: None  # there is no trainer
@@ -53,7 +48,7 @@ def replay(file: str, device: str = "cpu") -> str:
         for layer, settings in zip(equilibria(task), entry["solvers"], strict=True):
             layer.solver = type(layer.solver)(**settings)
         set_random_state(entry["random_state"])
-        batch = apply_to_collection(batch_class(**entry["batch"]), torch.Tensor, lambda t: t.to(device))
+        batch = apply_to_collection(task.batch_type(**entry["batch"]), torch.Tensor, lambda t: t.to(device))
         lines.append(f"Batch {number} of {len(content['batches'])}: {_run(task, batch, content['precision'])}")
     return "\n".join(lines)
 

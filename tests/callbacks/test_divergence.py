@@ -70,6 +70,36 @@ def test_a_step_with_nan_is_not_made_and_its_batch_can_be_run_again(tmp_path, ca
     assert read_checkpoint(last)["global_step"] == {1: 2, 2: 3}[accumulate]
 
 
+def test_the_step_of_a_reasoner_can_be_run_again(tmp_path, capsys):
+    config = {
+        "seed_everything": 0,
+        "model": {
+            "network": {"channels": 8},
+            "solver": {"max_steps": 3},
+            "optimizer": {"lr": 3e-3},
+            "random_start": 0.5,
+        },
+        "data": {
+            "puzzle": "prefix_sums", "size": 8, "batch_size": 4, "num_validation": 4, "num_test": 4,
+            "cache_dir": str(tmp_path / "cache"),
+        },
+        "trainer": {
+            "max_steps": 3, "accelerator": "cpu", "devices": 1, "log_every_n_steps": 1,
+            "callbacks": [{"class_path": "tests.helpers.modules.Poison", "init_args": {"what": "gradient", "step": 2}}],
+        },
+        "run": {"folder": str(tmp_path), "version": "v", "test": False},
+    }  # fmt: skip
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(config))
+    error = error_of(capsys, "reasoning", "fit", "--config", path, code=1)
+    file = error.split("replay --file ")[1]
+    run("replay", "--file", file)
+    (told,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Batch 1 of 1: ")]
+    assert told.endswith(" 0 not finite")
+    loss = float(error.split("(loss ")[1].split(")")[0])
+    assert float(told.split("loss ")[1].split(";")[0]) == pytest.approx(loss, rel=1e-3)
+
+
 def test_weights_that_overflowed_are_not_saved(tmp_path, capsys):
     class Overflow(Poison):
         def on_train_batch_end(self, trainer, pl_module, *_):
