@@ -96,11 +96,9 @@ class RunProgress(ProgressBar):
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start("testing", sum(trainer.num_test_batches), 0)
 
-    def on_test_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
+    def on_test_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=batch_idx + 1)
+            self._bar.advance(self._bar.task_ids[0])  # over the batches of all loaders
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if self._bar is not None:

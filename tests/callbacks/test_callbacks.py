@@ -142,6 +142,19 @@ def test_progress_shows_the_figures(tmp_path, terminal):
         assert all(line.startswith("step ") for line in lines)
 
 
+def test_the_progress_of_a_test_is_over_all_loaders(tmp_path):
+    class Tested(Stranger):
+        def test_step(self, batch, batch_idx, dataloader_idx):
+            counts.append(progress._bar.tasks[0].completed)
+
+    counts, out = [], io.StringIO()
+    progress = RunProgress(console=Console(file=out, force_terminal=True, width=80))
+    loaders = [loader(num_samples=8 * n) for n in (3, 2)]
+    stranger_trainer(tmp_path, [progress], enable_progress_bar=True).test(Tested(), loaders, verbose=False)
+    assert counts == [0, 1, 2, 3, 4]
+    assert "5/5" in out.getvalue()
+
+
 def test_without_logging_steps_nothing_is_logged_or_piles_up(tmp_path, capsys):
     """Lightning's `log_every_n_steps=0`; the count of certified gradients is printed all the same."""
 
