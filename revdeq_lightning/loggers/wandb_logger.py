@@ -174,9 +174,12 @@ def end_service() -> None:
 
 
 def stored_key() -> str | None:
-    """The key from the environment or from `wandb login`, without a prompt or a connection."""
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    """The key from the environment or from `wandb login`, where W&B looks for it, without a prompt or a connection."""
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).netloc
+    files = [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]
+    path = next((path for path in map(os.path.expanduser, files) if os.path.exists(path)), None)
     login = None
-    with suppress(OSError, netrc.NetrcParseError):
-        login = netrc.netrc().authenticators(host)
-    return os.environ.get("WANDB_API_KEY") or (login[2] if login else None)
+    if path:
+        with suppress(OSError, netrc.NetrcParseError):
+            login = netrc.netrc(path).authenticators(host)
+    return os.environ.get("WANDB_API_KEY") or (login[2] if login else None) or None

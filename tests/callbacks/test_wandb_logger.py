@@ -16,7 +16,7 @@ from revdeq_lightning.callbacks.residual_curve import ResidualCurve
 from revdeq_lightning.errors import RecordWarning
 from revdeq_lightning.loggers.csv_logger import ContinuedCSVLogger
 from revdeq_lightning.loggers.endurance import enduring
-from revdeq_lightning.loggers.wandb_logger import chosen_mode, finish_wandb, group_of, wandb_logger
+from revdeq_lightning.loggers.wandb_logger import chosen_mode, finish_wandb, group_of, stored_key, wandb_logger
 from revdeq_lightning.runs.folder import RunConfig
 from tests.callbacks.wandb_records import read_back
 from tests.helpers.modules import StepByStep, Stranger, loader, trainer
@@ -59,6 +59,20 @@ def test_the_mode_is_chosen_without_asking(monkeypatch, setting, has_key, variab
     else:
         assert chosen_mode(run) == expected
         assert (wandb_logger(run) is None) == (expected == "off")
+
+
+@pytest.mark.parametrize("host", ["api.wandb.ai", "localhost:8080"])
+@pytest.mark.parametrize("name", [".netrc", "_netrc", "elsewhere"])
+def test_a_key_that_w_and_b_saved_is_found(monkeypatch, tmp_path, name, host):
+    """As `wandb login` writes it."""
+    if host != "api.wandb.ai":
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://{host}")
+    if name == "elsewhere":
+        monkeypatch.setenv("NETRC", str(tmp_path / name))
+    (tmp_path / name).write_text(f"machine {host}\n  login user\n  password {'0' * 40}\n")
+    assert stored_key() == "0" * 40
+    monkeypatch.setenv("WANDB_BASE_URL", "http://localhost:9090")
+    assert stored_key() is None
 
 
 def test_the_group_is_that_of_the_setting_the_environment_or_the_job_array(monkeypatch):

@@ -50,6 +50,7 @@ MISTAKES = {
 def test_a_mistake_is_told_in_one_line(tmp_path, capsys, monkeypatch, words):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))  # no key in ~/.netrc
+    monkeypatch.delenv("NETRC", raising=False)
     command, *options = words.replace("THIS_FILE", __file__).split()
     config = () if words in WITHOUT_CONFIG else ("--config", tiny_config(tmp_path))
     with pytest.raises(SystemExit) as caught:
