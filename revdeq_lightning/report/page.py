@@ -41,7 +41,8 @@ def write_report(folders: Sequence[str | Path], output: str | Path | None = None
         told = ", ".join(f"{run.folder} is a {task}" for task, run in tasks.items())
         raise ValueError(f"runs of different tasks have no figure in common, got: {told}. Compare runs of one task")
     if output is None:
-        output = paths[0] / REPORT if len(runs) == 1 else Path(os.path.commonpath(paths)) / "comparison.html"
+        above = os.path.commonpath(list(map(os.path.abspath, paths)))
+        output = paths[0] / REPORT if len(runs) == 1 else Path(above) / "comparison.html"
     path = Path(output)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(render(runs, path.parent), encoding="utf-8")

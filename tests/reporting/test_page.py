@@ -147,6 +147,15 @@ def test_runs_side_by_side_show_what_differs(tmp_path):
     assert "seconds a step" in titles(page)
 
 
+@pytest.mark.parametrize("other", ["{}/b/w", "../b/w"])
+def test_the_comparison_lies_above_all_runs_however_they_are_given(tmp_path, monkeypatch, other):
+    for name in ("a/v", "b/w"):
+        metrics(tmp_path / name, training_rows())
+    monkeypatch.chdir(tmp_path / "a")
+    assert write_report(["v", other.format(tmp_path)]) == tmp_path / "comparison.html"
+    assert "a/v/metrics.csv" in (tmp_path / "comparison.html").read_text()
+
+
 def test_the_command_writes_the_page_without_torch(tmp_path):
     folder = whole_run(tmp_path / "v")
     program = (
