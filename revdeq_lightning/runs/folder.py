@@ -163,9 +163,9 @@ def describes_run(path: Path) -> bool:
 
 
 def find_checkpoint(alias: str, run: RunConfig) -> "Found":
-    """The "last" or "best" checkpoint of the run, or of the newest run of this name if it has no version.
+    """The "last" or "best" checkpoint of the run, or, if it has no version, of the run of this name that wrote last.
 
-    "last" is `last.ckpt`, or the newest usable checkpoint if that is damaged.
+    "last" is `last.ckpt`, or the newest usable checkpoint if that is damaged. The files of older runs are not taken.
 
     Raises:
         FileNotFoundError: If there is no such checkpoint.
@@ -175,18 +175,20 @@ def find_checkpoint(alias: str, run: RunConfig) -> "Found":
     from revdeq_lightning.errors import CheckpointError
 
     runs = Path(run.folder) / str(run.name)
-    names = ("*.ckpt", ASIDE) if alias == "last" else (f"{alias}.ckpt",)
-    paths = [path for name in names for path in runs.glob(f"{run.version or '*'}/{CHECKPOINTS}/{name}")]
-    found = max(paths, key=lambda path: path.stat().st_mtime, default=None)
-    if found is None:
+    written = (CONFIG, f"{CHECKPOINTS}/*.ckpt", f"{CHECKPOINTS}/{ASIDE}")
+    paths = [path for name in written for path in runs.glob(f"{run.version or '*'}/{name}")]
+    if not paths:
         raise FileNotFoundError(f"no {alias}.ckpt under {runs}: set --ckpt_path to its path")
-    if alias != "last":
-        return Found(found, {})
-    newest = newest_good(found.parent)
-    if newest.path is None:
-        faults = "; ".join(f"{path.name} {fault}" for path, fault in newest.faults.items())
-        raise CheckpointError(f"no checkpoint in {found.parent} can be used: {faults}")
-    return newest
+    newest = runs / max(paths, key=lambda path: path.stat().st_mtime).relative_to(runs).parts[0]
+    folder = newest / CHECKPOINTS
+    found = newest_good(folder) if alias == "last" else Found(folder / f"{alias}.ckpt", {})
+    if found.path and found.path.exists():
+        return found
+    if found.faults:
+        faults = "; ".join(f"{path.name} {fault}" for path, fault in found.faults.items())
+        raise CheckpointError(f"no checkpoint in {folder} can be used: {faults}")
+    instead = "" if alias == "last" else "last or "
+    raise FileNotFoundError(f"{newest} has no {alias}.ckpt yet: set --ckpt_path to {instead}the path of a checkpoint")
 
 
 def checkpoint_to_resume(run: RunConfig) -> "Found | None":

@@ -12,7 +12,7 @@ import yaml
 
 from revdeq_lightning.errors import CheckpointError
 from revdeq_lightning.runs.environment import write_environment
-from revdeq_lightning.runs.folder import new_version
+from revdeq_lightning.runs.folder import RunConfig, find_checkpoint, new_version
 from revdeq_lightning.tasks.checkpoint_fit import kept_settings
 from tests.helpers.runs import MUON, run, tiny_config, tiny_data, tiny_task, tiny_trainer
 
@@ -103,6 +103,22 @@ def test_the_batch_size_of_another_number_of_processes_is_recorded(moved):
     assert yaml.safe_load((moved / "config.yaml").read_text())["data"]["batch_size"] == 8
     run("fit", "--ckpt_path", last, "--trainer.max_steps=5", *QUIET)  # without a warning
     assert checkpoint(moved)["TextDataModule"]["order"]["global_batch_size"] == 8
+
+
+def test_last_and_best_are_never_files_of_an_older_run(moved):
+    run = RunConfig(folder=str(moved.parents[1]), name="tiny")
+    for alias in ("last", "best"):
+        assert find_checkpoint(alias, run).path == moved / f"checkpoints/{alias}.ckpt"
+    newest = moved.parent / "w"
+    (newest / "checkpoints").mkdir(parents=True)
+    shutil.copy(moved / "config.yaml", newest)  # it has only begun
+    for alias, instead in (("last", "the path"), ("best", "last or the path")):
+        with pytest.raises(FileNotFoundError, match=f"tiny/w has no {alias}.ckpt yet: set --ckpt_path to {instead}"):
+            find_checkpoint(alias, run)
+    shutil.copy(moved / "checkpoints/last.ckpt", newest / "checkpoints")
+    assert find_checkpoint("last", run).path == newest / "checkpoints/last.ckpt"
+    with pytest.raises(FileNotFoundError, match=r"tiny/w has no best\.ckpt yet"):
+        find_checkpoint("best", run)
 
 
 def test_without_averaging_a_resumed_run_goes_on_from_the_trained_weights(tmp_path):
