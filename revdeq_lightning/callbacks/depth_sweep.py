@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from revdeq_lightning.callbacks.abstract import AbstractAtValidations
 from revdeq_lightning.equilibrium import EquilibriumLayer, deferred_divergence, equilibria
 from revdeq_lightning.equilibrium.validation import require_count
-from revdeq_lightning.loggers.media import log_curves, log_table, step_of
 from revdeq_lightning.loggers.plots import Table, by_step, save_png, sweep_plots
 from revdeq_lightning.loggers.step_rows import append_rows, rewind_rows, write_rows
+from revdeq_lightning.loggers.wandb_logger import log_curves, log_table, step_of
 from revdeq_lightning.program import say
 from revdeq_lightning.runs.probe import Choice, chosen_solvers
 from revdeq_lightning.runs.random_state import untouched_random_state

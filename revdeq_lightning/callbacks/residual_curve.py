@@ -12,9 +12,9 @@ from revdeq_lightning.callbacks.abstract import AbstractWatching
 from revdeq_lightning.equilibrium import SolverStats, recorded_residuals
 from revdeq_lightning.equilibrium.validation import require_count
 from revdeq_lightning.loggers.endurance import Survives
-from revdeq_lightning.loggers.media import log_curves, step_of
 from revdeq_lightning.loggers.plots import Table, by_step, residual_plots, save_png
 from revdeq_lightning.loggers.step_rows import append_rows, read_table, rewind_rows
+from revdeq_lightning.loggers.wandb_logger import log_curves, step_of
 from revdeq_lightning.tasks.training_step import made_step, run_folder
 
 NUM_DRAWN = 8

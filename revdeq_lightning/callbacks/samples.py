@@ -9,9 +9,9 @@ from lightning import LightningModule, Trainer
 
 from revdeq_lightning.callbacks.abstract import AbstractAtValidations
 from revdeq_lightning.equilibrium.validation import require_count
-from revdeq_lightning.loggers.media import log_picture, log_table, step_of
 from revdeq_lightning.loggers.pictures import ClassifiedImage, classified_images, draw_sheet
 from revdeq_lightning.loggers.step_rows import append_rows, read_rows, rewind_rows
+from revdeq_lightning.loggers.wandb_logger import log_picture, log_table, step_of
 from revdeq_lightning.program import printable
 from revdeq_lightning.runs.random_state import untouched_random_state
 

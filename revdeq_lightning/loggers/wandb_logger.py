@@ -1,9 +1,10 @@
-"""Weights & Biases, with a mode that is always explicit."""
+"""Weights & Biases: a logger with a mode that is always explicit, and what it shows beside numbers."""
 
 import netrc
 import os
 import re
 import warnings
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +19,7 @@ from revdeq_lightning.checkpoints.names import BEST, LAST
 from revdeq_lightning.equilibrium.validation import require_choice
 from revdeq_lightning.errors import RecordWarning
 from revdeq_lightning.loggers.endurance import Survives, survival
+from revdeq_lightning.loggers.plots import Plot
 from revdeq_lightning.runs.folder import RunConfig
 
 X_AXIS = "trainer/global_step"
@@ -103,6 +105,42 @@ class WandbCheckpoints(Callback):
                     run.log_artifact(artifact)
 
     on_fit_end = on_exception  # the last checkpoint is written in `on_train_end`
+
+
+def log_media(trainer: Trainer, key: str, make: Callable[[Any], Any]) -> None:
+    """Log `make(wandb)`, such as a table or a picture, to W&B."""
+    for logger in trainer.loggers if trainer.is_global_zero else []:
+        if isinstance(logger, WandbLogger):
+            with survival(logger):
+                import wandb
+
+                logger.log_metrics({key: make(wandb)}, step=step_of(trainer))
+
+
+def log_table(trainer: Trainer, key: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Log rows with the same columns."""
+    data = [list(row.values()) for row in rows]
+    log_media(trainer, key, lambda wandb: wandb.Table(columns=list(rows[0]), data=data))
+
+
+def log_curves(trainer: Trainer, key: str, title: str, plots: Sequence[Plot]) -> None:
+    """Log the curves of several panels as one custom chart."""
+    lines = [(line, f", {i}" if len(plots) > 1 else "") for i, plot in enumerate(plots, 1) for line in plot.lines]
+    xs, ys = [line.x.tolist() for line, _ in lines], [line.y.tolist() for line, _ in lines]
+    names = [f"{line.label}{number}" for line, number in lines]
+    if lines:
+        x_name = plots[0].xlabel
+        log_media(trainer, key, lambda wandb: wandb.plot.line_series(xs, ys, keys=names, title=title, xname=x_name))
+
+
+def log_picture(trainer: Trainer, key: str, path: Path, caption: str) -> None:
+    """Log a PNG file."""
+    log_media(trainer, key, lambda wandb: wandb.Image(str(path), caption=caption))
+
+
+def step_of(trainer: Trainer) -> int:
+    """The newest optimizer step, counted from 0 as in Lightning's metrics."""
+    return max(0, trainer.global_step - 1)
 
 
 def wandb_logger(run: RunConfig) -> RunWandbLogger | None:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from revdeq_lightning.equilibrium import equilibria
 from revdeq_lightning.loggers.endurance import Survives
-from revdeq_lightning.loggers.media import log_animation, log_picture, log_table
 from revdeq_lightning.loggers.puzzle_pictures import SolvedPuzzle, animate_maze, draw_heat_map, draw_puzzles
 from revdeq_lightning.loggers.step_rows import write_rows
+from revdeq_lightning.loggers.wandb_logger import log_media, log_picture, log_table
 
 FRACTIONS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0, 2.0)
 """Fractions of the evaluations that a size gets by the rule."""
@@ -93,7 +93,7 @@ class ReasoningReport(Callback):
             if path.is_file():
                 log_picture(trainer, f"reasoning/{path.stem}", path, path.stem.replace("_", " "))
         if (self.folder / ANIMATION).is_file():
-            log_animation(trainer, "reasoning/animation", self.folder / ANIMATION)
+            log_media(trainer, "reasoning/animation", lambda wandb: wandb.Video(str(self.folder / ANIMATION)))
         if self._rows:
             log_table(trainer, "reasoning/thinking", self._rows)
 

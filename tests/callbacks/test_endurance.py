@@ -16,7 +16,7 @@ from revdeq_lightning.callbacks.residual_curve import ResidualCurve
 from revdeq_lightning.errors import RecordWarning
 from revdeq_lightning.loggers.csv_logger import ContinuedCSVLogger
 from revdeq_lightning.loggers.endurance import Enduring, Survives, enduring
-from revdeq_lightning.loggers.media import log_picture
+from revdeq_lightning.loggers.wandb_logger import log_picture
 from tests.helpers.modules import StepByStep, Stranger, loader, table, trainer
 from tests.helpers.runs import limited_file_sizes
 
