@@ -147,7 +147,7 @@ def _python(first: str, *rest: str) -> None:
 
 def _environment() -> dict[str, str]:
     own = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}  # of W&B in this process
-    return own | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p), "OMP_NUM_THREADS": "1"}
+    return own | {"PYTHONPATH": os.pathsep.join((QUICK_PATH, *filter(None, sys.path))), "OMP_NUM_THREADS": "1"}
 
 
 @functools.cache
