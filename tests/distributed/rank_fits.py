@@ -1,15 +1,13 @@
-"""Fits of tiny models on groups of processes; as a script: `rank_fits.py FOLDER SCENARIO ...` runs them one by one.
+"""Fits of tiny models on groups of processes.
 
-A scenario is `TASK-STRATEGY-RANKS-ACCUMULATION`; all have the same global batch of 8, and 20 optimizer steps.
+A scenario is `TASK-STRATEGY-RANKS-ACCUMULATION`; all have the same global batch of 8, and 10 optimizer steps.
 """
 
 import collections
 import contextlib
 import functools
 import logging
-import sys
 import warnings
-from pathlib import Path
 
 import torch
 from lightning import Callback
@@ -32,7 +30,7 @@ from tests.helpers.runs import MUON, tiny_data, tiny_task, tiny_trainer
 
 half = functools.partial(EquilibriumDDP, compress_gradients=True)
 STRATEGIES = {"one": lambda: "auto", "ddp": EquilibriumDDP, "half": half, "fsdp2": EquilibriumFSDP2}
-GLOBAL_BATCH, NUM_STEPS = 8, 20
+GLOBAL_BATCH, NUM_STEPS = 8, 10
 
 
 class Seen(Callback):
@@ -96,7 +94,7 @@ def image_task():
     network = ClassifierConfig(num_classes=10, num_channels=1, channels=[16, 32])
     optimizer = OptimizerConfig(lr=5e-3, weight_decay=0.1, ema_decay=0.9)
     # The exact state is a multiple of 2^-32: weights that differ in the last bit of float64, as sums in another order
-    # do, now and then differ in one such multiple after 20 steps.
+    # do, now and then differ in one such multiple after 10 steps.
     solver = SolverConfig(max_steps=3, arithmetic="float64")
     return DoubleClassification(network, solver, optimizer, channels_last=True)
 
@@ -136,11 +134,7 @@ def prepare(folder):
     (folder / "text.txt").write_text("".join(" " if i % 5 == 0 else chr(n) for i, n in enumerate(numbers.tolist())))
 
 
-def main(folder, names):
+def main(folder, *names):
     prepare(folder)
     for name in names:
         run_group(int(name.split("-")[2]), fit, folder, name)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
