@@ -2,9 +2,8 @@
 
 import pytest
 
-from tests.checkpoints import ranks_from_any_step
 from tests.helpers.data import tiny_image_config
-from tests.helpers.processes import run_python
+from tests.helpers.processes import run_apart, run_group
 from tests.helpers.runs import assert_equal, put_back, run, run_metrics as metrics, tiny_config, trained
 
 pytestmark = pytest.mark.xdist_group("resume_from_any_step")
@@ -38,34 +37,54 @@ def whole(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     arguments = [option for group in options for option in group]
     run(*command, "--config", config(folder, max_steps=STEPS), *EVERY_STEP, *arguments)
-    return command, (folder / "runs/tiny/v").rename(folder / "kept"), folder / "runs/tiny/v"
+    # The fourth step is an epoch's last. All steps of one run of each task; workers and the plateau at two of them.
+    others = (1, 4, 6, 7) if request.param in ("language", "images") else (4,)
+    return command, (folder / "runs/tiny/v").rename(folder / "kept"), folder / "runs/tiny/v", others
 
 
-@pytest.mark.parametrize("step", [3, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 4, 6, 7))])
-def test_the_rest_is_the_same_bit_for_bit(whole, step):
-    command, kept, folder = whole
-    put_back(kept, folder, f"step-{step}.ckpt", "best.ckpt")
-    run(*command, "--ckpt_path", folder / f"checkpoints/step-{step}.ckpt")
-    assert metrics(folder) == metrics(kept)
+@pytest.mark.parametrize("from_others", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["3", "others"])
+def test_the_rest_is_the_same_bit_for_bit(whole, from_others):
+    command, kept, folder, others = whole
+    for step in others if from_others else (3,):
+        put_back(kept, folder, f"step-{step}.ckpt", "best.ckpt")
+        run(*command, "--ckpt_path", folder / f"checkpoints/step-{step}.ckpt")
+        assert_same(folder, kept, step)
+
+
+def assert_same(folder, kept, step):
+    assert metrics(folder) == metrics(kept), f"from step {step}"
     for name in ("last.ckpt", "best.ckpt"):
-        assert_equal(trained(folder / "checkpoints" / name), trained(kept / "checkpoints" / name))
+        states = [trained(path / "checkpoints" / name) for path in (folder, kept)]
+        assert_equal(*states, f"from step {step}: {name}")
 
 
-@pytest.fixture(scope="module", params=list(ranks_from_any_step.TASKS))
-def two_ranks(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two_ranks")
-    run_python(ranks_from_any_step.__file__, request.param, folder)
-    return folder
+RANKS, RANK_STEPS = 2, 6
+RANK_OPTIONS = (
+    *("--data.batch_size=6", "--data.augmentation.mixup_alpha=0.5", "--data.num_workers=1", "--trainer.strategy=ddp"),
+    *(f"--trainer.devices={RANKS}", "--trainer.accumulate_grad_batches=2", "--trainer.val_check_interval=2"),
+)
+
+
+def whole_and_rests(folder, steps):
+    """Leave the whole run in FOLDER/whole and the run resumed at step N, in other processes, in FOLDER/N."""
+    command, config, _ = IMAGES
+    path, kept = folder / "runs/tiny/v", folder / "whole"
+    arguments = ("--config", config(folder, max_steps=RANK_STEPS), *EVERY_STEP, *RANK_OPTIONS)
+    run_group(RANKS, run, *command, *arguments)
+    path.rename(kept)
+    for step in steps:
+        put_back(kept, path, f"step-{step}.ckpt", "best.ckpt")
+        run_group(RANKS, run, *command, "--ckpt_path", path / f"checkpoints/step-{step}.ckpt")
+        path.rename(folder / str(step))
 
 
 @pytest.mark.slow
-def test_so_it_is_with_two_processes_and_workers(two_ranks):
-    kept = two_ranks / "whole"
+def test_so_it_is_with_two_processes_and_workers(tmp_path):
+    steps = 2, 3, 5  # an epoch's end after three batches of each process; in the midst of two epochs
+    run_apart(whole_and_rests, tmp_path, steps)
+    kept = tmp_path / "whole"
     states = trained(kept / "checkpoints/last.ckpt")
-    assert len(states["random_states"]) == ranks_from_any_step.RANKS
-    assert len(metrics(kept)) >= ranks_from_any_step.STEPS
-    for step in range(1, ranks_from_any_step.STEPS):
-        assert metrics(two_ranks / str(step)) == metrics(kept), f"from step {step}"
-        for name in ("last.ckpt", "best.ckpt"):
-            checkpoint = trained(two_ranks / f"{step}/checkpoints" / name)
-            assert_equal(checkpoint, trained(kept / "checkpoints" / name), f"from step {step}: {name}")
+    assert len(states["random_states"]) == RANKS
+    assert len(metrics(kept)) >= RANK_STEPS
+    for step in steps:
+        assert_same(tmp_path / str(step), kept, step)
