@@ -1,4 +1,4 @@
-"""As a script, `rank_resumes.py FOLDER FROM-TO ...`: runs that stop after 10 steps, and go on with other processes.
+"""Runs that stop after 10 steps, and go on with other processes, as FROM-TO says.
 
 FROM is `file` or `folder` (of FSDP2; `file_1`: of one process without it), TO a strategy, each with its processes.
 With FROM = `damaged` they are to refuse a folder in which one bit of the second process's file has changed.
@@ -7,7 +7,6 @@ With FROM = `damaged` they are to refuse a folder in which one bit of the second
 import functools
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import torch
@@ -69,7 +68,7 @@ def damage(path, name):
     (path / name).write_bytes(content)
 
 
-def main(folder, names):
+def main(folder, *names):
     prepare(folder)
     run_group(1, functools.partial(fit, folder, "whole", "one", 1))
     for name in names:
@@ -85,7 +84,3 @@ def main(folder, names):
             kind = "one" if start == "file_1" else kind
             run_group(int(count), functools.partial(fit, folder, start, kind, int(count), save=checkpoint))
         run_group(int(ranks), functools.partial(fit, folder, name, strategy, int(ranks), resume=checkpoint))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])

@@ -1,9 +1,4 @@
-"""A small run that writes sharded checkpoints; as a script: `FOLDER FAULT`.
-
-disturbed: see `disturb`. recorded: `calls-RANK.json` lists what the kernel was asked for, by two processes. refused:
-commands on checkpoints with a fault; `refused.json` has what they told, their exit code, and whether code in the
-checkpoint ran.
-"""
+"""A small run that writes sharded checkpoints."""
 
 import contextlib
 import errno
@@ -12,7 +7,6 @@ import json
 import os
 import pickle
 import shutil
-import sys
 import time
 import traceback
 import warnings
@@ -31,7 +25,7 @@ OPTIONS = (
 )
 
 
-def disturb() -> None:
+def disturbed(folder: Path) -> None:
     """In the second save the disk is full, and until the third one `last.ckpt` can neither be kept nor replaced."""
     sync, rename, written, refused = os.fsync, Path.rename, [], []
     warnings.simplefilter("always")
@@ -50,6 +44,13 @@ def disturb() -> None:
         return rename(path, target)
 
     os.fsync, Path.rename = fsync, renamed
+    run("fit", "--config", tiny_config(folder), *OPTIONS, "--run.keep_last=2")
+
+
+def recorded(folder: Path) -> None:
+    """`calls-RANK.json` lists what the kernel was asked for, by two processes."""
+    options = ("--config", tiny_config(folder), *OPTIONS, "--trainer.devices=2", "--trainer.max_steps=1")
+    run_group(2, record, folder, *options)
 
 
 def record(folder: Path, *options: object) -> None:
@@ -79,8 +80,12 @@ OTHER_MODELS = {
 }
 
 
-def refuse(folder: Path, *options: object) -> None:
-    options = (*options, "--model.network.num_layers=2", "--trainer.max_steps=1")
+COMMANDS = ("fit", "validate", "test", "predict")
+
+
+def refused(folder: Path) -> None:
+    """`refused.json` has what commands told of a fault, their exit code, and whether code in the checkpoint ran."""
+    options = ("--config", tiny_config(folder), *OPTIONS, "--model.network.num_layers=2", "--trainer.max_steps=1")
     run_group(1, run, "fit", *options)
     last = folder / "runs/tiny/v/checkpoints/last.ckpt"
     bad, told, trace = last.with_name("bad.ckpt"), folder / "told.json", folder / "trace"
@@ -90,7 +95,7 @@ def refuse(folder: Path, *options: object) -> None:
         shutil.rmtree(bad, ignore_errors=True)
         shutil.copytree(last, bad)
         WITHIN.get(fault, lambda bad, trace: None)(bad, trace)
-        for command in ("fit", "validate", "test", "predict"):
+        for command in COMMANDS if fault == "code" else ("fit", "test"):
             told.unlink(missing_ok=True)
             run_group(1, tell, told, command, *options, *OTHER_MODELS.get(fault, ()))
             results[f"{command} {fault}"] = (*json.loads(told.read_text()), trace.exists())
@@ -107,15 +112,3 @@ def tell(told: Path, *words: object) -> None:
         except Exception:
             traceback.print_exc()
     told.write_text(json.dumps((errors.getvalue().splitlines(), code)))
-
-
-if __name__ == "__main__":
-    folder, fault = Path(sys.argv[1]), sys.argv[2]
-    options = ("--config", tiny_config(folder), *OPTIONS)
-    if fault == "recorded":
-        run_group(2, record, folder, *options, "--trainer.devices=2", "--trainer.max_steps=1")
-    elif fault == "refused":
-        refuse(folder, *options)
-    else:
-        disturb()
-        run("fit", *options, "--run.keep_last=2")
