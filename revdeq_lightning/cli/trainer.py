@@ -43,7 +43,7 @@ from revdeq_lightning.runs.lock import LockedError, locked
 from revdeq_lightning.runs.random_state import ResumableRandomState
 from revdeq_lightning.runs.signals import STOP
 from revdeq_lightning.runs.stop_signal import SameStart, StopSignal
-from revdeq_lightning.tasks.recipe import deferred_weights
+from revdeq_lightning.tasks.base import deferred_weights
 
 
 class Parser(ReadableErrors, LightningArgumentParser):

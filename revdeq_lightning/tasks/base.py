@@ -2,13 +2,15 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import asdict
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from lightning import Callback, LightningModule
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 
 from revdeq_lightning.equilibrium import SolverStats, equilibria, jacobian_regularization, settle_checks
@@ -18,7 +20,21 @@ from revdeq_lightning.models.build import SolverConfig
 from revdeq_lightning.tasks.averaged_weights import AveragedWeights
 from revdeq_lightning.tasks.checkpoint_fit import changed_settings, check_weights, kept_settings
 from revdeq_lightning.tasks.optimizers import OptimizerConfig, WindowedPlateau, build_optimizer, build_scheduler
-from revdeq_lightning.tasks.recipe import Recipe, refuse_foreign
+
+_is_deferred: ContextVar[bool] = ContextVar("weights_deferred", default=False)
+
+
+@contextmanager
+def deferred_weights(enabled: bool = True) -> Iterator[None]:
+    """Context in which tasks build models on the meta device, without weights, until FSDP2 shards them.
+
+    Only the first process then ever holds the complete model, once, in CPU memory.
+    """
+    token = _is_deferred.set(enabled)
+    try:
+        yield
+    finally:
+        _is_deferred.reset(token)
 
 
 class TrainingOutput(NamedTuple):
@@ -79,8 +95,9 @@ class AbstractTask(LightningModule):
         settings = {"network": asdict(network), "solver": asdict(solver), "optimizer": asdict(optimizer), **others}
         self.save_hyperparameters(settings | {"compile": compile, "jacobian_weight": jacobian_weight}, logger=False)
         self.optimizer_config, self.jacobian_weight = optimizer, jacobian_weight
-        self._recipe = Recipe(partial(build, network, solver))
-        self.model = self._recipe.model()
+        self._build, self._random_state = partial(build, network, solver), torch.get_rng_state()
+        with torch.device("meta") if _is_deferred.get() else nullcontext():
+            self.model = self._build()
         layers = equilibria(self.model)
         if jacobian_weight and not layers:
             raise ValueError(f"jacobian_weight={jacobian_weight} needs a model with an equilibrium: remove it")
@@ -197,14 +214,23 @@ class AbstractTask(LightningModule):
                     f"model.jacobian_weight={self.jacobian_weight} evaluates f outside its layer, where FSDP2 keeps its"
                     " parameters sharded: use trainer.strategy=ddp"
                 )
-            shard(self.model, self._recipe)
+            shard(self.model, self._rebuild)
             return
-        refuse_foreign(strategy)
+        if isinstance(strategy, FSDPStrategy | DeepSpeedStrategy | ModelParallelStrategy):
+            raise ParallelismError(
+                f"{type(strategy).__name__} would shard f separately from its solver and lose its gradient: use"
+                " trainer.strategy=fsdp2 or ddp"
+            )
         if any(p.is_meta for p in self.model.parameters()):
             raise ParallelismError(
                 f"a model built within deferred_weights() has no weights without trainer.strategy=fsdp2, got"
                 f" {type(strategy).__name__}"
             )
+
+    def _rebuild(self) -> nn.Module:
+        """The model with its original initial weights; advances the generator past them."""
+        torch.set_rng_state(self._random_state)
+        return self._build()
 
     def configure_optimizers(self) -> Any:
         optimizer = build_optimizer(self.model, self.optimizer_config)

@@ -14,9 +14,11 @@ from torch.utils._pytree import tree_leaves
 from revdeq_lightning.distributed.sharding import fill_from_first_process, shard_equilibria
 from revdeq_lightning.equilibrium import MomentumSolver, ReversibleAdjoint
 from revdeq_lightning.models import ExplicitTransformerLM, TransformerConfig, TransformerLM
+from revdeq_lightning.models.build import SolverConfig
 from revdeq_lightning.processes import whole
-from revdeq_lightning.tasks.optimizers import MuonAdamW
-from revdeq_lightning.tasks.recipe import Recipe, deferred_weights
+from revdeq_lightning.tasks.base import deferred_weights
+from revdeq_lightning.tasks.language_modeling import LanguageModelingTask
+from revdeq_lightning.tasks.optimizers import MuonAdamW, OptimizerConfig
 from tests.helpers.modules import make_batch
 from tests.helpers.processes import run_on_ranks
 
@@ -92,13 +94,13 @@ def numel(parameter):
 def gradients_of_a_deferred_model():
     """Of a model that had no weights until it was sharded, and the random number drawn after it."""
     torch.manual_seed(3)
-    recipe = Recipe(lambda: TransformerLM(TransformerConfig(**SIZES), MomentumSolver(max_steps=3), ReversibleAdjoint()))
     with deferred_weights():
-        model = recipe.model()
+        task = LanguageModelingTask(TransformerConfig(**SIZES), SolverConfig(max_steps=3), OptimizerConfig())
+    model = task.model
     is_empty = all(p.is_meta for p in model.parameters())
     shard_equilibria(model, mesh())
     torch.manual_seed(torch.distributed.get_rank())  # whatever was drawn in between
-    fill_from_first_process(model, recipe, torch.device("cpu"))
+    fill_from_first_process(model, task._rebuild, torch.device("cpu"))
     return is_empty, state_of(model), torch.rand(2)
 
 

@@ -20,7 +20,7 @@ from revdeq_lightning.distributed.sharding import shard_equilibria
 from revdeq_lightning.distributed.strategies import EquilibriumDDP, EquilibriumFSDP2
 from revdeq_lightning.errors import ParallelismError
 from revdeq_lightning.processes import gathered, host_group, largest, summed
-from revdeq_lightning.tasks.recipe import deferred_weights, refuse_foreign
+from revdeq_lightning.tasks.base import deferred_weights
 from tests.helpers.modules import make_model
 from tests.helpers.processes import run_python
 from tests.helpers.runs import error_of, run, tiny_config, tiny_data, tiny_task, tiny_trainer
@@ -169,11 +169,14 @@ def test_what_is_on_the_host_goes_over_gloo_whatever_the_gpus_use():
     assert groups[0] is not groups[1]
 
 
-def test_strategies_that_would_shard_f_by_itself_are_refused_by_name():
-    refuse_foreign(EquilibriumDDP())
+def test_strategies_that_would_shard_f_by_itself_are_refused_by_name(tmp_path):
+    task = tiny_task(tiny_data(tmp_path))
+    task._trainer = SimpleNamespace(strategy=EquilibriumDDP())
+    task.configure_model()
     for strategy in (ModelParallelStrategy(), FSDPStrategy()):
+        task._trainer.strategy = strategy
         with pytest.raises(ParallelismError, match=rf"^{type(strategy).__name__} .*trainer.strategy=fsdp2"):
-            refuse_foreign(strategy)
+            task.configure_model()
 
 
 def test_a_sharding_unit_inside_an_equilibrium_is_refused_before_training(tmp_path):
