@@ -15,9 +15,8 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from revdeq_lightning.callbacks.config import DiagnosticsConfig
 from revdeq_lightning.callbacks.depth_sweep import DepthSweep
-from revdeq_lightning.checkpoints.best import BestCheckpoint
+from revdeq_lightning.checkpoints.callbacks import BestCheckpoint, LastCheckpoint
 from revdeq_lightning.checkpoints.io import AtomicCheckpointIO
-from revdeq_lightning.checkpoints.last import LastCheckpoint
 from revdeq_lightning.cli.checks import as_list, check_settings, load_weights
 from revdeq_lightning.cli.errors import fail, run_errors, setting_errors
 from revdeq_lightning.cli.parser import ReadableErrors

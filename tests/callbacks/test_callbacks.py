@@ -20,7 +20,7 @@ from revdeq_lightning.callbacks import (
     ResidualCurve,
     TextSamples,
 )
-from revdeq_lightning.checkpoints.last import LastCheckpoint
+from revdeq_lightning.checkpoints.callbacks import LastCheckpoint
 from revdeq_lightning.equilibrium import ReversibleSolver
 from revdeq_lightning.errors import RecordWarning
 from revdeq_lightning.loggers.csv_logger import ContinuedCSVLogger

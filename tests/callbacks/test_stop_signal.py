@@ -12,7 +12,7 @@ import pytest
 import torch
 from lightning import Callback, seed_everything
 
-from revdeq_lightning.checkpoints.last import LastCheckpoint
+from revdeq_lightning.checkpoints.callbacks import LastCheckpoint
 from revdeq_lightning.runs.signals import STOP, StopSignals
 from revdeq_lightning.runs.stop_signal import StopSignal
 from tests.helpers.processes import QUICK_PATH, run_python

@@ -9,10 +9,9 @@ import pytest
 import torch
 from lightning import Callback
 
-from revdeq_lightning.checkpoints.best import BestCheckpoint
+from revdeq_lightning.checkpoints.callbacks import BestCheckpoint, LastCheckpoint
 from revdeq_lightning.checkpoints.files import newest_good, steps_of
 from revdeq_lightning.checkpoints.io import AtomicCheckpointIO
-from revdeq_lightning.checkpoints.last import LastCheckpoint
 from tests.helpers.modules import Stranger, loader, trainer
 from tests.helpers.runs import kept_steps
 

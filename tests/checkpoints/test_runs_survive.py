@@ -11,8 +11,8 @@ import yaml
 from lightning import Callback
 
 from revdeq_lightning import checkpoints
+from revdeq_lightning.checkpoints.callbacks import LastCheckpoint
 from revdeq_lightning.checkpoints.files import read_checkpoint
-from revdeq_lightning.checkpoints.last import LastCheckpoint
 from revdeq_lightning.cli.image import ImageCommandLine
 from revdeq_lightning.cli.language import LanguageCommandLine
 from revdeq_lightning.errors import CheckpointError
@@ -278,7 +278,7 @@ def test_what_a_kill_at_the_end_left_too_many_goes_when_it_goes_on(whole):
 def test_they_are_written_by_the_clock(tmp_path, monkeypatch):
     """A clock of which each look takes a minute: one look a step, and one after each save."""
     seconds = iter(range(0, 10_000, 60))
-    monkeypatch.setattr(checkpoints.last, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    monkeypatch.setattr(checkpoints.callbacks, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
     fit(tmp_path, LastCheckpoint(keep_last=99, every_minutes=3), val_check_interval=9)
     assert kept_steps(tmp_path) == {"step-3": 3, "step-6": 6, "last": 9}
 

@@ -1,26 +1,129 @@
-"""`last.ckpt`: the newest state from which a run resumes exactly, also after a signal."""
+"""The callbacks that write checkpoints: the newest state, and the weights with the lowest validation loss."""
 
 import contextlib
 import itertools
+import math
 import os
 import re
 import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
 
-from revdeq_lightning.checkpoints.abstract import AbstractCheckpoint
-from revdeq_lightning.checkpoints.files import newest_good, remove, remove_leftovers, steps_of, try_folder
-from revdeq_lightning.checkpoints.names import BEST, LAST
+from revdeq_lightning.checkpoints.files import (
+    BETWEEN_STEPS,
+    contents,
+    newest_good,
+    remove,
+    remove_leftovers,
+    steps_of,
+    try_folder,
+)
+from revdeq_lightning.checkpoints.names import BEST, CHECKPOINTS, LAST
 from revdeq_lightning.equilibrium.validation import require_count, require_in_range
 from revdeq_lightning.errors import CheckpointError
 from revdeq_lightning.processes import largest
-from revdeq_lightning.tasks.training_step import is_logging_step, made_step, validation_follows
+from revdeq_lightning.tasks.training_step import is_logging_step, made_step, run_folder, validation_follows
 
 KEPT = re.compile(r"step-(\d+)\.ckpt")
+
+
+class AbstractCheckpoint(Checkpoint):
+    """Writes checkpoints under one name.
+
+    Args:
+        folder: Folder of the checkpoints; None for `checkpoints` in the run's folder.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, folder: str | Path | None) -> None:
+        self.folder = folder
+        self.path = Path()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            folder = self.folder or run_folder(trainer, None) / CHECKPOINTS
+            self.path = Path(trainer.strategy.broadcast(str(folder))) / self.name
+
+    def save(self, trainer: Trainer) -> OSError | None:
+        """Save, called by all processes; returns on all of them the error that prevented it, if any."""
+        trainer.save_checkpoint(self.path)
+        failures: dict[Path, OSError] = getattr(trainer.strategy.checkpoint_io, "failures", {})
+        return trainer.strategy.broadcast(failures.get(self.path))
+
+
+class BestCheckpoint(AbstractCheckpoint):
+    """Saves `best.ckpt` after each validation whose loss is lower than that of the existing file.
+
+    The loss is read from the file, because the folder may have been moved, the file removed, or the disk full. If the
+    file is newer than the checkpoint from which the run was resumed, the run repeats that validation, and the loss in
+    the checkpoint is used.
+
+    Weights validated between two optimizer steps are saved, too. A run resumed from such a file loses the gradients
+    accumulated so far, so `newest_good` chooses it only if there is no other.
+
+    Args:
+        folder: Folder of the checkpoints; None for `checkpoints` in the run's folder.
+        monitor: Key of the loss.
+    """
+
+    name = BEST
+
+    def __init__(self, folder: str | Path | None = None, *, monitor: str = "val/loss") -> None:
+        super().__init__(folder)
+        self.monitor = monitor
+        self.loss = math.inf
+        self._begin = 0
+        self._is_known = self._is_between_steps = False
+
+    def state_dict(self) -> dict[str, float]:
+        return {"loss": self.loss}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        self.loss = state_dict["loss"]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin, self._is_known = trainer.global_step, False
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn != "fit" or trainer.sanity_checking or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        if not self._is_known:
+            self.loss = trainer.strategy.broadcast(self._loss_of_file() if trainer.is_global_zero else math.inf)
+            self._is_known = True
+        loss = float(trainer.callback_metrics[self.monitor])
+        if not trainer.strategy.broadcast(loss < self.loss):
+            return
+        before, self.loss = self.loss, loss  # the file stores its own loss
+        self._is_between_steps = not made_step(trainer)
+        if self.save(trainer):
+            self.loss = before  # the file with that loss still exists
+        self._is_between_steps = False
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self._is_between_steps:
+            checkpoint[BETWEEN_STEPS] = True
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn == "fit" and checkpoint.get(BETWEEN_STEPS) and trainer.is_global_zero:
+            warnings.warn(
+                f"{trainer.ckpt_path} was written while gradients were being accumulated: those since step"
+                f" {checkpoint['global_step']} are lost, so this run will differ from an uninterrupted one",
+                stacklevel=2,
+            )
+
+    def _loss_of_file(self) -> float:
+        try:
+            content = contents(self.path)
+        except (CheckpointError, OSError):
+            return math.inf  # missing or damaged
+        loss = content.get("callbacks", {}).get(self.state_key, {}).get("loss")
+        return self.loss if loss is None or content["global_step"] > self._begin else float(loss)
 
 
 class LastCheckpoint(AbstractCheckpoint):
