@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from revdeq_lightning.distributed.sharding import fill_from_first_process, shard_equilibria
+from revdeq_lightning.distributed.strategies import fill_from_first_process, shard_equilibria
 from revdeq_lightning.equilibrium import MomentumSolver, ReversibleAdjoint
 from revdeq_lightning.models import ExplicitTransformerLM, TransformerConfig, TransformerLM
 from revdeq_lightning.models.build import SolverConfig

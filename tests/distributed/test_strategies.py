@@ -16,8 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed import fake_pg  # noqa: F401  # registers the backend "fake"
 
 from revdeq_lightning.distributed import strategies
-from revdeq_lightning.distributed.sharding import shard_equilibria
-from revdeq_lightning.distributed.strategies import EquilibriumDDP, EquilibriumFSDP2
+from revdeq_lightning.distributed.strategies import EquilibriumDDP, EquilibriumFSDP2, shard_equilibria
 from revdeq_lightning.errors import ParallelismError
 from revdeq_lightning.processes import gathered, host_group, largest, summed
 from revdeq_lightning.tasks.base import deferred_weights
