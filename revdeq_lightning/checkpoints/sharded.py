@@ -10,7 +10,7 @@ import math
 import shutil
 import warnings
 from collections import ChainMap
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -128,7 +128,8 @@ def load_into(state: dict[str, Any], path: Path, values: dict[str, Any], *, no_d
     """Fill a nested state: tensors from the folder, only this process's parts, and everything else from `values`.
 
     Raises:
-        CheckpointError: If something is missing, has a different shape, or cannot be read.
+        CheckpointError: If something is missing, has a different shape, or cannot be read, or the folder has other
+            weights, too.
     """
     held = held_tensors(path)
     tensors: dict[str, Any] = {}
@@ -144,6 +145,9 @@ def load_into(state: dict[str, Any], path: Path, values: dict[str, Any], *, no_d
             tensors[name] = value
         else:
             holder[key] = values[name]
+    others = [name for name in held if name.startswith(f"{WEIGHTS}.") and name not in tensors]
+    if WEIGHTS in state and others:
+        raise CheckpointError(f"the checkpoint does not fit the model, which has no {others[0]}: {path}")
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as requested
@@ -151,14 +155,6 @@ def load_into(state: dict[str, Any], path: Path, values: dict[str, Any], *, no_d
     except CheckpointException as error:  # not an `Exception`: it would end only this process
         rank, (reason, _) = next(iter(error.failures.items()))
         raise CheckpointError(f"{path} {reason_of(reason)} (found by process {rank})") from None
-
-
-def refuse_others(weights: Collection[str], path: Path) -> None:
-    """Raise `CheckpointError` if the folder has weights that the model does not have."""
-    prefix = f"{WEIGHTS}."
-    for name in held_tensors(path):
-        if name.startswith(prefix) and name.removeprefix(prefix) not in weights:
-            raise CheckpointError(f"the checkpoint does not fit the model, which has no {name}: {path}")
 
 
 def read_whole(path: Path, *names: str) -> dict[str, Any]:

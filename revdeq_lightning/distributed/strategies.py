@@ -34,15 +34,7 @@ from torch.optim import Optimizer
 from revdeq_lightning.checkpoints.files import fault_of_folder, other_checkpoint, read_checkpoint
 from revdeq_lightning.checkpoints.io import AtomicCheckpointIO
 from revdeq_lightning.checkpoints.names import REST, is_sharded_checkpoint
-from revdeq_lightning.checkpoints.sharded import (
-    TRAINED,
-    VALUES,
-    WEIGHTS,
-    held_tensors,
-    load_into,
-    refuse_others,
-    write_folder,
-)
+from revdeq_lightning.checkpoints.sharded import TRAINED, VALUES, WEIGHTS, held_tensors, load_into, write_folder
 from revdeq_lightning.equilibrium import EquilibriumLayer
 from revdeq_lightning.errors import CheckpointError, ParallelismError
 from revdeq_lightning.processes import gathered, host_group
@@ -220,7 +212,6 @@ class EquilibriumFSDP2(CheckedProcesses, ModelParallelStrategy):
         rest = read_checkpoint(path / REST)
         values = rest.pop(VALUES, {})
         weights: Any = get_model_state_dict(self._module)
-        refuse_others(weights, path)
         states: list[Any] = [get_optimizer_state_dict(self._module, optimizer) for optimizer in self.optimizers]
         held = held_tensors(path)
         trained = {name: torch.empty_like(w) for name, w in weights.items() if f"{TRAINED}.{name}" in held}

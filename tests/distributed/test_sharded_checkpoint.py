@@ -158,6 +158,11 @@ def test_another_model_is_told_in_one_line(checkpoint, name, words):
     assert "\n" not in str(caught.value)
 
 
+def test_weights_that_the_model_does_not_have_are_told(checkpoint):
+    with pytest.raises(CheckpointError, match=r"the model, which has no state_dict\.model\."):
+        load_into({"state_dict": {"model.head.weight": torch.zeros(17, 16)}}, checkpoint, {}, no_dist=True)
+
+
 def test_its_checksums_are_those_of_sha256sum(checkpoint):
     result = subprocess.run(
         ["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=checkpoint, capture_output=True, text=True, check=False
