@@ -83,6 +83,7 @@ def load(path: Path) -> tuple[Counted, nn.Module, Any]:
         sample = (torch.randn(1, 3, data["image_size"], data["image_size"]),)
         what = ("images", 1, IMAGE_BYTES)
     layers = [m for m in model.modules() if isinstance(m, EquilibriumLayer)]
+    matrices, *_ = group_parameters(model)
     counted = Counted(
         name=str(path),
         batch_size=data["batch_size"],
@@ -90,7 +91,7 @@ def load(path: Path) -> tuple[Counted, nn.Module, Any]:
         units=what[1],
         parameters=count(model.parameters()),
         layers=[count(layer.parameters()) for layer in layers],
-        matrices=count(group_parameters(model).matrices),
+        matrices=count(matrices),
         averaged=settings["model"]["optimizer"].get("ema_decay", 0) > 0,
         muon=settings["model"]["optimizer"]["optimizer"] == "muon",
         read_bytes=what[2],

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -175,24 +175,17 @@ class WindowedPlateau(ReduceLROnPlateau):
         self.num_values, self.total = 0, torch.zeros_like(self.total)
 
 
-class ParameterGroups(NamedTuple):
-    """Trainable parameters by their part in the model."""
+def group_parameters(model: nn.Module) -> tuple[list[nn.Parameter], ...]:
+    """Each trainable parameter in one of four lists.
 
-    matrices: list[nn.Parameter]
-    """Weights of the linear maps and convolutions, without the readout."""
-    embeddings: list[nn.Parameter]
-    readout: list[nn.Parameter]
-    """The model's `output_weight_VD`, unless it is the embedding."""
-    others: list[nn.Parameter]
-    """All small parameters."""
-
-
-def group_parameters(model: nn.Module) -> ParameterGroups:
-    """Each trainable parameter in one group."""
+    Returns:
+        Matrices (weights of linear maps and convolutions, without the readout), embeddings, readout (the model's
+        `output_weight_VD`, unless it is the embedding), and all others, which are small.
+    """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     matrices = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear | nn.Conv1d | nn.Conv2d)}
     readout = id(getattr(model, "output_weight_VD", None))
-    groups = ParameterGroups([], [], [], [])
+    groups: tuple[list[nn.Parameter], ...] = ([], [], [], [])
     for p in model.parameters():
         if p.requires_grad:
             kind = 1 if id(p) in embeddings else 2 if id(p) == readout else 0 if id(p) in matrices else 3

@@ -32,15 +32,14 @@ def step(model, optimizer, seed):
 @pytest.mark.parametrize("kind", ["modern", "paper", "explicit"])
 def test_every_parameter_is_in_exactly_one_group_and_muon_has_the_linear_maps_of_f(kind):
     model = make_model(kind)
-    groups = group_parameters(model)
-    ids = [id(p) for group in groups for p in group]
+    matrices, embeddings, readout, others = group_parameters(model)
+    ids = [id(p) for p in (*matrices, *embeddings, *readout, *others)]
     assert sorted(ids) == sorted(id(p) for p in model.parameters())
     inside = model.block if kind == "explicit" else model.equilibrium.f
     expected = {id(m.weight) for m in inside.modules() if isinstance(m, nn.Linear)}
-    assert {id(p) for p in groups.matrices} == expected
-    assert [id(p) for p in groups.readout] == [id(model.output_weight_VD)]
-    embeddings = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
-    assert {id(p) for p in groups.embeddings} == {id(p) for p in embeddings}
+    assert {id(p) for p in matrices} == expected
+    assert [id(p) for p in readout] == [id(model.output_weight_VD)]
+    assert {id(p) for p in embeddings} == {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
 
 
 class EarlierOptimizer(torch.optim.Optimizer):
