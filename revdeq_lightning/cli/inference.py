@@ -24,8 +24,9 @@ from revdeq_lightning.data.text.tokenizers import AbstractTokenizer, tokenizer_f
 from revdeq_lightning.equilibrium import settle_checks
 from revdeq_lightning.equilibrium.validation import require_count
 from revdeq_lightning.errors import CheckpointError
-from revdeq_lightning.models import AbstractClassifier, ClassifierConfig, ReasonerConfig, TransformerConfig
+from revdeq_lightning.models import ClassifierConfig, ReasonerConfig, TransformerConfig
 from revdeq_lightning.models.build import SolverConfig, build_image_classifier, build_language_model, build_reasoner
+from revdeq_lightning.models.classifier import AbstractClassifier
 from revdeq_lightning.models.generation import continue_text
 
 MODELS: dict[str, tuple[str, str, Any, Any]] = {

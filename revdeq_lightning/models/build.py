@@ -10,19 +10,11 @@ import docstring_parser
 from revdeq_lightning.equilibrium import AbstractAdjoint, AbstractSolver, ImplicitAdjoint
 from revdeq_lightning.equilibrium.adjoints import ADJOINTS
 from revdeq_lightning.equilibrium.solvers import SOLVERS
-from revdeq_lightning.models import (
-    AbstractClassifier,
-    ClassifierConfig,
-    ExplicitReasoner,
-    ExplicitTransformerLM,
-    Reasoner,
-    ReasonerConfig,
-    ResNet,
-    TransformerConfig,
-    TransformerLM,
-    build_classifier,
-)
+from revdeq_lightning.models.classifier import AbstractClassifier, ResNet, build_classifier
+from revdeq_lightning.models.config import ClassifierConfig, ReasonerConfig, TransformerConfig
 from revdeq_lightning.models.option_names import adjoint_option
+from revdeq_lightning.models.reasoner import ExplicitReasoner, Reasoner
+from revdeq_lightning.models.transformer import ExplicitTransformerLM, TransformerLM
 
 _DEFAULTS = {"max_steps": 8, "rtol": 0.0, "atol": 0.0, "checkpoint": False, "mismatch": "warn"}
 """All other options default to null, which selects the default of the solver or adjoint."""

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from revdeq_lightning.equilibrium import settle_checks
 from revdeq_lightning.equilibrium.validation import require_count, require_in_range
-from revdeq_lightning.models.cache import KeyValueCache
 from revdeq_lightning.models.transformer import AbstractLanguageModel
+from revdeq_lightning.models.transformer_blocks import KeyValueCache
 from revdeq_lightning.processes import is_sharded
 
 

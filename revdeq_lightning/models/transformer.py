@@ -21,11 +21,10 @@ from torch import Tensor, nn
 
 from revdeq_lightning.equilibrium import BackpropAdjoint, EquilibriumLayer, SolverStats
 from revdeq_lightning.equilibrium.validation import require_in_range
-from revdeq_lightning.models.cache import KeyValueCache
 from revdeq_lightning.models.config import TransformerConfig
 from revdeq_lightning.models.cross_entropy import IGNORE_INDEX, chunked_cross_entropy, corrected_loss
 from revdeq_lightning.models.linear import Linear
-from revdeq_lightning.models.transformer_blocks import MODERN_NORM_EPS, ModernBlock, make_block, rms_norm
+from revdeq_lightning.models.transformer_blocks import MODERN_NORM_EPS, KeyValueCache, ModernBlock, make_block, rms_norm
 
 
 class LMOutput(NamedTuple):

@@ -15,8 +15,9 @@ from revdeq_lightning.cli.inference import load_reasoner
 from revdeq_lightning.data.puzzles.kinds import Mazes
 from revdeq_lightning.data.puzzles.module import PuzzleBatch, PuzzleDataModule, build_kind, make_puzzle
 from revdeq_lightning.loggers.puzzle_pictures import COLORS, SolvedPuzzle, animate_maze, maze_pixels
-from revdeq_lightning.models import ReasonerConfig, ReasonerOutput
+from revdeq_lightning.models import ReasonerConfig
 from revdeq_lightning.models.build import SolverConfig
+from revdeq_lightning.models.reasoner import ReasonerOutput
 from revdeq_lightning.report.reasoning import solved_puzzles
 from revdeq_lightning.report.run_folder import read_run
 from revdeq_lightning.tasks.optimizers import OptimizerConfig

@@ -75,4 +75,4 @@ def test_what_watches_and_records_knows_no_model():
 def test_the_walk_sees_imports():
     graph = imports()
     assert "revdeq_lightning.equilibrium.solution" in graph["revdeq_lightning.equilibrium.layer"]  # relative
-    assert "revdeq_lightning.models.cache" in graph["revdeq_lightning.models.generation"]  # absolute
+    assert "revdeq_lightning.models.transformer" in graph["revdeq_lightning.models.generation"]  # absolute

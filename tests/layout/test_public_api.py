@@ -45,7 +45,7 @@ def test_every_exported_name_resolves(room):
     package = importlib.import_module(f"revdeq_lightning.{room}")
     assert package.__all__
     for name in package.__all__:
-        assert getattr(package, name).__name__ == name if name != "IGNORE_INDEX" else package.IGNORE_INDEX == -100
+        assert getattr(package, name).__name__ == name
     assert set(package.__all__) <= set(dir(package))
     with pytest.raises(AttributeError, match=f"module 'revdeq_lightning.{room}' has no attribute 'Nothing'"):
         package.Nothing  # noqa: B018
