@@ -10,6 +10,7 @@ write, fsync, link, rename, or removal. Every finished run is compared with an u
 
 import argparse
 import csv
+import itertools
 import json
 import os
 import random
@@ -21,7 +22,8 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 EVENTS = {"write": 500, "fsync": 12, "replace": 12, "link": 6, "unlink": 20}
 """Calls before which a kill occurs, and among how many of them it chooses."""
@@ -129,18 +131,27 @@ def _child(arguments: Sequence[str], log: Path, event: Any, disturb: Any) -> Non
 
 def _kill_before(kind: str, number: int) -> None:
     """Patch the functions that a save calls, so that the process is killed before the n-th call."""
+    calls = itertools.count(1)
+
+    def counted(own: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if next(calls) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return own(*args, **kwargs)
+
+        return call
+
+    if kind != "write":
+        setattr(os, kind, counted(getattr(os, kind)))
+        return
+    import torch
+
     from revdeq_lightning.checkpoints import files as checkpoints
 
-    holder: Any = checkpoints._Writer if kind == "write" else os
-    own, calls = getattr(holder, kind), [0]
+    def save(content: Any, file: Any) -> None:
+        torch.save(content, cast(Any, SimpleNamespace(write=counted(file.write), flush=file.flush)))
 
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        calls[0] += 1
-        if calls[0] == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return own(*args, **kwargs)
-
-    setattr(holder, kind, counted)
+    cast(Any, checkpoints).torch = SimpleNamespace(**vars(torch) | {"save": save})
 
 
 def _disturb_at(step: int, what: Callable[[], Any]) -> None:

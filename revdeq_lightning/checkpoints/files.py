@@ -14,7 +14,7 @@ import warnings
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 
@@ -56,13 +56,10 @@ def write_checkpoint(checkpoint: Any, path: str | Path) -> None:
     temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         with temporary.open("wb") as file:
-            writer = _Writer(file)
             try:
-                torch.save(checkpoint, cast(Any, writer))
-            except Exception:
-                if writer.error is not None:
-                    raise writer.error from None
-                raise
+                torch.save(checkpoint, file)
+            except RuntimeError as error:  # by which `torch.save` may replace the error of the file
+                raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
             file.flush()
             os.fsync(file.fileno())
         put_in_place(temporary, target)
@@ -279,25 +276,6 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-class _Writer:
-    """A file that keeps its own error, which `torch.save` replaces by another type."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
-        self.error: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        try:
-            return self.file.write(data)
-        except OSError as error:
-            self.error = self.error or error
-            raise
-
-    def flush(self) -> None:
-        if self.error is None:
-            self.file.flush()
 
 
 def reason_of(error: BaseException) -> str:
