@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from revdeq_lightning.data.text.windows import TextBatch
+from revdeq_lightning.data.text.module import TextBatch
 from revdeq_lightning.equilibrium.function import is_compiled
 from revdeq_lightning.metrics import LanguageMetrics
 from revdeq_lightning.models import TransformerConfig

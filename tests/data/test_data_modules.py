@@ -15,9 +15,8 @@ from revdeq_lightning.data.images.augmentation import AugmentationConfig
 from revdeq_lightning.data.images.module import ImageDataModule
 from revdeq_lightning.data.loading.sampler import IGNORE_INDEX
 from revdeq_lightning.data.puzzles.module import PuzzleDataModule
-from revdeq_lightning.data.text.module import TextDataModule
+from revdeq_lightning.data.text.module import TextDataModule, TokenWindows
 from revdeq_lightning.data.text.tokenizers import build_tokenizer
-from revdeq_lightning.data.text.windows import TokenWindows
 from tests.helpers.data import fit, make_folder, refused
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from revdeq_lightning.data.loading.sampler import IGNORE_INDEX
-from revdeq_lightning.data.text.windows import window_starts
+from revdeq_lightning.data.text.module import window_starts
 from tests.helpers.data import (
     ALL_FOR_TRAINING,
     PROSE,

@@ -6,7 +6,7 @@ import pytest
 import scipy.linalg
 import torch
 
-from revdeq_lightning.data.text.windows import TextBatch
+from revdeq_lightning.data.text.module import TextBatch
 from revdeq_lightning.models import ClassifierConfig, TransformerConfig
 from revdeq_lightning.models.build import SolverConfig
 from revdeq_lightning.tasks.classification import ClassificationTask
