@@ -14,8 +14,8 @@ from sklearn.datasets import load_digits
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2 as transforms
 
+from revdeq_lightning.data.images.batches import ImageTable, split_images, stratified_subset
 from revdeq_lightning.data.images.sources import KNOWN_STATISTICS, published_cifar
-from revdeq_lightning.data.images.tables import ImageTable, split_images, stratified_subset
 from tests.helpers.data import IMAGE_CLASSES as CLASSES, assert_same_splits, make_archive, make_folder, refused, split
 
 # Sources and splits

@@ -20,8 +20,8 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_warn
 from numpy.typing import NDArray
 
+from revdeq_lightning.data.images.batches import Content, ImageCollection, ImageSource, ImageTable
 from revdeq_lightning.data.images.decoding import IMAGE_SUFFIXES
-from revdeq_lightning.data.images.tables import Content, ImageCollection, ImageSource, ImageTable
 from revdeq_lightning.data.loading.files import (
     content_key,
     count_names,

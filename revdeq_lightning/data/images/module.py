@@ -20,9 +20,15 @@ from revdeq_lightning.data.images.augmentation import (
     augment_normalized,
     augment_pixels,
 )
-from revdeq_lightning.data.images.batches import DecodedImages, ImageBatch, PreparedImages
+from revdeq_lightning.data.images.batches import (
+    DecodedImages,
+    ImageBatch,
+    ImageCollection,
+    ImageSource,
+    PreparedImages,
+    split_images,
+)
 from revdeq_lightning.data.images.sources import IMAGE_SOURCES, KNOWN_STATISTICS, open_image_source
-from revdeq_lightning.data.images.tables import ImageCollection, ImageSource, split_images
 from revdeq_lightning.data.loading.array_cache import ArrayWriter, load_or_build
 from revdeq_lightning.data.loading.base import AbstractDataModule, digest
 from revdeq_lightning.data.loading.draws import shuffled_keys
