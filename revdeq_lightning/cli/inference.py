@@ -286,9 +286,8 @@ def predict_puzzles(
     """
     import numpy as np
 
-    from revdeq_lightning.data.puzzles.files import read_npz
     from revdeq_lightning.data.puzzles.kinds import checked
-    from revdeq_lightning.data.puzzles.module import build_kind
+    from revdeq_lightning.data.puzzles.module import build_kind, read_npz
 
     require_count("batch_size", batch_size)
     target = check_output(output)
