@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import pickle
+import resource
 import time
 
 import huggingface_hub.constants
@@ -13,6 +14,7 @@ from lightning import Callback
 
 from revdeq_lightning.data.images.augmentation import AugmentationConfig
 from revdeq_lightning.data.images.module import ImageDataModule
+from revdeq_lightning.data.loading.array_cache import load_or_build
 from revdeq_lightning.data.loading.sampler import IGNORE_INDEX
 from revdeq_lightning.data.puzzles.module import PuzzleDataModule
 from revdeq_lightning.data.text.module import TextDataModule, TokenWindows
@@ -184,3 +186,27 @@ def test_errors_of_the_cache_folder_name_the_setting(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=r"cache_dir=.*file/x cannot be written to: Not a directory; set data.cache_dir"):
         TextDataModule(cache_dir=str(tmp_path / "file/x")).setup("fit")
+
+
+@pytest.mark.parametrize("most_bytes", [100, 20_000])
+def test_a_full_disk_names_the_setting(tmp_path, most_bytes):
+    (tmp_path / "text.txt").write_text("A line of text.\n" * 1000)
+    data = TextDataModule("files", str(tmp_path / "text.txt"), context_length=8, cache_dir=str(tmp_path / "cache"))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, limits[1]))
+    try:
+        with refused(r"^cache_dir=\S+/cache cannot be written to: File too large; set data.cache_dir", OSError):
+            data.setup("fit")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"]
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied", "elsewhere/1"), ConnectionError("none")])
+def test_errors_of_what_is_read_do_not_name_the_setting(tmp_path, error):
+    def build(writer):
+        raise error
+
+    with pytest.raises(type(error)) as raised:
+        load_or_build(tmp_path / "a.arrays", build)
+    assert raised.value is error

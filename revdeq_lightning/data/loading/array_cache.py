@@ -1,12 +1,12 @@
 """Prepared data on disk: a folder of arrays, read as memory maps."""
 
+import errno
 import json
 import os
 import shutil
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, cast
@@ -16,6 +16,7 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 _INDEX = "index.json"
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class StoredArray:
@@ -63,7 +64,7 @@ class ArrayWriter:
     def append(self, name: str, part: NDArray[Any]) -> None:
         """Append rows to an array."""
         part = np.ascontiguousarray(part)
-        with written_to(self.folder.parent), (self.stored / name).open("ab") as file:
+        with (self.stored / name).open("ab") as file:
             file.write(part.data)
         _, shape = self._arrays.setdefault(name, (part.dtype.str, [0, *part.shape[1:]]))
         shape[0] += len(part)
@@ -72,10 +73,9 @@ class ArrayWriter:
     def finish(self, path: Path, metadata: dict[str, Any]) -> None:
         """Move what was written to `path`, all at once."""
         index = {"arrays": self._arrays, "checksums": self._checksums, "metadata": metadata}
-        with written_to(self.folder.parent):
-            (self.stored / _INDEX).write_text(json.dumps(index))
-            shutil.rmtree(path, ignore_errors=True)
-            os.replace(self.stored, path)
+        (self.stored / _INDEX).write_text(json.dumps(index))
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(self.stored, path)
 
 
 def load_or_build(path: Path, build: Callable[[ArrayWriter], dict[str, Any]]) -> ArrayCache:
@@ -87,34 +87,33 @@ def load_or_build(path: Path, build: Callable[[ArrayWriter], dict[str, Any]]) ->
     Args:
         path: Path of the folder, whose name must identify the content.
         build: Appends the arrays and returns JSON-serializable metadata.
+
+    Raises:
+        OSError: If it cannot be written; names the setting `cache_dir`.
     """
     if (cache := _read(path)) is None:
-        with ExitStack() as stack:
-            with written_to(path.parent):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(FileLock(f"{path}.lock"))
-            if (cache := _read(path, quiet=True)) is None:
-                for left in path.parent.glob(f".{path.name}.*"):
-                    shutil.rmtree(left, ignore_errors=True)
-                with written_to(path.parent):
-                    folder = stack.enter_context(TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent))
-                    writer = ArrayWriter(Path(folder))
-                writer.finish(path, build(writer))
-                cache = _read(path)
+        writer = None
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{path}.lock"):
+                if (cache := _read(path, quiet=True)) is None:
+                    for left in path.parent.glob(f".{path.name}.*"):
+                        shutil.rmtree(left, ignore_errors=True)
+                    with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+                        writer = ArrayWriter(Path(folder))
+                        writer.finish(path, build(writer))
+                    cache = _read(path)
+        except OSError as error:
+            is_inside = str(error.filename).startswith(f"{path.parent}{os.sep}")
+            if writer is not None and error.errno not in _NO_SPACE and not is_inside:
+                raise  # of what `build` reads
+            raise OSError(
+                f"cache_dir={path.parent} cannot be written to: {error.strerror or error}; set data.cache_dir to "
+                "another folder"
+            ) from None
     if cache is None:
         raise OSError(f"{path} cannot be read back after writing: check the disk, or set cache_dir to a different one.")
     return cache
-
-
-@contextmanager
-def written_to(folder: Path) -> Iterator[None]:
-    """Name the setting in errors of writing."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(
-            f"cache_dir={folder} cannot be written to: {error.strerror or error}; set data.cache_dir to another folder"
-        ) from None
 
 
 def _read(path: Path, quiet: bool = False) -> ArrayCache | None:

@@ -11,7 +11,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from revdeq_lightning.data.loading.array_cache import written_to
 from revdeq_lightning.data.loading.files import (
     SPLITS,
     dataset_errors,
@@ -218,8 +217,7 @@ class Passage(NamedTuple):
         end = 0
         with path.open("wb") as file:
             for text in texts:
-                with written_to(path.parent.parent):
-                    end += file.write(text.encode("utf-8"))
+                end += file.write(text.encode("utf-8"))
                 if min_bytes is not None and end >= min_bytes:
                     break
         return cls(path, 0, end)
