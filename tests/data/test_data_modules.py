@@ -4,7 +4,6 @@ import itertools
 import json
 import math
 import pickle
-import resource
 import time
 
 import huggingface_hub.constants
@@ -20,6 +19,7 @@ from revdeq_lightning.data.puzzles.module import PuzzleDataModule
 from revdeq_lightning.data.text.module import TextDataModule, TokenWindows
 from revdeq_lightning.data.text.tokenizers import build_tokenizer
 from tests.helpers.data import fit, make_folder, refused
+from tests.helpers.runs import limited_file_sizes
 
 
 @pytest.fixture(params=["text", "images in memory", "decoded images", "puzzles"])
@@ -192,13 +192,10 @@ def test_errors_of_the_cache_folder_name_the_setting(tmp_path):
 def test_a_full_disk_names_the_setting(tmp_path, most_bytes):
     (tmp_path / "text.txt").write_text("A line of text.\n" * 1000)
     data = TextDataModule("files", str(tmp_path / "text.txt"), context_length=8, cache_dir=str(tmp_path / "cache"))
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, limits[1]))
-    try:
-        with refused(r"^cache_dir=\S+/cache cannot be written to: File too large; set data.cache_dir", OSError):
-            data.setup("fit")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    says = r"^cache_dir=\S+/cache cannot be written to: File too large; set data.cache_dir"
+    with limited_file_sizes() as limit, refused(says, OSError):
+        limit(most_bytes)
+        data.setup("fit")
     assert not [path for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"]
 
 

@@ -17,6 +17,7 @@ from torchvision.transforms import v2 as transforms
 from revdeq_lightning.data.images.batches import ImageTable, split_images, stratified_subset
 from revdeq_lightning.data.images.sources import KNOWN_STATISTICS, published_cifar
 from tests.helpers.data import IMAGE_CLASSES as CLASSES, assert_same_splits, make_archive, make_folder, refused, split
+from tests.helpers.runs import limited_file_sizes
 
 # Sources and splits
 
@@ -227,7 +228,17 @@ def test_damaged_cifar_files_are_named(cifar, module):
     with refused(r"test\S* is damaged or a different file \(its MD5 is not \w+\): remove"):
         module(folder, source=source).setup("fit")
     archive.write_bytes(archive.read_bytes()[:-1])
-    with refused(r"python.tar.gz is damaged or a different file"):
+    shutil.rmtree(folder)
+    for path in (archive, archive.parent):
+        with refused(r"python.tar.gz is damaged or a different file"):
+            module(path, source=source).setup("fit")
+
+
+def test_a_full_temporary_folder_is_not_taken_for_the_cache(cifar, module):
+    source, _, _, _, archive = cifar
+    says = r"python.tar.gz cannot be unpacked into \S+ \(File too large\): set TMPDIR to another folder"
+    with limited_file_sizes() as limit, refused(says):
+        limit(30_000)
         module(archive, source=source).setup("fit")
 
 

@@ -77,46 +77,43 @@ def _read_cifar(source: str, path: Path, download: bool) -> ImageCollection:
     """Find `path/cifar-10-batches-py`, that folder itself, the archive, or its folder; else download to `path`."""
     from torchvision.datasets.utils import check_integrity, download_url, extract_archive
 
+    def intact(file: Path, md5: str) -> Path:
+        if not check_integrity(file, md5):
+            raise ValueError(f"{file} is damaged or a different file (its MD5 is not {md5}): remove it.")
+        return file
+
     published = published_cifar(source)
     root = path.parent if path.name == published.base_folder else path
     if (root / published.base_folder).is_dir():
-        return _unpacked_cifar(source, root)
-    archive = path if path.is_file() else path / published.filename
-    advice = (
-        f"put {published.filename} (MD5 {published.tgz_md5}) into {path}/, or try the embedded images: "
-        "make train-cifar CONFIG=configs/digits/default.yaml"
-    )
-    if not archive.is_file():
-        if not download:
-            raise FileNotFoundError(
-                f"no {published.base_folder}/ and no {archive.name} in {path} (download is false): {advice}"
-            )
-        try:
-            download_url(published.url, str(path), f"{archive.name}.part", published.tgz_md5)
-            archive.with_name(f"{archive.name}.part").rename(archive)
-        except (OSError, RuntimeError) as error:
-            archive.with_name(f"{archive.name}.part").unlink(missing_ok=True)
-            raise ConnectionError(f"cannot download {published.url} ({error}): {advice}") from None
-    if not check_integrity(archive, published.tgz_md5):
-        raise ValueError(f"{archive} is damaged or a different file (its MD5 is not {published.tgz_md5}): remove it.")
-    with TemporaryDirectory() as folder:
-        extract_archive(str(archive), folder)
-        return _unpacked_cifar(source, Path(folder))
-
-
-def _unpacked_cifar(source: str, root: Path) -> ImageCollection:
-    from torchvision.datasets.utils import check_integrity
-
-    published = published_cifar(source)
-    try:
-        splits = {"train": published(root, train=True), "test": published(root, train=False)}
-    except RuntimeError:  # wrong checksum
         files = [*published.train_list, *published.test_list, (published.meta["filename"], published.meta["md5"])]
-        paths = {root / published.base_folder / name: md5 for name, md5 in files}
-        path, md5 = next(item for item in paths.items() if not check_integrity(*item))
-        raise ValueError(f"{path} is damaged or a different file (its MD5 is not {md5}): remove it.") from None
-    tables = {split: _pixels_table(f"{source}/{split}", part.data, part.targets) for split, part in splits.items()}
-    return ImageCollection(list(splits["train"].classes), tables)
+        for name, md5 in files:
+            intact(root / published.base_folder / name, md5)
+        splits = {split: published(root, train=split == "train") for split in ("train", "test")}
+        tables = {split: _pixels_table(f"{source}/{split}", part.data, part.targets) for split, part in splits.items()}
+        return ImageCollection(list(splits["train"].classes), tables)
+    archive = path if path.is_file() else path / published.filename
+    if not archive.is_file():
+        advice = (
+            f"put {published.filename} (MD5 {published.tgz_md5}) into {path}/, or try the embedded images: "
+            "make train-cifar CONFIG=configs/digits/default.yaml"
+        )
+        if not download:
+            fault = f"no {published.base_folder}/ and no {archive.name} in {path} (download is false)"
+            raise FileNotFoundError(f"{fault}: {advice}")
+        part = archive.with_name(f"{archive.name}.part")
+        try:
+            download_url(published.url, str(path), part.name, published.tgz_md5)
+            part.rename(archive)
+        except (OSError, RuntimeError) as error:
+            part.unlink(missing_ok=True)
+            raise ConnectionError(f"cannot download {published.url} ({error}): {advice}") from None
+    with TemporaryDirectory() as folder:
+        try:
+            extract_archive(str(intact(archive, published.tgz_md5)), folder)
+        except OSError as error:
+            fault = f"{archive} cannot be unpacked into {folder} ({error.strerror})"
+            raise ValueError(f"{fault}: set TMPDIR to another folder, or unpack it where it is.") from None
+        return _read_cifar(source, Path(folder), download=False)
 
 
 def _read_huggingface(
