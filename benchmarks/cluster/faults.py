@@ -232,8 +232,7 @@ def run_all(options: argparse.Namespace) -> part.Result:
     warnings.simplefilter("ignore")
     warnings.filterwarnings("default", category=RecordWarning)
     importing = time.monotonic()
-    import revdeq_lightning.cli.image
-    import revdeq_lightning.cli.language  # noqa: F401  before the forks
+    import revdeq_lightning.cli.tasks  # noqa: F401  before the forks
 
     importing = time.monotonic() - importing
     with tempfile.TemporaryDirectory(prefix="faults-", ignore_cleanup_errors=True) as folder:

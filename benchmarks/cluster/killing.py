@@ -281,7 +281,7 @@ def main() -> None:
     parser.add_argument("--report", type=Path)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    import revdeq_lightning.cli.language  # noqa: F401  before the forks
+    import revdeq_lightning.cli.tasks  # noqa: F401  before the forks
 
     result = kill_and_go_on(options.config, options.folder, options.kills, options.seed, options.processes)
     text = json.dumps(result, indent=1)

@@ -31,11 +31,7 @@ SUBCOMMANDS = {
 
 # One command line per task; `lm` is the default. With one for all tasks and `class_path` in the file, a misspelled key
 # gave ten lines, "Does not validate against any of the Union subtypes ...", with the complete value.
-TASKS = {
-    "lm": ("language", "LanguageCommandLine"),
-    "image": ("image", "ImageCommandLine"),
-    "reasoning": ("reasoning", "ReasoningCommandLine"),
-}
+TASKS = {"lm": "LanguageCommandLine", "image": "ImageCommandLine", "reasoning": "ReasoningCommandLine"}
 
 FUNCTIONS = {
     "generate": ("inference", "generate_text"),
@@ -115,8 +111,9 @@ def main(args: Sequence[str] | None = None) -> None:
         else:
             options = with_config_of_checkpoint(options)
             check_options(task, subcommand, options)
-            module, name = TASKS[task]
-            getattr(importlib.import_module(f"revdeq_lightning.cli.{module}"), name).start(subcommand, options)
+            from revdeq_lightning.cli import tasks
+
+            getattr(tasks, TASKS[task]).start(subcommand, options)
     except KeyboardInterrupt:
         fail("interrupted", code=130)
 

@@ -13,8 +13,7 @@ from lightning import Callback
 from revdeq_lightning import checkpoints
 from revdeq_lightning.checkpoints.callbacks import LastCheckpoint
 from revdeq_lightning.checkpoints.files import read_checkpoint
-from revdeq_lightning.cli.image import ImageCommandLine
-from revdeq_lightning.cli.language import LanguageCommandLine
+from revdeq_lightning.cli.tasks import ImageCommandLine, LanguageCommandLine
 from revdeq_lightning.errors import CheckpointError
 from tests.helpers.data import tiny_image_config
 from tests.helpers.runs import (

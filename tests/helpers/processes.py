@@ -163,8 +163,7 @@ def _server() -> socket.socket:
 
 def _serve(descriptor: int) -> None:
     """Fork for each request, and tell the process and how it ended."""
-    import revdeq_lightning.cli.image
-    import revdeq_lightning.cli.language  # noqa: F401
+    import revdeq_lightning.cli.tasks  # noqa: F401
 
     control = socket.socket(fileno=descriptor)
     gc.freeze()  # no search through all of that, in each process

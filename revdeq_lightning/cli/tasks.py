@@ -1,4 +1,4 @@
-"""The language model's command line."""
+"""The command lines of the tasks; `image predict` and `reasoning predict` are in `inference.py`."""
 
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -6,15 +6,21 @@ from typing import Any, ClassVar, cast
 import torch
 from lightning.pytorch.cli import LightningArgumentParser
 
-from revdeq_lightning.callbacks.samples import TextSamples
+from revdeq_lightning.callbacks.samples import ImageSamples, TextSamples
 from revdeq_lightning.cli.errors import fail, setting_errors
 from revdeq_lightning.cli.inference import check_output, load_language_model, writing
 from revdeq_lightning.cli.trainer import AbstractCommandLine
+from revdeq_lightning.data.images.module import ImageDataModule
+from revdeq_lightning.data.puzzles.module import PuzzleDataModule
 from revdeq_lightning.data.text.module import TextDataModule
 from revdeq_lightning.models.generation import continue_text
 from revdeq_lightning.program import printable
-from revdeq_lightning.runs.folder import LanguageRunConfig
+from revdeq_lightning.report.classification import ClassificationReport
+from revdeq_lightning.report.reasoning import ReasoningReport
+from revdeq_lightning.runs.folder import ImageRunConfig, LanguageRunConfig, ReasoningRunConfig
+from revdeq_lightning.tasks.classification import ClassificationTask
 from revdeq_lightning.tasks.language_modeling import LanguageModelingTask
+from revdeq_lightning.tasks.reasoning import ReasoningTask
 
 
 class LanguageCommandLine(AbstractCommandLine):
@@ -31,7 +37,7 @@ class LanguageCommandLine(AbstractCommandLine):
 
     def link_sizes(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("data.context_length", "model.network.context_length")
-        parser.link_arguments("data", "model.network.vocab_size", compute_fn=vocab_size, apply_on="instantiate")
+        parser.link_arguments("data.vocab_size", "model.network.vocab_size", apply_on="instantiate")
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
@@ -70,6 +76,45 @@ class LanguageCommandLine(AbstractCommandLine):
         print(f"{nats.size:,} tokens, {nats.mean():.4f} nats per token, in {path}")
 
 
-def vocab_size(data: TextDataModule) -> int:
-    """Size of the data's vocabulary."""
-    return data.vocab_size
+class ImageCommandLine(AbstractCommandLine):
+    """`fit`, `validate` and `test` of the image classifiers."""
+
+    task_class, data_class = ClassificationTask, ImageDataModule
+    run_class = ImageRunConfig
+    figures: ClassVar[dict[str, str]] = {
+        "accuracy": "accuracy {:.2%}",
+        "top5_accuracy": "{:.2%} in the first five",
+        "loss": "{:.4f} nats per image",
+    }
+
+    def link_sizes(self, parser: LightningArgumentParser) -> None:
+        for size in ("num_classes", "num_channels"):
+            parser.link_arguments(f"data.{size}", f"model.network.{size}", apply_on="instantiate")
+
+    def task_callbacks(self) -> list[Any]:
+        every = self.diagnostics.samples_every_n_validations
+        samples = [ImageSamples(folder=self.run_config.path, every_n_validations=every)] if every else []
+        return [ClassificationReport(self.run_config.path), *samples]
+
+    def closing_split(self) -> str | None:
+        # Without test images, use the validation images, so that every run has image samples and a depth sweep.
+        return next((split for split in ("test", "validation") if split in self.datamodule.splits), None)
+
+
+class ReasoningCommandLine(AbstractCommandLine):
+    """`fit`, `validate` and `test` of the reasoners."""
+
+    task_class, data_class = ReasoningTask, PuzzleDataModule
+    run_class = ReasoningRunConfig
+    figures: ClassVar[dict[str, str]] = {
+        "solved": "{:.2%} solved",
+        "cell_accuracy": "{:.3%} of the cells right",
+        "evaluations": "{:.1f} evaluations of f per puzzle",
+    }
+
+    def link_sizes(self, parser: LightningArgumentParser) -> None:
+        for name in ("num_symbols", "num_answers", "shape"):
+            parser.link_arguments(f"data.{name}", f"model.network.{name}", apply_on="instantiate")
+
+    def task_callbacks(self) -> list[Any]:
+        return [ReasoningReport(self.run_config.path)]
