@@ -132,7 +132,7 @@ def _report(options: Sequence[str]) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, with metrics.csv")
     parser.add_argument("--output", metavar="FILE", help="default: RUN/report.html, or comparison.html above the runs")
     given = parser.parse_args(list(map(expanded, options)))
-    from revdeq_lightning.report import write_report
+    from revdeq_lightning.report.page import write_report
 
     try:
         print(f"Report in {write_report(given.runs, given.output)}")

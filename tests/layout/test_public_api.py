@@ -37,7 +37,7 @@ print(imported("wandb", "tensorboard", "datasets"))
     assert result.stdout.splitlines() == [f"{revdeq_lightning.__version__} []", "[] []", "[]"]
 
 
-ROOMS = ("callbacks", "loggers", "metrics", "models", "report", "runs")
+ROOMS = ("callbacks", "loggers", "metrics", "models")
 
 
 @pytest.mark.parametrize("room", ROOMS)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from revdeq_lightning.report import write_report
+from revdeq_lightning.report.page import write_report
 from tests.reporting.run_folders import whole_run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -7,7 +7,7 @@ from urllib.parse import unquote
 import pytest
 
 from revdeq_lightning.cli.main import main
-from revdeq_lightning.report import write_report
+from revdeq_lightning.report.page import write_report
 from tests.reporting.run_folders import FOLDER_STEPS as STEPS, training_rows, whole_run, write_metrics as metrics
 
 
