@@ -24,7 +24,9 @@ from revdeq_lightning.equilibrium import (
     settle_checks,
 )
 from revdeq_lightning.equilibrium.function import is_compiled
-from revdeq_lightning.runs.random_state import random_state, set_random_state
+from revdeq_lightning.processes import is_sharded
+from revdeq_lightning.runs.random_state import untouched_random_state
+from revdeq_lightning.state import exchanged
 
 Loss = Callable[[LightningModule, Any], Tensor]
 Gradients = dict[str, Tensor]
@@ -138,31 +140,19 @@ class Probe:
     @contextmanager
     def untraced(self) -> Iterator[None]:
         """Context in which calls of the module have no side effects."""
-        state = random_state()
         modules = list(self.module.modules())
         metrics = [(m, name, c) for m in modules for name, c in m.named_children() if isinstance(c, OWN_STATE)]
         dropouts = [m for m in modules if isinstance(m, nn.modules.dropout._DropoutNd) and m.training]
-        silenced = ("log", "log_dict")
+        changes: list[Any] = [((vars(self.module), name), lambda *_, **__: None) for name in ("log", "log_dict")]
+        changes += [((parent._modules, name), copy.deepcopy(metric)) for parent, name, metric in metrics]
+        changes += [((vars(dropout), "training"), self.dropout) for dropout in dropouts]
         eager = torch.compiler.set_stance("force_eager") if is_compiled(self.module) else nullcontext()
-        with eager:
+        with eager, untouched_random_state(), exchanged(changes):
             Probe.num_active += 1
             try:
-                for parent, name, metric in metrics:
-                    setattr(parent, name, copy.deepcopy(metric))
-                for dropout in dropouts:
-                    dropout.training = self.dropout
-                for name in silenced:
-                    self.module.__dict__[name] = lambda *args, **kwargs: None
                 yield
             finally:
                 Probe.num_active -= 1
-                for name in silenced:
-                    del self.module.__dict__[name]
-                for dropout in dropouts:
-                    dropout.training = True
-                for parent, name, metric in metrics:
-                    setattr(parent, name, metric)
-                set_random_state(state)
 
 
 def batch_size(batch: Any) -> int:
@@ -185,27 +175,20 @@ def reason_against(module: LightningModule, loss: Loss | None) -> str | None:
             f"the training_step of {type(module).__name__} steps the optimizer itself (automatic_optimization=False):"
             " pass loss=function(module, batch)"
         )
-    if torch.distributed.is_available():
-        from torch.distributed.tensor import DTensor
-
-        sharded = next((name for name, p in module.named_parameters() if isinstance(p, DTensor)), None)
-        if sharded is not None:
-            return f"parameter {sharded!r} is sharded: use one device or DDP"
+    if sharded := next((name for name, p in module.named_parameters() if is_sharded(p)), None):
+        return f"parameter {sharded!r} is sharded: use one device or DDP"
     return None
 
 
-@contextmanager
-def chosen_solvers(module: nn.Module, choose: Callable[[EquilibriumLayer], Choice] | None) -> Iterator[None]:
+def chosen_solvers(
+    module: nn.Module, choose: Callable[[EquilibriumLayer], Choice] | None
+) -> AbstractContextManager[None]:
     """Context in which every layer has the chosen solver and adjoint."""
-    layers = equilibria(module)
-    own = [(layer.solver, layer.adjoint) for layer in layers]
-    try:
-        for layer in layers if choose else []:
-            layer.solver, layer.adjoint = choose(layer)  # type: ignore[misc]
-        yield
-    finally:
-        for layer, (solver, adjoint) in zip(layers, own, strict=True):
-            layer.solver, layer.adjoint = solver, adjoint
+    changes: list[Any] = []
+    for layer in equilibria(module) if choose else []:
+        solver, adjoint = choose(layer)  # type: ignore[misc]
+        changes += [((vars(layer), "solver"), solver), ((vars(layer), "adjoint"), adjoint)]
+    return exchanged(changes)
 
 
 def _call_with(module: nn.Module, tensors: dict[str, Tensor], run: Callable[[], Any]) -> Any:
