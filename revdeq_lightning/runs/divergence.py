@@ -16,8 +16,8 @@ from revdeq_lightning.checkpoints.files import write_checkpoint
 from revdeq_lightning.equilibrium import DivergenceError, check_later, deferred_divergence, equilibria, settle_checks
 from revdeq_lightning.processes import gathered, largest, local, whole
 from revdeq_lightning.program import program
-from revdeq_lightning.runs.agreement import AGREEMENT
 from revdeq_lightning.runs.random_state import random_state
+from revdeq_lightning.runs.stop_signal import agree
 from revdeq_lightning.tasks.training_step import run_folder
 
 DIVERGED = "diverged"
@@ -95,7 +95,7 @@ class DivergenceGuard(Callback):
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         gradients = () if scaled else (p.grad for p in pl_module.parameters() if p.grad is not None)
         diverged = not all_finite([*self._losses, *norms(gradients)]) or bool(self._errors)
-        if AGREEMENT.reach(trainer, diverged):
+        if agree(trainer, diverged):
             self._end(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

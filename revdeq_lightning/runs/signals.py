@@ -37,10 +37,12 @@ class StopSignals:
     Attributes:
         received: Number of the signal that this process received, 0 if none.
         agreed: Number of the signal that all processes agreed on.
+        has_agreed: Whether they have exchanged this in the current batch.
     """
 
     def __init__(self) -> None:
         self.received = self.agreed = 0
+        self.has_agreed = False
         self._previous: dict[signal.Signals, Any] = {}
         self._wakeup: int | None = None
 

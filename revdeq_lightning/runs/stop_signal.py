@@ -7,10 +7,20 @@ from typing import Any, cast
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
+from revdeq_lightning.processes import largest
 from revdeq_lightning.program import say
-from revdeq_lightning.runs.agreement import AGREEMENT
 from revdeq_lightning.runs.signals import STOP, Stopped
 from revdeq_lightning.tasks.training_step import made_step
+
+
+def agree(trainer: Trainer, diverged: bool = False) -> bool:
+    """Tell all processes, which must call it, of a signal that one received; return whether any process diverged."""
+    if trainer.world_size == 1:
+        STOP.agreed = STOP.received
+        return diverged
+    anyones, STOP.agreed = largest([diverged, STOP.received])
+    STOP.has_agreed = True
+    return bool(anyones)
 
 
 class SameStart(Callback):
@@ -58,22 +68,22 @@ class StopSignal(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if threading.current_thread() is threading.main_thread():
             self._previous_interrupt = signal.signal(signal.SIGINT, self._interrupt)
-        AGREEMENT.reach(trainer)  # a signal received by now ends the run before its first step
+        agree(trainer)  # a signal received by now ends the run before its first step
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._end_if_asked()  # not earlier: Lightning logs the last step's metrics after its `on_train_batch_end`
-        AGREEMENT.is_reached = False
+        STOP.has_agreed = False
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if made_step(trainer) and not AGREEMENT.is_reached:
-            AGREEMENT.reach(trainer)
+        if made_step(trainer) and not STOP.has_agreed:
+            agree(trainer)
 
     def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
         if trainer.state.fn != "fit":
             self.on_test_batch_end(trainer)
 
     def on_test_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        AGREEMENT.reach(trainer)
+        agree(trainer)
         self._end_if_asked()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
