@@ -19,7 +19,6 @@ from safetensors import SafetensorError
 from revdeq_lightning.checkpoints.files import other_checkpoint, read_checkpoint
 from revdeq_lightning.checkpoints.names import is_sharded_checkpoint
 from revdeq_lightning.checkpoints.sharded import read_whole
-from revdeq_lightning.cli.parser import drop_removed
 from revdeq_lightning.data.text.tokenizers import AbstractTokenizer, tokenizer_from_state
 from revdeq_lightning.equilibrium import settle_checks
 from revdeq_lightning.equilibrium.validation import require_count
@@ -123,7 +122,6 @@ def read_trained(ckpt_path: str | Path, state: str) -> tuple[dict[str, Any], dic
         settings, weights, needed = (checkpoint[key] for key in ("hyper_parameters", "state_dict", state))
     except KeyError as error:
         raise CheckpointError(f"{ckpt_path} is not a checkpoint of {kind} (it has no {error})") from None
-    drop_removed(settings, "model.")
     return settings, {n.removeprefix("model."): w for n, w in weights.items() if n.startswith("model.")}, needed
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from revdeq_lightning.cli.errors import fail, nearest
-from revdeq_lightning.cli.parser import given_files, is_removed
+from revdeq_lightning.cli.parser import given_files
 from revdeq_lightning.models.option_names import OWN_OPTIONS, adjoint_option
 from revdeq_lightning.program import program
 
@@ -109,8 +109,6 @@ def _names_in(path: Path) -> Iterator[str]:
 
     def walk(settings: dict[Any, Any], prefix: str) -> Iterator[str]:
         for key, value in settings.items():
-            if is_removed(f"{prefix}{key}", value):
-                continue
             if isinstance(value, dict) and value:
                 yield from walk(value, f"{prefix}{key}.")
             else:

@@ -8,12 +8,6 @@ from typing import Any, NoReturn
 from revdeq_lightning.cli.errors import fail, nearest
 from revdeq_lightning.program import program
 
-REMOVED_SETTINGS: dict[str, Any] = {
-    **dict.fromkeys(("divergence", "run.keep_every_hours", "run.async_checkpoints"), ...),
-    "model.network.initial_state": "zero",
-}
-"""Settings of earlier versions, with the value that can be left out without a change of the run; `...` is any."""
-
 
 class ReadableErrors:
     """A parser mixin that reports errors in one line with the nearest valid key, without the usage of 200 options."""
@@ -96,39 +90,10 @@ def with_config_of_checkpoint(options: Sequence[str]) -> list[str]:
     if not checkpoints or any(map(describes_run, given_files(options, "--config", "-c"))):
         return list(options)
     if run := run_of_checkpoint(checkpoints[-1]):
-        return ["--config", _config_of_run(run), *options]
+        return ["--config", str(run / CONFIG), *options]
     if checkpoints[-1].suffix == ".ckpt" and checkpoints[-1].exists():
         fail(
             f"{checkpoints[-1]} is not in the folder of its run, so its settings are not known: set --config to the"
             f" run's {CONFIG}, or to the file of settings of its training"
         )
     return list(options)
-
-
-def _config_of_run(folder: Path) -> str:
-    """Path of a run's configuration, or its text without the removed settings if it has some."""
-    import yaml
-
-    from revdeq_lightning.cli.yaml_text import dump_yaml
-    from revdeq_lightning.runs.folder import CONFIG
-
-    path = folder / CONFIG
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return str(path)  # reported when it is parsed
-    return dump_yaml(settings) if isinstance(settings, dict) and drop_removed(settings) else str(path)
-
-
-def is_removed(name: str, value: Any) -> bool:
-    """Whether a setting of an earlier version can be left out without a change of the run."""
-    return name in REMOVED_SETTINGS and REMOVED_SETTINGS[name] in (..., value)
-
-
-def drop_removed(settings: dict[str, Any], prefix: str = "") -> bool:
-    """Remove the settings that `is_removed`, in place; return whether there were any."""
-    removed = [key for key, value in settings.items() if is_removed(f"{prefix}{key}", value)]
-    for key in removed:
-        del settings[key]
-    parts = [(key, value) for key, value in settings.items() if isinstance(value, dict)]
-    return any([bool(removed), *(drop_removed(value, f"{prefix}{key}.") for key, value in parts)])

@@ -8,7 +8,6 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 
 from revdeq_lightning.checkpoints.files import read_checkpoint
-from revdeq_lightning.cli.parser import drop_removed
 from revdeq_lightning.equilibrium import equilibria, settle_checks
 from revdeq_lightning.errors import CheckpointError
 from revdeq_lightning.runs.divergence import WEIGHTS
@@ -38,8 +37,10 @@ def replay(file: str, device: str = "cpu") -> str:
     content = read_checkpoint(file)
     if content.get("task") not in TASKS or "batches" not in content:
         raise CheckpointError(f"{file} is not a saved batch of a diverged run: use RUN/diverged/step-N/process-R.ckpt")
-    drop_removed(content["hyper_parameters"], "model.")
-    task = TASKS[content["task"]](**content["hyper_parameters"])
+    try:
+        task = TASKS[content["task"]](**content["hyper_parameters"])
+    except TypeError as error:
+        raise CheckpointError(f"{file} has settings that this version does not have: {error}") from None
     task.load_state_dict(read_checkpoint(Path(file).with_name(WEIGHTS))["state_dict"])
     task.to(device, WHOLE.get(content["precision"])).train()
     task.log = lambda *_, **__: None  # there is no trainer

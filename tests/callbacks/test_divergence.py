@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 
-from revdeq_lightning.checkpoints.files import read_checkpoint
+from revdeq_lightning.checkpoints.files import read_checkpoint, write_checkpoint
 from revdeq_lightning.cli.main import main
 from revdeq_lightning.cli.replay import replay
 from revdeq_lightning.runs.divergence import DivergedError, DivergenceGuard
@@ -98,6 +98,12 @@ def test_the_step_of_a_reasoner_can_be_run_again(tmp_path, capsys):
     assert told.endswith(" 0 not finite")
     loss = float(error.split("(loss ")[1].split(")")[0])
     assert float(told.split("loss ")[1].split(";")[0]) == pytest.approx(loss, rel=1e-3)
+    older = read_checkpoint(file)
+    older["hyper_parameters"]["network"]["initial_state"] = "zero"
+    write_checkpoint(older, file)
+    error = error_of(capsys, "replay", "--file", file)
+    assert "process-0.ckpt has settings that this version does not have" in error
+    assert "'initial_state'" in error
 
 
 def test_weights_that_overflowed_are_not_saved(tmp_path, capsys):
