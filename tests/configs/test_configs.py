@@ -1,4 +1,4 @@
-"""Every configuration builds at full size, and trains at a reduced one."""
+"""Every configuration builds at full size, and trains at a reduced one unless another with the same parts does."""
 
 from pathlib import Path
 
@@ -47,6 +47,11 @@ FULL = {
     "reasoning/sudoku9": ((10, 10, [9, 9]), 226_314),
     "reasoning/sudoku_extreme": ((10, 10, [9, 9]), 4_247_562),
 }
+# Only parsed, as their parts train in others: stages, ResNets, ImageNet's folder, the reversible solver, Sudokus.
+NOT_TRAINED = {
+    *("cifar100/modern", "cifar10/resnet_matched", "imagenet/resnet18"),
+    *("lm/tinyshakespeare_revdeq", "reasoning/sudoku4", "reasoning/sudoku9"),
+}
 FOLDERS = sorted({key.split("/")[0] for key in FULL})
 CONFIGS = [path for folder in FOLDERS for path in sorted(Path("configs", folder).glob("*.yaml"))]
 SMALL = {
@@ -68,7 +73,13 @@ SMALL_TASKS = {
     },
 }  # fmt: skip
 SAYS = {"lm": "step 2: val/loss", "image": "Test (", "reasoning": "2 of 2 gradients certified exact"}
-every_config = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+
+
+def key(path):
+    return f"{path.parent.name}/{path.stem}"
+
+
+every_config = pytest.mark.parametrize("path", CONFIGS, ids=key)
 
 
 def files(path):
@@ -83,13 +94,13 @@ def task(path):
 
 
 def test_there_are_the_configurations_that_the_readme_names():
-    assert [f"{path.parent.name}/{path.stem}" for path in CONFIGS] == list(FULL)
+    assert list(map(key, CONFIGS)) == list(FULL)
 
 
 @every_config
 def test_full_size_has_the_parameters_that_it_claims(path):
     settings = settings_of(files(path))
-    given, expected = FULL[f"{path.parent.name}/{path.stem}"]
+    given, expected = FULL[key(path)]
     network = settings["model"]["network"]
     solver = SolverConfig(**{k: float(v) if k == "rtol" else v for k, v in settings["model"]["solver"].items()})
     with torch.device("meta"):
@@ -116,20 +127,24 @@ def test_two_steps_at_reduced_size(path, tmp_path, capsys):
         options |= {"data.path": image_folder(tmp_path, num_images=4), "data.max_eval_images": 6}
     else:
         small = {"num_train": 4, "test_sizes": "[]", "path": "null"}
-        options |= {f"data.{key}": value for key, value in small.items() if key in settings["data"]}
+        options |= {f"data.{name}": value for name, value in small.items() if name in settings["data"]}
         if "path" in settings["data"]:
             options["data.num_train"] = 4
     command = [] if task(path) == "lm" else [task(path)]
     configs = [f"--config={file}" for file in files(path)]
-    run(*command, "fit", *configs, *(f"--{key}={value}" for key, value in options.items()))
+    words = [*command, "fit", *configs, *(f"--{name}={value}" for name, value in options.items())]
+    if key(path) in NOT_TRAINED:
+        with pytest.raises(SystemExit, match=r"^0$"):
+            run(*words, "--print_config")
+        return
+    run(*words)
     (folder,) = (tmp_path / "runs" / path.stem).iterdir()
     assert torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 2
     assert SAYS[task(path)] in capsys.readouterr().out
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["wikitext103", "wikitext103_modern"])
-def test_wikitext_in_a_local_folder_with_a_tokenizer_file(name, tmp_path, capsys):
+def test_wikitext_in_a_local_folder_with_a_tokenizer_file(tmp_path, capsys):
     folder = tmp_path / "wikitext"
     folder.mkdir()
     for split, count in (("train", 40_000), ("validation", 1000), ("test", 1000)):
@@ -143,7 +158,7 @@ def test_wikitext_in_a_local_folder_with_a_tokenizer_file(name, tmp_path, capsys
     }
     options |= {"data.path": folder, "data.tokenizer": tmp_path / "tokenizer.json", "run.folder": tmp_path}
     options |= {"data.cache_dir": tmp_path / "cache", "data.context_length": 448, "trainer.limit_val_batches": 2}
-    run("fit", f"--config=configs/lm/{name}.yaml", *(f"--{key}={value}" for key, value in options.items()))
+    run("fit", "--config=configs/lm/wikitext103_modern.yaml", *(f"--{key}={value}" for key, value in options.items()))
     assert "step 2: val/loss" in capsys.readouterr().out
 
 
