@@ -24,13 +24,9 @@ Content = bytes | NDArray[np.uint8]
 
 
 class ImageTable(NamedTuple):
-    """Labeled images of one split: image i is `read(places[i])`.
+    """Labeled images of one split: image i is `read(places[i])`, also in worker processes, to which `read` is pickled.
 
-    Attributes:
-        names: Bytes, independent of the location of the data; they determine the split of an image.
-        labels: Classes, int64.
-        places: Locations for `read`.
-        read: Returns one image. Picklable, so that worker processes can read.
+    The names are independent of the location of the data; they determine the split of an image.
     """
 
     names: NDArray[np.bytes_]
@@ -42,7 +38,6 @@ class ImageTable(NamedTuple):
         return len(self.labels)
 
     def take(self, indices: NDArray[np.int64]) -> "ImageTable":
-        """The table of only these images."""
         return ImageTable(self.names[indices], self.labels[indices], self.places[indices], self.read)
 
 
@@ -55,13 +50,7 @@ class ImageCollection(NamedTuple):
 
 
 class ImageSource(NamedTuple):
-    """Images that have not been listed yet.
-
-    Attributes:
-        key: Computes an identifier of the content; may read all of it.
-        open: Lists the images.
-        channels: 1 gray, 3 RGB.
-    """
+    """Images that `open` lists; `key` identifies their content and may read all of it; 1 channel is gray, 3 are RGB."""
 
     key: Callable[[], str]
     open: Callable[[], ImageCollection]
@@ -156,14 +145,9 @@ class PreparedImages(Dataset[ImageBatch]):
 class DecodedImages(Dataset[ImageBatch]):
     """Images that are decoded on demand. Indices continue through the epochs if `training`.
 
-    Args:
-        table: The images.
-        sizes: Target size of each image.
-        training: Whether this is the training split.
-        crop_scale: In training, range of the area fraction of a random crop; None: center crop.
-        seed: Seed of the random crop.
-        skip_undecodable: Whether an image that cannot be decoded is replaced by a black one with `IGNORE_INDEX`;
-            `take_skipped` names it, also from worker processes.
+    `crop_scale` is the range of the area fraction of a random crop in training; None: center crop. With
+    `skip_undecodable`, an image that cannot be decoded is replaced by a black one with `IGNORE_INDEX`, and
+    `take_skipped` names it, also from worker processes.
     """
 
     def __init__(
@@ -241,12 +225,9 @@ class PreprocessedFiles(NamedTuple):
 def preprocess_files(
     paths: Iterable[str | os.PathLike[str]], state: dict[str, Any], *, undecodable: Literal["raise", "skip"] = "raise"
 ) -> PreprocessedFiles:
-    """Decode files for prediction exactly as evaluation does.
+    """Decode the files of one batch as evaluation does, by `ImageDataModule.preprocessing_state()` of a checkpoint.
 
-    Args:
-        paths: Image files of one batch.
-        state: `ImageDataModule.preprocessing_state()`, which a checkpoint contains.
-        undecodable: "raise" an error for a file that cannot be decoded, or "skip" it with a warning that names it.
+    For a file that cannot be decoded, "raise" an error, or "skip" it with a warning that names it.
     """
     files = [Path(path) for path in paths]
     names, numbers = np.array([os.fsencode(file) for file in files]), np.arange(len(files))

@@ -49,10 +49,8 @@ def decode_image(content: bytes | NDArray[np.uint8], name: str, channels: int) -
 
     The EXIF orientation is applied. Gray is converted to RGB by repetition and RGB to gray by luma; palette and CMYK
     are converted; transparency is dropped; an animation keeps its first frame. 16-bit gray keeps the upper 8 bits, or
-    those of 12 if no pixel of the file needs more (microscopes, X-ray). Pixels without a fixed range are refused.
-
-    Raises:
-        UndecodableImageError: If it is not an image, or damaged; the message names it.
+    those of 12 if no pixel of the file needs more (microscopes, X-ray). Pixels without a fixed range, and what is no
+    image or damaged, raise UndecodableImageError, which names it.
     """
     try:
         if isinstance(content, np.ndarray):
@@ -110,11 +108,7 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
 
 
 def find_images(path: str | os.PathLike[str]) -> list[Path]:
-    """An image file, or the images in a folder and its subfolders without hidden ones, sorted by name.
-
-    Raises:
-        FileNotFoundError: If there are none.
-    """
+    """An image file, or those in a folder and its subfolders without hidden ones, by name; else FileNotFoundError."""
     root = Path(path)
     if root.is_file():
         return [root]

@@ -39,7 +39,6 @@ class StoredArray:
 
     @property
     def array(self) -> NDArray[Any]:
-        """The memory map."""
         self.open()
         return cast(NDArray[Any], self._map)
 
@@ -62,7 +61,6 @@ class ArrayWriter:
         self._checksums: dict[str, str] = {}
 
     def append(self, name: str, part: NDArray[Any]) -> None:
-        """Append rows to an array."""
         part = np.ascontiguousarray(part)
         with (self.stored / name).open("ab") as file:
             file.write(part.data)
@@ -79,17 +77,11 @@ class ArrayWriter:
 
 
 def load_or_build(path: Path, build: Callable[[ArrayWriter], dict[str, Any]]) -> ArrayCache:
-    """Read the arrays from `path`, or build and store them there.
+    """Read the arrays from the folder `path`, whose name must identify the content, or build and store them there.
 
-    One process builds while the others wait. The arrays appear complete or not at all; damaged ones are reported and
-    rebuilt, and what an interrupted process left is deleted.
-
-    Args:
-        path: Path of the folder, whose name must identify the content.
-        build: Appends the arrays and returns JSON-serializable metadata.
-
-    Raises:
-        OSError: If it cannot be written; names the setting `cache_dir`.
+    `build` appends them and returns JSON-serializable metadata. One process builds while the others wait. The arrays
+    appear complete or not at all; damaged ones are reported and rebuilt, and what an interrupted process left is
+    deleted. If the folder cannot be written, the error names the setting `cache_dir`.
     """
     if (cache := _read(path)) is None:
         writer = None

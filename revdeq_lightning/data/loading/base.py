@@ -49,10 +49,7 @@ class AbstractDataModule(LightningDataModule):
 
     @abstractmethod
     def _order_settings(self) -> dict[str, Any]:
-        """Settings that determine the training order besides the global batch size, and checksums of the data.
-
-        Plain containers; only checksums that require no extra pass over the data.
-        """
+        """Settings of the order, except the global batch size, and checksums that need no extra pass over the data."""
 
     def prepare_data(self) -> None:
         self._prepared()
@@ -102,11 +99,7 @@ class AbstractDataModule(LightningDataModule):
         return {"position": position, "order": order, "world_size": world_size}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue at this position. A different number of processes shares the same global batches.
-
-        Raises:
-            CheckpointError: If the number of processes does not divide the global batch.
-        """
+        """Continue at this position; CheckpointError if the number of processes does not divide the global batch."""
         self._resumed = dict(state_dict) if state_dict["position"] else {}
         if self._resumed:
             self._keep_global_batch(state_dict)
@@ -125,7 +118,6 @@ class AbstractDataModule(LightningDataModule):
             require_count(name, self.hparams[name], at_least=0)
 
     def _announce(self) -> None:
-        """Print once what was found."""
         if self._announced:
             return
         self._announced = True

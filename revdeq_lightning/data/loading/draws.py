@@ -5,11 +5,7 @@ from numpy.typing import NDArray
 
 
 class Draws:
-    """Random numbers, a pure function of a key, with any version of NumPy.
-
-    Args:
-        key: Integers, not negative.
-    """
+    """Random numbers, a pure function of a key of integers, not negative, with any version of NumPy."""
 
     def __init__(self, *key: int) -> None:
         self._bits = np.random.PCG64(np.random.SeedSequence(key))

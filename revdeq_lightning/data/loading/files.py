@@ -137,8 +137,7 @@ def read_blocks(path: Path) -> Iterator[bytes]:
 def read_text(path: Path) -> Iterator[str]:
     """Text of a file in parts: UTF-8, or UTF-16 or UTF-32 with a byte order mark, without the mark.
 
-    Raises:
-        ValueError: If it is anything else; the message says what it seems to be.
+    For anything else, ValueError says what it seems to be.
     """
     blocks = read_blocks(path)
     start = block = next(blocks, b"")
@@ -212,8 +211,7 @@ def hub_is_reachable() -> bool:
 def hub_file(repository: str, name: str, advice: str, repo_type: str = "model") -> Path | None:
     """A file of a repository of the Hub, from the local cache if it is there; None if the repository lacks it.
 
-    Raises:
-        ConnectionError: If it cannot be fetched; ends with the advice.
+    If it cannot be fetched, ConnectionError ends with the advice.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError

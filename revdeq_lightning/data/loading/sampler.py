@@ -25,15 +25,9 @@ class ResumableBatchSampler(Sampler[list[int]]):
 
     Global batch b is `order(epoch)[b * G : (b + 1) * G]` with `G = batch_size * world_size`; the ranks take
     consecutive shares of it. The ranks never share an item, and one process with batch size G sees the same batches.
-
-    Args:
-        num_items: Number of items per epoch, the length of `order(epoch)`.
-        batch_size: Items per rank.
-        order: Indices of one epoch, a pure function of the epoch. None: `0 ... num_items - 1`.
-        rank: Rank of this process.
-        world_size: Number of processes that share the items.
-        drop_last: True (training): only complete global batches. False (evaluation): every item exactly once; the last
-            batch may be smaller and is padded with `PADDING` to a multiple of the number of ranks. Never wraps around.
+    `order` is a pure function of the epoch; None: `0 ... num_items - 1`. With `drop_last` (training) there are only
+    complete global batches; otherwise (evaluation) every item occurs exactly once, and the last batch may be smaller
+    and is padded with `PADDING` to a multiple of the number of ranks. Never wraps around.
     """
 
     def __init__(
@@ -59,7 +53,6 @@ class ResumableBatchSampler(Sampler[list[int]]):
         self.epoch, self.start_batch = 0, 0
 
     def set_position(self, epoch: int, batch: int) -> None:
-        """Start the next iteration at batch `batch` of epoch `epoch`."""
         self.epoch, self.start_batch = epoch, batch
 
     def __len__(self) -> int:
@@ -98,13 +91,7 @@ class ResumableLoader:
     with them. Otherwise, each complete iteration advances the epoch by one.
 
     Iterations do not draw from the global random state, so restoring that state in the middle of an epoch is exact.
-
-    Args:
-        dataset: `dataset[list of indices]` is a batch; the indices may include `PADDING`.
-        batch_sampler: Indices of each batch, in order.
-        num_workers: Number of processes that prefetch batches, until `close`.
-        pin_memory: Put batches into page-locked memory (for CUDA).
-        trainer: Trainer that determines the position in training. None for evaluation.
+    `dataset[list of indices]` is a batch; the indices may include `PADDING`. The workers run until `close`.
     """
 
     def __init__(
@@ -157,7 +144,6 @@ class ResumableLoader:
         return {"epoch": epoch, "batch": batch}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Start the next iteration at this position."""
         whole_epochs, self.start_batch = divmod(state["batch"], len(self))
         self.epoch, self.next_batch = state["epoch"] + whole_epochs, self.start_batch
 

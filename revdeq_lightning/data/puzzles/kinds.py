@@ -336,8 +336,7 @@ def checked(
 ) -> tuple[Array, Array]:
     """The puzzles of a file, if all are puzzles of this kind and their targets, where all cells count, solutions.
 
-    Raises:
-        ValueError: Names the first that is not.
+    Otherwise, ValueError names the first that is not.
     """
     inputs, targets = arrays
     ndim = 1 + len(kind.shape(1))

@@ -288,12 +288,7 @@ def divide(kind: AbstractKind, arrays: Arrays, fractions: Mapping[str, float]) -
 
 
 def read_npz(path: str | Path, *, need_targets: bool = True) -> Arrays:
-    """Read the arrays `inputs` and `targets` of an npz archive; missing targets become targets that do not count.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is not an archive of such arrays.
-    """
+    """Read the integer arrays `inputs` and `targets` of an archive; missing targets become some that do not count."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"no file {path}: use an npz archive with the integer arrays inputs and targets")
     try:
@@ -322,14 +317,8 @@ def read_npz(path: str | Path, *, need_targets: bool = True) -> Arrays:
 def read_sudoku_tables(path: str, most: Mapping[str, int | None]) -> dict[str, Arrays]:
     """Read the splits of a data set with columns `question` and `answer` of 81 characters, digits or empty cells.
 
-    Args:
-        path: Of the hub, such as `sapientinc/sudoku-extreme`, or a folder with its `train.csv` and `test.csv`.
-        most: How many rows to read of each split; None: all.
-
-    Raises:
-        FileNotFoundError: If there is no train.csv.
-        ConnectionError: If the hub cannot be reached.
-        ValueError: If a table does not hold Sudokus.
+    `path` is one of the hub, such as `sapientinc/sudoku-extreme`, or a folder with its `train.csv` and `test.csv`;
+    `most` is the number of rows to read of each split, None: all.
     """
     files = {split: _table(path, split) for split in ("train", "test")}
     if files["train"] is None:

@@ -224,7 +224,6 @@ class Passage(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """Size of the text."""
         return self.end - self.start
 
     def blocks(self) -> Iterator[str]:

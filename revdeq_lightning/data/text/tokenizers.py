@@ -41,7 +41,6 @@ class AbstractTokenizer(ABC):
         """State for `tokenizer_from_state`, in plain containers."""
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`."""
         return [i for ids in self.encode_parts([text]) for i in ids.tolist()]
 
     def decode(self, ids: Sequence[int] | NDArray[np.int64]) -> str:
@@ -111,11 +110,7 @@ class CharacterTokenizer(AbstractTokenizer):
 class BytePairTokenizer(AbstractTokenizer):
     """Byte-level byte-pair encoding as in GPT-2: merges of bytes, so that every text can be encoded.
 
-    Args:
-        definition: JSON of the `tokenizers` library.
-
-    Raises:
-        ValueError: If the definition is not a byte-level BPE that reproduces every text.
+    ValueError if the definition, JSON of the `tokenizers` library, is not a byte-level BPE that reproduces every text.
     """
 
     def __init__(self, definition: str) -> None:
