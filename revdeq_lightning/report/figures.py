@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from revdeq_lightning.loggers.plots import number
-from revdeq_lightning.report.panels import GRADIENT_ERRORS, UNITS
+from revdeq_lightning.report.panels import UNITS
 from revdeq_lightning.report.run_folder import Run
 
 
@@ -20,7 +20,7 @@ class Figure(NamedTuple):
 
 def figures(run: Run) -> dict[str, Figure]:
     """All figures of the run's files by name, the result first."""
-    found = (_result(run), _certificate(run), _evaluations(run), _time(run), _gradient_error(run), _contraction(run))
+    found = (_result(run), _certificate(run), _evaluations(run), _time(run))
     return {figure.name: figure for figure in found if figure}
 
 
@@ -94,25 +94,6 @@ def _time(run: Run) -> Figure | None:
         total = float(np.average(seconds.values[known], weights=windows[known])) * steps
         return Figure("time of training", duration(total), ", ".join([f"{steps:,} steps", *parts]))
     return Figure("steps of training", f"{steps:,}", ", ".join(parts)) if steps else None
-
-
-def _gradient_error(run: Run) -> Figure | None:
-    errors = {name: run[f"gradient_error/{of}/relative_l2"].finite for of, name in GRADIENT_ERRORS.items()}
-    largest = [(name, number(float(found.max()))) for name, found in errors.items() if found.size]
-    if not largest:
-        return None
-    (name, value), *others = largest
-    return Figure(f"largest gradient error {name}", value, ", ".join(f"{error} {other}" for other, error in others))
-
-
-def _contraction(run: Run) -> Figure | None:
-    radii = run["equilibrium/spectral_radius"].finite
-    if not radii.size:
-        return None
-    detail = f"{number(float(radii[-1]))} at the end"
-    if is_bad := bool(radii.max() >= 1):
-        detail += ": from 1 on more steps bring the state no closer"
-    return Figure("largest spectral radius of df/dz", number(float(radii.max())), detail, is_bad)
 
 
 def duration(seconds: float) -> str:
