@@ -3,7 +3,6 @@
 import base64
 import json
 import os
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,23 +159,17 @@ def read_run(folder: Path, label: str) -> Run:
 
 
 def read_metrics(path: Path, notes: list[str]) -> dict[str, Series]:
-    """Read the series of each key, with steps counted from 1. Problems are added to the notes."""
+    """Read the series of each key, with steps counted from 1; add to the notes where values are not finite."""
     points: dict[str, list[tuple[int, float]]] = {}
-    left_out: Counter[str] = Counter()
-    for row in read_rows(path):
-        step = row.pop("step", None)
-        if not step:
-            left_out["rows without a step"] += 1
-            continue
-        for key, text in row.items():
-            if not key or not text:
-                continue
-            try:
-                points.setdefault(key, []).append((int(step) + 1, float(text)))
-            except ValueError:
-                left_out[f"texts as values of {key}"] += 1
-    notes += [f"{path.name}: {what}, left out: {count:,}" for what, count in left_out.items()]
-    series = {key: Series(*map(np.array, zip(*rows, strict=True))) for key, rows in sorted(points.items()) if rows}
+    try:
+        for row in read_rows(path):
+            step = int(row.pop("step")) + 1
+            for key, text in row.items():
+                if text:
+                    points.setdefault(key, []).append((step, float(text)))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not a table of numbers by their step: {error!r}") from None
+    series = {key: Series(*map(np.array, zip(*rows, strict=True))) for key, rows in sorted(points.items())}
     for key, curve in series.items():
         if missing := len(curve.values) - len(curve.finite):
             first = curve.steps[~np.isfinite(curve.values)][0]

@@ -121,8 +121,6 @@ def test_gradients_that_are_not_exact_are_bad_news(tmp_path):
         ([{"step": 9, "train/loss": 2.5}], "nats per sample (training, newest) 2.5000", ["loss [nats per sample]"]),
         ([{"step": 9, "val/accuracy": 0.25}], "accuracy (validation, newest) 25.00%", ["accuracy"]),
         ([{"step": 9, "train/loss": "nan"}], "train/loss: 1 of 1 values are not finite, the first at step 10", []),
-        ([{"step": 9, "my/loss": 1, "remark": "slow"}], "texts as values of remark, left out: 1", ["my/loss"]),
-        ([{"step": 9, "my/loss": 1}, {"my/loss": 2}], "rows without a step, left out: 1", ["my/loss"]),
         ([{"step": 9, "val/loss": "nan"}, {"step": 19, "val/loss": 2}], "best loss 2.0000, at step 20", None),
     ],
 )
@@ -130,6 +128,13 @@ def test_a_run_with_little_in_its_folder(tmp_path, rows, words, panels):
     page = page_of(metrics(tmp_path / "v", rows))
     assert words in page.text
     assert panels is None or titles(page) == panels
+
+
+@pytest.mark.parametrize("rows", [[{"step": 9, "remark": "slow"}], [{"step": 9, "loss": 1}, {"loss": 2}]])
+def test_values_that_are_no_numbers_or_have_no_step_are_told(tmp_path, rows):
+    folder = metrics(tmp_path / "v", rows)
+    with pytest.raises(ValueError, match=r"v/metrics\.csv is not a table of numbers by their step: "):
+        write_report([folder])
 
 
 def test_runs_side_by_side_show_what_differs(tmp_path):
