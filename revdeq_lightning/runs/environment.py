@@ -33,7 +33,7 @@ def describe_environment(num_processes: int = 1) -> dict[str, Any]:
             versions[name] = metadata.version(name)
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(_command()),
+        "command": shlex.join(sys.orig_argv),
         "num_processes": num_processes,
         "git_commit": git("rev-parse", "HEAD") if is_tracked else None,
         "git_dirty": bool(git("status", "--porcelain", "--untracked-files=no")) if is_tracked else None,
@@ -89,12 +89,3 @@ def git(*arguments: str) -> str:
     except OSError:  # no git
         return ""
     return result.stdout.strip() if result.returncode == 0 else ""
-
-
-def _command() -> list[str]:
-    """As typed: `python -m PACKAGE` shows the path of its file in `sys.argv`."""
-    program, *arguments = sys.argv
-    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
-    if spec is None:
-        return [sys.executable, program, *arguments] if program.endswith(".py") else [program, *arguments]
-    return [sys.executable, "-m", spec.name.removesuffix(".__main__"), *arguments]
