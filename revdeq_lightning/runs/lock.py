@@ -6,7 +6,8 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 
 
@@ -27,27 +28,19 @@ def locked(folder: Path) -> Iterator[None]:
     lock (`lockf`) belongs to this process only: unlike with `flock`, data-loading processes, which may outlive it, do
     not inherit it, and the process cannot lock itself out. On file systems without locks, continue without one.
     """
-    descriptor: int | None = None
-    before: bytes | None = None
-    with suppress(OSError):  # another user's file
-        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        if descriptor is not None:
-            before = _take(descriptor, folder)
+    with ExitStack() as stack:
+        with suppress(OSError):  # another user's file, a full disk
+            file = stack.enter_context((folder / LOCK).open("a+b", buffering=0))
+            _take(file, folder)
         yield
-    finally:
-        if descriptor is not None:
-            if before is not None:  # a start that is refused changes nothing in the folder
-                _write(descriptor, before)
-            os.close(descriptor)
 
 
-def _take(descriptor: int, folder: Path) -> bytes:
-    """Take the lock and write this process into the file; return what it held before."""
-    begin = time.monotonic()
-    is_told = False
-    while not _is_ours(descriptor):
-        host, _, pid = os.pread(descriptor, 300, 0).decode(errors="replace").strip().partition(" ")
+def _take(file: FileIO, folder: Path) -> None:
+    """Take the lock and write this process into the file."""
+    begin, is_told = time.monotonic(), False
+    while not _is_ours(file):
+        file.seek(0)
+        host, _, pid = file.read(300).decode(errors="replace").strip().partition(" ")
         fault = f"another process trains in {folder} ({pid} on {host})"
         advice = "wait until it ends, or choose another run.version"
         if host == socket.gethostname():
@@ -58,22 +51,15 @@ def _take(descriptor: int, folder: Path) -> bytes:
             print(f"{fault}: waiting, in case its machine is lost", file=sys.stderr, flush=True)
             is_told = True
         time.sleep(0.5)
-    before = os.pread(descriptor, 300, 0)
-    _write(descriptor, f"{socket.gethostname()} {os.getpid()}\n".encode())
-    return before
+    file.truncate(0)
+    file.write(f"{socket.gethostname()} {os.getpid()}\n".encode())
 
 
-def _is_ours(descriptor: int) -> bool:
+def _is_ours(file: FileIO) -> bool:
     try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):  # POSIX allows both
         return False
     except OSError:  # a file system without locks
         pass
     return True
-
-
-def _write(descriptor: int, content: bytes) -> None:
-    with suppress(OSError):  # a full disk
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, content, 0)
