@@ -1,7 +1,6 @@
 """Standard output and error that cannot end a run, whatever they are connected to. Standard library only."""
 
 import io
-import locale
 import os
 import select
 import sys
@@ -33,17 +32,6 @@ class LastingFile(io.FileIO):
         os.close(nowhere)
         if self.fileno() == 1:
             print(f"warning: standard output is lost ({error.strerror}): continuing without it", file=sys.stderr)
-
-
-def use_utf8() -> None:
-    """Start this program again in Python's UTF-8 mode if the locale has another encoding, which files do not have.
-
-    Standard output and error keep the locale's encoding.
-    """
-    encoding = locale.getencoding()
-    if not sys.flags.utf8_mode and encoding.lower() not in ("utf-8", "utf8"):
-        os.environ.setdefault("PYTHONIOENCODING", encoding)
-        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
 
 
 def make_output_last() -> None:
