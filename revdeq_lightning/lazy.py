@@ -13,13 +13,6 @@ def lazy_exports(package: str, file: str) -> tuple[Callable[[str], Any], Callabl
     Importing a name imports only its module: a callback does not import wandb, and `--help` does not import PyTorch.
     The names are written once, where type checkers, editors and the documentation find them.
 
-    Args:
-        package: The package's `__name__`.
-        file: Its `__file__`.
-
-    Returns:
-        `__getattr__`, `__dir__` and `__all__` of the package.
-
     Example:
         if TYPE_CHECKING:
             from revdeq_lightning.callbacks.cost import Cost as Cost

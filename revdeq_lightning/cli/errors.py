@@ -40,11 +40,8 @@ def setting_errors() -> Iterator[None]:
 def run_errors(what: str, lost_peer: Callable[[Exception], str | None] = lambda _: None) -> Iterator[None]:
     """Report causes outside the program in one line: checkpoints, memory, lost processes, files or workers.
 
-    Other errors are bugs and keep their traceback.
-
-    Args:
-        what: What ends: "training", "the test".
-        lost_peer: Describes the loss of another process; returns None for other errors.
+    `what` is what they end, such as "training"; `lost_peer` describes the loss of another process, if that is
+    the cause. Other errors are bugs and keep their traceback.
     """
     import torch
     from lightning.fabric.utilities.exceptions import MisconfigurationException

@@ -30,16 +30,13 @@ def export_weights(
 ) -> str:
     """Write the model's weights (averaged weights, if any) to one safetensors file, or to a folder for transformers.
 
-    The file's metadata hold the settings of the model as JSON, under `hyper_parameters`, and `global_step`.
+    The file's metadata hold the settings of the model as JSON, under `hyper_parameters`, and `global_step`. An existing
+    file is left unchanged if that fails.
 
     Args:
         ckpt_path: Checkpoint of any task: a file, or the folder of a sharded one.
         output: File or folder to write; null: next to the checkpoint, with the suffix .safetensors, or without one.
         format: safetensors, or huggingface: a folder for `from_pretrained` of transformers (language models only).
-
-    Raises:
-        CheckpointError: If the checkpoint is damaged, or not of a training run.
-        OSError: If there is no checkpoint, or the file cannot be written; an existing file is left unchanged.
     """
     from safetensors.torch import save_file
 

@@ -110,9 +110,7 @@ def solver_for(settings: dict[str, Any], model: ModelSettings) -> SolverConfig:
 def read_trained(ckpt_path: str | Path, state: str) -> tuple[dict[str, Any], dict[str, torch.Tensor], Any]:
     """Read settings, weights (averaged weights, if any) and the entry `state`, such as one of `MODELS`.
 
-    Raises:
-        FileNotFoundError: If there is no such file.
-        CheckpointError: If it is damaged, or a checkpoint without this entry.
+    A missing file is a FileNotFoundError, a damaged one or one without this entry a CheckpointError.
     """
     kind, folder, *_ = MODELS.get(state, ("a training run", "runs/TASK"))
     if not Path(ckpt_path).exists():

@@ -24,15 +24,11 @@ WHOLE = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch
 def replay(file: str, device: str = "cpu") -> str:
     """Repeat the batches of a step that diverged, with its weights, random numbers and precision.
 
+    The text tells the loss, what was raised, and the parameters whose gradient is not finite.
+
     Args:
         file: `RUN/diverged/step-N/process-R.ckpt`, which a run that diverges writes.
         device: cpu, cuda, ...
-
-    Returns:
-        Text for the user: loss, what was raised, and the parameters whose gradient is not finite.
-
-    Raises:
-        CheckpointError: If the file is damaged or of another kind.
     """
     content = read_checkpoint(file)
     if content.get("task") not in TASKS or "batches" not in content:

@@ -28,12 +28,9 @@ from revdeq_lightning.runs.lock import LOCK
 
 
 def choose_run(config: Any, subcommand: str, run_class: type[RunConfig]) -> tuple[RunConfig, str | None]:
-    """Return the run and the file of exported weights with which it begins, if any; set `config.ckpt_path`.
+    """Return the run and the file of exported weights with which it begins, if any.
 
-    Args:
-        config: Parsed settings of the subcommand; `run` and `ckpt_path` are completed.
-        subcommand: Its name.
-        run_class: Of the task.
+    `run` and `ckpt_path` of the parsed settings are completed.
     """
     run = config.run
     naming = [path for path in map(Path, map(str, config.get("config") or [])) if describes_run(path)]
@@ -90,12 +87,7 @@ def _chosen(found: Found) -> str:
 def take_folder(run: RunConfig, made: list[Path]) -> None:
     """Create the run's folder, of a new version if it has none; only the first process.
 
-    Args:
-        run: The run, whose version is set.
-        made: Receives the folders that were created, the innermost first.
-
-    Raises:
-        OSError: If it cannot be written.
+    `made` receives the folders that were created, the innermost first.
     """
     folder = run.path if run.version else run.path.parent
     if cast(Any, rank_zero_only).rank:

@@ -39,11 +39,8 @@ class Enduring:
 
     A logger is tried again at each call, as a full disk may get space again. A logger whose `experiment` cannot begin
     is given up, as some wait minutes for a network. `isinstance` sees the class of the wrapped logger, so that
-    callbacks find the logger that they know.
-
-    Args:
-        logger: The logger.
-        waits: Keep what is logged until `release`, so that a start that is refused leaves no files.
+    callbacks find the logger that they know. With `waits`, what is logged is kept until `release`, so that a start that
+    is refused leaves no files.
     """
 
     attempted = ("log_metrics", "log_hyperparams", "log_graph", "after_save_checkpoint", "save", "finalize")

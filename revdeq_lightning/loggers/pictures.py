@@ -48,13 +48,9 @@ def draw_matrix(counts: np.ndarray, names: Sequence[str], path: Path) -> None:
 
 
 def draw_sheet(images: Sequence[ClassifiedImage], data: Any, path: Path, title: str) -> None:
-    """Draw images with their true class, the prediction and its probability; wrong predictions are in bold.
+    """Draw images, at least one, with their true class, the prediction and its probability; wrong ones are in bold.
 
-    Args:
-        images: At least one.
-        data: Data module with `class_names` and `preprocessing_state()`.
-        path: PNG file to write.
-        title: Title of the sheet.
+    The data module has `class_names` and `preprocessing_state()`.
     """
     columns, names, state = 8, data.class_names, data.preprocessing_state()
     rows = -(-len(images) // columns)

@@ -207,12 +207,9 @@ def residual_plots(curves: Sequence[tuple[str, Table]]) -> list[Plot]:
 
 
 def sweep_plots(sweeps: Sequence[tuple[str, Table]], at: float | None = None, item: str = "") -> dict[str, Plot]:
-    """Plot each figure of depth sweeps over the evaluations of f.
+    """Plot each figure of depth sweeps, of one model at several steps or of several models, over the evaluations of f.
 
-    Args:
-        sweeps: Label and rows of each sweep, of one model at several steps or of several models.
-        at: Evaluations in training.
-        item: What the loss is a mean over, if known.
+    `at` is the number of evaluations in training, `item` what the loss is a mean over.
     """
     xlabel = "evaluations of f" + (" (dashed: as trained)" if at else "")
     names = dict.fromkeys(name for _, rows in sweeps for row in rows[:1] for name in row)

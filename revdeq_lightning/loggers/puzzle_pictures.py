@@ -40,14 +40,9 @@ def maze_pixels(puzzle: SolvedPuzzle) -> NDArray[np.uint8]:
 def draw_puzzles(
     puzzles: Sequence[SolvedPuzzle], path: Path, title: str, names: Sequence[str], *, are_mazes: bool
 ) -> None:
-    """A sheet of puzzles, at least one; wrong cells are orange, and wrong digits and bits bold.
+    """A sheet of puzzles, at least one: mazes, or grids or strings of digits, with a name above each.
 
-    Args:
-        puzzles: Mazes, or grids or strings of digits.
-        path: PNG file to write.
-        title: Above the sheet.
-        names: Above each puzzle.
-        are_mazes: Whether they are mazes.
+    Wrong cells are orange, and wrong digits and bits bold.
     """
     columns = min(4, len(puzzles))
     rows = -(-len(puzzles) // columns)
@@ -83,12 +78,9 @@ def draw_puzzle(axis: Any, puzzle: SolvedPuzzle, is_maze: bool) -> None:
 
 
 def animate_maze(steps: Sequence[SolvedPuzzle], path: Path, *, side: int = 480) -> None:
-    """A GIF animation of a maze's answer as it appears, the last frame shown longer.
+    """A GIF animation of a maze's answer after more and more evaluations, about `side` pixels wide.
 
-    Args:
-        steps: The same maze with the answer after more and more evaluations, at least one.
-        path: File to write.
-        side: Pixels of the picture, about.
+    The last frame is shown longer.
     """
     factor = max(1, side // max(steps[0].inputs.shape))
     pixels = [np.repeat(np.repeat(maze_pixels(step), factor, 0), factor, 1) for step in steps]

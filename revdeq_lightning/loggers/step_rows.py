@@ -48,11 +48,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def read_table(path: Path) -> list[dict[str, float]]:
-    """Read the rows of a CSV file of numbers; an empty field is NaN.
-
-    Raises:
-        ValueError: If a field is not a number.
-    """
+    """Read the rows of a CSV file of numbers; an empty field is NaN."""
     try:
         return [{key: float(text or math.nan) for key, text in row.items()} for row in read_rows(path)]
     except (TypeError, ValueError) as error:

@@ -147,9 +147,6 @@ def wandb_logger(run: RunConfig) -> RunWandbLogger | None:
     """Return a logger for the run, or None if W&B is off; a resumed run continues its W&B run.
 
     Without an explicit mode, W&B would ask for a key on a terminal, fail without one, and wait for a missing network.
-
-    Raises:
-        ValueError: If `online` is asked for and there is no key.
     """
     mode = chosen_mode(run)
     if mode == "off":

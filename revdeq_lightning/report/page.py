@@ -18,19 +18,10 @@ MAX_RUNS = NUM_COLORS
 
 
 def write_report(folders: Sequence[str | Path], output: str | Path | None = None) -> Path:
-    """Write the page of a run, or of several runs side by side.
+    """Write the self-contained page of a run, or of several runs of one task side by side, and return its path.
 
-    Args:
-        folders: Folders of runs of one task.
-        output: File to write; None: `report.html` in the run's folder, or `comparison.html` in the nearest folder that
-            contains all runs.
-
-    Returns:
-        The file. It is self-contained; links to checkpoints and tables are relative to it.
-
-    Raises:
-        FileNotFoundError: If a folder holds no run.
-        ValueError: If the runs cannot be compared, or a file is invalid.
+    By default it is `report.html` in the run's folder, or `comparison.html` in the nearest folder that contains all
+    runs. Links to checkpoints and tables are relative to it.
     """
     paths = [Path(folder) for folder in folders]
     if not 1 <= len(paths) <= MAX_RUNS:

@@ -40,19 +40,11 @@ class Series:
 
 @dataclass
 class Run:
-    """A run's folder.
+    """A run's folder; its label is unique on a page.
 
-    Attributes:
-        folder: The folder.
-        label: Short name, unique on a page.
-        series: Values of each key with at least one value.
-        notes: Remarks on the files for the reader of the page.
-        config: Settings with flat names, such as `model.solver.max_steps`.
-        environment: Software and hardware, with flat names.
-        sweep: Rows of the depth sweep after training.
-        validation_sweep: Rows of the sweeps in training.
-        residual_curve: Rows of the residual along the iteration.
-        samples: Generated texts, oldest first.
+    `series` has the values of each key with at least one value, `notes` remarks on the files for the page's reader. The
+    settings in `config` and `environment` have flat names, such as `model.solver.max_steps`. `sweep` is the depth sweep
+    after training, `validation_sweep` those in training; samples are generated texts, oldest first.
     """
 
     folder: Path
@@ -122,12 +114,7 @@ class Run:
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """Read the runs in these folders, labeled by the parts of their paths that differ.
-
-    Raises:
-        FileNotFoundError: If a folder holds no run.
-        ValueError: If a file is invalid, or a folder is given twice.
-    """
+    """Read the runs in these folders, labeled by the parts of their paths that differ."""
     paths = [folder.resolve() for folder in folders]
     if twice := next((given for given, path in zip(folders, paths, strict=True) if paths.count(path) > 1), None):
         raise ValueError(f"the run {twice} is given twice")

@@ -166,10 +166,6 @@ def find_checkpoint(alias: str, run: RunConfig) -> "Found":
     """The "last" or "best" checkpoint of the run, or, if it has no version, of the run of this name that wrote last.
 
     "last" is `last.ckpt`, or the newest usable checkpoint if that is damaged. The files of older runs are not taken.
-
-    Raises:
-        FileNotFoundError: If there is no such checkpoint.
-        CheckpointError: If no checkpoint is usable.
     """
     from revdeq_lightning.checkpoints.files import Found, newest_good  # imports PyTorch, which help does not need
     from revdeq_lightning.errors import CheckpointError
@@ -194,9 +190,7 @@ def find_checkpoint(alias: str, run: RunConfig) -> "Found":
 def checkpoint_to_resume(run: RunConfig) -> "Found | None":
     """The newest usable checkpoint of a run, or None if it has not saved any.
 
-    Raises:
-        ValueError: If the run has no version.
-        CheckpointError: If none of its checkpoints is usable: a new run would overwrite them.
+    If none of those saved is usable, it raises CheckpointError: a new run would overwrite them.
     """
     if run.version is None:
         raise ValueError(

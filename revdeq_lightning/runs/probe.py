@@ -68,10 +68,8 @@ class Probe:
     ) -> Gradients:
         """Gradient of the loss for every parameter that has one, by name; all calls draw the same random numbers.
 
-        Args:
-            choose: Solver and adjoint of each layer; None for its own.
-            float64: Whether all floating-point numbers are float64, without autocast, even if the model requests
-                float32.
+        `choose` gives solver and adjoint of each layer. With `float64`, all floating-point numbers are float64, without
+        autocast, even if the model requests float32.
         """
 
         def run() -> Gradients:

@@ -66,10 +66,8 @@ class StopSignals:
         """Let SIGTERM and SIGHUP end this process at once until `take`, because nothing is lost before the first step.
 
         Processes wait for each other in C++, up to their timeout, and Python's handlers do not run there. Python writes
-        the signal's number to a file immediately, however, which a thread can read.
-
-        Args:
-            kill_children: Ends the training processes that this one started.
+        the signal's number to a file immediately, however, which a thread can read. `kill_children` ends the training
+        processes that this one started.
         """
         if self.received in AT_ONCE:
             sys.exit(AGAIN)
