@@ -1,7 +1,7 @@
 """Reversible deep equilibrium models with PyTorch Lightning.
 
-The core is importable from here: `from revdeq_lightning import EquilibriumLayer, MomentumSolver`. Models, data modules,
-metrics, callbacks and loggers are importable from their folders, tasks from `revdeq_lightning.tasks.classification` ...
+The core is importable from here: `from revdeq_lightning import EquilibriumLayer, MomentumSolver`. Data modules, models,
+tasks, callbacks and loggers are importable from their folders: `from revdeq_lightning.tasks import ClassificationTask`.
 """
 
 from typing import TYPE_CHECKING

@@ -37,7 +37,9 @@ print(imported("wandb", "tensorboard", "datasets"))
     assert result.stdout.splitlines() == [f"{revdeq_lightning.__version__} []", "[] []", "[]"]
 
 
-ROOMS = ("callbacks", "loggers", "metrics", "models")
+ROOMS = (
+    *("callbacks", "checkpoints", "data", "distributed", "loggers", "metrics", "models", "report", "runs", "tasks"),
+)
 
 
 @pytest.mark.parametrize("room", ROOMS)
