@@ -10,14 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from revdeq_lightning.cli.main import main
 from tests.distributed.slurm import SlurmCluster, slurm_cluster, slurm_is_missing
-from tests.helpers.processes import QUICK_PATH
+from tests.helpers.processes import QUICK_PATH, run_apart, run_group
 from tests.helpers.runs import assert_equal, tiny_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("slurm")]
 
 SCRIPT = Path("configs/cluster/slurm.sh").resolve()
 MAX_STEPS = 120
+OPTIONS = ("--run.test=false", "--run.sample_tokens=0")
 EXACT = ("state_dict", "trained_weights", "optimizer_states", "lr_schedulers", "random_states", "TextDataModule")
 
 
@@ -33,15 +35,18 @@ def cluster():
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def submit(cluster: SlurmCluster, folder: Path, *options: str, strategy: str = "ddp") -> str:
-    config = tiny_config(folder, max_steps=MAX_STEPS, val_check_interval=30, strategy=strategy)
-    config.write_text(config.read_text().replace("data:\n", "data:\n  num_workers: 1\n"))
+def config(folder: Path, strategy: str) -> Path:
+    path = tiny_config(folder, max_steps=MAX_STEPS, val_check_interval=30, strategy=strategy)
+    path.write_text(path.read_text().replace("data:\n", "data:\n  num_workers: 1\n"))
+    return path
+
+
+def submit(cluster: SlurmCluster, folder: Path, strategy: str) -> str:
     settings = {"PYTHON": sys.executable, "PYTHONPATH": QUICK_PATH, "MASTER_ADDR": "127.0.0.1", "GRACE": "100"}
     settings["PYTHONFAULTHANDLER"] = "1"  # SIGABRT prints the stacks of all threads
     command = ["sbatch", "--parsable", "--nodes=2", "--cpus-per-task=1", "--time=9", f"--chdir={folder}"]
     exports = ",".join(["ALL", *(f"{key}={value}" for key, value in settings.items())])
-    arguments = ("fit", "--config", config, "--run.test=false", "--run.sample_tokens=0")
-    return cluster.run(*command, f"--export={exports}", *options, SCRIPT, *arguments)
+    return cluster.run(*command, f"--export={exports}", SCRIPT, "fit", "--config", config(folder, strategy), *OPTIONS)
 
 
 def checkpoint(folder: Path, job: str) -> dict:
@@ -79,12 +84,8 @@ def as_lists(value):
     return [as_lists(v) for v in value] if isinstance(value, list | tuple) else value
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_a_job_told_that_its_time_is_up_goes_on_where_it_was(cluster, tmp_path, strategy):
-    whole = submit(cluster, tmp_path, strategy=strategy)
-    cluster.wait_for(whole, "RUNNING")
-    end = end_of(cluster, tmp_path, whole)
-    job = submit(cluster, tmp_path, strategy=strategy)
+def test_a_job_told_that_its_time_is_up_goes_on_where_it_was(cluster, tmp_path):
+    job = submit(cluster, tmp_path, "fsdp2")
     until_it_trains(cluster, tmp_path, job)
     cluster.run("scancel", "--batch", "--signal=USR1", job)  # as --signal=B:USR1@300 does
     cluster.wait_for(job, "PENDING")
@@ -97,14 +98,17 @@ def test_a_job_told_that_its_time_is_up_goes_on_where_it_was(cluster, tmp_path, 
     # At once, not two minutes later; within the same second SLURM would refuse it.
     cluster.run("scontrol", "update", f"JobId={job}", "StartTime=now+3")
     rest = end_of(cluster, tmp_path, job)
+    own = ("--run.version=whole", "--trainer.devices=2")
+    run_apart(run_group, 2, main, ["fit", "--config", str(config(tmp_path, "fsdp2")), *OPTIONS, *own])
+    end = checkpoint(tmp_path, "whole")
     assert f"resumed at step {saved['global_step']}" in logs(tmp_path, job)
     assert rest["global_step"] == end["global_step"] == MAX_STEPS
     for key in EXACT:
         assert_equal(as_lists(rest[key]), as_lists(end[key]), key)
     assert cluster.job(job)["Restarts"] == "1"
     # One run: one folder, one file of metrics, which holds each step once.
-    assert sorted(p.name for p in (tmp_path / "runs/tiny").iterdir()) == sorted([whole, job])
-    metrics = [(tmp_path / f"runs/tiny/{number}/metrics.csv").read_text().splitlines() for number in (whole, job)]
+    assert sorted(p.name for p in (tmp_path / "runs/tiny").iterdir()) == sorted(["whole", job])
+    metrics = [(tmp_path / f"runs/tiny/{number}/metrics.csv").read_text().splitlines() for number in ("whole", job)]
     assert len(metrics[0]) == len(metrics[1])
     assert "Traceback" not in logs(tmp_path, job)
 
@@ -118,7 +122,7 @@ def test_each_process_gets_the_cpus_that_the_job_asked_for(cluster, tmp_path):
 
 
 def test_what_takes_a_machine_away_finds_a_checkpoint_and_a_cancelled_job_stays_away(cluster, tmp_path):
-    job = submit(cluster, tmp_path)
+    job = submit(cluster, tmp_path, "ddp")
     until_it_trains(cluster, tmp_path, job)
     cluster.run("scancel", job)  # SIGTERM to every process, as in a pre-emption
     cluster.wait_for(job, "CANCELLED")
