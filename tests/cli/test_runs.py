@@ -1,10 +1,5 @@
 import csv
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -78,34 +73,6 @@ def test_a_run_leaves_all_that_is_needed_and_can_be_gone_on_with(tmp_path, capsy
     with pytest.raises(SystemExit):
         run("fit", "--config", folder / "config.yaml", "--run.version=again")
     assert "already contains a run" in capsys.readouterr().err
-
-
-def test_interrupt_leaves_a_checkpoint_from_which_the_run_goes_on(tmp_path, capsys):
-    config = tiny_config(tmp_path, max_steps=100_000, val_check_interval=100_000)
-    command = [sys.executable, "-m", "revdeq_lightning", "fit", "--config", str(config), "--run.version=v"]
-    log = tmp_path / "log"
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, "PYTHONUNBUFFERED": "1"}
-        )
-        try:
-            while "step 1/" not in log.read_text() and process.poll() is None:
-                time.sleep(0.05)
-            process.send_signal(signal.SIGINT)
-            code = process.wait(timeout=60)
-        finally:
-            process.kill()
-    text = log.read_text()
-    assert code == 130, text
-    assert "Traceback" not in text
-    folder = tmp_path / "runs/tiny/v"
-    last = folder / "checkpoints" / "last.ckpt"
-    step = torch.load(last, weights_only=True)["global_step"]
-    assert f"Interrupted after step {step}." in text
-    assert f"fit --ckpt_path {last}" in text
-    assert (folder / "report.html").is_file()
-    run("fit", "--ckpt_path", last, f"--trainer.max_steps={step + 2}", "--run.test=false", "--run.sample_tokens=0")
-    assert steps(folder, "train/loss") == list(range(step + 2))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
