@@ -64,7 +64,7 @@ def test_the_console_script_trains_with_a_block_of_the_users_folder(installed):
     block += "    def __init__(self, channels):\n        super().__init__(channels, channels, 1)\n\n"
     block += "    def forward(self, z, x):\n        return torch.tanh(x + 0.1 * super().forward(z))\n"
     (installed[1] / "my_block.py").write_text(block)
-    options = ["--trainer.max_steps=3", "--run.version=v"]
+    options = ["--trainer.max_steps=3", "--run.version=v", "--run.depth_sweep=false"]
     options += ["--model.network.block=my_block.Block"]
     out = call(installed, "revdeq", "image", "fit", "--config", ROOT / "configs/digits/default.yaml", *options)
     folder = installed[1] / "runs/image/default/v"

@@ -1,6 +1,7 @@
 """The rooms of the package: who may import whom."""
 
 import ast
+import functools
 import graphlib
 from pathlib import Path
 
@@ -34,6 +35,7 @@ def imported(name: str, path: Path, modules: set[str]) -> set[str]:
     return found & modules - {name}
 
 
+@functools.cache
 def imports() -> dict[str, set[str]]:
     paths = {module_name(path): path for path in PACKAGE.rglob("*.py")}
     return {name: imported(name, path, set(paths)) for name, path in paths.items()}
