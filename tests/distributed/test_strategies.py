@@ -93,7 +93,7 @@ def test_a_run_goes_on_under_another_strategy_with_the_settings_of_the_run(tmp_p
         (["--config=configs/trainer/fsdp2.yaml", "--trainer.strategy.timeout_seconds=-5"], "timeout_seconds=-5 of the"),
         (["--trainer.num_nodes=2"], "first machine is not set; start with configs/cluster/torchrun.sh"),
         (["--trainer.strategy=ddq"], "invalid strategy name"),
-        (["--trainer.strategy=ddp", "--trainer.devices=0"], "0"),
+        (["--trainer.strategy=ddp", "--trainer.devices=0"], "devices=0, strategy=ddp): `Trainer(devices='0')`"),
     ],
 )
 def test_settings_that_do_not_fit_are_told_in_one_line(tmp_path, capsys, options, words):
