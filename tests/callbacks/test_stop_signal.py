@@ -15,7 +15,7 @@ from lightning import Callback, seed_everything
 from revdeq_lightning.checkpoints.callbacks import LastCheckpoint
 from revdeq_lightning.runs.signals import STOP, StopSignals
 from revdeq_lightning.runs.stop_signal import StopSignal
-from tests.helpers.processes import QUICK_PATH, run_python
+from tests.helpers.processes import QUICK_PATH, run_apart
 from tests.helpers.runs import TRAINED, assert_equal, run, tiny_config, tiny_data, tiny_task, tiny_trainer
 
 EXACT = (*TRAINED, "TextDataModule")
@@ -89,9 +89,15 @@ def fit_on_two_ranks(folder, name, *callbacks, **settings):
     torch.save(checkpoint, folder / f"{name}.ckpt")
 
 
+def whole_half_and_rest(folder):
+    fit_on_two_ranks(folder, "whole", SendSignal())
+    fit_on_two_ranks(folder, "half", SendSignal(batch=2, rank=1))
+    fit_on_two_ranks(folder, "rest", SendSignal(), ckpt_path=folder / "half.ckpt", seed=1)
+
+
 def test_a_signal_to_one_rank_ends_both_after_the_same_step(tmp_path):
     tiny_data(tmp_path).prepare_data()
-    output = run_python(__file__, tmp_path)
+    output = run_apart(whole_half_and_rest, tmp_path)
     assert "Stopped by SIGUSR1\n" in output.err
     assert "Traceback" not in output.err
     whole, half, rest = (torch.load(tmp_path / f"{name}.ckpt", weights_only=True) for name in ("whole", "half", "rest"))
@@ -163,10 +169,3 @@ def test_signals_are_noted_and_given_back_but_a_hangup_that_nohup_ignores_stays_
         assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGHUP)) == (before[0], signal.SIG_IGN)
     finally:
         signal.signal(signal.SIGHUP, before[1])
-
-
-if __name__ == "__main__":
-    directory = Path(sys.argv[1])
-    fit_on_two_ranks(directory, "whole", SendSignal())
-    fit_on_two_ranks(directory, "half", SendSignal(batch=2, rank=1))
-    fit_on_two_ranks(directory, "rest", SendSignal(), ckpt_path=directory / "half.ckpt", seed=1)

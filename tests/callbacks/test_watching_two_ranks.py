@@ -1,8 +1,5 @@
 """The callbacks that watch, on two processes: counts of all of them, and the run as it is without them."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,7 +23,7 @@ from revdeq_lightning.equilibrium import (
 )
 from revdeq_lightning.loggers.step_rows import read_rows
 from tests.helpers.modules import StepByStep, Stranger, Validated, loader, sums, trainer
-from tests.helpers.processes import run_python
+from tests.helpers.processes import run_apart
 from tests.helpers.runs import assert_equal
 
 
@@ -81,8 +78,24 @@ def compared(folder, data, **settings):
     trainer(folder / "logs", callbacks, max_steps=1, **settings).fit(module, data)
 
 
+def everything(folder):
+    watching = [
+        Cost(),
+        FunctionEvaluations(),
+        ReconstructionCertificate(),
+        GradientError(1, float64=True),
+        Contraction(1, warn_at=9.0),
+        ResidualCurve(1),
+        DepthSweep(every_n_validations=1, sums=sums),
+        TextSamples(["a"]),
+    ]
+    run(folder, "with", watching)
+    run(folder, "without", [])
+    compared(folder / "together", loader(), strategy="ddp_fork", devices=2)
+
+
 def test_two_ranks(tmp_path):
-    assert run_python(__file__, tmp_path).out.count("11 of 12 gradients certified exact") == 1
+    assert run_apart(everything, tmp_path).out.count("11 of 12 gradients certified exact") == 1
     with_callbacks, without = ([torch.load(tmp_path / f"{name}.{r}") for r in (0, 1)] for name in ("with", "without"))
     for rank in (0, 1):
         assert_equal(with_callbacks[rank][0], without[rank][0], f"rank {rank}")
@@ -125,20 +138,3 @@ def test_two_ranks(tmp_path):
         assert low < together[key] < high
     key = "gradient_error/converged/relative_residual"
     assert together[key] == pytest.approx(max(figures[key] for figures in alone), rel=1e-3)
-
-
-if __name__ == "__main__":
-    directory = Path(sys.argv[1])
-    watching = [
-        Cost(),
-        FunctionEvaluations(),
-        ReconstructionCertificate(),
-        GradientError(1, float64=True),
-        Contraction(1, warn_at=9.0),
-        ResidualCurve(1),
-        DepthSweep(every_n_validations=1, sums=sums),
-        TextSamples(["a"]),
-    ]
-    run(directory, "with", watching)
-    run(directory, "without", [])
-    compared(directory / "together", loader(), strategy="ddp_fork", devices=2)
