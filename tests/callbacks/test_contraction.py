@@ -21,32 +21,6 @@ class Linear(nn.Module):
         return z @ self.matrix.T + x
 
 
-def blocks(*matrices):
-    return torch.block_diag(*(torch.as_tensor(m, dtype=torch.float32) for m in matrices))
-
-
-def rotation(radius, angle):
-    c, s = torch.cos(torch.tensor(angle)), torch.sin(torch.tensor(angle))
-    return radius * torch.tensor([[c, -s], [s, c]])
-
-
-@pytest.mark.parametrize(
-    ("matrix", "radius"),
-    [
-        (blocks(0.8, 0.4, 0.3, 0.2, 0.1, 0.0), 0.8),
-        (blocks(-0.9, 0.5, 0.3, 0.2, 0.1, 0.0), 0.9),
-        (blocks(rotation(0.7, 1.0), 0.4, 0.3, 0.2, 0.1), 0.7),  # a complex pair
-    ],
-)
-def test_known_spectral_radii(tmp_path, matrix, radius):
-    module = Stranger(lr=0.0)
-    module.layers[0].f = Linear(matrix)
-    run = trainer(tmp_path, [Contraction(1)], max_steps=1)
-    run.fit(module, loader())
-    # The estimate is good to a few percent.
-    assert run.callback_metrics["equilibrium/spectral_radius"].item() == pytest.approx(radius, rel=0.05)
-
-
 def radius_of_dense_jacobian(layer, x):
     with torch.no_grad():
         z = layer(x).value

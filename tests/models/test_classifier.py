@@ -97,19 +97,6 @@ def test_channels_last_gives_the_same_gradients(architecture):
         assert relative_error(a, b) <= 1e-4  # other kernels sum in another order
 
 
-def test_dropout_has_one_mask_a_solve():
-    images, labels = batch()
-    results = []
-    for adjoint in (ReversibleAdjoint(mismatch="raise"), BackpropAdjoint()):
-        model = make("stages", dropout=0.5, adjoint=adjoint)
-        torch.manual_seed(5)
-        results.append(gradients(model, images, labels)[1])
-    for a, b in zip(*results, strict=True):
-        assert relative_error(a, b) <= 1e-5
-    kept = make("stages", dropout=0.5).eval()
-    assert torch.equal(kept(images).logits_BV, kept(images).logits_BV)
-
-
 @pytest.mark.parametrize(
     ("architecture", "settings"),
     [("stages", {"block": "paper"}), ("joint", {"block": "paper"}), ("joint", {"group_size": 0})],
