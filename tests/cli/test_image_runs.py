@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from tests.helpers.data import TINY_CLASSES as CLASSES, image_folder, tiny_image_config
-from tests.helpers.runs import run
+from tests.helpers.runs import error_of, run
 
 pytestmark = pytest.mark.xdist_group("image_runs")
 
@@ -77,9 +77,8 @@ def test_without_test_images_the_sheets_are_of_the_validation_images(tmp_path, c
     matrix = read(only_run(tmp_path) / "confusion_matrix.csv")
     assert sum(int(row[name]) for row in matrix for name in CLASSES) == 12  # a quarter of 48
     assert (only_run(tmp_path) / "depth_sweep.png").is_file()
-    with pytest.raises(SystemExit):
-        run("image", "test", "--ckpt_path", only_run(tmp_path) / "checkpoints" / "best.ckpt")
-    assert "no test split to evaluate, only train, validation" in capsys.readouterr().err
+    error = error_of(capsys, "image", "test", "--ckpt_path", only_run(tmp_path) / "checkpoints" / "best.ckpt")
+    assert "no test split to evaluate, only train, validation" in error
 
 
 def test_predict_writes_the_probabilities_of_a_folder(trained, tmp_path, capsys):

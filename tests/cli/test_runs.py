@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from tests.helpers.runs import run, tiny_config, without_key
+from tests.helpers.runs import error_of, run, tiny_config, without_key
 
 FILES = {
     *("checkpoints", "config.yaml", "report.html", "metrics.csv", "environment.json", "samples.jsonl", "samples.txt"),
@@ -70,9 +70,8 @@ def test_a_run_leaves_all_that_is_needed_and_can_be_gone_on_with(tmp_path, capsy
     # Relaunch from the resolved configuration: a new run.
     run("fit", "--config", folder / "config.yaml", "--run.version=again", "--trainer.max_steps=3", "--run.test=false")
     assert steps(folder.parent / "again", "train/loss") == [0, 1, 2]
-    with pytest.raises(SystemExit):
-        run("fit", "--config", folder / "config.yaml", "--run.version=again")
-    assert "already contains a run" in capsys.readouterr().err
+    error = error_of(capsys, "fit", "--config", folder / "config.yaml", "--run.version=again")
+    assert "already contains a run" in error
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -18,6 +18,7 @@ from revdeq_lightning.cli.main import main
 from revdeq_lightning.errors import CheckpointError
 from tests.distributed import rank_resumes, sharded_run
 from tests.helpers.processes import run_apart
+from tests.helpers.runs import error_of
 
 pytestmark = pytest.mark.xdist_group("sharded_checkpoint")
 
@@ -195,6 +196,5 @@ def test_all_processes_refuse_what_one_of_them_found(fast, rank):
 @pytest.mark.parametrize("name", ["process-1.safetensors", "meta.pt"])
 def test_a_missing_file_is_named(checkpoint, capsys, name):
     (checkpoint / name).unlink()
-    with pytest.raises(SystemExit):
-        main(["export", "--ckpt_path", str(checkpoint)])
-    assert f"copy.ckpt is incomplete (a folder of shards without {name})" in capsys.readouterr().err
+    error = error_of(capsys, "export", "--ckpt_path", checkpoint)
+    assert f"copy.ckpt is incomplete (a folder of shards without {name})" in error
