@@ -74,7 +74,7 @@ def check_options(task: str, subcommand: str, options: Sequence[str]) -> None:
     for path in given_files(options, "--config", "-c"):
         for name in _names_in(path):
             if not _is_known(task, name):
-                fail(f"{path} has an unknown setting: {name}{_advice(task, subcommand, name)}")
+                fail(f"{path} has an unknown setting: {name}{_advice(task, subcommand, name) or ': remove it'}")
 
 
 def check_arguments(module: str, function: str, options: Sequence[str]) -> None:
