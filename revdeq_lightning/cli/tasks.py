@@ -66,7 +66,6 @@ class LanguageCommandLine(AbstractCommandLine):
 
         with setting_errors():
             path = check_output(self.config["predict"].output or Path(kwargs["ckpt_path"]).with_suffix(".nats.npy"))
-
         if self.trainer.world_size > 1:
             fail(f"predict needs one process, got {self.trainer.world_size}: set --trainer.devices=1")
         with self._run_errors("the prediction"):
