@@ -28,6 +28,8 @@ NOT_SUPPORTED: dict[type, str] = {
     EMAWeightAveraging: "set model.optimizer.ema_decay",
 }
 """Callbacks of Lightning, and what to do instead."""
+UNUSED = {"default_root_dir": "set run.folder", "model_registry": "remove it"}
+"""Options of the trainer without effect here."""
 
 
 def check_settings(trainer: Any, diagnostics: DiagnosticsConfig, model: Any) -> None:
@@ -43,6 +45,11 @@ def check_settings(trainer: Any, diagnostics: DiagnosticsConfig, model: Any) -> 
         isinstance(layer.adjoint, ReversibleAdjoint) and getattr(layer.solver, "is_exact", False)
         for layer in equilibria(model)
     )
+    if diagnostics.certificate != "warn" and not is_exact:
+        fail(
+            f"diagnostics.certificate={diagnostics.certificate}: no gradient of this model is certified; use"
+            " model.solver.adjoint=reversible with arithmetic=exact, or remove it"
+        )
     if trainer.get("benchmark") and is_exact:
         fail(
             "trainer.benchmark=true: cuDNN would choose other kernels in the backward pass, and the gradient would"
@@ -51,6 +58,13 @@ def check_settings(trainer: Any, diagnostics: DiagnosticsConfig, model: Any) -> 
     for name, least in (("accumulate_grad_batches", 1), ("gradient_clip_val", 0)):
         if (value := trainer.get(name)) is not None and value < least:
             fail(f"trainer.{name} must be at least {least}, got {value}")
+    for name, advice in UNUSED.items():
+        if trainer.get(name):
+            fail(f"trainer.{name}={trainer[name]} has no effect: {advice}")
+    if trainer.get("use_distributed_sampler") is False:
+        fail("trainer.use_distributed_sampler=false: the data is always divided among the processes; remove it")
+    if trainer.get("gradient_clip_algorithm") and not trainer.get("gradient_clip_val"):
+        fail(f"trainer.gradient_clip_algorithm={trainer['gradient_clip_algorithm']} needs trainer.gradient_clip_val")
     for name in ("max_steps", "max_epochs", "limit_train_batches"):
         if trainer.get(name) == 0:
             fail(f"trainer.{name}=0 would train nothing: give a positive number, or leave it out")

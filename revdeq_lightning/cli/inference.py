@@ -103,6 +103,8 @@ def solver_for(settings: dict[str, Any], model: ModelSettings) -> SolverConfig:
             f"the model has solver steps of its own for each stage, {settings['network']['steps']}: remove "
             + ", ".join(f"--model.solver.{name}" for name in changed)
         )
+    if changed and settings["solver"]["solver"] == "none":
+        raise ValueError("the model has no solver: remove " + ", ".join(f"--model.solver.{name}" for name in changed))
     own = {name: value for name, value in settings["solver"].items() if name != "reversible_stored_evaluations"}
     return SolverConfig(**own | changed)  # nothing is stored for a gradient here, which a tolerance would forbid
 

@@ -33,6 +33,12 @@ SOURCES = {
     "reasoning": ("puzzles", "Puzzle", "reasoning", "ReasoningTask", "ReasonerConfig", "Reasoning"),
 }
 """Folder of the data, `...DataModule`; file and class of the task; class of the network's settings; `...RunConfig`."""
+FROM_DATA = {
+    "lm": ("context_length", "vocab_size"),
+    "image": ("num_classes", "num_channels"),
+    "reasoning": ("num_symbols", "num_answers", "shape"),
+}
+"""Settings of the network that follow from the data."""
 
 
 @functools.cache
@@ -75,6 +81,8 @@ def check_options(task: str, subcommand: str, options: Sequence[str]) -> None:
         for name in _names_in(path):
             if not _is_known(task, name):
                 fail(f"{path} has an unknown setting: {name}{_advice(task, subcommand, name) or ': remove it'}")
+            if name.startswith("model.network.") and name.split(".")[2] in FROM_DATA[task]:
+                fail(f"{path} sets {name}, which follows from the data: remove it")
 
 
 def check_arguments(module: str, function: str, options: Sequence[str]) -> None:

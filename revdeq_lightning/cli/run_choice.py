@@ -1,7 +1,7 @@
 """Which run a command belongs to, and with which checkpoint or weights it begins."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +27,9 @@ from revdeq_lightning.runs.folder import (
 from revdeq_lightning.runs.lock import LOCK
 
 
-def choose_run(config: Any, subcommand: str, run_class: type[RunConfig]) -> tuple[RunConfig, str | None]:
+def choose_run(
+    config: Any, subcommand: str, run_class: type[RunConfig], options: Sequence[str] = ()
+) -> tuple[RunConfig, str | None]:
     """Return the run and the file of exported weights with which it begins, if any.
 
     `run` and `ckpt_path` of the parsed settings are completed.
@@ -59,6 +61,8 @@ def choose_run(config: Any, subcommand: str, run_class: type[RunConfig]) -> tupl
         runs, name = str(folder.parent.parent), folder.parent.name
         chosen = replace(chosen, folder=runs, name=name, version=folder.name)
         if folder.parent.resolve() != Path(run.folder, run.name).resolve():  # another name, or a moved folder
+            if named := [option for option in options if option.startswith(("--run.name", "--run.folder"))]:
+                fail(f"{named[0]}: with --ckpt_path the run goes on in {folder}: add --run.version for a new run")
             run.folder, run.name = runs, name
     if subcommand != "fit":
         chosen.version = chosen.version or date_and_time()
@@ -67,6 +71,9 @@ def choose_run(config: Any, subcommand: str, run_class: type[RunConfig]) -> tupl
         with setting_errors():
             newest = checkpoint_to_resume(chosen)
         if newest:
+            is_first = cast(Any, rank_zero_only).rank == 0
+            if is_first and (given := weights or checkpoint) and Path(given) != newest.path:
+                print(f"run.resume=auto: {chosen.path} has begun, --ckpt_path={given} is not read again", flush=True)
             config.ckpt_path = _chosen(newest)
     elif chosen.version and chosen.path != folder and (chosen.path / CONFIG).is_file():
         fail(

@@ -35,10 +35,6 @@ class LanguageCommandLine(AbstractCommandLine):
         "word_perplexity": "{:,.1f} per word",
     }
 
-    def link_sizes(self, parser: LightningArgumentParser) -> None:
-        parser.link_arguments("data.context_length", "model.network.context_length")
-        parser.link_arguments("data.vocab_size", "model.network.vocab_size", apply_on="instantiate")
-
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand == "predict":
@@ -69,7 +65,7 @@ class LanguageCommandLine(AbstractCommandLine):
         if self.trainer.world_size > 1:
             fail(f"predict needs one process, got {self.trainer.world_size}: set --trainer.devices=1")
         with self._run_errors("the prediction"):
-            nats = torch.cat(self.trainer.predict(**kwargs)).numpy()  # type: ignore[arg-type]
+            nats = torch.cat(self.trainer.predict(**kwargs | {"return_predictions": True})).numpy()  # type: ignore[arg-type]
         with setting_errors(), writing(path), path.open("wb") as file:
             np.save(file, nats)
         print(f"{nats.size:,} tokens, {nats.mean():.4f} nats per token, in {path}")
@@ -85,10 +81,6 @@ class ImageCommandLine(AbstractCommandLine):
         "top5_accuracy": "{:.2%} in the first five",
         "loss": "{:.4f} nats per image",
     }
-
-    def link_sizes(self, parser: LightningArgumentParser) -> None:
-        for size in ("num_classes", "num_channels"):
-            parser.link_arguments(f"data.{size}", f"model.network.{size}", apply_on="instantiate")
 
     def task_callbacks(self) -> list[Any]:
         every = self.diagnostics.samples_every_n_validations
@@ -110,10 +102,6 @@ class ReasoningCommandLine(AbstractCommandLine):
         "cell_accuracy": "{:.3%} of the cells right",
         "evaluations": "{:.1f} evaluations of f per puzzle",
     }
-
-    def link_sizes(self, parser: LightningArgumentParser) -> None:
-        for name in ("num_symbols", "num_answers", "shape"):
-            parser.link_arguments(f"data.{name}", f"model.network.{name}", apply_on="instantiate")
 
     def task_callbacks(self) -> list[Any]:
         return [ReasoningReport(self.run_config.path)]

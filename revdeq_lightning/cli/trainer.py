@@ -1,7 +1,6 @@
 """Base class of the command lines of all tasks: the trainer with its callbacks, loggers and checkpoints."""
 
 import sys
-from abc import abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -19,6 +18,7 @@ from revdeq_lightning.checkpoints.callbacks import BestCheckpoint, LastCheckpoin
 from revdeq_lightning.checkpoints.io import AtomicCheckpointIO
 from revdeq_lightning.cli.checks import as_list, check_settings, load_weights
 from revdeq_lightning.cli.errors import fail, run_errors, setting_errors
+from revdeq_lightning.cli.option_names import FROM_DATA
 from revdeq_lightning.cli.parser import ReadableErrors
 from revdeq_lightning.cli.paths import with_variables
 from revdeq_lightning.cli.process_end import end_after_interrupt, let_sigterm_end_the_wait, lost_peer, orderly_end
@@ -71,7 +71,7 @@ class AbstractCommandLine(LightningCLI):
             cls(subcommand, options)
 
     def __init__(self, subcommand: str, options: Sequence[str]) -> None:
-        self._name = subcommand
+        self._name, self._options = subcommand, options
         super().__init__(
             self.task_class,
             self.data_class,
@@ -100,11 +100,9 @@ class AbstractCommandLine(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run", type=self.run_class, default=self.run_class())
         parser.add_argument("--diagnostics", type=DiagnosticsConfig, default=DiagnosticsConfig())
-        self.link_sizes(parser)
-
-    @abstractmethod
-    def link_sizes(self, parser: LightningArgumentParser) -> None:
-        """Link the sizes of the model to those of the data."""
+        for name in FROM_DATA[" ".join(self.run_class.task) or "lm"]:
+            on = "parse" if name == "context_length" else "instantiate"  # the others are known from the data's content
+            parser.link_arguments(f"data.{name}", f"model.network.{name}", apply_on=on)
 
     def task_callbacks(self) -> list[Any]:
         return []
@@ -115,7 +113,7 @@ class AbstractCommandLine(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         # In Lightning's method, the checkpoint's settings would override the user's.
         subcommand = self.config.subcommand
-        self.run_config, self.weights = choose_run(self.config[subcommand], subcommand, self.run_class)
+        self.run_config, self.weights = choose_run(self.config[subcommand], subcommand, self.run_class, self._options)
 
     def _set_seed(self) -> None:
         try:

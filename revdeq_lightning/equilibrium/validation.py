@@ -1,8 +1,10 @@
 """Range checks. Every error shows the value received: "beta must be in (0, 2), got 2.5"."""
 
+import inspect
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from numbers import Integral, Real
+from typing import Any
 
 
 def require_in_range(name: str, value: object, interval: str, advice: str = "") -> None:
@@ -26,6 +28,13 @@ def require_choice(name: str, value: object, choices: Collection[object], advice
     """Raise ValueError unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(_message(name, f"one of {', '.join(map(repr, choices))}", value, advice))
+
+
+def refuse_unused(given: Mapping[str, Any], of: Callable[..., Any], needs: str, *names: str) -> None:
+    """Raise ValueError if one of these arguments of `of` is not its default, as it has no effect without `needs`."""
+    for name in names:
+        if given[name] != inspect.signature(of).parameters[name].default:
+            raise ValueError(f"{name} has no effect without {needs}, got {given[name]!r}: remove it")
 
 
 def _message(name: str, wanted: str, value: object, advice: str) -> str:

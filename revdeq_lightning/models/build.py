@@ -10,6 +10,7 @@ import docstring_parser
 from revdeq_lightning.equilibrium import AbstractAdjoint, AbstractSolver, ImplicitAdjoint
 from revdeq_lightning.equilibrium.adjoints import ADJOINTS
 from revdeq_lightning.equilibrium.solvers import SOLVERS
+from revdeq_lightning.equilibrium.validation import refuse_unused
 from revdeq_lightning.models.classifier import AbstractClassifier, ResNet, build_classifier
 from revdeq_lightning.models.config import ClassifierConfig, ReasonerConfig, TransformerConfig
 from revdeq_lightning.models.option_names import adjoint_option
@@ -97,11 +98,6 @@ class SolverConfig(_Settings):  # type: ignore[misc]
                 owner = " or ".join(map(repr, owners))
                 raise ValueError(f"{name}={value!r} belongs to adjoint={owner}, got adjoint={adjoint!r}: remove it")
         arguments = {_ADJOINT_OPTIONS[name].arguments[adjoint]: value for name, value in given.items()}
-        if "mismatch" in given and self.arithmetic in ("float32", "float64"):
-            raise ValueError(
-                f"mismatch={self.mismatch!r} needs arithmetic='exact', got {self.arithmetic!r}, whose gradients are"
-                " never certified: remove one of them"
-            )
         if adjoint == "implicit":
             default = ImplicitAdjoint().solver
             arguments["solver"] = SOLVERS[self.backward_solver or "anderson"](
@@ -154,6 +150,9 @@ def build_image_classifier(network: ClassifierConfig, solver: SolverConfig) -> A
         raise ValueError(
             f"num_losses={solver.num_losses} belongs to language models and reasoners: remove it and loss_decay"
         )
+    if network.steps:
+        needs = f"stages that share it (steps={network.steps})"
+        refuse_unused(vars(solver), SolverConfig, needs, "max_steps")
     if network.architecture == "resnet":
         solver.require_no_settings()
         return ResNet(network)
@@ -165,5 +164,6 @@ def build_reasoner(network: ReasonerConfig, solver: SolverConfig) -> ExplicitRea
     correction = solver.correction
     if solver.solver == "none":
         solver.require_no_settings()
+        refuse_unused(vars(network), ReasonerConfig, "an equilibrium", "growth")
         return ExplicitReasoner(network)
     return Reasoner(network, solver.build_solver(), solver.build_adjoint(), **correction)

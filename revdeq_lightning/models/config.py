@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from revdeq_lightning.equilibrium.validation import require_choice, require_count, require_in_range
+from revdeq_lightning.equilibrium.validation import refuse_unused, require_choice, require_count, require_in_range
 
 BLOCKS = ("modern", "paper")
 REASONER_BLOCKS = ("convolution", "attention")
@@ -217,6 +217,7 @@ class ReasonerConfig:
         require_choice("padding", self.padding, ("zeros", "circular"))
         if self.block == "attention":
             require_count("num_heads", self.num_heads)
+            refuse_unused(vars(self), ReasonerConfig, "a block for puzzles of any size", "growth")
 
     @property
     def ndim(self) -> int:

@@ -11,7 +11,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.adamw import adamw
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
-from revdeq_lightning.equilibrium.validation import require_count, require_in_range
+from revdeq_lightning.equilibrium.validation import refuse_unused, require_count, require_in_range
 from revdeq_lightning.processes import shared_out_like, whole
 
 
@@ -29,7 +29,7 @@ class OptimizerConfig:
         eps: Epsilon of AdamW.
         muon_momentum: Momentum of Muon.
         weight_decay: Decoupled weight decay of matrices and kernels, times the learning rate, with either optimizer.
-        readout_decay: Weight decay of the readout.
+        readout_decay: Weight decay of the readout; not of reasoners, whose readout counts as a part of the inside.
         schedule: After the warm-up: constant, linear or cosine decay over the whole run, or plateau: multiply by
             plateau_factor when the training loss, averaged over plateau_window steps, has not improved for
             plateau_patience such windows.
@@ -60,7 +60,11 @@ class OptimizerConfig:
     ema_decay: float = 0.0
 
     def __post_init__(self) -> None:
+        if len(self.betas) != 2:
+            raise ValueError(f"betas must be two numbers, got {list(self.betas)}")
         self.betas = (self.betas[0], self.betas[1])
+        for name, value in (*(("betas", beta) for beta in self.betas), ("muon_momentum", self.muon_momentum)):
+            require_in_range(name, value, "[0, 1)")
         for name in ("lr", "muon_lr", "eps"):
             require_in_range(name, getattr(self, name), "(0, inf)")
         if self.embedding_lr is not None:
@@ -196,6 +200,9 @@ def group_parameters(model: nn.Module) -> tuple[list[nn.Parameter], ...]:
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
     """The optimizer over the trainable parameters of the model."""
     matrices, embeddings, readout, others = group_parameters(model)
+    for name, there in (("embedding_lr", embeddings), ("readout_decay", readout)):
+        if not there:
+            refuse_unused(vars(config), OptimizerConfig, f"such weights in {type(model).__name__}", name)
     adam: dict[str, Any] = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": 0.0}
     groups = [
         adam | {"params": embeddings, "lr": config.embedding_lr or config.lr},

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from revdeq_lightning.data.loading.sampler import IGNORE_INDEX
 from revdeq_lightning.data.puzzles.module import PuzzleBatch
 from revdeq_lightning.equilibrium import equilibria
-from revdeq_lightning.equilibrium.validation import require_count, require_in_range
+from revdeq_lightning.equilibrium.validation import refuse_unused, require_count, require_in_range
 from revdeq_lightning.host import send
 from revdeq_lightning.metrics import ReasoningMetrics
 from revdeq_lightning.models import ReasonerConfig
@@ -72,6 +72,8 @@ class ReasoningTask(AbstractTask):
             if value and not equilibria(self.model):
                 raise ValueError(f"{name}={value} needs a model with an equilibrium: remove it")
         require_count("late_steps", late_steps)
+        if not late_start:
+            refuse_unused({"late_steps": late_steps}, ReasoningTask, "late_start", "late_steps")
         self.random_start, self.late_start, self.late_steps = random_start, late_start, late_steps
         self.metrics = nn.ModuleDict({"val": ReasoningMetrics(), "test": ReasoningMetrics()})
         self._sizes: list[str] = []
@@ -91,8 +93,8 @@ class ReasoningTask(AbstractTask):
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         """Mean nats per cell; with fixed-point correction, the weighted mean over the parts of the solve."""
         batch = self.as_batch(batch)
+        starts = {"z0": self._starts(batch.inputs)} if self.random_start or self.late_start else {}
         with self.penalized() as penalties:
-            starts = {"z0": self._starts(batch.inputs)} if self.random_start or self.late_start else {}
             output = self.model(batch.inputs, **starts)
         loss = self._nats(output.logits, batch.targets)
         self.log("train/loss", loss)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -146,8 +147,11 @@ def test_the_command_survives_signals_at_any_moment_and_goes_on_by_itself(tmp_pa
     assert "Traceback" not in log.read_text()
     assert (folder / "report.html").is_file()
     options = ("--run.resume=auto", "--run.version=17", "--run.test=false", "--run.sample_tokens=0")
-    run("fit", "--config", config, *options, f"--trainer.max_steps={step + 2}")
-    assert f"resumed at step {step}" in capsys.readouterr().out
+    first = shutil.copy(folder / "checkpoints" / "last.ckpt", tmp_path / "first.ckpt")
+    run("fit", "--config", config, *options, "--ckpt_path", first, f"--trainer.max_steps={step + 2}")
+    said = capsys.readouterr().out
+    assert f"resumed at step {step}" in said
+    assert f"{folder} has begun, --ckpt_path={first} is not read again" in said
 
     with pytest.raises(SystemExit):
         run("fit", "--config", config, "--run.resume=auto")

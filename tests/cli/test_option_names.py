@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from revdeq_lightning.cli.option_names import _is_known, check_options, option_groups
+from revdeq_lightning.cli.option_names import FROM_DATA, _is_known, check_options, option_groups
 from tests.helpers.runs import run, tiny_config
 
 ROOT = Path(__file__).parents[2]
@@ -25,9 +25,7 @@ def test_every_option_of_the_parser_is_known_and_few_others(capsys, words):
     assert [name for name in real if not _is_known(task, name)] == []
     ours = {f"{group}.{name}" for group, names in option_groups(task).items() for name in names}
     groups = {"data.augmentation", "model.network", "model.solver", "model.optimizer", "model.solver.implicit_solver"}
-    given_by_data = {f"model.network.{n}" for n in ("vocab_size", "context_length", "shape")}
-    given_by_data |= {f"model.network.num_{n}" for n in ("classes", "channels", "symbols", "answers")}
-    assert ours - real <= groups | given_by_data
+    assert ours - real <= groups | {f"model.network.{name}" for name in FROM_DATA[task]}
 
 
 def test_every_configuration_passes():
@@ -46,6 +44,7 @@ EARLY = {
     "image fit --config configs/lm/default.yaml": "is of the task lm: use PYTHON -m revdeq_lightning lm fit",
     "fit --config configs/lm/defalt.yaml": "configs/lm/defalt.yaml (did you mean configs/lm/default.yaml?)",
     "fit --config {misspelt}": "model.solver.max_stpes (did you mean model.solver.max_steps?)",
+    "fit --config {fixed}": "sets model.network.vocab_size, which follows from the data: remove it",
     "fti": "unknown command 'fti' (did you mean fit?)",
     "generate --promt=x": "unrecognized arguments: --promt=x (did you mean prompt?)",
     "image predict --imagse x": "unrecognized arguments: --imagse (did you mean images?)",
@@ -65,8 +64,10 @@ for words in sys.argv[1:]:
 assert not {"torch", "lightning", "numpy", "matplotlib", "jsonargparse"} & sys.modules.keys()
 """
     path = tiny_config(tmp_path)
+    fixed = tmp_path / "fixed.yaml"
+    fixed.write_text("model: {network: {vocab_size: 9}}")
     path.write_text(path.read_text().replace("max_steps: 3", "max_stpes: 3"))
-    lines = [line.format(misspelt=path) for line in EARLY]
+    lines = [line.format(misspelt=path, fixed=fixed) for line in EARLY]
     command = [sys.executable, "-c", program, *lines, "--help", "fit --help"]
     result = subprocess.run(
         command, env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=ROOT, capture_output=True, text=True, check=False

@@ -187,6 +187,7 @@ def test_solved_puzzles_are_counted_by_what_is_a_solution():
         (("predict", "--data.path={symbols}"), "inputs must be from 0 to 3, got 7"),
         (("fit", "--data.puzzle=chess"), "puzzle must be one of"),
         (("fit", "--model.random_start=2"), "random_start must be in"),
+        (("fit", "--model.late_steps=8"), "late_steps has no effect without late_start, got 8: remove it"),
     ],
 )
 def test_what_is_wrong_is_one_line(trained, tmp_path, words, says):

@@ -52,6 +52,8 @@ def test_a_run_leaves_all_that_is_needed_and_can_be_gone_on_with(tmp_path, capsy
 
     # Go on, from the checkpoint alone, for more steps: same folder, one continued file.
     last = folder / "checkpoints" / "last.ckpt"
+    refused = error_of(capsys, "fit", "--ckpt_path", last, "--run.name=fork")
+    assert f"--run.name=fork: with --ckpt_path the run goes on in {folder}: add --run.version for a new run" in refused
     run("fit", "--ckpt_path", last, "--trainer.max_steps=9")
     assert only(tmp_path / "runs" / "small") == folder
     assert steps(folder, "train/loss") == list(range(9))

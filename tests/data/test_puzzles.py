@@ -210,6 +210,21 @@ def test_what_is_wrong_with_an_archive_is_said(tmp_path, arrays, says):
         data(tmp_path, path=str(tmp_path / "m.npz"), **kind).setup("fit")
 
 
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"num_empty": 3}, "num_empty has no effect without puzzle='sudoku', got 3"),
+        ({"puzzle": "prefix_sums", "loops": 0.5}, "loops has no effect without puzzle='mazes', got 0.5"),
+        ({"symmetries": True}, "symmetries has no effect without puzzle='sudoku', got True"),
+        ({"puzzle": "sudoku", "size": 4, "symmetries": True}, "symmetries has no effect without num_train"),
+        ({"test_fraction": 0.3}, "test_fraction has no effect without path, got 0.3"),
+    ],
+)
+def test_a_setting_of_other_puzzles_is_refused(tmp_path, settings, says):
+    with refused(says):
+        data(tmp_path, **settings)
+
+
 @pytest.mark.parametrize("content", [b"", b"PK\3\4 cut off", b"no archive"])
 def test_a_file_that_is_no_archive_is_refused(tmp_path, content):
     (tmp_path / "m.npz").write_bytes(content)

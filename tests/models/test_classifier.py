@@ -13,6 +13,7 @@ from revdeq_lightning.equilibrium import (
     ReversibleSolver,
 )
 from revdeq_lightning.models import ClassifierConfig, ResNet, build_classifier
+from revdeq_lightning.models.build import SolverConfig, build_image_classifier
 from tests.helpers.equilibrium import relative_error
 
 SIZES = {
@@ -196,6 +197,11 @@ def test_wrong_images_are_refused(images, message):
 def test_wrong_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         ClassifierConfig(**{"num_classes": 10} | settings)
+
+
+def test_steps_of_the_stages_and_of_the_solver_are_not_both_given():
+    with pytest.raises(ValueError, match=r"no effect without stages that share it \(steps=\[2\]\), got 9"):
+        build_image_classifier(ClassifierConfig(3, channels=[16], steps=[2]), SolverConfig(max_steps=9))
 
 
 @pytest.mark.parametrize("num_classes", [10, 1000])

@@ -117,6 +117,7 @@ def test_wrong_puzzles_are_refused(inputs, says):
         ({"growth": -1.0}, "growth must be in"),
         ({"block": "attention"}, "num_heads must be at least 1, got 0"),
         ({"padding": "reflect"}, "padding must be one of"),
+        ({"block": "attention", "num_heads": 2, "growth": 1.5}, "growth has no effect without a block for puzzles"),
     ],
 )
 def test_wrong_settings_are_refused(settings, says):

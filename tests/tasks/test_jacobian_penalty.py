@@ -7,11 +7,12 @@ import scipy.linalg
 import torch
 
 from revdeq_lightning.data.text.module import TextBatch
-from revdeq_lightning.models import ClassifierConfig, TransformerConfig
+from revdeq_lightning.models import ClassifierConfig, ReasonerConfig, TransformerConfig
 from revdeq_lightning.models.build import SolverConfig
 from revdeq_lightning.tasks.classification import ClassificationTask
 from revdeq_lightning.tasks.language_modeling import LanguageModelingTask
 from revdeq_lightning.tasks.optimizers import OptimizerConfig
+from revdeq_lightning.tasks.reasoning import ReasoningTask
 from tests.helpers.equilibrium import relative_error
 
 WEIGHT = 3.0
@@ -87,6 +88,16 @@ def test_every_stage_of_a_classifier_is_penalized():
         task(torch.randn(2, 3, 8, 8))
     assert len(penalties) == 2
     assert not any(layer._forward_hooks for layer in task.model.equilibria)
+
+
+def test_only_the_last_solve_of_a_late_start_is_penalized(monkeypatch):
+    network, inputs, counts = ReasonerConfig(2, 2, [4], 8), torch.zeros(3, 4, dtype=torch.long), []
+    settings = SolverConfig(max_steps=2), OptimizerConfig()
+    task = ReasoningTask(network, *settings, late_start=1.0, late_steps=1, jacobian_weight=0.5)
+    monkeypatch.setattr(task, "log", lambda *_: None)
+    monkeypatch.setattr(task, "with_penalty", lambda loss, penalties: counts.append(len(penalties)) or loss)
+    task.training_step((inputs, inputs), 0)
+    assert counts == [1]
 
 
 @pytest.mark.parametrize(

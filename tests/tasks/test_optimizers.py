@@ -160,6 +160,9 @@ def test_plateau_halves_after_patience_windows_without_improvement():
         ({"lr": 0.0}, r"lr must be in \(0, inf\), got 0.0"),
         ({"warmup_steps": -1}, "warmup_steps must be at least 0, got -1"),
         ({"ema_decay": 1.0}, r"ema_decay must be in \[0, 1\), got 1.0"),
+        ({"muon_momentum": 1.0}, r"muon_momentum must be in \[0, 1\), got 1.0"),
+        ({"betas": (0.9, 1.5)}, r"betas must be in \[0, 1\), got 1.5"),
+        ({"betas": (0.9, 0.99, 0.999)}, "betas must be two numbers, got"),
         ({"plateau_window": 0}, "plateau_window must be at least 1, got 0"),
         ({"schedule": "plateau", "warmup_steps": 5}, "no warm-up, got warmup_steps=5"),
     ],
@@ -190,3 +193,9 @@ def test_gradients_are_clipped_at_every_precision(optimizer, precision, tmp_path
         norms = [torch.cat([g.flatten() for g in gradients]).norm(order).item() for gradients in seen]
         assert norms == pytest.approx([1e-3, 1e-3], rel=0.01)  # bfloat16 has 8 bits
         seen.clear()
+
+
+@pytest.mark.parametrize("setting", ["embedding_lr", "readout_decay"])
+def test_a_setting_for_weights_that_the_model_does_not_have_is_an_error(setting):
+    with pytest.raises(ValueError, match=f"{setting} has no effect without such weights in Linear, got 0.5: remove it"):
+        build_optimizer(nn.Linear(2, 2), OptimizerConfig(**{setting: 0.5}))

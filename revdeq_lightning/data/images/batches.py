@@ -76,7 +76,12 @@ def split_images(
     """
     tables = dict(tables)
     train = tables["train"]
-    if "validation" not in tables and (count := round(validation_fraction * len(train))):
+    if "validation" not in tables and validation_fraction:
+        count = round(validation_fraction * len(train))
+        if not count:
+            raise ValueError(
+                f"validation_fraction={validation_fraction} of {len(train):,} images is none: set 0, or more"
+            )
         chosen = stratified_subset(train, count, split_seed)
         tables["validation"] = train.take(chosen)
         tables["train"] = train.take(np.setdiff1d(np.arange(len(train)), chosen))

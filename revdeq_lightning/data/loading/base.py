@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from revdeq_lightning.data.loading.files import SPLITS
 from revdeq_lightning.data.loading.sampler import ResumableBatchSampler, ResumableLoader
-from revdeq_lightning.equilibrium.validation import require_choice, require_count, require_in_range
+from revdeq_lightning.equilibrium.validation import refuse_unused, require_choice, require_count, require_in_range
 from revdeq_lightning.errors import CheckpointError
 
 Split = TypeVar("Split")
@@ -116,6 +116,9 @@ class AbstractDataModule(LightningDataModule):
             require_count(name, self.hparams[name])
         for name in ("num_workers", "seed"):
             require_count(name, self.hparams[name], at_least=0)
+
+    def _refuse_unused(self, needs: str, *names: str) -> None:
+        refuse_unused(self.hparams, type(self).__init__, needs, *names)
 
     def _announce(self) -> None:
         if self._announced:

@@ -123,6 +123,13 @@ class PuzzleDataModule(AbstractDataModule):
         check_fractions(validation_fraction, test_fraction)
         if puzzle == "sudoku" and test_sizes:
             raise ValueError(f"a Sudoku has one size, got test_sizes={test_sizes}: remove it")
+        for needed, names in (("mazes", ("algorithm", "loops")), ("sudoku", ("num_empty", "symmetries"))):
+            if puzzle != needed:
+                self._refuse_unused(f"puzzle={needed!r}", *names)
+        if path is None:
+            self._refuse_unused("path", "validation_fraction", "test_fraction")
+            if num_train is None:
+                self._refuse_unused("num_train: each puzzle is used once", "symmetries")
         self.kind = build_kind(**self.kind_settings())
         self._data: dict[str, list[Arrays]] | None = None
         self._checksum = ""

@@ -152,6 +152,8 @@ class TextDataModule(AbstractDataModule):
             raise ValueError(f'source "{source}" {advice}, got {path!r}.')
         if source != "files" and not (validation_path is None and test_path is None):
             raise ValueError(f'validation_path and test_path are for source "files", the source is "{source}".')
+        if source != "huggingface":
+            self._refuse_unused('source "huggingface"', "dataset_name")
         self._cache: ArrayCache | None = None
         self._tokenizer: AbstractTokenizer | None = None
 
