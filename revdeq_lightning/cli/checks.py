@@ -58,9 +58,9 @@ def check_settings(trainer: Any, diagnostics: DiagnosticsConfig, model: Any) -> 
     for name, least in (("accumulate_grad_batches", 1), ("gradient_clip_val", 0)):
         if (value := trainer.get(name)) is not None and value < least:
             fail(f"trainer.{name} must be at least {least}, got {value}")
-    for name, advice in UNUSED.items():
+    for name, instead in UNUSED.items():
         if trainer.get(name):
-            fail(f"trainer.{name}={trainer[name]} has no effect: {advice}")
+            fail(f"trainer.{name}={trainer[name]} has no effect: {instead}")
     if trainer.get("use_distributed_sampler") is False:
         fail("trainer.use_distributed_sampler=false: the data is always divided among the processes; remove it")
     if trainer.get("gradient_clip_algorithm") and not trainer.get("gradient_clip_val"):
@@ -68,6 +68,9 @@ def check_settings(trainer: Any, diagnostics: DiagnosticsConfig, model: Any) -> 
     for name in ("max_steps", "max_epochs", "limit_train_batches"):
         if trainer.get(name) == 0:
             fail(f"trainer.{name}=0 would train nothing: give a positive number, or leave it out")
+    for name in ("val_check_interval", "check_val_every_n_epoch"):
+        if trainer.get(name) == 0:
+            fail(f"trainer.{name}=0 is no interval: give a positive number")
     needs_whole_model = diagnostics.gradient_error_every_n_steps or diagnostics.contraction_every_n_steps
     if needs_whole_model and is_fsdp2(trainer.get("strategy")):
         fail(

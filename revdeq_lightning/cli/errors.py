@@ -47,11 +47,13 @@ def run_errors(what: str, lost_peer: Callable[[Exception], str | None] = lambda 
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.utilities import rank_zero_only
 
+    from revdeq_lightning.equilibrium import DivergenceError
+
     rank = cast(Any, rank_zero_only).rank
     try:
         yield
-    except (CheckpointError, MisconfigurationException) as error:
-        fail(" ".join(str(error).split()))
+    except (CheckpointError, MisconfigurationException, DivergenceError) as error:
+        fail(" ".join(str(error).split()), code=1 if isinstance(error, DivergenceError) else 2)
     except ParallelismError as error:  # raised on all processes
         if rank:
             sys.exit(2)

@@ -43,7 +43,7 @@ def export_weights(
     path = Path(ckpt_path)
     if format == "huggingface":
         return export_folder(path, Path(output or path.with_suffix("")))
-    target = check_output(output or path.with_suffix(".safetensors"))
+    target = check_output(output or path.with_suffix(".safetensors"), path)
     settings, weights, step = read_trained(path, "global_step")
     # Copies, as safetensors does not allow tied weights to share memory.
     tensors = {name: w.clone().contiguous() for name, w in weights.items()}

@@ -59,8 +59,8 @@ class ModelSettings:
 AS_TRAINED = ModelSettings()
 
 
-def check_output(path: str | Path) -> Path:
-    """Raise OSError, before the work, if this file cannot be written."""
+def check_output(path: str | Path, *inputs: str | Path) -> Path:
+    """Raise OSError, before the work, if this file cannot be written, or would replace one of the inputs."""
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     if not path.parent.is_dir():
@@ -68,6 +68,10 @@ def check_output(path: str | Path) -> Path:
     try:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        if path.exists() and not path.is_file():
+            raise OSError(errno.EINVAL, "it is no file")
+        if any(path.resolve() == Path(given).resolve() for given in inputs):
+            raise FileExistsError(errno.EEXIST, "it is the input")
         beside.touch()
         beside.unlink()
     except OSError as error:
@@ -147,10 +151,12 @@ def load_model(ckpt_path: str | Path, state: str, device: str, model: ModelSetti
     return network.to(device).eval(), needed
 
 
-def load_language_model(ckpt_path: str | Path, device: str = "cpu") -> tuple[Any, AbstractTokenizer]:
+def load_language_model(
+    ckpt_path: str | Path, device: str = "cpu", model: ModelSettings = AS_TRAINED
+) -> tuple[Any, AbstractTokenizer]:
     """Load model and tokenizer of a checkpoint. Raises as `read_trained`."""
-    model, tokenizer = load_model(ckpt_path, "tokenizer", device, AS_TRAINED)
-    return model, tokenizer_from_state(tokenizer)
+    network, tokenizer = load_model(ckpt_path, "tokenizer", device, model)
+    return network, tokenizer_from_state(tokenizer)
 
 
 def load_classifier(
@@ -177,6 +183,7 @@ def generate_text(
     seed: int = 0,
     device: str = "cpu",
     warm_start: bool = False,
+    model: ModelSettings = AS_TRAINED,
 ) -> str:
     """Continue a text.
 
@@ -190,10 +197,11 @@ def generate_text(
         seed: Random seed.
         device: cpu, cuda, ...
         warm_start: For solvers with a tolerance: start each solve from the last states, to save evaluations.
+        model: What may differ from training.
     """
-    model, tokenizer = load_language_model(ckpt_path, device)
+    network, tokenizer = load_language_model(ckpt_path, device, model)
     return continue_text(
-        model,
+        network,
         tokenizer,
         prompt,
         max_new_tokens=max_new_tokens,
@@ -230,7 +238,7 @@ def predict_images(
     from revdeq_lightning.data.images.decoding import find_images
 
     require_count("batch_size", batch_size)
-    target = check_output(output)
+    target = check_output(output, ckpt_path, images)
     classifier, state = load_classifier(ckpt_path, device, model)
     names = state["class_names"]
     paths = find_images(images)
@@ -288,7 +296,7 @@ def predict_puzzles(
     from revdeq_lightning.data.puzzles.module import build_kind, read_npz
 
     require_count("batch_size", batch_size)
-    target = check_output(output)
+    target = check_output(output, ckpt_path, data.path)
     reasoner, kind_settings = load_reasoner(ckpt_path, device, model)
     inputs, _ = checked(
         build_kind(**kind_settings), read_npz(data.path, need_targets=False), data.path, use_targets=False

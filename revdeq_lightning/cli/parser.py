@@ -16,6 +16,8 @@ class ReadableErrors:
         """Parse; report an interpolation `${...}` of what does not exist in one line."""
         try:
             return super().parse_args(*args, **kwargs)  # type: ignore[misc]
+        except UnicodeDecodeError as error:
+            self.error(f"a file of settings must be text in UTF-8, and one given is not: {error}")
         except Exception as error:
             if not type(error).__module__.startswith("omegaconf"):
                 raise
@@ -62,8 +64,10 @@ def call_with_options(function: Callable[..., str], command: str, options: Seque
         _require_device(settings["device"])
     try:
         return function(**settings)
-    except (ValueError, OSError) as error:
-        fail(str(error))
+    except Exception as error:
+        if isinstance(error, ValueError | OSError) or type(error).__name__ == "DivergenceError":  # slow to import
+            fail(str(error))
+        raise
 
 
 def _require_device(name: str) -> None:

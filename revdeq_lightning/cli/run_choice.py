@@ -55,7 +55,8 @@ def choose_run(
             f"{checkpoint} is a sharded checkpoint (a folder): add --trainer.strategy=fsdp2, on any number of"
             " processes, or export only its weights: export --ckpt_path"
         )
-    chosen = run_class(**run.as_dict())
+    with setting_errors():
+        chosen = run_class(**run.as_dict())
     folder = run_of_checkpoint(checkpoint) if checkpoint else None
     if folder and run.version is None:
         runs, name = str(folder.parent.parent), folder.parent.name

@@ -43,9 +43,15 @@ class LanguageCommandLine(AbstractCommandLine):
 
     def task_callbacks(self) -> list[Any]:
         run, every = cast(LanguageRunConfig, self.run_config), self.diagnostics.samples_every_n_validations
-        if not (run.sample_tokens and every):
+        if self._name != "fit" or not run.sample_tokens:
             return []
         sampling: Any = {"max_new_tokens": run.sample_tokens, "temperature": run.sample_temperature}
+        try:
+            self.datamodule.tokenizer.encode(run.sample_prompt)
+        except ValueError as error:
+            fail(f"run.sample_prompt={run.sample_prompt!r}: {error}: set another, or run.sample_tokens=0")
+        if not every:
+            return []
         return [TextSamples([run.sample_prompt], folder=run.path, every_n_validations=every, **sampling)]
 
     def show(self, checkpoint: str) -> None:
@@ -61,7 +67,8 @@ class LanguageCommandLine(AbstractCommandLine):
         import numpy as np
 
         with setting_errors():
-            path = check_output(self.config["predict"].output or Path(kwargs["ckpt_path"]).with_suffix(".nats.npy"))
+            given = kwargs["ckpt_path"]
+            path = check_output(self.config["predict"].output or Path(given).with_suffix(".nats.npy"), given)
         if self.trainer.world_size > 1:
             fail(f"predict needs one process, got {self.trainer.world_size}: set --trainer.devices=1")
         with self._run_errors("the prediction"):
@@ -85,7 +92,7 @@ class ImageCommandLine(AbstractCommandLine):
     def task_callbacks(self) -> list[Any]:
         every = self.diagnostics.samples_every_n_validations
         samples = [ImageSamples(folder=self.run_config.path, every_n_validations=every)] if every else []
-        return [ClassificationReport(self.run_config.path), *samples]
+        return [ClassificationReport(self.results), *samples]
 
     def closing_split(self) -> str | None:
         # Without test images, use the validation images, so that every run has image samples and a depth sweep.
@@ -104,4 +111,4 @@ class ReasoningCommandLine(AbstractCommandLine):
     }
 
     def task_callbacks(self) -> list[Any]:
-        return [ReasoningReport(self.run_config.path)]
+        return [ReasoningReport(self.results)]

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -37,7 +38,7 @@ from revdeq_lightning.loggers.wandb_logger import WandbCheckpoints, wandb_logger
 from revdeq_lightning.program import program
 from revdeq_lightning.report.at_end import RunReport, close_run
 from revdeq_lightning.runs.divergence import DivergedError, DivergenceGuard
-from revdeq_lightning.runs.folder import CONFIG, RunConfig
+from revdeq_lightning.runs.folder import CONFIG, RunConfig, date_and_time
 from revdeq_lightning.runs.lock import LockedError, locked
 from revdeq_lightning.runs.random_state import ResumableRandomState
 from revdeq_lightning.runs.signals import STOP
@@ -132,7 +133,7 @@ class AbstractCommandLine(LightningCLI):
         progress = settings.get("enable_progress_bar") is not False
         run, diagnostics = self.run_config, self.diagnostics
         sweep = DepthSweep(
-            run.path,
+            self.results,
             every_n_validations=diagnostics.depth_sweep_every_n_validations,
             num_batches=diagnostics.depth_sweep_num_batches,
             at_test=run.depth_sweep,
@@ -174,6 +175,12 @@ class AbstractCommandLine(LightningCLI):
         if run.tensorboard:
             loggers.append(TensorBoardLogger(run.path, name="tensorboard", version="", default_hp_metric=False))
         return loggers
+
+    @cached_property
+    def results(self) -> Path:
+        """Folder of pictures and tables: the run's; of a command that only evaluates, a new one in it."""
+        path = self.run_config.path
+        return path if self._name == "fit" else path / f"{self._name}-{date_and_time()}"
 
     @property
     def diagnostics(self) -> DiagnosticsConfig:
@@ -255,6 +262,8 @@ class AbstractCommandLine(LightningCLI):
             figures = {key.split("/")[-1]: value for key, value in results[0].items()}
             texts = [form.format(figures[key]) for key, form in self.figures.items() if key in figures]
             print(f"\n{split.capitalize()}{checkpoint}: {', '.join(texts)}")
+            if self._name != "fit" and self.results.exists():
+                print(f"Pictures and tables in {self.results}")
 
     def _run_errors(self, what: str) -> AbstractContextManager[None]:
         fits = self.subcommand == "fit"

@@ -46,7 +46,7 @@ class LanguageMetrics(AbstractSums):
         for tokens, targets in batches:
             output = model.loss(tokens, targets)
             metrics.update(nats=output.loss.double() * output.num_targets, tokens=output.num_targets)
-        figures = metrics.compute(data.split_statistics("val"))
+        figures = metrics.compute(data.split_statistics("validation"))
     """
 
     names = ("nats", "tokens")

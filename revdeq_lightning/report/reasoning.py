@@ -1,5 +1,6 @@
 """How a reasoner solves puzzles, evaluation by evaluation: tables, sheets, and an animation."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from revdeq_lightning.equilibrium import equilibria
+from revdeq_lightning.equilibrium import DivergenceError, deferred_divergence, equilibria
 from revdeq_lightning.loggers.endurance import Survives
 from revdeq_lightning.loggers.puzzle_pictures import SolvedPuzzle, animate_maze, draw_heat_map, draw_puzzles
 from revdeq_lightning.loggers.step_rows import write_rows
@@ -67,13 +68,15 @@ class ReasoningReport(Callback):
         per_step = model.equilibrium.solver.evaluations_per_step
         steps = model.steps_for(batch.inputs.shape[1:])
         marks = [max(1, round(steps * per_step * fraction)) for fraction in FRACTIONS[:-1]]
-        counted = batch.targets >= 0
-        most = round(steps * FRACTIONS[-1])
-        found = model.answers_along(batch.inputs, sorted(set(marks)), max_steps=most)
+        counted, real = batch.targets >= 0, (batch.targets >= 0).flatten(1).any(1)
+        most, errors = round(steps * FRACTIONS[-1]), list[DivergenceError]()
+        with deferred_divergence(errors):
+            found = model.answers_along(batch.inputs, sorted(set(marks)), max_steps=most)
         solved: dict[int, float] = {}
         for evaluations, answers in zip([*sorted(set(marks)), most * per_step], found, strict=True):
-            solved[evaluations] = float(task.solved(batch, answers).double().mean())
-            accuracy = float((answers == batch.targets)[counted].double().mean())
+            has_diverged = errors and evaluations == most * per_step
+            right = (answers == batch.targets)[counted].double(), task.solved(batch, answers)[real].double()
+            accuracy, solved[evaluations] = (math.nan if has_diverged else float(part.mean()) for part in right)
             row = {"size": size, "evaluations": evaluations, "solved": solved[evaluations], "cell_accuracy": accuracy}
             self._rows.append(row)
         self._table[size] = [solved[mark] for mark in [*marks, most * per_step]]

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 import yaml
 
 from revdeq_lightning.checkpoints.names import ASIDE, CHECKPOINTS, LAST
+from revdeq_lightning.equilibrium.validation import require_count, require_in_range
 from revdeq_lightning.program import program
 
 CONFIG, METRICS, REPORT = "config.yaml", "metrics.csv", "report.html"
@@ -94,6 +95,10 @@ class LanguageRunConfig(RunConfig):
     sample_temperature: float = 0.8
 
     usage: ClassVar[tuple[str, ...]] = ("Generate", "generate", "--prompt", "TEXT")
+
+    def __post_init__(self) -> None:
+        require_count("run.sample_tokens", self.sample_tokens, at_least=0)
+        require_in_range("run.sample_temperature", self.sample_temperature, "[0, inf)")
 
 
 @dataclass

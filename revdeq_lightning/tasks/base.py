@@ -155,9 +155,8 @@ class AbstractTask(LightningModule):
         )
 
     def batch_of(self, inputs: Tensor, targets: Tensor) -> Any:
-        for name, part in zip(self.batch_type._fields, (inputs, targets), strict=False):
-            require_integers(name, part)
-        return self.batch_type(inputs, targets)
+        parts = zip(self.batch_type._fields, (inputs, targets), strict=False)
+        return self.batch_type(*(integers(name, part) for name, part in parts))
 
     @abstractmethod
     def _add_to(self, split: str, batch: Any) -> Any:
@@ -264,10 +263,11 @@ class AbstractTask(LightningModule):
         return [AveragedWeights(self.optimizer_config.ema_decay)] if averaging else []
 
 
-def require_integers(name: str, tensor: Tensor) -> None:
-    """Raise TypeError unless it holds integers."""
+def integers(name: str, tensor: Tensor) -> Tensor:
+    """The tensor as int64. Raise TypeError unless it holds integers."""
     if tensor.is_floating_point() or tensor.is_complex():
         raise TypeError(f"{name} must be integers, got {tensor.dtype} of shape {tuple(tensor.shape)}: convert them")
+    return tensor.long()
 
 
 def _described(batch: Any) -> str:

@@ -13,7 +13,7 @@ from revdeq_lightning.equilibrium.validation import require_in_range
 from revdeq_lightning.metrics import ClassificationMetrics
 from revdeq_lightning.models import ClassifierConfig
 from revdeq_lightning.models.build import SolverConfig, build_image_classifier
-from revdeq_lightning.tasks.base import AbstractTask, TrainingOutput, require_integers
+from revdeq_lightning.tasks.base import AbstractTask, TrainingOutput, integers
 from revdeq_lightning.tasks.optimizers import OptimizerConfig
 
 
@@ -73,7 +73,7 @@ class ClassificationTask(AbstractTask):
     def batch_of(self, inputs: Tensor, targets: Tensor) -> ImageBatch:
         if not inputs.is_floating_point():
             raise TypeError(f"images must be floating-point and normalized, got {inputs.dtype}: convert them")
-        require_integers("labels", targets)
+        targets = integers("labels", targets)
         num_classes = self.model.config.num_classes
         if targets.ndim != 1 or (targets.device.type == "cpu" and int(targets.max()) >= num_classes):
             received = f"shape {tuple(targets.shape)}" if targets.ndim != 1 else f"the class {int(targets.max())}"

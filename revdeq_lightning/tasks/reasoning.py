@@ -81,7 +81,13 @@ class ReasoningTask(AbstractTask):
     def setup(self, stage: str) -> None:
         if check_model := self.from_data("check_model"):
             check_model(num_symbols=self.model.config.num_symbols, num_answers=self.model.config.num_answers)
-        self._sizes = [shape_name(shape) for shape in self.from_data("test_shapes") or ()]
+        shapes = [*map(list, self.from_data("test_shapes") or ())]
+        if self.model.config.block == "attention" and any(shape != self.model.config.shape for shape in shapes):
+            raise ValueError(
+                f"attention has learned positions for puzzles of shape {self.model.config.shape}, and the test puzzles"
+                f" have the shapes {shapes}: remove data.test_sizes, or use block=convolution"
+            )
+        self._sizes = [shape_name(shape) for shape in shapes]
         for size in self._sizes:
             self.metrics[f"test_{size}"] = ReasoningMetrics()
             self.metrics[f"random_{size}"] = ReasoningMetrics()
@@ -107,6 +113,11 @@ class ReasoningTask(AbstractTask):
                 loss = corrected_loss([*losses, loss], self.model.loss_decay)
         loss = self.with_penalty(loss, penalties)
         return {"loss": loss, "step": TrainingOutput(stats, len(batch.inputs), "puzzles")}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        if "network" in (there := checkpoint.get("hyper_parameters", {})):
+            self.model.config.shape = list(there["network"]["shape"])  # from which evaluations grow, whatever is tested
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if kind_settings := self.from_data("kind_settings"):

@@ -2,7 +2,9 @@
 
 import csv
 import io
+import math
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,7 +20,7 @@ from revdeq_lightning.loggers.puzzle_pictures import COLORS, SolvedPuzzle, anima
 from revdeq_lightning.models import ReasonerConfig
 from revdeq_lightning.models.build import SolverConfig
 from revdeq_lightning.models.reasoner import ReasonerOutput
-from revdeq_lightning.report.reasoning import solved_puzzles
+from revdeq_lightning.report.reasoning import ReasoningReport, solved_puzzles
 from revdeq_lightning.report.run_folder import read_run
 from revdeq_lightning.tasks.optimizers import OptimizerConfig
 from revdeq_lightning.tasks.reasoning import ReasoningTask
@@ -151,13 +153,42 @@ def test_a_test_takes_puzzles_of_a_file_and_more_steps(trained, tmp_path):
     assert f"{-(-7 * 81 // 25):.1f} evaluations of f per puzzle" in said
 
 
+def test_evaluations_grow_from_the_puzzles_of_training_whatever_is_tested(trained):
+    _, run, _ = trained
+    kept = (run / "thinking.csv").read_text()
+    options = ("--data.size=4", "--data.test_sizes=null")
+    said = call("test", "--ckpt_path", run / "checkpoints/best.ckpt", *options).out
+    assert f"{-(-4 * 81 // 25):.1f} evaluations of f per puzzle" in said
+    assert (run / "thinking.csv").read_text() == kept  # what the training found
+
+
+class Growing(torch.nn.Module):
+    def forward(self, z, x):
+        return 4 * z + x
+
+
+def test_a_depth_at_which_the_solve_diverges_has_no_figures(tmp_path):
+    """3 ** 6 is within the range of the state, 3 ** 12 is not."""
+    task = ReasoningTask(ReasonerConfig(4, 2, [5, 5], 8), SolverConfig(max_steps=5), OptimizerConfig())
+    task.model.equilibrium.f = Growing()
+    inputs = torch.from_numpy(archive(tmp_path, 2)[1]["inputs"])
+    report = ReasoningReport(tmp_path)
+    report._are_mazes = False
+    task = SimpleNamespace(model=task.model.eval(), solved=lambda batch, _: torch.ones(len(batch.inputs)))
+    report._look(task, PuzzleBatch(inputs, (inputs > 1).long()), "5x5")
+    *found, last = [row["cell_accuracy"] for row in report._rows]
+    assert all(0 <= accuracy <= 1 for accuracy in found)
+    assert math.isnan(last)
+
+
 def test_a_test_of_solves_that_stop_by_themselves_draws_too(trained):
     _, run, _ = trained
     options = ("--model.solver.rtol=0.9", "--model.solver.max_steps=40")
     said = call("test", "--ckpt_path", run / "checkpoints/best.ckpt", *options).out
     evaluations = float(re.search(r"([\d.]+) evaluations of f per puzzle", said)[1])
     assert evaluations < 40
-    rows = list(csv.DictReader(io.StringIO((run / "thinking.csv").read_text())))
+    (folder,) = {path.parent for path in run.glob("test-*/thinking.csv")} & {Path(said.split("tables in ")[1].strip())}
+    rows = list(csv.DictReader(io.StringIO((folder / "thinking.csv").read_text())))
     assert max(int(row["evaluations"]) for row in rows if row["size"] == "5x5") == 80
 
 
@@ -184,6 +215,9 @@ def test_solved_puzzles_are_counted_by_what_is_a_solution():
     ("words", "says"),
     [
         (("predict", "--data.path=nothing.npz"), "no file nothing.npz"),
+        (("predict", "--data.path={readable}", "--output={readable}"), "readable.npz: it is the input; choose another"),
+        (("predict", "--data={symbols}"), "a file of settings must be text in UTF-8"),
+        (("fit", "--model.network.block=attention", "--model.network.num_heads=2"), "attention has learned positions"),
         (("predict", "--data.path={symbols}"), "inputs must be from 0 to 3, got 7"),
         (("fit", "--data.puzzle=chess"), "puzzle must be one of"),
         (("fit", "--model.random_start=2"), "random_start must be in"),
@@ -193,9 +227,11 @@ def test_solved_puzzles_are_counted_by_what_is_a_solution():
 def test_what_is_wrong_is_one_line(trained, tmp_path, words, says):
     folder, run, _ = trained
     np.savez(tmp_path / "symbols.npz", inputs=np.full((1, 5, 5), 7))
-    command, option = words
+    np.savez(tmp_path / "readable.npz", inputs=archive(tmp_path, 2)[1]["inputs"])
+    command, *options = words
     given = ("--config", config(folder)) if command == "fit" else ("--ckpt_path", run / "checkpoints/best.ckpt")
     line = ("-m", "revdeq_lightning", "reasoning")
-    said = run_python(*line, command, *given, option.format(symbols=tmp_path / "symbols.npz"), code=2)
+    files = {name: tmp_path / f"{name}.npz" for name in ("symbols", "readable")}
+    said = run_python(*line, command, *given, *(option.format(**files) for option in options), code=2)
     assert says in said.err
-    assert said.err.count("\n") == 1
+    assert len([line for line in said.err.splitlines() if not line.startswith("Data: ")]) == 1

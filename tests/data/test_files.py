@@ -4,6 +4,8 @@ import lzma
 import os
 import shlex
 import subprocess
+import tarfile
+from io import BytesIO
 
 import pytest
 
@@ -115,11 +117,20 @@ def test_the_advice_on_another_encoding_gives_the_text(tmp_path, encoding):
     assert (tmp_path / "new").read_text(encoding="utf-8") == TEXT
 
 
+def tar_of(content: bytes) -> bytes:
+    buffer, member = BytesIO(), tarfile.TarInfo("a.txt")
+    member.size = len(content)
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        archive.addfile(member, BytesIO(content))
+    return buffer.getvalue()
+
+
 @pytest.mark.parametrize(
     ("content", "advice"),
     [
         (lzma.compress(TEXT.encode()), "xz: unpack it with `unxz "),
         (b"PK\x03\x04\x14\x00\xff", "zip: unpack it with `unzip "),
+        (tar_of(TEXT.encode() * 1000), "tar: unpack it with `tar -xf "),
         (b"\x28\xb5\x2f\xfd\x04\x00", "cannot be unpacked .*: it may be cut short"),
         (gzip.compress(TEXT.encode(), mtime=0)[:-9], "cannot be unpacked .*: it may be cut short"),
         (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "binary data: use text files only"),

@@ -108,6 +108,14 @@ def test_sudokus_have_one_solution_and_symmetric_forms(size, empty, rows, column
             assert (np.sort(units, 1) == np.arange(1, size + 1)).all()
 
 
+def test_targets_that_do_not_count_do_not_count_in_a_symmetric_form():
+    sudoku, puzzle = Sudoku(4, 6), Sudoku(4, 6).make(Draws(7), 4)
+    hidden = puzzle._replace(targets=np.where(puzzle.inputs > 0, -100, puzzle.targets))
+    whole, varied = sudoku.vary(puzzle, Draws(3)), sudoku.vary(hidden, Draws(3))
+    assert (varied.inputs == whole.inputs).all()
+    assert (varied.targets == np.where(varied.inputs > 0, -100, whole.targets)).all()
+
+
 def test_prefix_sums_are_parities():
     puzzle = make_puzzle(kind("prefix_sums"), 0, "train", 32, 0)
     assert all(puzzle.targets[i] == puzzle.inputs[: i + 1].sum() % 2 for i in range(32))
@@ -200,6 +208,7 @@ SMALL_SUDOKU = {"puzzle": "sudoku", "size": 4, "num_empty": 6}
         ({"inputs": TWICE, "targets": TWICE}, "3 stands twice in the box of row 2, column 2"),
         ({"inputs": STUCK, "targets": STUCK}, "puzzle 0 cannot be solved: no value is possible in row 1, column 1"),
         ({"inputs": ONE, "targets": PATH * 0}, "targets of puzzle 0 are no solution, which is 1 on a shortest path"),
+        ({"inputs": ONE, "targets": PATH * 0 - 100}, "no target of puzzle 0 counts, all are -100: remove the puzzle"),
         ({"inputs": OTHER_GIVEN, "targets": FILLED}, "targets of puzzle 0 are no solution, which is each value once"),
     ],
 )

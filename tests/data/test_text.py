@@ -384,6 +384,7 @@ def test_datasets_without_texts_are_told(module, tmp_path, splits, message):
         ("huggingface", "table.parquet", b"PAR1", r"cannot read the dataset \S+ \(.*\): check its files"),
         ("huggingface", "text.txt", b"\xff", r"cannot read the dataset \S+ \(.*\): check its files"),
         ("files", "a.jsonl", b'{"text": "a"}\n{"text": ', "cannot read the dataset .*a.jsonl"),
+        ("files", "a.jsonl", b"", "the train text is empty"),
         ("files", "a.jsonl", b'{"words": "a"}', "has the columns .'words'."),
     ],
 )

@@ -70,6 +70,16 @@ def test_pairs_of_any_loader_train_resume_and_test(make, tmp_path):
     assert math.isclose(figures["test/loss"], expected, rel_tol=1e-5)  # float32 sums in another order
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+@KINDS
+def test_integers_of_any_size_will_do(make, dtype):
+    task, pair = make()
+    batch = task.as_batch([part if part.is_floating_point() else part.to(dtype) for part in pair])
+    for found, part in zip(batch, pair, strict=False):
+        assert torch.equal(found, part)
+        assert found.dtype == part.dtype
+
+
 @KINDS
 def test_other_batches_are_told_at_the_first_step(make, tmp_path):
     task, pair = make()

@@ -144,8 +144,10 @@ def read_text(path: Path) -> Iterator[str]:
     end = 0
     encoding = next((name for mark, name in _MARKS.items() if start.startswith(mark)), "UTF-8-sig")
     decoder = codecs.getincrementaldecoder(encoding)()
-    second = None
+    second, is_tar = None, start[257:262] == b"ustar"
     try:
+        if is_tar:
+            raise UnicodeError("it has the mark of a tar archive")
         if encoding == "UTF-8-sig" and start.count(0) * 100 > len(start):
             if not start.startswith(("\xff\xfe".encode(), "\xfe\xff".encode())):
                 raise UnicodeError(f"{start.count(0)} of its first {len(start)} bytes are zero")
@@ -163,6 +165,7 @@ def read_text(path: Path) -> Iterator[str]:
         return
     file = shlex.quote(str(path))
     packed = next((advice for magic, advice in _PACKED.items() if start.startswith(magic)), None)
+    packed = "tar: unpack it with `tar -xf" if is_tar else packed
     zeros = tuple(block[i::4].count(0) * 10 > len(block) for i in range(4))
     wide = {(0, 1, 0, 1): "UTF-16LE", (1, 0, 1, 0): "UTF-16BE", (0, 1, 1, 1): "UTF-32LE", (1, 1, 1, 0): "UTF-32BE"}
     if packed:

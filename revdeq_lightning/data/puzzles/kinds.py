@@ -246,7 +246,8 @@ class Sudoku(AbstractKind):
         rows, columns = BOXES[size]
         values = np.r_[0, draws.permutation(size) + 1]
         order = [_lines(draws, size, rows), _lines(draws, size, columns)]
-        arrays = [values[array[order[0]][:, order[1]]] for array in puzzle]
+        arrays = [array[order[0]][:, order[1]] for array in puzzle]
+        arrays = [np.where(array < 0, array, values[array.clip(0)]) for array in arrays]  # -100 does not count
         if rows == columns and draws.integers(2, 1)[0]:
             arrays = [array.T for array in arrays]
         return Puzzle(*arrays)
@@ -355,6 +356,8 @@ def checked(
     for i, (puzzle, answers) in enumerate(zip(inputs, targets, strict=True)):
         if fault := kind.fault(puzzle):
             raise ValueError(f"{path}: puzzle {i} cannot be solved: {fault}")
+        if use_targets and (answers == IGNORE_INDEX).all():
+            raise ValueError(f"{path}: no target of puzzle {i} counts, all are {IGNORE_INDEX}: remove the puzzle")
         if use_targets and (answers != IGNORE_INDEX).all() and not kind.is_solved(puzzle, answers):
             raise ValueError(f"{path}: the targets of puzzle {i} are no solution, which is {kind.solution}")
     return arrays

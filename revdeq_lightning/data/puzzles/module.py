@@ -183,7 +183,8 @@ class PuzzleDataModule(AbstractDataModule):
         return self._evaluation_loaders(split)[0]
 
     def _evaluation_loaders(self, split: str) -> list[ResumableLoader]:
-        found = self._of_split(self._prepared(), split, f"set {split}_fraction above 0 (or test_path)")
+        advice = f"raise {split}_fraction" + (", or set test_path" if split == "test" else "")
+        found = self._of_split(self._prepared(), split, advice)
         return [
             self._loader(f"{split} {i}", Puzzles(partial(stored_puzzle, arrays, None, 0)), len(arrays[0]))
             for i, arrays in enumerate(found)
@@ -295,18 +296,19 @@ def divide(kind: AbstractKind, arrays: Arrays, fractions: Mapping[str, float]) -
 
 
 def read_npz(path: str | Path, *, need_targets: bool = True) -> Arrays:
-    """Read the integer arrays `inputs` and `targets` of an archive; missing targets become some that do not count."""
+    """Read the integer arrays `inputs` and `targets` of an archive; without targets, some that do not count."""
+    wanted = ("inputs", "targets")[: 1 + need_targets]
     if not Path(path).is_file():
         raise FileNotFoundError(f"no file {path}: use an npz archive with the integer arrays inputs and targets")
     try:
         with zipfile.ZipFile(path), np.load(path) as archive:
-            arrays = {name: archive[name] for name in archive.files}
+            there = sorted(archive.files)
+            arrays = {name: archive[name] for name in wanted if name in there}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} is not an npz archive: {' '.join(str(error).split())}") from None
-    missing = [name for name in ("inputs", "targets")[: 1 + need_targets] if name not in arrays]
-    if missing:
+    if missing := [name for name in wanted if name not in arrays]:
         raise ValueError(
-            f"{path} has no array {missing[0]!r} (it has {', '.join(sorted(arrays)) or 'none'}): save it by"
+            f"{path} has no array {missing[0]!r} (it has {', '.join(there) or 'none'}): save it by"
             " numpy.savez(FILE, inputs=..., targets=...)"
         )
     inputs = arrays["inputs"]

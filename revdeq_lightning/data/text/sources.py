@@ -150,8 +150,12 @@ def _read_table(path: Path) -> Iterator[Batch]:
         columns = ["text"] if "text" in file.schema_arrow.names else None
         yield from (batch.to_pydict() for batch in file.iter_batches(_BATCH_ROWS, columns=columns))
     else:
-        rows = datasets.load_dataset("json", data_files=glob.escape(str(path)), split="train", streaming=True)
-        yield from _select(rows)
+        try:
+            rows = datasets.load_dataset("json", data_files=glob.escape(str(path)), split="train", streaming=True)
+            yield from _select(rows)
+        except (StopIteration, RuntimeError) as error:  # within `datasets`, of a file without a row
+            if not isinstance(error.__cause__ or error, StopIteration):
+                raise
 
 
 def read_huggingface(path: str, name: str | None, streaming: bool, left_out: list[str]) -> Texts:
