@@ -98,6 +98,11 @@ class SolverConfig(_Settings):  # type: ignore[misc]
                 owner = " or ".join(map(repr, owners))
                 raise ValueError(f"{name}={value!r} belongs to adjoint={owner}, got adjoint={adjoint!r}: remove it")
         arguments = {_ADJOINT_OPTIONS[name].arguments[adjoint]: value for name, value in given.items()}
+        if "mismatch" in given and self.arithmetic in ("float32", "float64"):
+            raise ValueError(
+                f"mismatch={self.mismatch!r} needs arithmetic='exact', got {self.arithmetic!r}, whose gradients are"
+                " never certified: remove one of them"
+            )
         if adjoint == "implicit":
             default = ImplicitAdjoint().solver
             arguments["solver"] = SOLVERS[self.backward_solver or "anderson"](

@@ -88,7 +88,7 @@ def test_a_complete_run_is_tested_again_and_the_folder_in_use_is_recorded(moved)
     run("fit", "--ckpt_path", last, *QUIET[1:], "--run.test=true")  # nothing is left to train
     assert "test/loss" in (moved / "metrics.csv").read_text()
     assert content(moved)[str(moved / "config.yaml")] == before[str(moved / "config.yaml")]
-    run("fit", "--ckpt_path", last, "--run.name=other", "--trainer.max_steps=4", *QUIET)
+    run("fit", "--ckpt_path", last, "--trainer.max_steps=4", *QUIET)
     recorded = yaml.safe_load((moved / "config.yaml").read_text())["run"]
     assert (recorded["folder"], recorded["name"]) == (str(moved.parents[1]), "tiny")
 

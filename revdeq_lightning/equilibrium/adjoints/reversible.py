@@ -92,11 +92,6 @@ class ReversibleAdjoint(AbstractAdjoint):
                 f"ReversibleAdjoint cannot run {type(solver).__name__} backwards: use ReversibleSolver or"
                 " MomentumSolver, or BackpropAdjoint, ImplicitAdjoint or PhantomAdjoint"
             )
-        if self.mismatch in ("raise", "trace") and not solver.is_exact:
-            raise ValueError(
-                f"mismatch={self.mismatch!r} needs arithmetic='exact', got {solver.arithmetic!r}, whose gradients are"
-                " never certified: remove one of them"
-            )
         if self.stored_evaluations and solver.has_tolerance:
             raise ValueError(
                 f"stored_evaluations={self.stored_evaluations} needs a solver without a tolerance, got {solver}: which"
