@@ -24,6 +24,7 @@ class DepthJitter(Callback):
         steps: Numbers of solver steps to draw from; empty: the solver's own.
         betas: Relaxation parameters to draw from; empty: the solver's own.
         seed: Of the draws.
+        first_batch: Training batch, from 0, of the first draw; before it the solver is as given, which takes less time.
 
     Raises:
         ValueError: When training starts, if a solver does not accept one of the values.
@@ -33,11 +34,14 @@ class DepthJitter(Callback):
         init_args: {steps: [2, 4, 8]}}]`
     """
 
-    def __init__(self, steps: Sequence[int] = (), betas: Sequence[float] = (), seed: int = 0) -> None:
+    def __init__(
+        self, steps: Sequence[int] = (), betas: Sequence[float] = (), seed: int = 0, first_batch: int = 0
+    ) -> None:
         if not steps and not betas:
             raise ValueError(f"DepthJitter needs steps or betas to draw from, got {list(steps)} and {list(betas)}")
         require_count("seed", seed, at_least=0)
-        self.steps, self.betas, self.seed = list(steps), list(betas), seed
+        require_count("first_batch", first_batch, at_least=0)
+        self.steps, self.betas, self.seed, self.first_batch = list(steps), list(betas), seed, first_batch
         self._jittered = ExitStack()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -53,6 +57,8 @@ class DepthJitter(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         progress: Any = trainer.fit_loop.epoch_loop.batch_progress
         number = progress.total.processed
+        if number < self.first_batch:
+            return
         # Raw bits: the one stream that NumPy promises never to change.
         first, second = np.random.PCG64(np.random.SeedSequence([self.seed, number])).random_raw(2)
         drawn: dict[str, float] = {}

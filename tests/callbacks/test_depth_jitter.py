@@ -52,6 +52,13 @@ def test_a_resumed_run_draws_what_the_whole_run_draws(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(task.parameters(), resumed.parameters(), strict=True))
 
 
+def test_a_late_start_leaves_the_batches_before_it_as_they_are(tmp_path):
+    whole, _ = fit(tmp_path, DepthJitter(steps=[1, 2, 5]))
+    late, _ = fit(tmp_path, DepthJitter(steps=[1, 2, 5], first_batch=7))
+    assert late[:7] == [(2 * 3, 1.0)] * 7
+    assert late[7:] == whole[7:]
+
+
 @pytest.mark.parametrize(("settings", "message"), [({"steps": [0]}, "got 0"), ({"betas": [2.5]}, "got 2.5")])
 def test_what_the_solver_refuses_is_told_before_training(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):

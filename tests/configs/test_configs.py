@@ -20,6 +20,7 @@ from tests.helpers.runs import run, text_file
 # What the data give to the model (classes, vocabulary, or symbols and shape), and its parameters.
 FULL = {
     "cifar10/cpu": (10, 1_084_282),
+    "cifar10/equilibrium": (10, 1_084_282),
     "cifar10/mdeq": (10, 1_431_322),
     "cifar10/modern": (10, 7_683_722),
     "cifar10/paper_multi": (10, 10_319_754),
@@ -84,7 +85,7 @@ every_config = pytest.mark.parametrize("path", CONFIGS, ids=key)
 
 def files(path):
     """The files that describe a run: a variant is laid over its base."""
-    bases = {"sudoku4": "sudoku6", "sudoku9": "sudoku6"}
+    bases = {"sudoku4": "sudoku6", "sudoku9": "sudoku6", "equilibrium": "cpu"}
     base = "tinyshakespeare" if path.stem.startswith("tinyshakespeare_") else bases.get(path.stem)
     return [str(path.with_name(f"{base}.yaml")), str(path)] if base else [str(path)]
 
