@@ -13,5 +13,9 @@ class BlockError(ValueError):
     """A user-defined block is not a valid f; the message is one line."""
 
 
+class DivergenceError(RuntimeError):
+    """The state of a solve became non-finite or left the range of its arithmetic."""
+
+
 class RecordWarning(UserWarning):
     """A logger or report failed; the records of the run are incomplete from here on."""

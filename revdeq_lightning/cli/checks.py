@@ -28,8 +28,12 @@ NOT_SUPPORTED: dict[type, str] = {
     EMAWeightAveraging: "set model.optimizer.ema_decay",
 }
 """Callbacks of Lightning, and what to do instead."""
-UNUSED = {"default_root_dir": "set run.folder", "model_registry": "remove it"}
-"""Options of the trainer without effect here."""
+UNUSED = {
+    "default_root_dir": "set run.folder",
+    "model_registry": "remove it",
+    "use_distributed_sampler": "the data is always divided among the processes",
+}
+"""Options of the trainer without effect here, and why or what to do instead."""
 
 
 def check_settings(trainer: Any, diagnostics: DiagnosticsConfig, model: Any) -> None:
@@ -59,10 +63,8 @@ def check_settings(trainer: Any, diagnostics: DiagnosticsConfig, model: Any) -> 
         if (value := trainer.get(name)) is not None and value < least:
             fail(f"trainer.{name} must be at least {least}, got {value}")
     for name, instead in UNUSED.items():
-        if trainer.get(name):
+        if trainer.get(name) not in (None, True):
             fail(f"trainer.{name}={trainer[name]} has no effect: {instead}")
-    if trainer.get("use_distributed_sampler") is False:
-        fail("trainer.use_distributed_sampler=false: the data is always divided among the processes; remove it")
     if trainer.get("gradient_clip_algorithm") and not trainer.get("gradient_clip_val"):
         fail(f"trainer.gradient_clip_algorithm={trainer['gradient_clip_algorithm']} needs trainer.gradient_clip_val")
     for name in ("max_steps", "max_epochs", "limit_train_batches"):
@@ -70,7 +72,7 @@ def check_settings(trainer: Any, diagnostics: DiagnosticsConfig, model: Any) -> 
             fail(f"trainer.{name}=0 would train nothing: give a positive number, or leave it out")
     for name in ("val_check_interval", "check_val_every_n_epoch"):
         if trainer.get(name) == 0:
-            fail(f"trainer.{name}=0 is no interval: give a positive number")
+            fail(f"trainer.{name} must be positive, got 0")
     needs_whole_model = diagnostics.gradient_error_every_n_steps or diagnostics.contraction_every_n_steps
     if needs_whole_model and is_fsdp2(trainer.get("strategy")):
         fail(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn, cast
 
-from revdeq_lightning.errors import CheckpointError, ParallelismError
+from revdeq_lightning.errors import CheckpointError, DivergenceError, ParallelismError
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
@@ -46,8 +46,6 @@ def run_errors(what: str, lost_peer: Callable[[Exception], str | None] = lambda 
     import torch
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.utilities import rank_zero_only
-
-    from revdeq_lightning.equilibrium import DivergenceError
 
     rank = cast(Any, rank_zero_only).rank
     try:

@@ -69,7 +69,7 @@ def check_output(path: str | Path, *inputs: str | Path) -> Path:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a folder")
         if path.exists() and not path.is_file():
-            raise OSError(errno.EINVAL, "it is no file")
+            raise OSError(errno.EINVAL, "it is not a regular file")
         if any(path.resolve() == Path(given).resolve() for given in inputs):
             raise FileExistsError(errno.EEXIST, "it is the input")
         beside.touch()

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from revdeq_lightning.cli.errors import fail, nearest
+from revdeq_lightning.errors import DivergenceError
 from revdeq_lightning.program import program
 
 
@@ -64,10 +65,8 @@ def call_with_options(function: Callable[..., str], command: str, options: Seque
         _require_device(settings["device"])
     try:
         return function(**settings)
-    except Exception as error:
-        if isinstance(error, ValueError | OSError) or type(error).__name__ == "DivergenceError":  # slow to import
-            fail(str(error))
-        raise
+    except (ValueError, OSError, DivergenceError) as error:
+        fail(str(error))
 
 
 def _require_device(name: str) -> None:

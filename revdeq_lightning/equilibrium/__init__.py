@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 from revdeq_lightning.lazy import lazy_exports
 
 if TYPE_CHECKING:
+    from revdeq_lightning.errors import DivergenceError as DivergenceError
+
     from .adjoints.backprop import BackpropAdjoint as BackpropAdjoint
     from .adjoints.base import AbstractAdjoint as AbstractAdjoint
     from .adjoints.implicit import (
@@ -32,11 +34,7 @@ if TYPE_CHECKING:
         spectral_radius as spectral_radius,
     )
     from .layer import EquilibriumLayer as EquilibriumLayer, equilibria as equilibria
-    from .loop import (
-        DivergenceError as DivergenceError,
-        deferred_divergence as deferred_divergence,
-        recorded_residuals as recorded_residuals,
-    )
+    from .loop import deferred_divergence as deferred_divergence, recorded_residuals as recorded_residuals
     from .solution import FixedPointSolution as FixedPointSolution, SolverStats as SolverStats
     from .solve import solve_fixed_point as solve_fixed_point, solve_in_parts as solve_in_parts
     from .solvers.anderson import AndersonSolver as AndersonSolver

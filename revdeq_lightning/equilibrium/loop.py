@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..errors import DivergenceError
 from ..transforms import has_numbers
 from . import checks
 from .norms import Leaves, residual
@@ -150,10 +151,6 @@ class _Watch:
 
 def _with_nan_above_all(size: float) -> tuple[bool, float]:
     return math.isnan(size), size
-
-
-class DivergenceError(RuntimeError):
-    """The state became non-finite or left the range of its arithmetic."""
 
 
 _records_residuals: ContextVar[bool] = ContextVar("records_residuals", default=False)

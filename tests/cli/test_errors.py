@@ -29,7 +29,7 @@ MISTAKES = {
     "fit --trainer.use_distributed_sampler=false": "the data is always divided among the processes",
     "fit --diagnostics.certificate=raise --model.solver.adjoint=backprop": "certificate=raise: no gradient of this",
     "fit --data.dataset_name=x": "dataset_name has no effect without source .huggingface., got 'x': remove it",
-    "fit --trainer.val_check_interval=0": "trainer.val_check_interval=0 is no interval: give a positive number",
+    "fit --trainer.val_check_interval=0": "trainer.val_check_interval must be positive, got 0",
     "fit --run.sample_prompt=A": "run.sample_prompt='A': .*'A'.*: set another, or run.sample_tokens=0",
     "fit --run.sample_temperature=-1": r"run.sample_temperature must be in \[0, inf\), got -1",
     "fit --seed_everything=-1": "seed_everything: -1",

@@ -80,7 +80,7 @@ def split_images(
         count = round(validation_fraction * len(train))
         if not count:
             raise ValueError(
-                f"validation_fraction={validation_fraction} of {len(train):,} images is none: set 0, or more"
+                f"validation_fraction={validation_fraction} of {len(train):,} images is none: set it to 0, or raise it"
             )
         chosen = stratified_subset(train, count, split_seed)
         tables["validation"] = train.take(chosen)

@@ -165,7 +165,8 @@ def read_text(path: Path) -> Iterator[str]:
         return
     file = shlex.quote(str(path))
     packed = next((advice for magic, advice in _PACKED.items() if start.startswith(magic)), None)
-    packed = "tar: unpack it with `tar -xf" if is_tar else packed
+    if is_tar:
+        packed = "tar: unpack it with `tar -xf"
     zeros = tuple(block[i::4].count(0) * 10 > len(block) for i in range(4))
     wide = {(0, 1, 0, 1): "UTF-16LE", (1, 0, 1, 0): "UTF-16BE", (0, 1, 1, 1): "UTF-32LE", (1, 1, 1, 0): "UTF-32BE"}
     if packed:

@@ -129,7 +129,7 @@ class PuzzleDataModule(AbstractDataModule):
         if path is None:
             self._refuse_unused("path", "validation_fraction", "test_fraction")
             if num_train is None:
-                self._refuse_unused("num_train: each puzzle is used once", "symmetries")
+                self._refuse_unused("num_train (each puzzle is used once)", "symmetries")
         self.kind = build_kind(**self.kind_settings())
         self._data: dict[str, list[Arrays]] | None = None
         self._checksum = ""

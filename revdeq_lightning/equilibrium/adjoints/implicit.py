@@ -12,9 +12,10 @@ from typing import get_args
 
 import torch
 
+from ...errors import DivergenceError
 from ...transforms import is_forward_mode, is_functorch
 from ..function import EquilibriumFunction
-from ..loop import DivergenceError, deferred_errors, iterate_to_fixed_point
+from ..loop import deferred_errors, iterate_to_fixed_point
 from ..norms import Leaves
 from ..solution import SolverStats
 from ..solvers.anderson import AndersonSolver
