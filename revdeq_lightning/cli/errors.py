@@ -47,15 +47,20 @@ def run_errors(what: str, lost_peer: Callable[[Exception], str | None] = lambda 
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.utilities import rank_zero_only
 
+    from revdeq_lightning.cli.process_end import end_process_group
+    from revdeq_lightning.runs.divergence import DivergedError
+
     rank = cast(Any, rank_zero_only).rank
     try:
         yield
     except (CheckpointError, MisconfigurationException, DivergenceError) as error:
         fail(" ".join(str(error).split()), code=1 if isinstance(error, DivergenceError) else 2)
-    except ParallelismError as error:  # raised on all processes
+    except (ParallelismError, DivergedError) as error:  # raised on all processes
+        end_process_group()  # before any of them ends: Lightning would end the first one, which reports it
+        code = 2 if isinstance(error, ParallelismError) else 1
         if rank:
-            sys.exit(2)
-        fail(str(error))
+            sys.exit(code)
+        fail(str(error), code)
     except torch.OutOfMemoryError as error:
         wanted = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
         fail(

@@ -1,6 +1,5 @@
 """Base class of the command lines of all tasks: the trainer with its callbacks, loggers and checkpoints."""
 
-import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
@@ -29,7 +28,7 @@ from revdeq_lightning.cli.saved_config import SaveRunConfig
 from revdeq_lightning.cli.yaml_text import prepare_jsonargparse
 from revdeq_lightning.distributed.strategies import is_fsdp2, register_strategies, require_meeting_place
 from revdeq_lightning.equilibrium import DivergenceError, equilibria
-from revdeq_lightning.errors import BlockError, CheckpointError
+from revdeq_lightning.errors import BlockError, CheckpointError, ParallelismError
 from revdeq_lightning.loggers.csv_logger import ContinuedCSVLogger
 from revdeq_lightning.loggers.endurance import enduring
 from revdeq_lightning.loggers.progress import RunProgress
@@ -37,7 +36,7 @@ from revdeq_lightning.loggers.read_once import ReadOnce
 from revdeq_lightning.loggers.wandb_logger import WandbCheckpoints, wandb_logger
 from revdeq_lightning.program import program
 from revdeq_lightning.report.at_end import RunReport, close_run
-from revdeq_lightning.runs.divergence import DivergedError, DivergenceGuard
+from revdeq_lightning.runs.divergence import DivergenceGuard
 from revdeq_lightning.runs.folder import CONFIG, RunConfig, date_and_time
 from revdeq_lightning.runs.lock import LockedError, locked
 from revdeq_lightning.runs.random_state import ResumableRandomState
@@ -210,12 +209,10 @@ class AbstractCommandLine(LightningCLI):
         with self._run_errors("training"):
             try:
                 self.trainer.fit(**kwargs)
-            except DivergedError as error:  # on all processes together
-                if self.trainer.is_global_zero:
-                    fail(str(error), code=1)
-                sys.exit(1)
             except (DivergenceError, CheckpointError, BlockError) as error:
                 fail(str(error), code=1)
+            except ParallelismError:
+                raise
             except ValueError as error:  # before the first step, about the settings
                 if any(getattr(callback, "has_started", False) for callback in cast(Any, self.trainer).callbacks):
                     raise
