@@ -24,6 +24,8 @@ LAST = {number: f"truncated BPTT, last {number}" for number in (10, 5, 1)}
 ONE_STEP, PHANTOM, IMPLICIT = "one step", "phantom, 10 steps", "implicit, Anderson"
 STACK, THIN_STACK = "explicit stack", "explicit stack, equal parameters"
 STARTS = ("random_start", "late_start", "late_steps")
+FROM_ZERO = {name: f"{name}, from zero" for name in (EXACT, LAST[5], ONE_STEP)}
+"""Gradients that are also trained without the configuration's random and late starts."""
 TEST_SIZES = [9, 13, 19]
 TINY = {"model.network.channels": 4, "data.size": 3, "data.test_sizes": [4], "data.batch_size": 4}
 TINY |= {"data.num_test": 4, "data.num_validation": 4}
@@ -66,7 +68,8 @@ def make(settings: dict[str, Any], path: None, seed: int, cache: Path) -> tuple[
     network = ReasonerConfig(
         num_symbols=data.num_symbols, num_answers=data.num_answers, shape=data.shape, **model["network"]
     )
-    starts = {} if model["solver"]["solver"] == "none" else {name: model[name] for name in STARTS}
+    from_zero = model["solver"]["solver"] == "none" or not model["late_start"]
+    starts = {} if from_zero else {name: model[name] for name in STARTS}
     solver, optimizer = SolverConfig(**model["solver"]), OptimizerConfig(**model["optimizer"])
     return ReasoningTask(network, solver, optimizer, **starts), data
 
@@ -94,10 +97,13 @@ def solved(task: LightningModule, data: Any, whole: bool) -> dict[int, float]:
 def part(evaluations: int, quick: bool) -> Part:
     """The comparison with so many evaluations of f in training."""
     chosen = TINY if quick else {"data.test_sizes": TEST_SIZES, "data.num_test": 100}
+    found = variants(evaluations, chosen)
+    zero: dict[str, Any] = {"model.random_start": 0.0, "model.late_start": 0.0}
+    found |= {new: found[name]._replace(changes=found[name].changes | zero) for name, new in FROM_ZERO.items()}
     return Part(
         name="mazes",
         title="Mazes",
-        variants=variants(evaluations, chosen),
+        variants=found,
         optimizer=SETTINGS["model"]["optimizer"],
         make=make,
         figure=cell_accuracy,

@@ -65,7 +65,7 @@ def fill(options: Any) -> Rows:
 
 def groups(rows: Rows) -> dict[tuple[str, int], Rows]:
     """Rows of the same gradient and evaluations, in the order of the comparison."""
-    order = list(mazes.variants(EVALUATIONS))
+    order = list(mazes.part(EVALUATIONS, False).variants)
     keys = sorted({(row["gradient"], int(row["evaluations"])) for row in rows}, key=lambda k: (order.index(k[0]), k[1]))
     return {k: [row for row in rows if (row["gradient"], int(row["evaluations"])) == k] for k in keys}
 
@@ -135,7 +135,7 @@ def draw(path: Path, rows: Rows) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = part.parser(__doc__)
-    names = list(mazes.variants(EVALUATIONS))
+    names = list(mazes.part(EVALUATIONS, False).variants)
     parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--evaluations", nargs="+", type=int, help="of f in training; default: 32, and for some others")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
