@@ -1,12 +1,12 @@
 """Language models of Python source: layers before and after the equilibrium, its initial state, tied embeddings.
 
-    python -m benchmarks.quality.architecture [--quick] [--only NAME ...] [--seeds 0 1 2]
+    python -m benchmarks.quality.architecture [--quick] [--only NAME ...] [--seeds 0 1 2] [--times N]
 
 All models have the data and the optimizer of `lm/default.yaml`, at a constant rate with averaged weights, and a width
 of 128. Each is trained until 1,000 steps (2 million tokens), 20 TFLOP and 240 CPU seconds are all spent, or for 3,000
 CPU seconds, and evaluated when each was. One process, one thread. The graphs of all evaluations are stored, which
 changes no bit of the gradient and takes least time. Runs that are already in the output are skipped, so that the table
-can be filled in parts.
+can be filled in parts. With `--times 5` all of these budgets are five times as large, and the table is another one.
 
 The page also says how many layers of its own an evaluation is worth: with the loss of explicit stacks of n layers at
 equal tokens, interpolated in log(n), a model of L layers evaluated N times is worth `L * N**phi` layers
@@ -100,7 +100,8 @@ def make_from_input(*arguments: Any) -> tuple[Any, Any]:
 MAKERS = {TIED: make_tied, FROM_INPUT: make_from_input}
 
 
-def comparison(quick: bool) -> Part:
+def comparison(quick: bool, times: int) -> Part:
+    longer = Budget(240 * times, 2e13 * times, 3000 * times, 0, 1000 * times)
     return Part(
         name="architecture",
         title="Layers around the equilibrium",
@@ -110,16 +111,20 @@ def comparison(quick: bool) -> Part:
         figure=nats,
         unit="validation loss, nats per token",
         smaller_is_better=True,
-        budget=Budget(0.5, 1e9, 60, 0, 2) if quick else Budget(240, 2e13, 3000, 0, 1000),
+        budget=Budget(0.5, 1e9, 60, 0, 2) if quick else longer,
         search_seconds=0,
         every=(200, 200) if quick else (1, 1),
         clip=SETTINGS["trainer"]["gradient_clip_val"],
     )
 
 
+def stem(times: int) -> str:
+    return "architecture" if times == 1 else f"architecture_x{times}"
+
+
 def fill(options: Any) -> Rows:
-    files = Files({"runs": options.output / "architecture.csv"})
-    chosen = comparison(options.quick)
+    files = Files({"runs": options.output / f"{stem(options.times)}.csv"})
+    chosen = comparison(options.quick, options.times)
     for seed in options.seeds:
         for name in options.only:
             if files.has("runs", variant=name, seed=seed):
@@ -131,7 +136,8 @@ def fill(options: Any) -> Rows:
                 seconds, flops, steps = outcome.spent.get(budget, (float("nan"),) * 3)
                 row |= {f"figure_{budget}": f"{outcome.at.get(budget, float('nan')):.4f}", f"steps_{budget}": steps}
                 row |= {f"cpu_seconds_{budget}": f"{seconds:.1f}", f"tflop_{budget}": f"{flops / 1e12:.5g}"}
-            files.add("runs", [row | facts_of("python -m benchmarks.quality.architecture")])
+            times = f" --times {options.times}" if options.times > 1 else ""
+            files.add("runs", [row | facts_of(f"python -m benchmarks.quality.architecture{times}")])
             print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
     return files.rows["runs"]
 
@@ -174,7 +180,7 @@ def exponents(rows: Rows, name: str) -> list[float]:
 def page(rows: Rows) -> str:
     sections = [
         "# Layers around the equilibrium",
-        "Written by `python -m benchmarks.quality.architecture`; for the interpretation see [the README](../README.md)."
+        f"Written by `{rows[0]['command']}`; for the interpretation see [the README](../README.md)."
         f" {origins(rows)}. Validation loss in nats per token, mean of the seeds"
         " (minimum - maximum); averaged weights at a constant learning rate; all evaluations stored. `1 + RevDEQ, 2 x 4"
         " + 1`: one layer before the equilibrium of f with two layers, 4 evaluations, and one layer after it. phi: N"
@@ -205,6 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = part.parser(__doc__)
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="NAME")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--times", type=int, default=1, help="multiply all budgets; into a table of its own")
     parser.add_argument("--cache", type=Path, default=Path("data/cache"), help="folder for prepared data")
     options = parser.parse_args(arguments)
     part.refuse_quick_results(parser, options)
@@ -212,7 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)
     quieten_lightning()
     rows = fill(options)
-    (options.output / "architecture.md").write_text(page(rows))
+    (options.output / f"{stem(options.times)}.md").write_text(page(rows))
     print(page(rows))
     return 0
 

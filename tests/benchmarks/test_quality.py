@@ -94,7 +94,7 @@ def test_what_an_evaluation_is_worth_where_the_loss_is_the_logarithm_of_the_laye
     assert architecture.phi(losses, (2, 2, 4), loss) == pytest.approx(0.46)
     assert architecture.phi(losses, (2, 2, 4), -math.log(9)) is None
     assert architecture.phi({**losses, 4: 0.0}, (2, 2, 4), loss) is None  # more layers, more loss
-    facts = {"cpu": "C", "torch": "T", "commit": "A", "parameters": "1"}
+    facts = {"cpu": "C", "torch": "T", "commit": "A", "parameters": "1", "command": "python"}
     columns = ("figure", "steps", "tflop", "cpu_seconds")
     rows = [
         {
