@@ -1,5 +1,6 @@
 """The comparison of gradients on mazes: its competitors, its table, and the memory of a step."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -7,9 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.quality import __main__ as quality, extrapolation, mazes, puzzles, reasoning, reasoning_memory
-from benchmarks.quality.budget import settings_of
+from benchmarks.quality.budget import settings_of, step_flops
 from benchmarks.quality.mazes import EXACT, LAST, ONE_STEP, PAPER, STACK, STORED, THIN_STACK
 from benchmarks.quality.training import read
+from revdeq_lightning.models import ReasonerConfig
+from revdeq_lightning.models.build import SolverConfig, build_reasoner
 
 
 def test_competitors_differ_in_the_gradient_alone():
@@ -108,3 +111,19 @@ def test_strings_are_judged_by_their_lengths(tmp_path, monkeypatch, longest, cod
     assert solved == {
         (seed, size): float(int(size) <= longest) for seed in "01" for size in ("32", "128", "512", "4096")
     }
+
+
+def test_cost_of_a_step_is_the_one_that_the_configuration_for_a_gpu_names():
+    path = "configs/reasoning/sudoku_extreme.yaml"
+    settings = settings_of([path])
+    model = ReasonerConfig(num_symbols=10, num_answers=9, shape=(9, 9), **settings["model"]["network"])
+    flops = []
+    for evaluations in (1, 2):  # it is linear in them
+        solver = SolverConfig(**settings["model"]["solver"] | {"max_steps": evaluations})
+        reasoner = build_reasoner(model, solver)
+        flops.append(step_flops(lambda of=reasoner: of(torch.zeros(1, 9, 9, dtype=torch.long)).logits.sum().backward()))
+    evaluations = settings["model"]["solver"]["max_steps"]
+    step = settings["data"]["batch_size"] * (flops[0] + (evaluations - 1) * (flops[1] - flops[0]))
+    text = Path(path).read_text()
+    assert f"A step is {step / 1e12:.1f} TFLOP" in text
+    assert f"the run {step * settings['trainer']['max_steps']:.2g}".replace("+", "") in text

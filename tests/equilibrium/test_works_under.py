@@ -7,9 +7,13 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from revdeq_lightning.equilibrium import (
     AndersonSolver,
+    BackpropAdjoint,
+    EquilibriumLayer,
+    MomentumSolver,
     ReversibleAdjoint,
 )
 from tests.helpers.equilibrium import (
@@ -242,3 +246,15 @@ def test_without_gradients_the_value_is_the_same(solver):
         assert torch.equal(plain.stats.num_steps, recorded.stats.num_steps)
         assert torch.equal(plain.stats.relative_residual, recorded.stats.relative_residual)
     assert torch.equal(attention_layer(solver, BPTT)(x).value, recorded.value)
+
+
+def test_flops_are_counted():
+    batch, width, evaluations = 3, 8, 4
+    layer = EquilibriumLayer(
+        nn.RNNCell(width, width), solver=MomentumSolver(max_steps=evaluations), adjoint=BackpropAdjoint()
+    )
+    with FlopCounterMode(display=False) as counter:
+        layer(torch.randn(batch, width)).value.sum().backward()
+    # Two matrices, each multiplied and differentiated in every evaluation; the states but the first have a gradient.
+    products = 2 * evaluations + 2 * evaluations + (evaluations - 1)
+    assert counter.get_total_flops() == 2 * batch * width**2 * products
