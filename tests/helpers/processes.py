@@ -179,7 +179,10 @@ def _serve(descriptor: int) -> None:
             os.environ.clear()
             os.environ |= environment
             os.chdir(folder)
-            function(*args)
+            try:
+                function(*args)
+            finally:
+                gc.unfreeze()  # the end collects all, or libraries would tell of leaks
             return
         for pipe in received[1]:
             os.close(pipe)
