@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..transforms import is_transformed
+
 Leaves = list[Tensor]
 Map = Callable[[Any, Any], Any]  # `f(z, x)`, on pytrees of tensors
 Mask = Tensor | None  # the samples that still move, shape `(batch,)`; None: all
@@ -46,7 +48,10 @@ def in_memory_order(leaf: Tensor) -> Tensor:
 @torch.no_grad()
 def extremes(leaves: Leaves, unit: float = 1.0) -> Leaves:
     """Smallest and largest element of each leaf, 0-dim, times `unit`; `vector_norm(inf)` is 20 times slower on CPUs."""
-    found = [extreme for leaf in leaves for extreme in torch.aminmax(in_memory_order(leaf))]
+    if is_transformed():  # PyTorch 2.11 cannot transform `aminmax`
+        found = [extreme for leaf in leaves for extreme in (leaf.amin(), leaf.amax())]
+    else:
+        found = [extreme for leaf in leaves for extreme in torch.aminmax(in_memory_order(leaf))]
     return found if unit == 1 else [extreme * unit for extreme in found]
 
 
