@@ -4,8 +4,9 @@
 
 All models have the same f (stacks: its layers), mazes (5 x 5 cells in training), and optimizer, whose learning rate
 is the best of three in short runs. Each is trained until both 600 steps and 360 CPU seconds are spent, and solves new
-mazes of 5 to 19 cells a side when each was. One process, one thread. Runs that are already in the output are skipped,
-so that the table can be filled in parts. Memory at other depths: `benchmarks.quality.reasoning_memory`.
+mazes of 5 to 19 cells a side when each was. Three gradients are also trained without random and late starts. One
+process, one thread. Runs that are already in the output are skipped, so that the table can be filled in parts. Memory
+at other depths: `benchmarks.quality.reasoning_memory`.
 """
 
 import sys

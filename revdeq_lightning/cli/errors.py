@@ -56,7 +56,7 @@ def run_errors(what: str, lost_peer: Callable[[Exception], str | None] = lambda 
     except (CheckpointError, MisconfigurationException, DivergenceError) as error:
         fail(" ".join(str(error).split()), code=1 if isinstance(error, DivergenceError) else 2)
     except (ParallelismError, DivergedError) as error:  # raised on all processes
-        end_process_group()  # before any of them ends: Lightning would end the first one, which reports it
+        end_process_group()  # Lightning kills the first one, which prints the error, once another one has failed
         code = 2 if isinstance(error, ParallelismError) else 1
         if rank:
             sys.exit(code)

@@ -28,7 +28,7 @@ from revdeq_lightning.cli.saved_config import SaveRunConfig
 from revdeq_lightning.cli.yaml_text import prepare_jsonargparse
 from revdeq_lightning.distributed.strategies import is_fsdp2, register_strategies, require_meeting_place
 from revdeq_lightning.equilibrium import DivergenceError, equilibria
-from revdeq_lightning.errors import BlockError, CheckpointError, ParallelismError
+from revdeq_lightning.errors import BlockError, CheckpointError
 from revdeq_lightning.loggers.csv_logger import ContinuedCSVLogger
 from revdeq_lightning.loggers.endurance import enduring
 from revdeq_lightning.loggers.progress import RunProgress
@@ -211,8 +211,6 @@ class AbstractCommandLine(LightningCLI):
                 self.trainer.fit(**kwargs)
             except (DivergenceError, CheckpointError, BlockError) as error:
                 fail(str(error), code=1)
-            except ParallelismError:
-                raise
             except ValueError as error:  # before the first step, about the settings
                 if any(getattr(callback, "has_started", False) for callback in cast(Any, self.trainer).callbacks):
                     raise

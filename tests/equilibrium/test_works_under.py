@@ -14,6 +14,7 @@ from revdeq_lightning.equilibrium import (
     BackpropAdjoint,
     EquilibriumLayer,
     MomentumSolver,
+    PhantomAdjoint,
     ReversibleAdjoint,
 )
 from tests.helpers.equilibrium import (
@@ -248,13 +249,15 @@ def test_without_gradients_the_value_is_the_same(solver):
     assert torch.equal(attention_layer(solver, BPTT)(x).value, recorded.value)
 
 
-def test_flops_are_counted():
-    batch, width, evaluations = 3, 8, 4
-    layer = EquilibriumLayer(
-        nn.RNNCell(width, width), solver=MomentumSolver(max_steps=evaluations), adjoint=BackpropAdjoint()
-    )
+@pytest.mark.parametrize(
+    ("adjoint", "plain", "recorded"),
+    [(BackpropAdjoint(), 0, 4), (BackpropAdjoint(checkpoint=True), 4, 4), (PhantomAdjoint(num_steps=3), 4, 3)],
+)
+def test_flops_are_counted(adjoint, plain, recorded):
+    """`plain` evaluations have no derivative; of the recorded ones the first gets a state that needs none."""
+    batch, width = 3, 8
+    layer = EquilibriumLayer(nn.RNNCell(width, width), solver=MomentumSolver(max_steps=4), adjoint=adjoint)
     with FlopCounterMode(display=False) as counter:
         layer(torch.randn(batch, width)).value.sum().backward()
-    # Two matrices, each multiplied and differentiated in every evaluation; the states but the first have a gradient.
-    products = 2 * evaluations + 2 * evaluations + (evaluations - 1)
+    products = 2 * (plain + recorded) + 2 * recorded + (recorded - 1)  # by two matrices, of these, and of states
     assert counter.get_total_flops() == 2 * batch * width**2 * products
