@@ -33,8 +33,11 @@ def require_choice(name: str, value: object, choices: Collection[object], advice
 def refuse_unused(given: Mapping[str, Any], of: Callable[..., Any], needs: str, *names: str) -> None:
     """Raise ValueError if one of these arguments of `of` is not its default, as it has no effect without `needs`."""
     for name in names:
-        if given[name] != inspect.signature(of).parameters[name].default:
-            raise ValueError(f"{name} has no effect without {needs}, got {given[name]!r}: remove it")
+        default = inspect.signature(of).parameters[name].default
+        if given[name] != default:
+            raise ValueError(
+                f"{name} has no effect without {needs}, got {given[name]!r}: remove it (default: {default!r})"
+            )
 
 
 def _message(name: str, wanted: str, value: object, advice: str) -> str:

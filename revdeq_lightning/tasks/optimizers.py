@@ -210,6 +210,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig) -> Optimizer:
         adam | {"params": others},
     ]
     if config.optimizer == "adamw":
+        refuse_unused(vars(config), OptimizerConfig, "optimizer='muon'", "muon_lr", "muon_momentum")
         groups.append(adam | {"params": matrices, "weight_decay": config.weight_decay})
         optimizer: Any = AdamW([group for group in groups if group["params"]], fused=True)
         # Otherwise a gradient scaler leaves the unscaling to the step, and Lightning refuses to clip before it.
@@ -225,12 +226,16 @@ def build_scheduler(optimizer: Optimizer, config: OptimizerConfig, total_steps: 
     """Build the schedule over `total_steps` optimizer steps, to be stepped after each; None for a constant rate.
 
     Raises:
-        ValueError: If the schedule decays over the run and the run has no end.
+        ValueError: If the schedule decays over the run and the run has no end, or for settings of another schedule.
     """
+    if config.schedule not in ("linear", "cosine"):
+        refuse_unused(vars(config), OptimizerConfig, "schedule='linear' or 'cosine'", "final_lr_fraction")
     if config.schedule == "plateau":
         return WindowedPlateau(
             optimizer, factor=config.plateau_factor, patience=config.plateau_patience, window=config.plateau_window
         )
+    plateau = [f"plateau_{name}" for name in ("factor", "patience", "window")]
+    refuse_unused(vars(config), OptimizerConfig, "schedule='plateau'", *plateau)
     if config.schedule == "constant" and not config.warmup_steps:
         return None
     if config.schedule != "constant" and not math.isfinite(total_steps):

@@ -1,5 +1,6 @@
 import copy
 import math
+import re
 
 import pytest
 import torch
@@ -199,3 +200,22 @@ def test_gradients_are_clipped_at_every_precision(optimizer, precision, tmp_path
 def test_a_setting_for_weights_that_the_model_does_not_have_is_an_error(setting):
     with pytest.raises(ValueError, match=f"{setting} has no effect without such weights in Linear, got 0.5: remove it"):
         build_optimizer(nn.Linear(2, 2), OptimizerConfig(**{setting: 0.5}))
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "needs"),
+    [
+        ("muon_lr", 0.5, "optimizer='muon'"),
+        ("muon_momentum", 0.5, "optimizer='muon'"),
+        ("final_lr_fraction", 0.5, "schedule='linear' or 'cosine'"),
+        ("plateau_factor", 0.25, "schedule='plateau'"),
+        ("plateau_patience", 3, "schedule='plateau'"),
+        ("plateau_window", 3, "schedule='plateau'"),
+    ],
+)
+def test_a_setting_of_another_optimizer_or_schedule_is_an_error(setting, value, needs):
+    config = OptimizerConfig(**{setting: value})
+    default = getattr(OptimizerConfig(), setting)
+    message = f"{setting} has no effect without {needs}, got {value}: remove it (default: {default})"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        build_scheduler(build_optimizer(nn.Linear(2, 2), config), config, 10)
