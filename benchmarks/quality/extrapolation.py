@@ -2,6 +2,7 @@
 
     python -m benchmarks.quality.extrapolation --checkpoint RUN/checkpoints/best.ckpt [CHECKPOINT ...] [--count 200]
 
+Mazes made by Wilson's algorithm and solves from a random start stop by themselves, which takes a sixth of the time.
 Checkpoints of `make train-maze`, one a seed. One thread.
 """
 
@@ -140,16 +141,21 @@ def measure(options: argparse.Namespace) -> Result:
             row = {
                 "seed": seed, "size": size, "mazes": options.count, "evaluations": made[0],
                 "solved": float(solved.mean()),
-                "Wilson": float(solve(fixed, wilson_mazes(size, options.count))[0].mean()),
                 "rtol": rtol, "solved by itself": float(by_itself.mean()),
                 "median evaluations by itself": float(np.median(until)),
-                "from random": float(solve(fixed, few, random=True)[0].mean()),
+                "Wilson": float(solve(stopping, wilson_mazes(size, options.count))[0].mean()),
+                "from random": float(solve(stopping, few, random=True)[0].mean()),
                 "rank correlation with path": rank_correlation(until, lengths),
                 "rank correlation with dead end": rank_correlation(until, dead_ends),
             }  # fmt: skip
             print(row, flush=True)
             rows.append(row)
-    return Result({"": rows}, judge(rows), ["Fractions of mazes.", markdown_table(rows)], packages=["scipy"])
+    return Result(
+        {"": rows},
+        judge(rows),
+        ["Fractions of mazes; Wilson and random: stopping by itself.", markdown_table(rows)],
+        packages=["scipy"],
+    )
 
 
 def rank_correlation(a: Any, b: Any) -> float | None:
@@ -170,7 +176,7 @@ def judge(rows: Sequence[dict[str, Any]]) -> list[Requirement]:
         verdict += [
             Requirement(f"solved, {name}", f">= {limit:.1%}", f"{solved:.1%}", solved >= limit),
             Requirement(
-                f"made by Wilson's algorithm, {name}", "within 3 points", f"{other:.1%}", other >= solved - 0.03
+                f"made by Wilson's algorithm, {name}", "within 3 points", f"{other:.1%}", other >= alone - 0.03
             ),
             Requirement(f"stopping by itself, {name}", "within 1 point", f"{alone:.1%}", alone >= solved - 0.01),
         ]
