@@ -2,7 +2,7 @@
 
     python -m benchmarks.quality.extrapolation --checkpoint RUN/checkpoints/best.ckpt [CHECKPOINT ...] [--count 200]
 
-Mazes made by Wilson's algorithm and solves from a random start stop by themselves, which takes a sixth of the time.
+Mazes made by Wilson's algorithm and those with a random start stop by themselves, which takes less time.
 Checkpoints of `make train-maze`, one a seed. One thread.
 """
 
@@ -150,12 +150,8 @@ def measure(options: argparse.Namespace) -> Result:
             }  # fmt: skip
             print(row, flush=True)
             rows.append(row)
-    return Result(
-        {"": rows},
-        judge(rows),
-        ["Fractions of mazes; Wilson and random: stopping by itself.", markdown_table(rows)],
-        packages=["scipy"],
-    )
+    note = "Fractions of mazes; Wilson and random: stopping by itself."
+    return Result({"": rows}, judge(rows), [note, markdown_table(rows)], packages=["scipy"])
 
 
 def rank_correlation(a: Any, b: Any) -> float | None:

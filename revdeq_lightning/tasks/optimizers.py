@@ -234,7 +234,7 @@ def build_scheduler(optimizer: Optimizer, config: OptimizerConfig, total_steps: 
         return WindowedPlateau(
             optimizer, factor=config.plateau_factor, patience=config.plateau_patience, window=config.plateau_window
         )
-    plateau = [f"plateau_{name}" for name in ("factor", "patience", "window")]
+    plateau = ("plateau_factor", "plateau_patience", "plateau_window")
     refuse_unused(vars(config), OptimizerConfig, "schedule='plateau'", *plateau)
     if config.schedule == "constant" and not config.warmup_steps:
         return None
