@@ -12,9 +12,10 @@ from pathlib import Path
 import datasets
 import huggingface_hub.constants
 import numpy as np
-import pyarrow
+import pyarrow.parquet
 import pytest
 import yaml
+from filelock import FileLock
 from tokenizers import AddedToken, Tokenizer
 
 from benchmarks.quality import text as text_benchmark
@@ -114,8 +115,23 @@ def test_a_folder_of_splits_is_not_one_text(module, tmp_path):
     message = r"holds several splits \(wiki.train.raw, wiki.valid.raw\), .*: set path, validation_path and test_path"
     with refused(message):
         module(path=str(folder)).setup("fit")
-    (folder / "wiki.valid.raw").unlink()
+    (folder / "wiki.valid.raw").rename(folder / "notes/train.txt")
+    with refused(r"folder/notes holds several splits \(test.txt, train.txt\)"):
+        module(path=str(folder)).setup("fit")
+    (folder / "notes/train.txt").unlink()
     module(path=str(folder)).setup("fit")
+
+
+def test_what_describes_tables_is_no_text(module, tmp_path):
+    folder = tmp_path / "folder"
+    (folder / "data").mkdir(parents=True)
+    (folder / "README.md").write_text("license: mit")
+    (folder / "data/a.jsonl").write_text('{"text": "one two three four"}')
+    data = module(path=str(folder), **ALL_FOR_TRAINING)
+    assert texts_of(data) == {"train": "one two three four\n"}
+    assert data.found()["left_out"] == [f"{folder}: 1 description(s) of the tables: README.md"]
+    (folder / "data/a.jsonl").unlink()
+    assert texts_of(module(path=str(folder), **ALL_FOR_TRAINING)) == {"train": "license: mit"}
 
 
 def test_explicit_files_are_the_splits_whatever_the_fractions(module, tmp_path):
@@ -153,7 +169,9 @@ def test_a_hub_dataset_that_was_tokenized_needs_no_hub(module, monkeypatch):
     assert module(source="huggingface", path="a/b", context_length=4).vocab_size == 256
 
 
-@pytest.mark.parametrize("name", ["a [1].jsonl.gz", "a.jsonl", "a.ndjson.bz2", "a.parquet", "a.txt.zst", "text.lz4"])
+@pytest.mark.parametrize(
+    "name", ["a [1].jsonl.gz", "a.jsonl", "a.json.gz", "a.ndjson.bz2", "a.parquet", "a.txt.zst", "text.lz4"]
+)
 def test_tables_and_compressed_files_are_read(module, tmp_path, name):
     rows = ["", "one\n", "two \u00e9 words", None]
     table = datasets.Dataset.from_dict({"id": list(range(len(rows))), "text": rows})
@@ -171,6 +189,31 @@ def test_tables_and_compressed_files_are_read(module, tmp_path, name):
     assert texts_of(data) == {"train": "before\n\none\ntwo \u00e9 words\n"}
     is_table = "json" in name or name == "a.parquet"
     assert data.found()["left_out"] == ["1 row(s) of the file without text, such as row 3"] * is_table
+
+
+def test_rows_of_json_need_nothing_in_common_but_the_text(module, tmp_path):
+    rows = [
+        '{"id": 1}',
+        "",
+        '{"id": "one", "text": "first\\nsecond"}',
+        '{"text": "third \u00e9\u2028", "id": {"a": []}}\r',
+    ]
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        (tmp_path / "a.jsonl").write_text("\n".join(rows), encoding)
+        data = module(path=str(tmp_path / "a.jsonl"), **ALL_FOR_TRAINING)
+        assert texts_of(data) == {"train": "first\nsecond\nthird \u00e9\u2028\n"}
+        assert data.found()["left_out"] == ["1 row(s) of the file without text, such as row 0"]
+    (tmp_path / "package.json").write_text('{"name": "text"}')
+    assert texts_of(module(path=str(tmp_path / "package.json"), **ALL_FOR_TRAINING)) == {"train": '{"name": "text"}'}
+
+
+@pytest.mark.parametrize("source", ["files", "huggingface"])
+def test_the_text_may_be_in_another_column(module, tmp_path, source):
+    table = datasets.Dataset.from_dict({"content": ["one two", "three"], "text": [1, 2]})
+    (tmp_path / "rows").mkdir()
+    table.to_parquet(tmp_path / "rows" / "train.parquet")
+    data = module(source=source, path=str(tmp_path / "rows"), text_column="content", **ALL_FOR_TRAINING)
+    assert texts_of(data) == {"train": "one two\nthree\n"}
 
 
 @pytest.mark.parametrize("limit", [{"max_train_bytes": 3000}, {"max_train_tokens": 2000, "tokenizer": "bpe"}])
@@ -265,8 +308,12 @@ def test_an_interrupted_or_killed_preparation_leaves_nothing(module, monkeypatch
     assert [file.suffix for file in cache.iterdir()] in ([], [".lock"])
     expected = split_ids(data, "train")
     left = cached_folder(data).rename(cache / f".{cached_folder(data).name}.abc")
-    assert split_ids(module(), "train") == expected
-    assert not left.exists()
+    other, busy = (cache / f".files-{name}.arrays.abc" for name in ("killed", "busy"))
+    for folder in (other, busy):
+        folder.mkdir()
+    with FileLock(f"{cache}/files-busy.arrays.lock"):
+        assert split_ids(module(), "train") == expected
+    assert (left.exists(), other.exists(), busy.exists()) == (False, False, True)
 
 
 def _prepare_and_count(folder, start, builds):
@@ -302,11 +349,11 @@ def test_processes_that_prepare_at_the_same_time_build_once(tmp_path):
     run_apart(_prepare_at_the_same_time, tmp_path)  # where no tokenizer has threads, which a fork would lose
 
 
-def prepared(path):
+def prepared(path, tokenizer="bpe"):
     """What a process of its own reports that prepares a text."""
     program, cache = path.with_name("program.py"), path.with_name("cache")
-    program.write_text(text_benchmark.CHILD)
-    return json.loads(run_python(program, path, "bpe", cache).out.splitlines()[-1])
+    program.write_text(text_benchmark.CHILD.replace('"files"', '"huggingface"' if path.is_dir() else '"files"'))
+    return json.loads(run_python(program, path, tokenizer, cache).out.splitlines()[-1])
 
 
 @pytest.mark.slow
@@ -321,6 +368,18 @@ def test_preparing_takes_as_much_memory_for_a_text_three_times_as_large(tmp_path
     assert found[12]["peak_bytes"] - found[4]["peak_bytes"] < 100e6  # mostly new words; it was 1.3 GB
     if kind == "one line":
         assert prepared(path)["kept_bytes"] < 20e6
+
+
+@pytest.mark.slow
+def test_a_group_of_rows_that_is_all_of_a_file_is_not_decoded_at_once(tmp_path):
+    found = {}
+    for size in (20, 80):
+        folder = tmp_path / str(size)
+        folder.mkdir()
+        rows = [f"{number} " * 200 for number in range(size * 1000)]
+        pyarrow.parquet.write_table(pyarrow.table({"text": rows}), folder / "a.parquet", row_group_size=len(rows))
+        found[size] = prepared(folder, "bytes")
+    assert found[80]["peak_bytes"] - found[20]["peak_bytes"] < 60e6  # it was 4 bytes a byte
 
 
 # Bad input
@@ -365,7 +424,7 @@ def test_missing_files_are_told(module, tmp_path, monkeypatch):
     [
         ({"train": {"words": ["a"]}}, r"has the columns \['words'\], \"text\" is not among them"),
         ({"test": {"text": ["a"]}}, r"has the splits \['test'\], \"train\" is not among them"),
-        ({"train": {"text": [0] * 50}}, r"row 0: \"text\" must be a text, got 0: save a copy with a column \"text\""),
+        ({"train": {"text": [0] * 50}}, "row 0: must be a text, got 0: set text_column to a column of strings"),
         ({"train": {"text": [["a", "b"]] * 50}}, r"train, row 0: .* got \['a', 'b'\]"),
         ({"train": {"text": [None] * 50}}, "no row of train has a text"),
         ({"train": {"text": []}}, r"the training split of \S+ has no rows"),
@@ -383,7 +442,10 @@ def test_datasets_without_texts_are_told(module, tmp_path, splits, message):
     [
         ("huggingface", "table.parquet", b"PAR1", r"cannot read the dataset \S+ \(.*\): check its files"),
         ("huggingface", "text.txt", b"\xff", r"cannot read the dataset \S+ \(.*\): check its files"),
-        ("files", "a.jsonl", b'{"text": "a"}\n{"text": ', "cannot read the dataset .*a.jsonl"),
+        ("files", "a.jsonl", b'{"text": "a"}\n{"text": ', r"a.jsonl, line 2: not JSON \(Expecting value"),
+        ("files", "a.jsonl", b'{"text": "a"}\n[1]', r"a.jsonl, line 2: must be an object, got \[1\]"),
+        ("files", "a.json", b'[{"text": "a"},\n{"text": "b"}]', "a.json, line 1: not JSON"),
+        ("files", "a.jsonl", b'{"text": 1}', "the file, row 0: must be a text, got 1"),
         ("files", "a.jsonl", b"", "the train text is empty"),
         ("files", "a.jsonl", b'{"words": "a"}', "has the columns .'words'."),
     ],

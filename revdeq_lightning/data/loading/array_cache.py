@@ -7,12 +7,13 @@ import shutil
 import warnings
 import zlib
 from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, cast
 
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 _INDEX = "index.json"
@@ -89,8 +90,7 @@ def load_or_build(path: Path, build: Callable[[ArrayWriter], dict[str, Any]]) ->
             path.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(f"{path}.lock"):
                 if (cache := _read(path, quiet=True)) is None:
-                    for left in path.parent.glob(f".{path.name}.*"):
-                        shutil.rmtree(left, ignore_errors=True)
+                    _delete_left(path)
                     with TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
                         writer = ArrayWriter(Path(folder))
                         writer.finish(path, build(writer))
@@ -106,6 +106,14 @@ def load_or_build(path: Path, build: Callable[[ArrayWriter], dict[str, Any]]) ->
     if cache is None:
         raise OSError(f"{path} cannot be read back after writing: check the disk, or set cache_dir to a different one.")
     return cache
+
+
+def _delete_left(path: Path) -> None:
+    """Delete what killed processes left, also of other data, unless a process is building it."""
+    for left in path.parent.glob(".*.arrays.*"):
+        other = path.with_name(left.stem[1:])
+        with suppress(Timeout), nullcontext() if other == path else FileLock(f"{other}.lock", timeout=0):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _read(path: Path, quiet: bool = False) -> ArrayCache | None:

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -242,6 +242,32 @@ def huggingface_key(path: str, name: str | None) -> str:
     return f"{files_key(folder, list_files(folder).files) if folder.is_dir() else f'hub:{path}'}:{name}:2"
 
 
+class ParquetRows:
+    """Rows of local parquet files with the methods of a streamed dataset, which decodes a group of rows at once.
+
+    Such a group may be all of a file.
+    """
+
+    def __init__(self, files: Sequence[str], columns: list[str] | None = None) -> None:
+        self.files, self.columns = files, columns
+
+    @property
+    def column_names(self) -> list[str]:
+        import pyarrow.parquet
+
+        return list(pyarrow.parquet.read_schema(self.files[0]).names)
+
+    def select_columns(self, name: str) -> "ParquetRows":
+        return ParquetRows(self.files, [name])
+
+    def iter(self, batch_size: int) -> Iterator[dict[str, list[Any]]]:
+        import pyarrow.parquet
+
+        for name in self.files:
+            file = pyarrow.parquet.ParquetFile(name, buffer_size=1 << 20, pre_buffer=False)
+            yield from (batch.to_pydict() for batch in file.iter_batches(batch_size, columns=self.columns))
+
+
 def load_huggingface(path: str, name: str | None, *, streaming: bool = False) -> dict[str, Any]:
     """Load the splits ("train" at least) of a Hugging Face dataset from the folder `path` if it exists, else the Hub.
 
@@ -256,6 +282,8 @@ def load_huggingface(path: str, name: str | None, *, streaming: bool = False) ->
     from huggingface_hub import constants
 
     folder = Path(path)
+    if folder.is_file():
+        raise ValueError(f'path must be a folder or a dataset of the Hub, got the file {path}: set source="files".')
     loaded: Any
     if (folder / "dataset_dict.json").is_file():
         saved = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
@@ -269,7 +297,8 @@ def load_huggingface(path: str, name: str | None, *, streaming: bool = False) ->
             with dataset_errors(path):
                 if folder.is_dir() and datasets.get_dataset_config_names(path) == ["default"]:
                     name = None  # files of one configuration, without the card that names it
-                loaded = datasets.load_dataset(path, name, streaming=streaming)
+                files = local_parquet(path, name) if streaming and folder.is_dir() else {}
+                loaded = files or datasets.load_dataset(path, name, streaming=streaming)
         except ConnectionError as error:
             raise ConnectionError(
                 f"cannot fetch the dataset {path} from the Hub ({error}): set path=FOLDER with its parquet files or "
@@ -293,6 +322,15 @@ def load_huggingface(path: str, name: str | None, *, streaming: bool = False) ->
     if hasattr(splits["train"], "__len__") and not len(splits["train"]):
         raise ValueError(f"the training split of {path} has no rows: use a dataset with rows.")
     return splits
+
+
+def local_parquet(path: str, name: str | None) -> dict[str, ParquetRows]:
+    """The splits of a folder whose files are all parquet, else nothing."""
+    import datasets
+
+    files = datasets.load_dataset_builder(path, name).config.data_files or {}
+    is_parquet = all(str(file).endswith(".parquet") for names in files.values() for file in names)
+    return {str(split): ParquetRows(list(names)) for split, names in files.items()} if is_parquet else {}
 
 
 @contextmanager

@@ -32,7 +32,7 @@ _LEARNED_BYTES = 100_000_000
 _PREFIXES = ("", "validation_", "test_")
 _FRACTIONS = ("validation_fraction", "test_fraction")
 _LIMITS = ("max_train_bytes", "max_train_tokens", "max_eval_bytes")
-_CONTENT_ARGUMENTS = ("bpe_vocab_size", *_FRACTIONS, *_LIMITS)
+_CONTENT_ARGUMENTS = ("text_column", *_FRACTIONS, *_LIMITS)
 
 
 class TextBatch(NamedTuple):
@@ -85,10 +85,12 @@ class TextDataModule(AbstractDataModule):
     Args:
         source: "python" (source code of this Python's standard library, about 12 MB), "files" or "huggingface".
         path: For "files" a file, a folder, or a list of them, concatenated, with a line end between files: text in
-            UTF-8 (or UTF-16 with a byte order mark), or JSON lines (`.jsonl`) or parquet with a column "text"; also
-            compressed (`.gz`, `.bz2`, `.zst`, `.lz4`). For "huggingface" the dataset (`Salesforce/wikitext`), or a
-            local folder with its parquet files or its `save_to_disk` copy.
+            UTF-8 (or UTF-16 with a byte order mark), or JSON lines (`.jsonl`, `.ndjson`, and `.json` with a key
+            `text_column`) or parquet with a column of texts; also compressed (`.gz`, `.bz2`, `.zst`, `.lz4`). For
+            "huggingface" the dataset (`Salesforce/wikitext`), or a local folder with its parquet files or its
+            `save_to_disk` copy.
         dataset_name: For "huggingface" the configuration (`wikitext-103-v1`).
+        text_column: Column, or key, with the text of each row of a table.
         validation_path: For "files" the validation text. If it or `test_path` is given, the fractions are not used.
         test_path: For "files" the test text.
         tokenizer: "bytes", "characters", "bpe" (byte-level, learned here), "gpt2", the path of a tokenizer.json, or the
@@ -122,6 +124,7 @@ class TextDataModule(AbstractDataModule):
         source: str = "python",
         path: str | list[str] | None = None,
         dataset_name: str | None = None,
+        text_column: str = "text",
         validation_path: str | list[str] | None = None,
         test_path: str | list[str] | None = None,
         tokenizer: str = "bytes",
@@ -154,6 +157,8 @@ class TextDataModule(AbstractDataModule):
             raise ValueError(f'validation_path and test_path are for source "files", the source is "{source}".')
         if source != "huggingface":
             self._refuse_unused('source "huggingface"', "dataset_name")
+        if source == "python":
+            self._refuse_unused('source "files" or "huggingface"', "text_column")
         self._cache: ArrayCache | None = None
         self._tokenizer: AbstractTokenizer | None = None
 
@@ -214,6 +219,8 @@ class TextDataModule(AbstractDataModule):
         if self._cache is None:
             hparams = self.hparams
             settings = {name: hparams[name] for name in _CONTENT_ARGUMENTS}
+            if hparams["tokenizer"] == "bpe":
+                settings["bpe_vocab_size"] = hparams["bpe_vocab_size"]
             content = source_key(hparams["source"], self._paths(), hparams["dataset_name"])
             key = digest([_CACHE_FORMAT, content, tokenizers.tokenizer_key(hparams["tokenizer"]), settings])
             file = f"{hparams['source']}-{Path(hparams['tokenizer']).stem}-{key}.arrays"
@@ -246,16 +253,16 @@ class TextDataModule(AbstractDataModule):
     def _passages(self, folder: Path) -> tuple[dict[str, Passage], list[str]]:
         """Write the text of each split into `folder`."""
         hparams, paths = self.hparams, self._paths()
-        source, limit = hparams["source"], hparams["max_train_bytes"]
+        source, column, limit = hparams["source"], hparams["text_column"], hparams["max_train_bytes"]
         needed = min(filter(None, (limit, _MOST_BYTES_PER_TOKEN * (hparams["max_train_tokens"] or 0))), default=None)
         streaming = source == "huggingface" and needed is not None and not Path(paths["train"]).is_dir()
         left_out: list[str] = []
         if source == "python":
             texts = read_python(hparams["validation_fraction"], hparams["test_fraction"])
         elif source == "files":
-            texts = read_files(paths, folder, left_out)
+            texts = read_files(paths, column, folder, left_out)
         else:
-            texts = read_huggingface(paths["train"], hparams["dataset_name"], streaming, left_out)
+            texts = read_huggingface(paths["train"], hparams["dataset_name"], column, streaming, left_out)
         limits = {"train": limit, "validation": hparams["max_eval_bytes"], "test": hparams["max_eval_bytes"]}
         ends = 1 - hparams["validation_fraction"] - hparams["test_fraction"], 1 - hparams["test_fraction"]
         whole = source != "python" and list(texts) == ["train"]
@@ -290,11 +297,14 @@ class TextDataModule(AbstractDataModule):
         return SplitStatistics(max(0, num_tokens - 1), predicted.num_bytes, predicted.count_words())
 
     def _tokens(self, split: str, at_least: int) -> StoredArray:
-        tokens = self._of_split(self._by_split(), split, f"set {split}_fraction above 0 (or {split}_path)")
+        advice = f"set {split}_fraction above 0 (or {split}_path)"
+        if self.hparams["source"] == "huggingface" and self.hparams.get(f"{split}_fraction"):
+            advice = f"save a copy with the split {split} by save_to_disk"
+        tokens = self._of_split(self._by_split(), split, advice)
         if len(tokens) < at_least:
             raise ValueError(
                 f"the {split} text has {len(tokens)} tokens, a window needs {at_least}: use more text, a larger "
-                f"fraction of it, or a smaller context_length than {self.hparams['context_length']}."
+                f"fraction or limit of it, or a smaller context_length than {self.hparams['context_length']}."
             )
         return tokens
 

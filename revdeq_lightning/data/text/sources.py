@@ -1,8 +1,8 @@
 """Text of any size, read in blocks: the standard library's own source code, local files, or a Hugging Face dataset."""
 
 import codecs
-import glob
 import hashlib
+import json
 import os
 import re
 import sysconfig
@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 from revdeq_lightning.data.loading.files import (
     SPLITS,
+    ParquetRows,
+    count_names,
     dataset_errors,
     files_key,
     huggingface_key,
@@ -24,15 +26,16 @@ from revdeq_lightning.data.loading.files import (
 )
 
 SOURCES = ("python", "files", "huggingface")
-_CODE = re.compile(r".*\.(py|ipynb|sh|ya?ml|toml|cfg|c|cc|cpp|h|cu|rs|js)", re.IGNORECASE)
+_NOT_SPLITS = re.compile(r".*\.(py|ipynb|sh|ya?ml|toml|cfg|c|cc|cpp|h|cu|rs|js|md|rst|html?)", re.IGNORECASE)
+"""Names of code and documents, which may be called test and train for other reasons."""
+_CARD = re.compile(r"(readme|licen[cs]e|dataset_infos)(\.\w+)?", re.IGNORECASE)
 _NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
-_TABLES = (".parquet", ".jsonl", ".ndjson")
+_TABLES = (".parquet", ".jsonl", ".ndjson", ".json")
 _COMPRESSED = (".gz", ".bz2", ".zst", ".lz4")
 _BATCH_ROWS = 100
 _BLOCK_BYTES = 1 << 17
 
 Paths = Mapping[str, str | Sequence[str]]
-Batch = dict[str, list[Any]]
 Texts = dict[str, Iterator[str]]
 """The text of each split in parts, read as they are needed; then what was left out is in the list `left_out`."""
 
@@ -46,11 +49,11 @@ def source_key(source: str, paths: Paths, dataset_name: str | None) -> str:
     return repr({split: [files_key(*found) for found in _find_files(path, [])] for split, path in paths.items()})
 
 
-def read_files(paths: Paths, folder: Path, left_out: list[str]) -> Texts:
+def read_files(paths: Paths, column: str, folder: Path, left_out: list[str]) -> Texts:
     """Files of each split, joined; `folder` is for temporary files."""
     found = {split: _find_files(path, left_out) for split, path in paths.items()}
     files = {split: [root / name for root, names in roots for name in names] for split, roots in found.items()}
-    return {s: _joined(_read_file(file, folder, left_out) for file in files[s]) for s in files}
+    return {s: _joined(_read_file(file, column, folder, left_out) for file in files[s]) for s in files}
 
 
 def _library() -> tuple[Path, list[str]]:
@@ -102,17 +105,34 @@ def _find_files(path: str | Sequence[str], left_out: list[str]) -> list[tuple[Pa
             found.append((entry.parent, [entry.name]))
             continue
         listing = list_files(entry)
-        tops = {name.partition("/")[0] for name in listing.files if not _CODE.fullmatch(name)}
-        if of_splits := names_of_splits(tops):
-            raise ValueError(
-                f"{entry} holds several splits ({', '.join(of_splits)}), which would be trained on as one text: set "
-                "path, validation_path and test_path to the file or folder of each."
-            )
-        found.append((entry, listing.files))
+        cards = [name for name in listing.files if _CARD.fullmatch(Path(name).name)]
+        if not any(Path(name).suffix.lower() in _TABLES for name in listing.files if name not in cards):
+            cards = []
+        names = [name for name in listing.files if name not in cards]
+        _refuse_splits(entry, names)
+        found.append((entry, names))
         left_out += [f"{entry}: {line}" for line in listing.left_out]
+        if cards:
+            left_out.append(f"{entry}: {count_names('description(s) of the tables', cards)}")
     if not any(names for _, names in found):
         raise FileNotFoundError(f"no files under {path}: use a text file or a folder with text files.")
     return found
+
+
+def _refuse_splits(root: Path, names: Iterable[str]) -> None:
+    """Raise ValueError if the files or folders of one folder are several splits."""
+    below: dict[str, set[str]] = {}
+    for name in names:
+        if not _NOT_SPLITS.fullmatch(name):
+            parts = name.split("/")
+            for depth, part in enumerate(parts):
+                below.setdefault("/".join(parts[:depth]), set()).add(part)
+    for folder, inside in below.items():
+        if of_splits := names_of_splits(inside):
+            raise ValueError(
+                f"{root / folder} holds several splits ({', '.join(of_splits)}), which would be trained on as one "
+                "text: set path, validation_path and test_path to the file or folder of each."
+            )
 
 
 def _joined(texts: Iterable[Iterable[str]]) -> Iterator[str]:
@@ -127,85 +147,109 @@ def _joined(texts: Iterable[Iterable[str]]) -> Iterator[str]:
             first, last = False, part[-1]
 
 
-def _read_file(path: Path, folder: Path, left_out: list[str]) -> Iterator[str]:
-    """A text file, or the column "text" of a table; both may be compressed."""
+def _read_file(path: Path, column: str, folder: Path, left_out: list[str]) -> Iterator[str]:
+    """A text file, or a column of a table; both may be compressed."""
     name = path.stem if path.suffix.lower() in _COMPRESSED else path.name
-    if Path(name).suffix.lower() not in _TABLES:
-        yield from read_text(path)
-        return
-    table = path
-    if name != path.name:
-        table = folder / name
-        with table.open("wb") as file:
-            file.writelines(read_blocks(path))
-    yield from _read_rows(str(path), "the file", _read_table(table), left_out)
+    match Path(name).suffix.lower():
+        case ".parquet" if name == path.name:
+            yield from _read_rows(str(path), "the file", _select(str(path), ParquetRows([str(path)]), column), left_out)
+        case ".parquet":
+            table = folder / name
+            with table.open("wb") as file:
+                file.writelines(read_blocks(path))
+            yield from _read_file(table, column, folder, left_out)
+            table.unlink()
+        case ".jsonl" | ".ndjson":
+            yield from _read_rows(str(path), "the file", _read_objects(path, column), left_out)
+        case ".json" if re.search(rf'"{re.escape(column)}"\s*:', next(read_text(path), "")):
+            yield from _read_rows(str(path), "the file", _read_objects(path, column), left_out)
+        case _:
+            yield from read_text(path)
 
 
-def _read_table(path: Path) -> Iterator[Batch]:
-    import datasets
-    import pyarrow.parquet
-
-    if path.suffix.lower() == ".parquet":  # the other library decodes a group of rows at once, which may be all of them
-        file = pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
-        columns = ["text"] if "text" in file.schema_arrow.names else None
-        yield from (batch.to_pydict() for batch in file.iter_batches(_BATCH_ROWS, columns=columns))
-    else:
+def _read_objects(path: Path, column: str) -> Iterator[Any]:
+    """A value of each JSON object; there is one on each line."""
+    names: list[str] = []
+    for number, line in enumerate(_lines(read_text(path)), 1):
+        if not line.strip():
+            continue
         try:
-            rows = datasets.load_dataset("json", data_files=glob.escape(str(path)), split="train", streaming=True)
-            yield from _select(rows)
-        except (StopIteration, RuntimeError) as error:  # within `datasets`, of a file without a row
-            if not isinstance(error.__cause__ or error, StopIteration):
-                raise
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error}): write one object on each line.") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number}: must be an object, got {row!r:.60}: write one on each line.")
+        if column not in names:
+            names = list(row)
+        yield row.get(column)
+    if names and column not in names:
+        raise _no_column(str(path), names, column)
 
 
-def read_huggingface(path: str, name: str | None, streaming: bool, left_out: list[str]) -> Texts:
+def _lines(parts: Iterable[str]) -> Iterator[str]:
+    """Lines of a text, which end at line feeds only."""
+    rest: list[str] = []
+    for part in parts:
+        *ended, last = part.split("\n")
+        for line in ended:
+            yield "".join([*rest, line])
+            rest.clear()
+        rest.append(last)
+    yield "".join(rest)
+
+
+def read_huggingface(path: str, name: str | None, column: str, streaming: bool, left_out: list[str]) -> Texts:
     """Rows of a dataset; `streaming` fetches only those that are read."""
     loaded = load_huggingface(path, name, streaming=streaming or Path(path).is_dir())
     for split in loaded:
         if split not in SPLITS:
             rows = f" ({len(loaded[split])} rows)" if hasattr(loaded[split], "__len__") else ""
             left_out.append(f"the split {split}{rows}")
-    return {s: _read_rows(path, s, _select(loaded[s]), left_out) for s in SPLITS if s in loaded}
+    return {s: _read_rows(path, s, _select(path, loaded[s], column), left_out) for s in SPLITS if s in loaded}
 
 
-def _select(rows: Any) -> Iterator[Batch]:
-    rows = rows.select_columns("text") if "text" in (rows.column_names or ()) else rows
-    yield from rows.iter(batch_size=_BATCH_ROWS)
+def _select(path: str, rows: Any, column: str) -> Iterator[Any]:
+    with dataset_errors(path):
+        names = rows.column_names
+        rows = rows.select_columns(column) if column in (names or ()) else rows
+        for batch in rows.iter(batch_size=_BATCH_ROWS):
+            if column not in batch:
+                break
+            yield from batch[column]
+        else:
+            return
+    raise _no_column(path, batch, column)
 
 
-def _read_rows(path: str, split: str, batches: Iterator[Batch], left_out: list[str]) -> Iterator[str]:
-    """The column "text"; every row is a line or a document and gets a line end (WikiText's blank lines are empty)."""
-    num_rows, missing = 0, []
-    for batch in _reported(path, batches):
-        if "text" not in batch:
+def _no_column(path: str, names: Iterable[str], column: str) -> ValueError:
+    return ValueError(
+        f'{path} has the columns {list(names)}, "{column}" is not among them: set text_column to that of the texts.'
+    )
+
+
+def _read_rows(path: str, split: str, rows: Iterator[Any], left_out: list[str]) -> Iterator[str]:
+    """Every row is a line or a document and gets a line end (WikiText's blank lines are empty)."""
+    num_rows, num_missing, first_missing = 0, 0, 0
+    for text in rows:
+        if isinstance(text, str):
+            yield text if text.endswith("\n") else text + "\n"
+        elif text is None:
+            first_missing = first_missing if num_missing else num_rows
+            num_missing += 1
+        else:
             raise ValueError(
-                f'{path} has the columns {list(batch)}, "text" is not among them: save a copy with a column of that '
-                "name by save_to_disk, and use its folder as path."
+                f"{path}, {split}, row {num_rows}: must be a text, got {text!r:.60}: set text_column to a column of "
+                "strings."
             )
-        for row, text in enumerate(batch["text"], num_rows):
-            if isinstance(text, str):
-                yield text if text.endswith("\n") else text + "\n"
-            elif text is None:
-                missing.append(row)
-            else:
-                raise ValueError(
-                    f'{path}, {split}, row {row}: "text" must be a text, got {text!r:.60}: save a copy with a column '
-                    '"text" of strings by save_to_disk, and use its folder as path.'
-                )
-        num_rows += len(batch["text"])
-    if missing:
-        left_out.append(f"{len(missing)} row(s) of {split} without text, such as row {missing[0]}")
+        num_rows += 1
+    if num_missing:
+        left_out.append(f"{num_missing} row(s) of {split} without text, such as row {first_missing}")
     if split == "train" and not num_rows:
         raise ValueError(f"the training split of {path} has no rows: use a dataset with rows.")
     if not num_rows:
         left_out.append(f"the split {split} (0 rows)")
-    elif len(missing) == num_rows:
-        raise ValueError(f'{path}: no row of {split} has a text: use a dataset with a column "text" of strings.')
-
-
-def _reported(path: str, batches: Iterator[Batch]) -> Iterator[Batch]:
-    with dataset_errors(path):
-        yield from batches
+    elif num_missing == num_rows:
+        raise ValueError(f"{path}: no row of {split} has a text: set text_column to a column of strings.")
 
 
 class Passage(NamedTuple):
