@@ -1,6 +1,7 @@
 """Trained models for others: weights alone, language models in `transformers` and `lm-evaluation-harness`."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,12 @@ from revdeq_lightning.data.text.tokenizers import (
 from revdeq_lightning.equilibrium.validation import require_count
 
 END = "<|endoftext|>"
+USUAL = {
+    "bos_token": ("<s>", "<bos>", "[BOS]", "<|begin_of_text|>", "<|startoftext|>", END),
+    "eos_token": (END, "</s>", "<eos>", "[EOS]", "<|end_of_text|>"),
+    "pad_token": ("<pad>", "[PAD]", "<|pad|>"),
+}
+"""Names of the special tokens that begin, end, and pad texts; a file of a tokenizer does not say which do."""
 
 
 def export_weights(
@@ -95,13 +102,19 @@ def evaluate(
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import make_table
 
-    require_count("batch_size", batch_size)
+    for count, value, least in (("batch_size", batch_size, 1), ("limit", limit, 1), ("num_fewshot", num_fewshot, 0)):
+        if value is not None:
+            require_count(count, value, at_least=least)
     target = check_output(output) if output else None
-    names = tasks.split(",")
+    if include_path and not Path(include_path).is_dir():
+        raise FileNotFoundError(f"no folder {include_path}: set --include_path to that of your tasks")
+    if not (names := [name.strip() for name in tasks.split(",") if name.strip()]):
+        raise ValueError("tasks must be names separated by commas, got none: see `lm_eval ls tasks`")
     known = TaskManager(include_path=include_path, include_defaults=include_path is None)  # all take half a minute
     if unknown := [name for name in names if not known.match_tasks([name])]:
         raise ValueError(f"no task {', '.join(unknown)}: see `lm_eval ls tasks`, or set --include_path to its folder")
     network, tokenizer = load(ckpt_path, model)
+
     settings = {"task_manager": known, "num_fewshot": num_fewshot, "limit": limit, "log_samples": False}
     try:
         # Without a token that begins texts, a line end does.
@@ -109,10 +122,13 @@ def evaluate(
         harness = HFLM(network.to(device), "causal", tokenizer=tokenizer, batch_size=batch_size, prefix_token_id=start)
         results: Any = simple_evaluate(harness, tasks=names, **settings)
     except Exception as error:
+        if isinstance(error, AssertionError) and "max tokens to generate" in str(error):
+            raise ValueError(f"{error}: set generation_kwargs.max_gen_toks of the task") from None
         if "[UNK]" not in str(error):
             raise
         raise ValueError("the tasks need characters that the training text did not have, or a line end") from None
     if target:
+        results["config"] |= {"model": str(ckpt_path), "model_args": asdict(model.solver), "batch_size": batch_size}
         with writing(target):
             target.write_text(json.dumps(results, indent=2, default=str) + "\n", encoding="utf-8")
     return str(make_table(results)).rstrip() + (f"\nResults in {target}" if target else "")
@@ -135,7 +151,7 @@ def load(ckpt_path: str | Path, model: ModelSettings = AS_TRAINED) -> tuple[Any,
 def fast_tokenizer(ours: AbstractTokenizer, context_length: int) -> Any:
     """The same tokens for the same texts in transformers.
 
-    `<|endoftext|>`, added where there is no such token, only pads and ends texts.
+    Where no token ends texts, `<|endoftext|>` is added, which the model does not know.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -158,16 +174,17 @@ def fast_tokenizer(ours: AbstractTokenizer, context_length: int) -> Any:
             definition = json.loads(without_loss(ours.state()["definition"])) | {"post_processor": None}
             same = Tokenizer.from_str(json.dumps(definition))
     special = [token.content for token in same.get_added_tokens_decoder().values() if token.special]
-    end = END if END in special or not special else special[0]
+    found = {kind: next((name for name in names if name in special), None) for kind, names in USUAL.items()}
+    end = found["eos_token"] or END
     try:
         is_text = not special and bool(ours.encode(END))
     except ValueError:  # a character that the text did not have
         is_text = False
     return PreTrainedTokenizerFast(
         tokenizer_object=same,
-        bos_token=end if special else None,
+        bos_token=found["bos_token"],
         eos_token=end,
-        pad_token=end,
+        pad_token=found["pad_token"] or end,
         padding_side="left",
         split_special_tokens=is_text,
         clean_up_tokenization_spaces=False,

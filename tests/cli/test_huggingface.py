@@ -189,6 +189,24 @@ def test_tokens_equal_ours(pairs, text):
             assert theirs.decode(ids) == sample
 
 
+@pytest.mark.parametrize(
+    ("names", "begins", "ends", "pads"),
+    [
+        (["[UNK]", "[PAD]", "[BOS]", "[EOS]"], "[BOS]", "[EOS]", "[PAD]"),
+        (["<|begin_of_text|>", "<|end_of_text|>"], "<|begin_of_text|>", "<|end_of_text|>", "<|end_of_text|>"),
+        ([END], END, END, END),
+        (["<mask>"], None, END, END),
+    ],
+)
+def test_special_tokens_keep_their_part(names, begins, ends, pads):
+    from revdeq_lightning.cli.export import fast_tokenizer
+
+    library = Tokenizer.from_str(BytePairTokenizer.train(["the cat\n"], 260).state()["definition"])
+    library.add_special_tokens(names)
+    theirs = fast_tokenizer(BytePairTokenizer(library.to_str()), CONTEXT)
+    assert (theirs.bos_token, theirs.eos_token, theirs.pad_token) == (begins, ends, pads)
+
+
 def test_push_to_hub_uploads_the_folder(small, monkeypatch):
     import huggingface_hub
 
@@ -237,6 +255,7 @@ TASKS = {
     "continuation": "output_type: generate_until\ndoc_to_target: text\n"
     "generation_kwargs: {until: ['a'], max_gen_toks: 4}\n"
     "metric_list: [{metric: exact_match}]\n",
+    "unlimited": "output_type: generate_until\ndoc_to_target: text\nmetric_list: [{metric: exact_match}]\n",
 }
 
 
@@ -275,10 +294,20 @@ def test_the_harness_agrees_with_log_likelihoods_by_hand(small, tmp_path, capsys
     def figure(task, name, *options):
         options = (*options, "--ckpt_path", small.folder.with_suffix(".ckpt"), "--include_path", tmp_path)
         run("evaluate", "--tasks", task, *options, "--output", tmp_path / "results.json")
-        return json.loads((tmp_path / "results.json").read_text())["results"][task][f"{name},none"]
+        found = json.loads((tmp_path / "results.json").read_text())
+        assert found["config"]["model"] == str(small.folder.with_suffix(".ckpt"))
+        assert found["config"]["model_args"]["max_steps"] == (5 if "--model.solver.max_steps=5" in options else None)
+        return found["results"][task][f"{name},none"]
 
     assert figure("choice", "acc", "--model.solver.max_steps=5") == pytest.approx(sum(right) / 3)
     assert figure("continuation", "exact_match") == pytest.approx(2 / 3)
-    with pytest.raises(SystemExit):
-        figure("unknown", "acc")
-    assert "error: no task unknown: see `lm_eval ls tasks`" in capsys.readouterr().err
+    for task, options, told in [
+        ("unknown", [], "no task unknown: see `lm_eval ls tasks`"),
+        ("unlimited", [], "Invalid configuration: requested max tokens to generate (256) must be less than model's"),
+        (" , ", [], "tasks must be names separated by commas, got none"),
+        ("choice", ["--limit=0"], "limit must be at least 1, got 0"),
+        ("choice", ["--num_fewshot=-1"], "num_fewshot must be at least 0, got -1"),
+    ]:
+        with pytest.raises(SystemExit):
+            figure(task, "acc", *options)
+        assert f"error: {told}" in capsys.readouterr().err
