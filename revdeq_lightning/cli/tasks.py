@@ -1,5 +1,7 @@
 """The command lines of the tasks; `image predict` and `reasoning predict` are in `inference.py`."""
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -112,3 +114,13 @@ class ReasoningCommandLine(AbstractCommandLine):
 
     def task_callbacks(self) -> list[Any]:
         return [ReasoningReport(self.results)]
+
+    def details(self, figures: Mapping[str, float]) -> list[str]:
+        """The figures of each size of the test."""
+        lines = []
+        for size in (key.removeprefix("test/solved_") for key in figures if re.fullmatch(r"test/solved_[\dx]+", key)):
+            texts = [form.format(figures[f"test/{key}_{size}"]) for key, form in self.figures.items()]
+            if f"test/solved_from_random_{size}" in figures:
+                texts.append(f"{figures[f'test/solved_from_random_{size}']:.2%} from random states (first batch)")
+            lines.append(f"{size:>9}: {', '.join(texts)}")
+        return lines

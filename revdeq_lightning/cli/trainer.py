@@ -1,6 +1,7 @@
 """Base class of the command lines of all tasks: the trainer with its callbacks, loggers and checkpoints."""
 
-from collections.abc import Sequence
+import csv
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -107,6 +108,10 @@ class AbstractCommandLine(LightningCLI):
     def task_callbacks(self) -> list[Any]:
         return []
 
+    def details(self, figures: Mapping[str, float]) -> list[str]:
+        """Further lines on an evaluation."""
+        return []
+
     def show(self, checkpoint: str) -> None:
         """Show a sample of the trained model at the end of training."""
 
@@ -189,6 +194,8 @@ class AbstractCommandLine(LightningCLI):
         """Build data, model and trainer; report errors of their settings in one line."""
         self.made: list[Path] = []
         strategy = self._get(self.config, "trainer").get("strategy")
+        if self.subcommand != "fit":  # nothing is stored for a gradient, which a tolerance would forbid
+            self._get(self.config, "model").solver.reversible_stored_evaluations = None
         with without_a_trace(self.run_config, self.made), setting_errors(), deferred_weights(is_fsdp2(strategy)):
             super().instantiate_classes()
             if self.weights:
@@ -256,8 +263,11 @@ class AbstractCommandLine(LightningCLI):
         if self.trainer.is_global_zero:
             figures = {key.split("/")[-1]: value for key, value in results[0].items()}
             texts = [form.format(figures[key]) for key, form in self.figures.items() if key in figures]
-            print(f"\n{split.capitalize()}{checkpoint}: {', '.join(texts)}")
-            if self._name != "fit" and self.results.exists():
+            print("\n".join([f"\n{split.capitalize()}{checkpoint}: {', '.join(texts)}", *self.details(results[0])]))
+            if self._name != "fit":
+                self.results.mkdir(parents=True, exist_ok=True)
+                with (self.results / f"{split}.csv").open("w", newline="") as file:
+                    csv.writer(file).writerows([("figure", "value"), *results[0].items()])
                 print(f"Pictures and tables in {self.results}")
 
     def _run_errors(self, what: str) -> AbstractContextManager[None]:

@@ -85,7 +85,7 @@ class SolverConfig(_Settings):  # type: ignore[misc]
         given = self._given(_SOLVER_OPTIONS)
         for name, value in given.items():
             if self.solver not in _SOLVER_OPTIONS[name].arguments:
-                raise ValueError(f"solver={self.solver!r} has no {name}, got {name}={value!r}: remove it")
+                raise ValueError(f"solver={self.solver!r} has no {name}, got {name}={value!r}: set it to null")
         shared = {f.name: getattr(self, f.name) for f in fields(AbstractSolver)}
         return SOLVERS[self.solver](**shared | given)
 
@@ -96,7 +96,9 @@ class SolverConfig(_Settings):  # type: ignore[misc]
         for name, value in given.items():
             if adjoint not in (owners := _ADJOINT_OPTIONS[name].arguments):
                 owner = " or ".join(map(repr, owners))
-                raise ValueError(f"{name}={value!r} belongs to adjoint={owner}, got adjoint={adjoint!r}: remove it")
+                raise ValueError(
+                    f"{name}={value!r} belongs to adjoint={owner}, got adjoint={adjoint!r}: set it to null"
+                )
         arguments = {_ADJOINT_OPTIONS[name].arguments[adjoint]: value for name, value in given.items()}
         if "mismatch" in given and self.arithmetic in ("float32", "float64"):
             raise ValueError(

@@ -5,6 +5,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from revdeq_lightning.data.loading.sampler import IGNORE_INDEX
@@ -83,9 +84,9 @@ class ReasoningTask(AbstractTask):
             check_model(num_symbols=self.model.config.num_symbols, num_answers=self.model.config.num_answers)
         shapes = [*map(list, self.from_data("test_shapes") or ())]
         if self.model.config.block == "attention" and any(shape != self.model.config.shape for shape in shapes):
-            raise ValueError(
+            raise MisconfigurationException(
                 f"attention has learned positions for puzzles of shape {self.model.config.shape}, and the test puzzles"
-                f" have the shapes {shapes}: remove data.test_sizes, or use block=convolution"
+                f" have the shapes {shapes}: change data.test_sizes or data.test_path, or use block=convolution"
             )
         self._sizes = [shape_name(shape) for shape in shapes]
         for size in self._sizes:

@@ -34,7 +34,7 @@ def config(folder):
         "seed_everything": 0,
         "model": {
             "network": {"channels": 8},
-            "solver": {"max_steps": 4},
+            "solver": {"max_steps": 4, "reversible_stored_evaluations": 2},
             "optimizer": {"lr": 3e-3, "ema_decay": 0.5},
             "random_start": 0.5,
         },
@@ -156,9 +156,14 @@ def test_a_test_takes_puzzles_of_a_file_and_more_steps(trained, tmp_path):
 def test_evaluations_grow_from_the_puzzles_of_training_whatever_is_tested(trained):
     _, run, _ = trained
     kept = (run / "thinking.csv").read_text()
-    options = ("--data.size=4", "--data.test_sizes=null")
+    options = ("--data.size=4", "--data.test_sizes=[2]")
     said = call("test", "--ckpt_path", run / "checkpoints/best.ckpt", *options).out
-    assert f"{-(-4 * 81 // 25):.1f} evaluations of f per puzzle" in said
+    assert re.search(r"5x5: \S+ solved, .*, 4.0 evaluations of f per puzzle, \S+ from random states", said)
+    assert re.search(rf"9x9: .*, {-(-4 * 81 // 25):.1f} evaluations of f per puzzle", said)
+    table = (Path(said.split("tables in ")[1].strip()) / "test.csv").read_text()
+    figures = dict(csv.reader(table.splitlines()))
+    assert (float(figures["test/evaluations_5x5"]), float(figures["test/evaluations_9x9"])) == (4, 13)
+    assert 0 <= float(figures["test/solved_from_random_9x9"]) <= 1
     assert (run / "thinking.csv").read_text() == kept  # what the training found
 
 
@@ -220,6 +225,7 @@ def test_solved_puzzles_are_counted_by_what_is_a_solution():
         (("fit", "--model.network.block=attention", "--model.network.num_heads=2"), "attention has learned positions"),
         (("predict", "--data.path={symbols}"), "inputs must be from 0 to 3, got 7"),
         (("fit", "--data.puzzle=chess"), "puzzle must be one of"),
+        (("fit", "--model.solver.rtol=0.1"), "stored_evaluations=2 needs a solver without a tolerance"),
         (("fit", "--model.random_start=2"), "random_start must be in"),
         (("fit", "--model.late_steps=8"), "late_steps has no effect without late_start, got 8: remove it"),
     ],

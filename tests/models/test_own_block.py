@@ -7,7 +7,15 @@ import torch
 
 from revdeq_lightning.equilibrium import BackpropAdjoint, MomentumSolver, ReversibleAdjoint
 from revdeq_lightning.errors import BlockError
-from revdeq_lightning.models import ClassifierConfig, TransformerConfig, TransformerLM, build_classifier, generate
+from revdeq_lightning.models import (
+    ClassifierConfig,
+    Reasoner,
+    ReasonerConfig,
+    TransformerConfig,
+    TransformerLM,
+    build_classifier,
+    generate,
+)
 from tests.helpers.data import image_folder, tiny_image_config
 from tests.helpers.equilibrium import relative_error
 from tests.helpers.modules import make_batch
@@ -64,6 +72,14 @@ def classifier(adjoint):
     return build_classifier(config, MomentumSolver(max_steps=3), adjoint)
 
 
+def reasoner(adjoint):
+    torch.manual_seed(0)
+    config = ReasonerConfig(4, 3, [8, 8], channels=8, block="my_blocks.Convolution")
+    model = Reasoner(config, MomentumSolver(max_steps=3), adjoint)
+    torch.nn.init.normal_(model.head[-1].weight)  # it starts at zero
+    return model
+
+
 def gradient(model, loss):
     loss.backward()
     gradients = [p.grad for p in model.parameters()]
@@ -71,7 +87,7 @@ def gradient(model, loss):
     return torch.cat([g.flatten() for g in gradients])
 
 
-@pytest.mark.parametrize("kind", ["language", "image"])
+@pytest.mark.parametrize("kind", ["language", "image", "puzzle"])
 def test_reversible_gradient_matches_bptt(kind):
     gradients = []
     for adjoint in (ReversibleAdjoint(mismatch="raise"), BackpropAdjoint()):
@@ -79,6 +95,10 @@ def test_reversible_gradient_matches_bptt(kind):
             model = language_model(adjoint, block="my_blocks.Mixer", block_options={"scale": 0.9})
             assert model.equilibrium.f.scale == 0.9
             loss = model.loss(*make_batch()).loss
+        elif kind == "puzzle":
+            model = reasoner(adjoint)
+            puzzles = torch.randint(3, (2, 4, 8, 8), generator=torch.Generator().manual_seed(1))
+            loss = torch.nn.functional.cross_entropy(model(puzzles[0]).logits, puzzles[1])
         else:
             model = classifier(adjoint)
             images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))

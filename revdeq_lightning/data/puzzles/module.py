@@ -79,7 +79,7 @@ class PuzzleDataModule(AbstractDataModule):
             columns `question` and `answer` (`sapientinc/sudoku-extreme`), or a folder with its CSV files.
         validation_fraction: With `path`, the fraction held out for validation, chosen by the puzzles' content.
         test_fraction: Likewise for test, of an archive without `test_path`.
-        test_path: An archive that is the test split.
+        test_path: An archive, all of which is the test split, instead of `test_sizes` and `num_test`.
         batch_size: Puzzles per rank and step.
         num_workers: Processes per rank that load batches.
         seed: Of puzzles and order, not negative.
@@ -183,7 +183,7 @@ class PuzzleDataModule(AbstractDataModule):
         return self._evaluation_loaders(split)[0]
 
     def _evaluation_loaders(self, split: str) -> list[ResumableLoader]:
-        advice = f"raise {split}_fraction" + (", or set test_path" if split == "test" else "")
+        advice = f"raise {split}_fraction" + (", or set test_path to a file of puzzles" if split == "test" else "")
         found = self._of_split(self._prepared(), split, advice)
         return [
             self._loader(f"{split} {i}", Puzzles(partial(stored_puzzle, arrays, None, 0)), len(arrays[0]))
@@ -209,7 +209,8 @@ class PuzzleDataModule(AbstractDataModule):
         hparams = self.hparams
         size = hparams["size"]
         wanted = {("validation", size): hparams["num_validation"]}
-        wanted |= {("test", s): hparams["num_test"] for s in (size, *(hparams["test_sizes"] or ()))}
+        if hparams["test_path"] is None:
+            wanted |= {("test", s): hparams["num_test"] for s in (size, *(hparams["test_sizes"] or ()))}
         if hparams["num_train"] is not None:
             wanted["train", size] = hparams["num_train"]
         data: dict[str, list[Arrays]] = {}
@@ -308,8 +309,8 @@ def read_npz(path: str | Path, *, need_targets: bool = True) -> Arrays:
         raise ValueError(f"{path} is not an npz archive: {' '.join(str(error).split())}") from None
     if missing := [name for name in wanted if name not in arrays]:
         raise ValueError(
-            f"{path} has no array {missing[0]!r} (it has {', '.join(there) or 'none'}): save it by"
-            " numpy.savez(FILE, inputs=..., targets=...)"
+            f"{path} has no array {missing[0]!r} (it has {', '.join(there) or 'none'}): save it by numpy.savez(FILE, "
+            f"{', '.join(f'{name}=...' for name in wanted)})"
         )
     inputs = arrays["inputs"]
     targets = arrays.get("targets", np.full(inputs.shape, IGNORE_INDEX))
@@ -317,7 +318,7 @@ def read_npz(path: str | Path, *, need_targets: bool = True) -> Arrays:
         if array.dtype.kind not in "iub":
             raise ValueError(f"{path}: {name} must be integers, got {array.dtype}")
     if inputs.ndim not in (2, 3) or 0 in inputs.shape:
-        raise ValueError(f"{path}: inputs must have shape (N, L) or (N, H, W), got {inputs.shape}")
+        raise ValueError(f"{path}: inputs must have shape (N, L) or (N, H, W) without zeros, got {inputs.shape}")
     if targets.shape != inputs.shape:
         raise ValueError(f"{path}: targets must have the shape of inputs, {inputs.shape}, got {targets.shape}")
     return inputs.astype(np.int64), targets.astype(np.int64)

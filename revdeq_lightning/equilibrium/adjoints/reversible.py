@@ -95,7 +95,7 @@ class ReversibleAdjoint(AbstractAdjoint):
         if self.stored_evaluations and solver.has_tolerance:
             raise ValueError(
                 f"stored_evaluations={self.stored_evaluations} needs a solver without a tolerance, got {solver}: which"
-                " evaluation is the last would not be known. Set rtol=0 and atol=0, or leave it out"
+                " evaluation is the last would not be known. Set it, or rtol and atol, to 0"
             )
 
     def solve(self, f: EquilibriumFunction, z0: Leaves, solver: AbstractSolver) -> tuple[Leaves, SolverStats]:
