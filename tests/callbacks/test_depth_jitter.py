@@ -7,7 +7,7 @@ from tests.helpers.runs import tiny_data, tiny_task, tiny_trainer
 
 
 class Seen(Callback):
-    """Notes the evaluations of every training step, counted by f itself, and the solver after it."""
+    """Notes the evaluations of every training step, counted by f itself."""
 
     def __init__(self):
         self.calls, self.notes = 0, []
@@ -17,16 +17,15 @@ class Seen(Callback):
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         self.calls = 0
-        self.solver = pl_module.model.equilibrium.solver
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.notes.append((self.calls, self.solver.beta))
+        self.notes.append(self.calls)
 
 
-def fit(folder, jitter, *, ckpt_path=None, max_steps=20, save=None):
+def fit(folder, jitter, *, ckpt_path=None, max_steps=20, save=None, **options):
     data, seen = tiny_data(folder), Seen()
     task = tiny_task(data, optimizer={"optimizer": "muon", "lr": 0.01})  # a schedule would depend on max_steps
-    trainer = tiny_trainer(folder, [jitter, seen], max_steps=max_steps, limit_val_batches=0)
+    trainer = tiny_trainer(folder, [jitter, seen], max_steps=max_steps, limit_val_batches=0, **options)
     trainer.fit(task, data, ckpt_path=ckpt_path)
     if save:
         trainer.save_checkpoint(save)
@@ -34,13 +33,11 @@ def fit(folder, jitter, *, ckpt_path=None, max_steps=20, save=None):
 
 
 def test_every_step_draws_from_the_lists_and_the_solver_comes_back(tmp_path):
-    notes, task = fit(tmp_path, DepthJitter(steps=[1, 2, 5], betas=[0.8, 1.0], seed=3))
-    assert {calls for calls, _ in notes} == {2 * 1, 2 * 2, 2 * 5}  # forward and backward
-    assert {beta for _, beta in notes} == {0.8, 1.0}
+    notes, task = fit(tmp_path, DepthJitter([1, 2, 5], seed=3))
+    assert set(notes) == {2 * 1, 2 * 2, 2 * 5}  # forward and backward
     assert task.model.equilibrium.solver.max_steps == 3
-    assert task.model.equilibrium.solver.beta == 1.0
-    again, _ = fit(tmp_path, DepthJitter(steps=[1, 2, 5], betas=[0.8, 1.0], seed=3))
-    other, _ = fit(tmp_path, DepthJitter(steps=[1, 2, 5], betas=[0.8, 1.0], seed=4))
+    again, _ = fit(tmp_path, DepthJitter([1, 2, 5], seed=3))
+    other, _ = fit(tmp_path, DepthJitter([1, 2, 5], seed=4))
     assert notes == again != other
 
 
@@ -52,14 +49,28 @@ def test_a_resumed_run_draws_what_the_whole_run_draws(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(task.parameters(), resumed.parameters(), strict=True))
 
 
-def test_a_late_start_leaves_the_batches_before_it_as_they_are(tmp_path):
-    whole, _ = fit(tmp_path, DepthJitter(steps=[1, 2, 5]))
-    late, _ = fit(tmp_path, DepthJitter(steps=[1, 2, 5], first_batch=7))
-    assert late[:7] == [(2 * 3, 1.0)] * 7
-    assert late[7:] == whole[7:]
+def test_lists_hold_from_fractions_of_the_run(tmp_path):
+    """7 of 20 steps are more than a third, 12 are 0.6 of them."""
+    whole, _ = fit(tmp_path, DepthJitter([1, 2, 5]))
+    notes, task = fit(tmp_path, DepthJitter({0.6: [1, 2, 5], 1 / 3: [1]}))
+    assert notes == [2 * 3] * 7 + [2 * 1] * 5 + whole[12:]
+    assert task.model.equilibrium.solver.max_steps == 3
 
 
-@pytest.mark.parametrize(("settings", "message"), [({"steps": [0]}, "got 0"), ({"betas": [2.5]}, "got 2.5")])
-def test_what_the_solver_refuses_is_told_before_training(tmp_path, settings, message):
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ([0], "got 0"),
+        ([], r"needs numbers of steps to draw from, got steps=\[\]"),
+        ({0.5: []}, "needs numbers of steps"),
+        ({1.0: [2]}, r"steps, from must be in \[0, 1\), got 1.0"),
+    ],
+)
+def test_what_cannot_be_drawn_is_told_before_training(tmp_path, steps, message):
     with pytest.raises(ValueError, match=message):
-        fit(tmp_path, DepthJitter(**settings))
+        fit(tmp_path, DepthJitter(steps))
+
+
+def test_fractions_need_a_run_with_an_end(tmp_path):
+    with pytest.raises(ValueError, match=r"set trainer.max_steps or max_epochs"):
+        fit(tmp_path, DepthJitter({0.5: [2]}), max_steps=-1, max_epochs=-1)
