@@ -124,9 +124,11 @@ def run(part: Part, options: argparse.Namespace, output: Path) -> Outcome:
 
 
 def write_verdict(page: Path, results: Path) -> None:
-    """Write the verdicts of the latest results of all parts between the two markers of the page."""
+    """Write the verdicts of the latest results between the two markers of the page: first of the parts, then others."""
     rows = []
-    for name in (name for part in PARTS for name in (part.name, f"{part.name}_cuda")):
+    names = [name for part in PARTS for name in (part.name, f"{part.name}_cuda")]
+    names += sorted({path.stem for path in results.glob("*.json")} - set(names))
+    for name in names:
         path = results / f"{name}.json"
         facts: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
         for requirement in facts.get("verdict", []):

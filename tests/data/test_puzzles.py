@@ -254,7 +254,8 @@ def test_tables_of_sudokus_are_read(tmp_path):
         (tmp_path / name).write_text(f"source,question,answer,rating\n{row * 3}", encoding="utf-8-sig")
     settings = {"puzzle": "sudoku", "size": 9, "path": str(tmp_path), "validation_fraction": 0.0}
     module = data(tmp_path / "cache", **settings, num_train=2)
-    assert module.found() == {"puzzles": {"train": 2, "test": 3}}
+    with pytest.warns(UserWarning, match="3 of 3 test puzzles are also training puzzles"):
+        assert module.found() == {"puzzles": {"train": 2, "test": 3}}
     ((inputs, targets),) = module._prepared()["test"]
     assert (inputs == puzzle.inputs).all()
     assert (targets == puzzle.targets).all()

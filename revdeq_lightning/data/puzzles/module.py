@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -201,6 +201,10 @@ class PuzzleDataModule(AbstractDataModule):
             if hparams["test_path"] is not None:
                 data["test"] = [checked(self.kind, read_npz(hparams["test_path"]), hparams["test_path"])]
             train = data.get("train", [])
+            own = {puzzle.tobytes() for inputs, _ in train for puzzle in inputs.astype(np.int64)}
+            for inputs, _ in data.get("test", []) if path or hparams["test_path"] else ():
+                if shared := sum(puzzle.tobytes() in own for puzzle in inputs.astype(np.int64)):
+                    rank_zero_warn(f"{shared} of {len(inputs)} test puzzles are also training puzzles")
             self._checksum = f"{zlib.crc32(b''.join(a.tobytes() for arrays in train for a in arrays)):08x}"
             self._data = data
         return self._data
@@ -233,6 +237,8 @@ class PuzzleDataModule(AbstractDataModule):
         most = {"train": num_train and math.ceil(num_train / (1 - held_out)), "test": self.hparams["num_test"]}
         tables = read_sudoku_tables(path, most)
         data = divide(self.kind, checked(self.kind, tables["train"], path), {"validation": held_out})
+        if "train" in data:  # the held out fraction is drawn, so that a few more may be left
+            data["train"] = [(inputs[:num_train], targets[:num_train]) for inputs, targets in data["train"]]
         if "test" in tables:
             data["test"] = [checked(self.kind, tables["test"], path)]
         return data
