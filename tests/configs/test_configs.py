@@ -159,7 +159,7 @@ def test_wikitext_in_a_local_folder_with_a_tokenizer_file(tmp_path, capsys):
     }
     options |= {"data.path": folder, "data.tokenizer": tmp_path / "tokenizer.json", "run.folder": tmp_path}
     options |= {"data.cache_dir": tmp_path / "cache", "data.context_length": 448, "trainer.limit_val_batches": 2}
-    run("fit", "--config=configs/lm/wikitext103_modern.yaml", *(f"--{key}={value}" for key, value in options.items()))
+    run("fit", "--config=configs/lm/wikitext103.yaml", *(f"--{key}={value}" for key, value in options.items()))
     assert "step 2: val/loss" in capsys.readouterr().out
 
 

@@ -72,6 +72,19 @@ def test_the_default_text_has_the_ids_of_earlier_versions(tmp_path):
     assert data.split_statistics("test") == SplitStatistics(123_517, 399_999, 50_768)
 
 
+SHAKESPEARE = Path("data/tinyshakespeare.txt")
+
+
+@pytest.mark.skipif(
+    not SHAKESPEARE.exists(), reason=f"needs the text of configs/lm/tinyshakespeare.yaml, {SHAKESPEARE}"
+)
+def test_tiny_shakespeare_has_the_ids_of_earlier_versions(tmp_path):
+    settings = yaml.safe_load(Path("configs/lm/tinyshakespeare.yaml").read_text())["data"]
+    data = TextDataModule(**settings | {"path": str(SHAKESPEARE), "cache_dir": str(tmp_path)})
+    found = {split: (len(split_ids(data, split)), data._prepared().checksums[split]) for split in data.splits}
+    assert found == {"train": (1_003_854, "a320d332"), "validation": (111_540, "271226fa")}  # as nanoGPT divides it
+
+
 @pytest.mark.parametrize("fractions", [(0.1, 0.0), (0.2, 0.1)])  # the first is nanoGPT's: the last tenth
 def test_fractions_cut_a_text_larger_than_a_block_at_characters(module, fractions):
     validation, test = fractions
