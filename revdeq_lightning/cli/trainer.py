@@ -253,7 +253,9 @@ class AbstractCommandLine(LightningCLI):
     def _evaluate(self, split: str, checkpoint: str = "", **arguments: Any) -> None:
         if split not in self.datamodule.splits:
             there = ", ".join(self.datamodule.splits)
-            fail(f"the data has no {split} split to evaluate, only {there}")
+            settings = [name for name in ("test_path", "test_fraction") if name in self.datamodule.hparams]
+            advice = f": set data.{' or data.'.join(settings)}" if split == "test" and settings else ""
+            fail(f"the data has no {split} split to evaluate, only {there}{advice}")
         evaluate = self.trainer.test if split == "test" else self.trainer.validate
         with self._run_errors(f"the {split}"):
             try:

@@ -130,6 +130,10 @@ def test_what_cannot_be_used_is_told(checkpoint, tmp_path, capsys):
     for command in ("test", "generate", "export"):
         told = error(capsys, command, "--ckpt_path", f"{file}.safetensors")
         assert told.startswith(f"error: {file}.safetensors holds weights alone, as `export` writes them: use a check")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/config.json").touch()
+    told = error(capsys, "generate", "--ckpt_path", tmp_path / "folder")
+    assert told.startswith(f"error: {tmp_path}/folder holds weights alone, as `export` writes them")
     for command, code in (("fit", 1), ("test", 2)):
         told = error(capsys, command, "--config", config, "--ckpt_path", f"{file}.ckpt", code=code)
         assert told.startswith(f"error: {file}.ckpt is not the checkpoint of a training run but weights alone")

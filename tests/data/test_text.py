@@ -424,6 +424,8 @@ def test_texts_that_do_not_fit_are_told(module, text, arguments, message):
 def test_missing_files_are_told(module, tmp_path, monkeypatch):
     with refused(f"no such text file or folder: {re.escape(str(tmp_path))}/none", FileNotFoundError):
         module(path=str(tmp_path / "none")).prepare_data()
+    with refused(f"no such folder: {re.escape(str(tmp_path))}/none", FileNotFoundError):
+        module(source="huggingface", path=str(tmp_path / "none")).prepare_data()
     (tmp_path / "folder").mkdir()
     with refused(r"no files under .*folder: use a text file", FileNotFoundError):
         module(path=str(tmp_path / "folder")).prepare_data()
@@ -460,14 +462,21 @@ def test_datasets_without_texts_are_told(module, tmp_path, splits, message):
         ("files", "a.json", b'[{"text": "a"},\n{"text": "b"}]', "a.json, line 1: not JSON"),
         ("files", "a.jsonl", b'{"text": 1}', "the file, row 0: must be a text, got 1"),
         ("files", "a.jsonl", b"", "the train text is empty"),
+        (
+            "huggingface",
+            "../a.jsonl",
+            b"",
+            'must be a folder or a dataset of the Hub, got the file .*: set source="files"',
+        ),
         ("files", "a.jsonl", b'{"words": "a"}', "has the columns .'words'."),
     ],
 )
 def test_tables_that_cannot_be_read_are_told(module, tmp_path, source, name, content, message):
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / name).write_bytes(content)
+    path = tmp_path / "folder" / name if name.startswith("..") else tmp_path / "folder"
     with refused(message):
-        module(source=source, path=str(tmp_path / "folder")).setup("fit")
+        module(source=source, path=str(path)).setup("fit")
 
 
 def test_missing_rows_and_unused_splits_are_left_out_and_told(module, tmp_path):

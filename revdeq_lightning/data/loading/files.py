@@ -198,6 +198,12 @@ def content_key(root: Path, names: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
+def require_hub_name(path: str) -> None:
+    """Raise FileNotFoundError for a path that is not there and cannot be a name on the Hub."""
+    if not Path(path).exists() and (Path(path).is_absolute() or path.startswith(".") or path.count("/") > 1):
+        raise FileNotFoundError(f"no such folder: {path} (looked in {Path.cwd()}): correct the path.")
+
+
 def hub_is_reachable() -> bool:
     """Check with one quick request: the client of the Hub retries for 23 s if there is no network."""
     import huggingface_hub
@@ -282,6 +288,7 @@ def load_huggingface(path: str, name: str | None, *, streaming: bool = False) ->
     from huggingface_hub import constants
 
     folder = Path(path)
+    require_hub_name(path)
     if folder.is_file():
         raise ValueError(f'path must be a folder or a dataset of the Hub, got the file {path}: set source="files".')
     loaded: Any

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from revdeq_lightning.data.loading.array_cache import ArrayWriter, load_or_build
 from revdeq_lightning.data.loading.base import AbstractDataModule, check_fractions, digest
 from revdeq_lightning.data.loading.draws import Draws, shuffled_keys
-from revdeq_lightning.data.loading.files import SPLITS, hub_file, split_of
+from revdeq_lightning.data.loading.files import SPLITS, hub_file, require_hub_name, split_of
 from revdeq_lightning.data.loading.sampler import IGNORE_INDEX, PADDING, ResumableLoader
 from revdeq_lightning.data.puzzles.kinds import AbstractKind, Mazes, PrefixSums, Puzzle, Sudoku, checked
 from revdeq_lightning.equilibrium.validation import require_choice, require_count
@@ -336,6 +336,7 @@ def read_sudoku_tables(path: str, most: Mapping[str, int | None]) -> dict[str, A
     `path` is one of the hub, such as `sapientinc/sudoku-extreme`, or a folder with its `train.csv` and `test.csv`;
     `most` is the number of rows to read of each split, None: all.
     """
+    require_hub_name(path)
     files = {split: _table(path, split) for split in ("train", "test")}
     if files["train"] is None:
         raise FileNotFoundError(f"{path} has no train.csv with the columns question and answer")
