@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from revdeq_lightning.data.puzzles.kinds import BOXES
 from revdeq_lightning.loggers.plots import saved_figure
 
 COLORS = {
@@ -27,22 +28,27 @@ class SolvedPuzzle(NamedTuple):
     targets: NDArray[np.int64]
     answers: NDArray[np.int64]
 
+    def is_wrong(self) -> NDArray[np.bool_]:
+        """Whether each answer counts and is wrong."""
+        wrong: NDArray[np.bool_] = (self.answers != self.targets) & (self.targets >= 0)
+        return wrong
+
 
 def maze_pixels(puzzle: SolvedPuzzle) -> NDArray[np.uint8]:
     """Colors of a maze with its answer, shape `(height, width, 3)`; wrong cells are orange."""
     symbols = np.array([COLORS[name] for name in ("wall", "free", "start", "goal")], np.uint8)
     pixels = symbols[puzzle.inputs]
     pixels[(puzzle.answers == 1) & (puzzle.inputs < 2)] = COLORS["path"]
-    pixels[(puzzle.answers != puzzle.targets) & (puzzle.targets >= 0)] = COLORS["wrong"]
+    pixels[puzzle.is_wrong()] = COLORS["wrong"]
     return pixels
 
 
 def draw_puzzles(
     puzzles: Sequence[SolvedPuzzle], path: Path, title: str, names: Sequence[str], *, are_mazes: bool
 ) -> None:
-    """A sheet of puzzles, at least one: mazes, or grids or strings of digits, with a name above each.
+    """A sheet of puzzles, at least one: mazes, Sudokus, or strings of bits, with a name above each.
 
-    Wrong cells are orange, and wrong digits and bits bold.
+    Given digits and bits are black, answers blue; wrong cells are orange, and wrong digits and bits bold.
     """
     columns = min(4, len(puzzles))
     rows = -(-len(puzzles) // columns)
@@ -60,20 +66,28 @@ def draw_puzzle(axis: Any, puzzle: SolvedPuzzle, is_maze: bool) -> None:
     if is_maze:
         axis.imshow(maze_pixels(puzzle), interpolation="nearest")
         return
-    inputs, answers, targets = puzzle
-    if inputs.ndim == 1:  # a string, in lines; -1 fills the last one
-        width = min(16, len(inputs))
-        padded = [np.pad(array, (0, -len(array) % width), constant_values=-1) for array in puzzle]
-        inputs, answers, targets = (array.reshape(-1, width) for array in padded)
-    wrong = (answers != targets) & (targets >= 0)
-    background = np.full((*inputs.shape, 3), 255, np.uint8)
+    cells, given, wrong = puzzle.answers, puzzle.inputs > 0, puzzle.is_wrong()
+    if cells.ndim == 1:  # a string, in lines: below each line of bits that of the answers; -1 fills the last ones
+        width = min(16, len(cells))
+        lines = (puzzle.inputs, cells, wrong)
+        inputs, answers, wrong = (
+            np.pad(line.astype(int), (0, -len(line) % width), constant_values=-1).reshape(-1, width) for line in lines
+        )
+        cells = np.stack([inputs, answers], 1).reshape(-1, width)
+        given = np.arange(len(cells))[:, None] % 2 == np.zeros(width)
+        wrong = np.stack([inputs * 0, wrong], 1).reshape(-1, width) > 0
+    else:
+        height, width = BOXES.get(len(cells), cells.shape)
+        for draw, count, per_box in ((axis.axhline, len(cells), height), (axis.axvline, cells.shape[1], width)):
+            for line in range(count + 1):
+                draw(line - 0.5, color="black", linewidth=0.4 if line % per_box else 1.5)
+    background = np.full((*cells.shape, 3), 255, np.uint8)
     background[wrong] = COLORS["wrong"]
     axis.imshow(background, interpolation="nearest")
-    for row, column in np.argwhere(answers >= 0):
-        given = puzzle.inputs.ndim == 2 and inputs[row, column] > 0
-        color = "black" if given else "tab:blue"
-        text = str(answers[row, column])
+    for row, column in np.argwhere(cells >= 0):
+        color = "black" if given[row, column] else "tab:blue"
         weight = "bold" if wrong[row, column] else "normal"
+        text = str(cells[row, column])
         axis.text(column, row, text, ha="center", va="center", color=color, fontweight=weight, fontsize="small")
 
 
