@@ -40,7 +40,7 @@ class DepthJitter(Callback):
         for fraction, choices in self.steps.items():
             require_in_range("steps, from", fraction, "[0, 1)")
             if not choices:
-                raise ValueError(f"DepthJitter needs numbers of steps to draw from, got steps={steps}")
+                raise ValueError(f"steps must be numbers of solver steps to draw from, got {steps}")
         require_count("seed", seed, at_least=0)
         self.seed = seed
         self._by_step: dict[int, Sequence[int]] = {}

@@ -206,7 +206,7 @@ def test_the_host_does_not_wait_between_logging_steps(tmp_path, kind):
         (TextSamples, {"prompts": ["a", ""]}, "none of them empty"),
         (ImageSamples, {"every_n_validations": 0}, "must be at least 1, got 0"),
         (ImageSamples, {"num_images": 0}, "must be at least 1, got 0"),
-        (DepthJitter, {"steps": []}, r"needs numbers of steps to draw from, got steps=\[\]"),
+        (DepthJitter, {"steps": []}, r"must be numbers of solver steps to draw from, got \[\]"),
         (DepthJitter, {"seed": -1, "steps": [2]}, "must be at least 0, got -1"),
         (LastCheckpoint, {"keep_last": 0}, "must be at least 1, got 0"),
         (LastCheckpoint, {"every_n_steps": 0}, "must be at least 1, got 0"),

@@ -61,8 +61,8 @@ def test_lists_hold_from_fractions_of_the_run(tmp_path):
     ("steps", "message"),
     [
         ([0], "got 0"),
-        ([], r"needs numbers of steps to draw from, got steps=\[\]"),
-        ({0.5: []}, "needs numbers of steps"),
+        ([], r"must be numbers of solver steps to draw from, got \[\]"),
+        ({0.5: []}, "must be numbers of solver steps to draw from"),
         ({1.0: [2]}, r"steps, from must be in \[0, 1\), got 1.0"),
     ],
 )
