@@ -37,8 +37,8 @@ class DepthJitter(Callback):
 
     def __init__(self, steps: Sequence[int] | Mapping[float, Sequence[int]], seed: int = 0) -> None:
         self.steps = dict(sorted(steps.items())) if isinstance(steps, Mapping) else {0.0: list(steps)}
-        for fraction, choices in self.steps.items():
-            require_in_range("steps, from", fraction, "[0, 1)")
+        for fraction, choices in self.steps.items() or [(0.0, [])]:
+            require_in_range("a fraction in steps", fraction, "[0, 1)")
             if not choices:
                 raise ValueError(f"steps must be numbers of solver steps to draw from, got {steps}")
         require_count("seed", seed, at_least=0)
@@ -56,7 +56,7 @@ class DepthJitter(Callback):
         total = trainer.estimated_stepping_batches if any(self.steps) else 0
         if math.isinf(total):
             raise ValueError("DepthJitter takes fractions of a run with an end: set trainer.max_steps or max_epochs")
-        self._by_step = {math.ceil(fraction * total): choices for fraction, choices in self.steps.items()}
+        self._by_step = {math.ceil(round(fraction * total, 6)): choices for fraction, choices in self.steps.items()}
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         begun = [choices for step, choices in self._by_step.items() if step <= trainer.global_step]

@@ -253,8 +253,9 @@ class AbstractCommandLine(LightningCLI):
     def _evaluate(self, split: str, checkpoint: str = "", **arguments: Any) -> None:
         if split not in self.datamodule.splits:
             there = ", ".join(self.datamodule.splits)
-            settings = [name for name in ("test_path", "test_fraction") if name in self.datamodule.hparams]
-            advice = f": set data.{' or data.'.join(settings)}" if split == "test" and settings else ""
+            hparams = self.datamodule.hparams
+            takes_file = "test_path" in hparams and hparams.get("source", "files") == "files"
+            advice = ": set data.test_path" if split == "test" and takes_file else ""
             fail(f"the data has no {split} split to evaluate, only {there}{advice}")
         evaluate = self.trainer.test if split == "test" else self.trainer.validate
         with self._run_errors(f"the {split}"):
@@ -267,9 +268,10 @@ class AbstractCommandLine(LightningCLI):
             texts = [form.format(figures[key]) for key, form in self.figures.items() if key in figures]
             print("\n".join([f"\n{split.capitalize()}{checkpoint}: {', '.join(texts)}", *self.details(results[0])]))
             if self._name != "fit":
-                self.results.mkdir(parents=True, exist_ok=True)
-                with (self.results / f"{split}.csv").open("w", newline="") as file:
-                    csv.writer(file).writerows([("figure", "value"), *results[0].items()])
+                with self._run_errors(f"the {split}"):
+                    self.results.mkdir(parents=True, exist_ok=True)
+                    with (self.results / f"{split}.csv").open("w", newline="") as file:
+                        csv.writer(file).writerows([("figure", "value"), *results[0].items()])
                 print(f"Pictures and tables in {self.results}")
 
     def _run_errors(self, what: str) -> AbstractContextManager[None]:

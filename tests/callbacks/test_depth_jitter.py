@@ -62,8 +62,9 @@ def test_lists_hold_from_fractions_of_the_run(tmp_path):
     [
         ([0], "got 0"),
         ([], r"must be numbers of solver steps to draw from, got \[\]"),
+        ({}, r"must be numbers of solver steps to draw from, got \{\}"),
         ({0.5: []}, "must be numbers of solver steps to draw from"),
-        ({1.0: [2]}, r"steps, from must be in \[0, 1\), got 1.0"),
+        ({1.0: [2]}, r"a fraction in steps must be in \[0, 1\), got 1.0"),
     ],
 )
 def test_what_cannot_be_drawn_is_told_before_training(tmp_path, steps, message):

@@ -143,7 +143,11 @@ def test_what_describes_tables_is_no_text(module, tmp_path):
     data = module(path=str(folder), **ALL_FOR_TRAINING)
     assert texts_of(data) == {"train": "one two three four\n"}
     assert data.found()["left_out"] == [f"{folder}: 1 description(s) of the tables: README.md"]
+    with pyarrow.output_stream(str(folder / "data/a.jsonl.gz"), compression="gzip") as stream:
+        stream.write((folder / "data/a.jsonl").read_bytes())
     (folder / "data/a.jsonl").unlink()
+    assert texts_of(module(path=str(folder), **ALL_FOR_TRAINING)) == {"train": "one two three four\n"}
+    (folder / "data/a.jsonl.gz").unlink()
     assert texts_of(module(path=str(folder), **ALL_FOR_TRAINING)) == {"train": "license: mit"}
 
 
@@ -216,8 +220,9 @@ def test_rows_of_json_need_nothing_in_common_but_the_text(module, tmp_path):
         data = module(path=str(tmp_path / "a.jsonl"), **ALL_FOR_TRAINING)
         assert texts_of(data) == {"train": "first\nsecond\nthird \u00e9\u2028\n"}
         assert data.found()["left_out"] == ["1 row(s) of the file without text, such as row 0"]
-    (tmp_path / "package.json").write_text('{"name": "text"}')
-    assert texts_of(module(path=str(tmp_path / "package.json"), **ALL_FOR_TRAINING)) == {"train": '{"name": "text"}'}
+    for text in ('{"name": "text"}', '{\n  "text": "x"\n}'):
+        (tmp_path / "package.json").write_text(text)
+        assert texts_of(module(path=str(tmp_path / "package.json"), **ALL_FOR_TRAINING)) == {"train": text}
 
 
 @pytest.mark.parametrize("source", ["files", "huggingface"])
@@ -459,6 +464,7 @@ def test_datasets_without_texts_are_told(module, tmp_path, splits, message):
         ("huggingface", "text.txt", b"\xff", r"cannot read the dataset \S+ \(.*\): check its files"),
         ("files", "a.jsonl", b'{"text": "a"}\n{"text": ', r"a.jsonl, line 2: not JSON \(Expecting value"),
         ("files", "a.jsonl", b'{"text": "a"}\n[1]', r"a.jsonl, line 2: must be an object, got \[1\]"),
+        ("files", "a.jsonl", b'{"text": "\\ud800"}', r"a.jsonl, line 1: not JSON \(.*surrogates not allowed"),
         ("files", "a.json", b'[{"text": "a"},\n{"text": "b"}]', "a.json, line 1: not JSON"),
         ("files", "a.jsonl", b'{"text": 1}', "the file, row 0: must be a text, got 1"),
         ("files", "a.jsonl", b"", "the train text is empty"),

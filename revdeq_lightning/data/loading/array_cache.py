@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, cast
 
 import numpy as np
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from numpy.typing import NDArray
 
 _INDEX = "index.json"
@@ -112,7 +112,8 @@ def _delete_left(path: Path) -> None:
     """Delete what killed processes left, also of other data, unless a process is building it."""
     for left in path.parent.glob(".*.arrays.*"):
         other = path.with_name(left.stem[1:])
-        with suppress(Timeout), nullcontext() if other == path else FileLock(f"{other}.lock", timeout=0):
+        lock = nullcontext() if other == path else FileLock(f"{other}.lock", timeout=0)
+        with suppress(OSError), lock:  # also of a lock that another process or user holds
             shutil.rmtree(left, ignore_errors=True)
 
 

@@ -271,7 +271,8 @@ class ParquetRows:
 
         for name in self.files:
             file = pyarrow.parquet.ParquetFile(name, buffer_size=1 << 20, pre_buffer=False)
-            yield from (batch.to_pydict() for batch in file.iter_batches(batch_size, columns=self.columns))
+            columns = [name for name in self.columns or () if name in file.schema_arrow.names]
+            yield from (batch.to_pydict() for batch in file.iter_batches(batch_size, columns=columns or None))
 
 
 def load_huggingface(path: str, name: str | None, *, streaming: bool = False) -> dict[str, Any]:

@@ -60,10 +60,6 @@ class AbstractKind:
         """What is wrong with a puzzle whose symbols are in range."""
         return None
 
-    def has_solution(self, inputs: Array) -> bool:
-        """Whether a puzzle without a fault can be solved, which may take a search."""
-        return True
-
     @abstractmethod
     def is_solved(self, inputs: Array, answers: Array) -> bool:
         """Whether the answers are a solution; a puzzle may have several."""
@@ -271,9 +267,6 @@ class Sudoku(AbstractKind):
                 return f"no value is possible in row {row + 1}, column {column + 1}"
         return None
 
-    def has_solution(self, inputs: Array) -> bool:
-        return next(solutions(inputs), None) is not None
-
     def is_solved(self, inputs: Array, answers: Array) -> bool:
         size, (rows, columns) = self.size, BOXES[self.size]
         boxes = answers.reshape(size // rows, rows, size // columns, columns).swapaxes(1, 2).reshape(size, size)
@@ -365,9 +358,6 @@ def checked(
             raise ValueError(f"{path}: puzzle {i} cannot be solved: {fault}")
         if use_targets and (answers == IGNORE_INDEX).all():
             raise ValueError(f"{path}: no target of puzzle {i} counts, all are {IGNORE_INDEX}: remove the puzzle")
-        if use_targets and (answers != IGNORE_INDEX).all():
-            if not kind.is_solved(puzzle, answers):
-                raise ValueError(f"{path}: the targets of puzzle {i} are no solution, which is {kind.solution}")
-        elif not kind.has_solution(puzzle):
-            raise ValueError(f"{path}: puzzle {i} cannot be solved: it contradicts itself")
+        if use_targets and (answers != IGNORE_INDEX).all() and not kind.is_solved(puzzle, answers):
+            raise ValueError(f"{path}: the targets of puzzle {i} are no solution, which is {kind.solution}")
     return arrays

@@ -201,10 +201,13 @@ class PuzzleDataModule(AbstractDataModule):
             if hparams["test_path"] is not None:
                 data["test"] = [checked(self.kind, read_npz(hparams["test_path"]), hparams["test_path"])]
             train = data.get("train", [])
-            own = {puzzle.tobytes() for inputs, _ in train for puzzle in inputs.astype(np.int64)}
-            for inputs, _ in data.get("test", []) if path or hparams["test_path"] else ():
-                if shared := sum(puzzle.tobytes() in own for puzzle in inputs.astype(np.int64)):
-                    rank_zero_warn(f"{shared} of {len(inputs)} test puzzles are also training puzzles")
+            if "test" in data and (path or hparams["test_path"]):
+                own, tested = (
+                    [hash(puzzle.tobytes()) for inputs, _ in arrays for puzzle in inputs.astype(np.uint8)]
+                    for arrays in (train, data["test"])
+                )
+                if shared := np.isin(tested, own).sum():
+                    rank_zero_warn(f"{shared} of {len(tested)} test puzzles are also training puzzles")
             self._checksum = f"{zlib.crc32(b''.join(a.tobytes() for arrays in train for a in arrays)):08x}"
             self._data = data
         return self._data

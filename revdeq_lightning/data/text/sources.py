@@ -26,11 +26,11 @@ from revdeq_lightning.data.loading.files import (
 )
 
 SOURCES = ("python", "files", "huggingface")
-_NOT_SPLITS = re.compile(r".*\.(py|ipynb|sh|ya?ml|toml|cfg|c|cc|cpp|h|cu|rs|js|md|rst|html?)", re.IGNORECASE)
-"""Names of code and documents, which may be called test and train for other reasons."""
+_NOT_SPLITS = re.compile(r".*\.(py|ipynb|sh|ya?ml|toml|cfg|c|cc|cpp|h|cu|rs|js)", re.IGNORECASE)
+"""Names of code, which may be called test and train for other reasons."""
 _CARD = re.compile(r"(readme|licen[cs]e|dataset_infos)(\.\w+)?", re.IGNORECASE)
 _NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
-_TABLES = (".parquet", ".jsonl", ".ndjson", ".json")
+_TABLES = (".parquet", ".jsonl", ".ndjson")
 _COMPRESSED = (".gz", ".bz2", ".zst", ".lz4")
 _BATCH_ROWS = 100
 _BLOCK_BYTES = 1 << 17
@@ -106,7 +106,7 @@ def _find_files(path: str | Sequence[str], left_out: list[str]) -> list[tuple[Pa
             continue
         listing = list_files(entry)
         cards = [name for name in listing.files if _CARD.fullmatch(Path(name).name)]
-        if not any(Path(name).suffix.lower() in _TABLES for name in listing.files if name not in cards):
+        if not any(_unpacked(Path(name)).suffix.lower() in _TABLES for name in listing.files):
             cards = []
         names = [name for name in listing.files if name not in cards]
         _refuse_splits(entry, names)
@@ -149,22 +149,35 @@ def _joined(texts: Iterable[Iterable[str]]) -> Iterator[str]:
 
 def _read_file(path: Path, column: str, folder: Path, left_out: list[str]) -> Iterator[str]:
     """A text file, or a column of a table; both may be compressed."""
-    name = path.stem if path.suffix.lower() in _COMPRESSED else path.name
-    match Path(name).suffix.lower():
-        case ".parquet" if name == path.name:
-            yield from _read_rows(str(path), "the file", _select(str(path), ParquetRows([str(path)]), column), left_out)
+    name = _unpacked(path)
+    match name.suffix.lower():
         case ".parquet":
-            table = folder / name
-            with table.open("wb") as file:
-                file.writelines(read_blocks(path))
-            yield from _read_file(table, column, folder, left_out)
-            table.unlink()
+            table = path
+            if name != path:
+                table = folder / name.name
+                with table.open("wb") as file:
+                    file.writelines(read_blocks(path))
+            yield from _read_rows(
+                str(path), "the file", _select(str(path), ParquetRows([str(table)]), column), left_out
+            )
+            if name != path:
+                table.unlink()
         case ".jsonl" | ".ndjson":
             yield from _read_rows(str(path), "the file", _read_objects(path, column), left_out)
-        case ".json" if re.search(rf'"{re.escape(column)}"\s*:', next(read_text(path), "")):
+        case ".json" if _has_rows(path, column):
             yield from _read_rows(str(path), "the file", _read_objects(path, column), left_out)
         case _:
             yield from read_text(path)
+
+
+def _unpacked(path: Path) -> Path:
+    return path.with_suffix("") if path.suffix.lower() in _COMPRESSED else path
+
+
+def _has_rows(path: Path, column: str) -> bool:
+    """Whether a file that may be any JSON has an object with this key on its first line, or a list of such objects."""
+    start = next(read_text(path), "").lstrip()
+    return bool(re.match(rf'\[?\s*\{{.*"{re.escape(column)}"\s*:', start))
 
 
 def _read_objects(path: Path, column: str) -> Iterator[Any]:
@@ -175,7 +188,9 @@ def _read_objects(path: Path, column: str) -> Iterator[Any]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+            if isinstance(row, dict) and isinstance(row.get(column), str):
+                row[column].encode()
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: not JSON ({error}): write one object on each line.") from None
         if not isinstance(row, dict):
             raise ValueError(f"{path}, line {number}: must be an object, got {row!r:.60}: write one on each line.")
