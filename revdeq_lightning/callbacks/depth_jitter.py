@@ -22,8 +22,8 @@ class DepthJitter(Callback):
     Logs no keys (`equilibrium/forward_nfe` shows the evaluations).
 
     Args:
-        steps: Numbers of solver steps to draw from; or such lists by the fraction of the run from which each holds, as
-            in `{0: [1], 0.5: [2, 4]}`. Before the first fraction the solver is as given.
+        steps: Numbers of solver steps to draw from. Or several such lists, each with the fraction of the run at which
+            it begins: `{0: [1], 0.5: [2, 4]}`. Before the first one the solver is as given.
         seed: Of the draws.
 
     Raises:
@@ -37,10 +37,10 @@ class DepthJitter(Callback):
 
     def __init__(self, steps: Sequence[int] | Mapping[float, Sequence[int]], seed: int = 0) -> None:
         self.steps = dict(sorted(steps.items())) if isinstance(steps, Mapping) else {0.0: list(steps)}
-        for fraction, choices in self.steps.items() or [(0.0, [])]:
+        if not self.steps or not all(self.steps.values()):
+            raise ValueError(f"steps must be numbers of solver steps to draw from, got {steps}")
+        for fraction in self.steps:
             require_in_range("a fraction in steps", fraction, "[0, 1)")
-            if not choices:
-                raise ValueError(f"steps must be numbers of solver steps to draw from, got {steps}")
         require_count("seed", seed, at_least=0)
         self.seed = seed
         self._by_step: dict[int, Sequence[int]] = {}

@@ -114,7 +114,6 @@ def evaluate(
     if unknown := [name for name in names if not known.match_tasks([name])]:
         raise ValueError(f"no task {', '.join(unknown)}: see `lm_eval ls tasks`, or set --include_path to its folder")
     network, tokenizer = load(ckpt_path, model)
-
     settings = {"task_manager": known, "num_fewshot": num_fewshot, "limit": limit, "log_samples": False}
     try:
         # Without a token that begins texts, a line end does.

@@ -93,8 +93,7 @@ def main(args: Sequence[str] | None = None) -> None:
             fail(f"no checkpoint {path}")
         if (path / CHECKPOINTS).is_dir():
             fail(f"{path} is the folder of a run: set --ckpt_path to a file in {path / CHECKPOINTS}")
-        is_export = (path.suffix == ".safetensors" and subcommand != "fit") or (path / "config.json").is_file()
-        if is_export:
+        if (path.suffix == ".safetensors" and subcommand != "fit") or (path / "config.json").is_file():
             fail(f"{path} holds weights alone, as `export` writes them: use a checkpoint in RUN/{CHECKPOINTS}")
     command = f"{task} predict" if subcommand == "predict" else subcommand
     try:

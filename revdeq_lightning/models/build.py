@@ -85,7 +85,7 @@ class SolverConfig(_Settings):  # type: ignore[misc]
         given = self._given(_SOLVER_OPTIONS)
         for name, value in given.items():
             if self.solver not in _SOLVER_OPTIONS[name].arguments:
-                raise ValueError(f"solver={self.solver!r} has no {name}, got {name}={value!r}: set it to null")
+                raise ValueError(f"solver={self.solver!r} has no {name}, got {name}={value!r}: {_removal(name)}")
         shared = {f.name: getattr(self, f.name) for f in fields(AbstractSolver)}
         return SOLVERS[self.solver](**shared | given)
 
@@ -96,9 +96,8 @@ class SolverConfig(_Settings):  # type: ignore[misc]
         for name, value in given.items():
             if adjoint not in (owners := _ADJOINT_OPTIONS[name].arguments):
                 owner = " or ".join(map(repr, owners))
-                raise ValueError(
-                    f"{name}={value!r} belongs to adjoint={owner}, got adjoint={adjoint!r}: set it to null"
-                )
+                told = f"{name}={value!r} belongs to adjoint={owner}, got adjoint={adjoint!r}"
+                raise ValueError(f"{told}: {_removal(name)}")
         arguments = {_ADJOINT_OPTIONS[name].arguments[adjoint]: value for name, value in given.items()}
         if "mismatch" in given and self.arithmetic in ("float32", "float64"):
             raise ValueError(
@@ -123,10 +122,15 @@ class SolverConfig(_Settings):  # type: ignore[misc]
         """For `solver="none"`: ValueError if another setting is given. `max_steps` may stay: base files set it."""
         for name, value in self._given(_OPTIONS).items():
             if name not in ("solver", "max_steps"):
-                raise ValueError(f"solver='none' has no {name}, got {name}={value!r}: remove it")
+                raise ValueError(f"solver='none' has no {name}, got {name}={value!r}: {_removal(name)}")
 
     def _given(self, names: Iterable[str]) -> dict[str, Any]:
         return {name: value for name in names if (value := getattr(self, name)) != _OPTIONS[name].default}
+
+
+def _removal(name: str) -> str:
+    default = _OPTIONS[name].default
+    return f"remove it (default: {'null' if default is None else default})"
 
 
 def _help(name: str, option: _Option) -> str:

@@ -327,7 +327,7 @@ def read_npz(path: str | Path, *, need_targets: bool = True) -> Arrays:
         if array.dtype.kind not in "iub":
             raise ValueError(f"{path}: {name} must be integers, got {array.dtype}")
     if inputs.ndim not in (2, 3) or 0 in inputs.shape:
-        raise ValueError(f"{path}: inputs must have shape (N, L) or (N, H, W) without zeros, got {inputs.shape}")
+        raise ValueError(f"{path}: inputs must have shape (N, L) or (N, H, W), no size 0, got {inputs.shape}")
     if targets.shape != inputs.shape:
         raise ValueError(f"{path}: targets must have the shape of inputs, {inputs.shape}, got {targets.shape}")
     return inputs.astype(np.int64), targets.astype(np.int64)

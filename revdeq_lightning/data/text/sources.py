@@ -150,24 +150,23 @@ def _joined(texts: Iterable[Iterable[str]]) -> Iterator[str]:
 def _read_file(path: Path, column: str, folder: Path, left_out: list[str]) -> Iterator[str]:
     """A text file, or a column of a table; both may be compressed."""
     name = _unpacked(path)
+    table = path if name == path else folder / name.name
     match name.suffix.lower():
         case ".parquet":
-            table = path
-            if name != path:
-                table = folder / name.name
+            if table != path:
                 with table.open("wb") as file:
                     file.writelines(read_blocks(path))
-            yield from _read_rows(
-                str(path), "the file", _select(str(path), ParquetRows([str(table)]), column), left_out
-            )
-            if name != path:
-                table.unlink()
+            rows = _select(str(path), ParquetRows([str(table)]), column)
         case ".jsonl" | ".ndjson":
-            yield from _read_rows(str(path), "the file", _read_objects(path, column), left_out)
+            rows = _read_objects(path, column)
         case ".json" if _has_rows(path, column):
-            yield from _read_rows(str(path), "the file", _read_objects(path, column), left_out)
+            rows = _read_objects(path, column)
         case _:
             yield from read_text(path)
+            return
+    yield from _read_rows(str(path), "the file", rows, left_out)
+    if table != path:
+        table.unlink(missing_ok=True)
 
 
 def _unpacked(path: Path) -> Path:
@@ -225,8 +224,7 @@ def read_huggingface(path: str, name: str | None, column: str, streaming: bool, 
 
 def _select(path: str, rows: Any, column: str) -> Iterator[Any]:
     with dataset_errors(path):
-        names = rows.column_names
-        rows = rows.select_columns(column) if column in (names or ()) else rows
+        rows = rows.select_columns(column) if column in (rows.column_names or ()) else rows
         for batch in rows.iter(batch_size=_BATCH_ROWS):
             if column not in batch:
                 break
